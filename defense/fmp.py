@@ -1,0 +1,289 @@
+#!/usr/bin/env python3
+"""Adversarial Feature Map Pruning (FMP, ICLR 2024) as a BackdoorBench defense.
+
+    python defense/fmp.py --result_file badnet_cifar10
+
+reads ``record/badnet_cifar10/attack_result.pt``, removes the backdoor and writes ``record/badnet_cifar10/defense/fmp/``.
+One run, top to bottom: record -> ranking -> pruning -> fine-tuning -> evaluation -> report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pprint import pformat
+from typing import Any, NoReturn
+
+HERE = Path(__file__).resolve().parent
+for folder in (HERE, HERE.parent):  # fmp_core lies beside this file; BackdoorBench's own packages lie one level up
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+import torch  # noqa: E402
+from fmp_core import report  # noqa: E402
+from fmp_core.compute import choose_compute, make_deterministic  # noqa: E402
+from fmp_core.datasets import Split, dataset_facts, open_split  # noqa: E402
+from fmp_core.errors import UserError  # noqa: E402
+from fmp_core.evaluate import Metrics, TestData, defense_effectiveness_rating, evaluate, to_unit  # noqa: E402
+from fmp_core.feature_maps import trace_conv_layers  # noqa: E402
+from fmp_core.files import write_text  # noqa: E402
+from fmp_core.finetune import Epoch, train  # noqa: E402
+from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
+from fmp_core.progress import Progress  # noqa: E402
+from fmp_core.pruning import prune_feature_maps  # noqa: E402
+from fmp_core.ranking import choose, score_feature_maps  # noqa: E402
+from fmp_core.records import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
+from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
+from fmp_core.subset import choose_subset  # noqa: E402
+
+try:
+    from defense.base import defense
+except ImportError:  # no BackdoorBench around us
+    from fmp_core.base import defense
+
+LOG_FORMAT = logging.Formatter("%(asctime)s [%(levelname)-8s] [%(filename)s:%(lineno)d] %(message)s", "%Y-%m-%d:%H:%M:%S")
+
+
+class FMP(defense):
+    """BB's life cycle: ``FMP(args).defense("badnet_cifar10")`` returns ``{"model": module, "metrics": dict}``.
+
+    Args:
+        args: a namespace (or mapping) of settings, as :meth:`add_arguments` parses them; what is absent or None comes from
+            the YAML file ``yaml_path`` or the defaults.
+
+    Raises:
+        UserError: a setting is unknown or impossible; later, the record or the data is not usable.
+    """
+
+    def __init__(self, args: argparse.Namespace | dict[str, Any] | None = None):
+        given = args if isinstance(args, dict) else vars(args) if args else {}
+        self.settings = load_settings(given)
+        self.compute = choose_compute(self.settings.device)
+        self.seconds: dict[str, float] = {}
+        self.logger = logging.getLogger("fmp_core")
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        add_arguments(parser)
+
+    def set_result(self, result_file: str) -> None:
+        """Read the record, its model and all images; nothing is written yet, so bad input leaves no trace."""
+        settings = self.settings
+        with self._timed("load"):
+            record = read_attack_record(Path(settings.record_root) / result_file)
+            self._check_against(record)
+            facts = dataset_facts(record.dataset, record.image_size)
+            train_set = open_split(settings.dataset_path, record.dataset, True, record.image_size)
+            test_set = open_split(settings.dataset_path, record.dataset, False, record.image_size)
+            for split in (train_set, test_set):
+                _check_labels(split, record)
+            self.subset = choose_subset(len(train_set), settings.ratio, settings.random_seed, settings.index)
+            device = self.compute.device
+            network = load_model(record.model_name, record.num_classes, record.state)
+            self.model = PixelModel(network, facts).to(device, memory_format=torch.channels_last)
+            self.clean_images = train_set.read(self.subset).to(device)
+            self.clean_labels = train_set.labels[self.subset].to(device)
+            self.test_data = TestData(
+                test_set.read(range(len(test_set))).to(device),
+                test_set.labels.to(device),
+                record.bd_test.pixels(record.image_size).to(device),
+                record.bd_test.targets.to(device),
+                record.bd_test.true_labels(test_set).to(device),
+            )
+        self.record, self.facts = record, facts
+        self.folder = record.folder / "defense" / "fmp"
+
+    def set_logger(self) -> None:
+        """Log to the console and to ``log/<time>.log``, in BB's format."""
+        log_folder = Path(self.settings.log or self.folder / "log")
+        log_folder.mkdir(parents=True, exist_ok=True)
+        Path(self.settings.checkpoint_save or self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+        for handler in list(self.logger.handlers):
+            self.logger.removeHandler(handler)
+            handler.close()
+        stamp = time.strftime("%Y_%m_%d_%H_%M_%S")
+        for handler in (logging.FileHandler(log_folder / f"{stamp}.log"), logging.StreamHandler()):
+            handler.setFormatter(LOG_FORMAT)
+            self.logger.addHandler(handler)
+        self.logger.setLevel(logging.INFO)
+        self.logger.propagate = False
+        self.logger.info(pformat({**dataclasses.asdict(self.settings), "terminal_info": sys.argv}))
+        self.logger.info(pformat(report.versions()))
+        index = "".join(f"{position}\n" for position in self.subset)
+        write_text(log_folder / "index.txt", index)  # where BB's ft keeps it
+        write_text(self.folder / "index.txt", index)  # where BB's fp keeps it
+
+    def mitigation(self) -> dict[str, Any]:
+        """Rank, prune, fine-tune, evaluate, write. The poisoned test set is only ever evaluated on."""
+        settings, logger = self.settings, self.logger
+        make_deterministic()
+        before = self._test("before")
+        scores = self._rank()
+        choice = choose(scores, settings.p, settings.scope)
+        prune_feature_maps(scores.layers, choice.by_layer(scores))
+        pruned = int(choice.mask.sum())
+        logger.info("pruned %d of %d feature maps; %d tied at a cut, where the margin decided", pruned, scores.total, choice.ties)
+        history = self._fine_tune()
+        after = history[-1][1]
+        assert after is not None  # the last epoch is always tested
+        metrics = {
+            "before": before.headline(),
+            "after": after.headline(),
+            "der": defense_effectiveness_rating(before, after),
+            "record": self.record.folder.name,
+            "dataset": self.record.dataset,
+            "model": self.record.model_name,
+            "clean_images": len(self.subset),
+            "frg_images": scores.samples,
+            "feature_maps": scores.total,
+            "pruned": pruned,
+            "tied_at_cut": choice.ties,
+            "seconds": self.seconds,
+            "seed": settings.random_seed,
+            "device": f"{self.compute.device} ({self.compute.name})",
+            "settings": dataclasses.asdict(settings),
+            "versions": report.versions(),
+        }
+        frame = report.history_frame(history)
+        report.write_csv(self.folder / "fmp_df.csv", frame)
+        report.write_csv(self.folder / "fmp_df_summary.csv", report.summary_frame(frame))
+        report.write_plots(self.folder, frame)
+        report.write_csv(
+            self.folder / "feature_maps.csv", report.feature_map_frame(scores, choice, settings.scope), index=False
+        )
+        write_defense_result(self.folder / "defense_result.pt", *self._weights())
+        report.write_json(self.folder / "metrics.json", metrics)
+        logger.info("results are in %s", self.folder)
+        return {"model": self.model.network, "metrics": metrics}
+
+    def defense(self, result_file: str) -> dict[str, Any]:
+        self.set_result(result_file)
+        self.set_logger()
+        return self.mitigation()
+
+    def _check_against(self, record: AttackRecord) -> None:
+        """A flag that contradicts the record is an error, not a silent override."""
+        facts = dataset_facts(record.dataset, record.image_size)
+        if facts.num_classes not in (None, record.num_classes):
+            raise UserError(f"The record says {record.num_classes} classes, but {record.dataset} has {facts.num_classes}; the record is damaged.")
+        stored = {"dataset": record.dataset, "model": record.model_name, "num_classes": record.num_classes}
+        for key, value in stored.items():
+            given = getattr(self.settings, key)
+            if given not in (None, value):
+                raise UserError(f"{key} is set to {given}, but the record in {record.folder} has {value}; leave --{key} out.")
+
+    def _rank(self) -> Any:
+        settings = self.settings
+        count = len(self.subset) if settings.frg_samples == "all" else min(int(settings.frg_samples), len(self.subset))
+        images = to_unit(self.clean_images[:count]).contiguous(memory_format=torch.channels_last)
+        layers = trace_conv_layers(self.model.network, images[:1])
+        maps = sum(layer.channels for layer in layers)
+        self.logger.info("ranking %d feature maps of %d layers on %d clean images", maps, len(layers), count)
+        with self._timed("ranking"), Progress("Ranking", maps * count, "map-images", self.logger) as bar:
+            return score_feature_maps(
+                self.model,
+                layers,
+                images,
+                self.clean_labels[:count],
+                eps=settings.eps,
+                steps=settings.frg_steps,
+                alpha=settings.alpha,
+                seed=settings.random_seed,
+                progress=bar.add,
+            )
+
+    def _fine_tune(self) -> list[tuple[Epoch | None, Metrics | None]]:
+        """Per-epoch results; without epochs, one row that holds the pruned model's metrics."""
+        settings = self.settings
+        history: list[tuple[Epoch | None, Metrics | None]] = []
+        if settings.epochs == 0:
+            return [(None, self._test("pruned"))]
+        checkpoints = Path(settings.checkpoint_save or self.folder / "checkpoint")
+
+        def after_epoch(epoch: Epoch) -> None:
+            number = epoch.epoch + 1
+            last = number == settings.epochs
+            due = last or (settings.frequency_test and number % settings.frequency_test == 0)
+            history.append((epoch, self._test(f"epoch {number} of {settings.epochs}") if due else None))
+            if settings.frequency_save and number % settings.frequency_save == 0:
+                write_defense_result(checkpoints / f"fmp_epoch_{epoch.epoch}.pt", *self._weights())
+
+        batches = -(-len(self.subset) // settings.batch_size) * settings.epochs
+        with self._timed("fine-tuning and tests"), Progress("Fine-tuning", batches, "batches", self.logger) as bar:
+            train(
+                self.model,
+                self.clean_images,
+                self.clean_labels,
+                settings,
+                self.compute,
+                flip=self.facts.flip,
+                after_epoch=after_epoch,
+                after_batch=bar.add,
+            )
+        return history
+
+    def _test(self, when: str) -> Metrics:
+        with self._timed("testing"):
+            metrics = evaluate(self.model, self.test_data, self.settings.batch_size)
+        self.logger.info("%s: Acc %.4f  ASR %.4f  RA %.4f", when, metrics.test_acc, metrics.test_asr, metrics.test_ra)
+        return metrics
+
+    def _weights(self) -> tuple[str, int, dict[str, torch.Tensor]]:
+        return self.record.model_name, self.record.num_classes, state_like(self.model.network, self.record.state)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def _check_labels(split: Split, record: AttackRecord) -> None:
+    labels = split.labels.tolist()
+    if not labels or not 0 <= min(labels) <= max(labels) < record.num_classes:
+        raise UserError(
+            f"Dataset {record.dataset} must have images labelled 0..{record.num_classes - 1} as the record's model, but has "
+            f"{len(labels)} images{f' labelled up to {max(labels)}' if labels else ''}; check --dataset_path."
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fmp: {message}; --help lists the flags.\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _Parser(prog="fmp", description="Remove a backdoor with Adversarial Feature Map Pruning.", allow_abbrev=False)
+    FMP.add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        method = FMP(args)
+        if method.settings.result_file is None:
+            print(_what_to_run(method.settings))
+            return 2
+        result = method.defense(method.settings.result_file)
+    except UserError as error:
+        print(f"fmp: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fmp: interrupted; earlier results, if any, are unchanged. Run the same command again.", file=sys.stderr)
+        return 130
+    print(f"\n{result['table']}\nDER {result['metrics']['der']:.4f}   results: {method.folder}")
+    return 0
+
+
+def _what_to_run(settings: Settings) -> str:
+    names = find_records(settings.record_root)
+    listing = "".join(f"\n    python defense/fmp.py --result_file {name}" for name in names)
+    found = f"Records in {settings.record_root}:{listing}" if names else f"There are no attack records in {settings.record_root}."
+    return f"fmp: --result_file is missing. {found}\nTo make the demo record: python record_scripts/make_record.py (or: make demo)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Devices: what ``--device`` names, and what the hardware does fast."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """``device`` does the work; fine-tuning and evaluation spread over ``device_ids`` if there are several."""
+
+    device: torch.device
+    device_ids: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The hardware in words, for reports."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
+
+
+def choose_compute(text: str) -> Compute:
+    """Read BB's device strings: ``cpu``, ``cuda``, ``cuda:0``, ``cuda:0,1``; ``auto`` is CUDA where there is one.
+
+    Raises:
+        UserError: not such a string, or no such device on this machine.
+    """
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    if text == "cpu":
+        return Compute(torch.device("cpu"))
+    match = re.fullmatch(r"cuda(?::(\d+(?:,\d+)*))?", text)
+    if match is None:
+        raise UserError(f"--device {text} is not a device; give cpu, cuda, cuda:0 or cuda:0,1.")
+    ids = tuple(int(part) for part in (match[1] or "0").split(","))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    absent = next((i for i in ids if i >= count), None)
+    if absent is not None:
+        raise UserError(f"--device {text}: this machine has {count} CUDA device(s), so cuda:{absent} does not exist; try --device cpu.")
+    return Compute(torch.device("cuda", ids[0]), ids if len(ids) > 1 else ())
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(probe() for probe in probes if probe is not None)
+
+
+def make_deterministic() -> None:
+    """Ask cuDNN for the same kernels every time (BB's ``fix_random`` does the same)."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"

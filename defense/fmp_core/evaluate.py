@@ -1,0 +1,82 @@
+"""Acc, ASR and RA as BackdoorBench counts them (``utils/trainer_cls.py``, ``test_current_model``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .feature_maps import frozen
+
+
+@dataclass(frozen=True)
+class TestData:
+    """Both test sets on the device: images uint8 ``[N, C, H, W]``, labels int64 ``[N]``.
+
+    ``targets`` are the attacker's labels of the poisoned images, ``originals`` their true ones.
+    """
+
+    clean_images: Tensor
+    clean_labels: Tensor
+    poisoned_images: Tensor
+    targets: Tensor
+    originals: Tensor
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Fractions in [0,1]; losses are unweighted means of batch means, as BB's are."""
+
+    test_acc: float
+    test_asr: float
+    test_ra: float
+    clean_test_loss_avg_over_batch: float
+    bd_test_loss_avg_over_batch: float
+
+    def headline(self) -> dict[str, float]:
+        return {"test_acc": self.test_acc, "test_asr": self.test_asr, "test_ra": self.test_ra}
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """uint8 pixels -> float32 in [0,1], as torchvision's ToTensor."""
+    return pixels.float().div(255)
+
+
+def predict(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, float]:
+    """Predicted classes, int64 ``[N]``, and the mean over batches of the cross-entropy against ``labels``.
+
+    ``images`` are uint8; ``model`` takes pixels in [0,1] and is left as it was found. Full precision, no random number drawn.
+    """
+    predictions, losses = [], []
+    with frozen(model), torch.inference_mode():
+        for pixels, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            logits = model(to_unit(pixels).contiguous(memory_format=torch.channels_last))
+            predictions.append(logits.argmax(1))
+            losses.append(F.cross_entropy(logits, truth))
+    return torch.cat(predictions), float(torch.stack(losses).double().mean())
+
+
+def evaluate(model: nn.Module, data: TestData, batch_size: int) -> Metrics:
+    """Acc on the clean test set; ASR and RA on the poisoned one (the same predictions against both labels)."""
+    clean, clean_loss = predict(model, data.clean_images, data.clean_labels, batch_size)
+    poisoned, poisoned_loss = predict(model, data.poisoned_images, data.targets, batch_size)
+    return Metrics(
+        test_acc=_share(clean == data.clean_labels),
+        test_asr=_share(poisoned == data.targets),
+        test_ra=_share(poisoned == data.originals),
+        clean_test_loss_avg_over_batch=clean_loss,
+        bd_test_loss_avg_over_batch=poisoned_loss,
+    )
+
+
+def defense_effectiveness_rating(before: Metrics, after: Metrics) -> float:
+    """DER in [0,1]: half of (ASR drop - Acc drop + 1), gains counted as no drop (BB ``utils/metric.py``)."""
+    asr_drop = max(0.0, before.test_asr - after.test_asr)
+    acc_drop = max(0.0, before.test_acc - after.test_acc)
+    return (asr_drop - acc_drop + 1) / 2
+
+
+def _share(hits: Tensor) -> float:
+    return int(hits.sum()) / len(hits)

@@ -1,0 +1,113 @@
+"""Training on uint8 images that lie on the device: FMP's fine-tuning, and the attacks of ``make_record.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, StepLR
+
+from .compute import Compute, has_fast_bfloat16
+from .datasets import CROP_PADDING
+from .errors import UserError
+from .evaluate import to_unit
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What BB reports of a training epoch: 0-based number, batches, mean of batch losses, training-mode accuracy in [0,1]."""
+
+    epoch: int
+    batch: int
+    train_epoch_loss_avg_over_batch: float
+    train_acc: float
+
+
+def augment(images: Tensor, generator: torch.Generator, flip: bool, padding: int = CROP_PADDING) -> Tensor:
+    """BB's training transform for a whole batch: zero-pad, random crop back, and (``flip``) random horizontal flip.
+
+    uint8 ``[B, C, H, W]`` in, the same out. Random numbers come from a CPU generator, so they do not depend on the device.
+    """
+    count, _, height, width = images.shape
+    shifts = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    rows = shifts[0] + torch.arange(height)
+    columns = shifts[1] + torch.arange(width)
+    if flip:
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    padded = F.pad(images, [padding] * 4)
+    picture = torch.arange(count, device=images.device)[:, None, None]
+    return padded[picture, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def batches_of(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+    """Shuffled indices in batches; a last batch of one image is left out, since batch norm cannot train on it."""
+    batches = list(torch.randperm(count, generator=generator).split(batch_size))
+    return [batch for batch in batches if len(batch) > 1]
+
+
+def train(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    settings: Settings,
+    compute: Compute,
+    *,
+    flip: bool,
+    after_epoch: Callable[[Epoch], None],
+    after_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Train ``model`` in place with SGD for ``settings.epochs`` epochs.
+
+    Args:
+        model: takes pixels in [0,1]; on ``compute.device``.
+        images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]``; both on the device.
+        settings: batch_size, lr, lr_scheduler, sgd_momentum, wd, amp, epochs, random_seed.
+        flip: whether the training transform mirrors images.
+        after_epoch: called after each epoch; must leave the model as it found it.
+
+    Raises:
+        UserError: fewer than two images.
+    """
+    if len(images) < 2:
+        raise UserError(f"Fine-tuning needs at least 2 clean images, not {len(images)}; raise --ratio or --batch_size.")
+    optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.wd)
+    scheduler = _scheduler(optimizer, settings)
+    generator = torch.Generator().manual_seed(settings.random_seed)
+    parallel = nn.DataParallel(model, list(compute.device_ids)) if compute.device_ids else model
+    bfloat16 = settings.amp and has_fast_bfloat16(compute.device)
+    cuda = list(compute.device_ids) or ([compute.device] if compute.device.type == "cuda" else [])
+    with torch.random.fork_rng(devices=cuda):  # dropout draws from the global generator
+        torch.manual_seed(settings.random_seed)
+        for number in range(settings.epochs):
+            model.train()
+            losses, hits, seen = [], torch.zeros((), dtype=torch.int64, device=images.device), 0
+            for batch in batches_of(len(images), settings.batch_size, generator):
+                batch = batch.to(images.device)
+                pixels = augment(images[batch], generator, flip)
+                with torch.autocast(compute.device.type, torch.bfloat16, enabled=bfloat16):
+                    logits = parallel(to_unit(pixels).contiguous(memory_format=torch.channels_last))
+                    loss = F.cross_entropy(logits, labels[batch])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach().float())
+                hits += (logits.detach().argmax(1) == labels[batch]).sum()
+                seen += len(batch)
+                after_batch()
+            scheduler.step()
+            after_epoch(Epoch(number, len(losses), float(torch.stack(losses).double().mean()), int(hits) / seen))
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings) -> LRScheduler:
+    """One step per epoch; the cosine ends with the last epoch really run (BB's T_max is 100 whatever is run)."""
+    if settings.lr_scheduler == "StepLR":
+        return StepLR(optimizer, settings.steplr_stepsize, settings.steplr_gamma)
+    if settings.lr_scheduler == "MultiStepLR":
+        return MultiStepLR(optimizer, list(settings.steplr_milestones), settings.steplr_gamma)
+    return CosineAnnealingLR(optimizer, max(1, settings.epochs))

@@ -1,0 +1,43 @@
+"""The clean subset: which images of the clean training set the defender owns (BB ``utils/choose_index.py``)."""
+
+from __future__ import annotations
+
+import random
+
+from .errors import UserError
+
+
+def choose_subset(total: int, ratio: float, seed: int, index_file: str | None) -> list[int]:
+    """Positions in the clean training set, in draw order.
+
+    Without ``index_file`` the draw is BB's: ``random.sample`` of ``int(total*ratio)`` positions after seeding.
+
+    Raises:
+        UserError: the file is missing, holds anything but distinct indices in 0..total-1, or the subset is empty.
+    """
+    if index_file is not None:
+        return _read_index(index_file, total)
+    count = int(total * ratio)
+    if count == 0:
+        raise UserError(f"--ratio {ratio:g} of {total} clean training images is not even one image; raise --ratio.")
+    return random.Random(seed).sample(range(total), count)
+
+
+def _read_index(path: str, total: int) -> list[int]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--index {path} cannot be read ({getattr(error, 'strerror', None) or 'not a text file'}).") from None
+    indices = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            indices.append(int(float(line)) if float(line).is_integer() else int(line))
+        except (ValueError, OverflowError):
+            raise UserError(f"--index {path} line {number} is {line[:40]!r}, not an index of a training image.") from None
+    bad = next((i for i in indices if not 0 <= i < total), None)
+    if bad is not None:
+        raise UserError(f"--index {path} names image {bad}, but the clean training set has images 0..{total - 1}.")
+    if not indices or len(set(indices)) < len(indices):
+        raise UserError(f"--index {path} {'is empty' if not indices else 'names an image twice'}; give one distinct index a line.")
+    return indices
