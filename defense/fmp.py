@@ -128,7 +128,9 @@ class FMP(defense):
         choice = choose(scores, settings.p, settings.scope)
         prune_feature_maps(scores.layers, choice.by_layer(scores))
         pruned = int(choice.mask.sum())
-        logger.info("pruned %d of %d feature maps; %d tied at a cut, where the margin decided", pruned, scores.total, choice.ties)
+        logger.info(
+            "pruned %d of %d feature maps; %d tied at a cut, where the margin decided", pruned, scores.total, choice.ties
+        )
         history = self._fine_tune()
         after = history[-1][1]
         assert after is not None  # the last epoch is always tested
@@ -171,7 +173,9 @@ class FMP(defense):
         """A flag that contradicts the record is an error, not a silent override."""
         facts = dataset_facts(record.dataset, record.image_size)
         if facts.num_classes not in (None, record.num_classes):
-            raise UserError(f"The record says {record.num_classes} classes, but {record.dataset} has {facts.num_classes}; the record is damaged.")
+            raise UserError(
+                f"The record says {record.num_classes} classes, but {record.dataset} has {facts.num_classes}; the record is damaged."
+            )
         stored = {"dataset": record.dataset, "model": record.model_name, "num_classes": record.num_classes}
         for key, value in stored.items():
             given = getattr(self.settings, key)
@@ -222,7 +226,7 @@ class FMP(defense):
                 self.clean_labels,
                 settings,
                 self.compute,
-                flip=self.facts.flip,
+                facts=self.facts,
                 after_epoch=after_epoch,
                 after_batch=bar.add,
             )
@@ -274,15 +278,20 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fmp: interrupted; earlier results, if any, are unchanged. Run the same command again.", file=sys.stderr)
         return 130
-    print(f"\n{result['table']}\nDER {result['metrics']['der']:.4f}   results: {method.folder}")
+    metrics = result["metrics"]
+    print(f"\n{report.table(metrics)}\n\nDER {metrics['der']:.4f}   results: {method.folder}")
     return 0
 
 
 def _what_to_run(settings: Settings) -> str:
     names = find_records(settings.record_root)
     listing = "".join(f"\n    python defense/fmp.py --result_file {name}" for name in names)
-    found = f"Records in {settings.record_root}:{listing}" if names else f"There are no attack records in {settings.record_root}."
-    return f"fmp: --result_file is missing. {found}\nTo make the demo record: python record_scripts/make_record.py (or: make demo)"
+    found = (
+        f"Records in {settings.record_root}:{listing}" if names else f"There are no attack records in {settings.record_root}."
+    )
+    return (
+        f"fmp: --result_file is missing. {found}\nTo make the demo record: python record_scripts/make_record.py (or: make demo)"
+    )
 
 
 if __name__ == "__main__":

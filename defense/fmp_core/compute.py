@@ -40,7 +40,9 @@ def choose_compute(text: str) -> Compute:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     absent = next((i for i in ids if i >= count), None)
     if absent is not None:
-        raise UserError(f"--device {text}: this machine has {count} CUDA device(s), so cuda:{absent} does not exist; try --device cpu.")
+        raise UserError(
+            f"--device {text}: this machine has {count} CUDA device(s), so cuda:{absent} does not exist; try --device cpu."
+        )
     return Compute(torch.device("cuda", ids[0]), ids if len(ids) > 1 else ())
 
 
@@ -50,6 +52,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(probe() for probe in probes if probe is not None)
+
+
+def rows_per_batch(device: torch.device) -> int:
+    """Images per forward pass: as many as keep activations in a CPU's cache, or a GPU busy."""
+    return 512 if device.type == "cuda" else 64
 
 
 def make_deterministic() -> None:

@@ -29,6 +29,7 @@ class DatasetFacts:
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     flip: bool = False  # BB flips training images of cifar10 only
+    crop_padding: int = 4  # of the training transform's random crop
 
 
 FACTS = {
@@ -39,13 +40,14 @@ FACTS = {
     "mnist": DatasetFacts(10, (28, 28, 1), (0.5,), (0.5,)),
     "imagenet": DatasetFacts(1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-CROP_PADDING = 4  # BB's RandomCrop(padding=4)
+FOLDER_CROP_PADDING = 2  # for image folders BB does not know; 4 would cut a corner trigger out of half the images
 
 
 def dataset_facts(name: str, size: Size) -> DatasetFacts:
     """BB's facts of ``name``; a dataset BB does not know is an image folder with pixels in [0,1] as they are."""
     channels = size[2]
-    return FACTS.get(name) or DatasetFacts(None, size, (0.0,) * channels, (1.0,) * channels)
+    unknown = DatasetFacts(None, size, (0.0,) * channels, (1.0,) * channels, crop_padding=FOLDER_CROP_PADDING)
+    return FACTS.get(name, unknown)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compute import rows_per_batch
 from .feature_maps import frozen
 
 
@@ -48,14 +49,13 @@ def predict(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -
     """Predicted classes, int64 ``[N]``, and the mean over batches of the cross-entropy against ``labels``.
 
     ``images`` are uint8; ``model`` takes pixels in [0,1] and is left as it was found. Full precision, no random number drawn.
+    ``batch_size`` shapes the loss only; the forward passes have the size that suits the device.
     """
-    predictions, losses = [], []
     with frozen(model), torch.inference_mode():
-        for pixels, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            logits = model(to_unit(pixels).contiguous(memory_format=torch.channels_last))
-            predictions.append(logits.argmax(1))
-            losses.append(F.cross_entropy(logits, truth))
-    return torch.cat(predictions), float(torch.stack(losses).double().mean())
+        rows = rows_per_batch(images.device)
+        logits = torch.cat([model(to_unit(part).contiguous(memory_format=torch.channels_last)) for part in images.split(rows)])
+        losses = [F.cross_entropy(*pair) for pair in zip(logits.split(batch_size), labels.split(batch_size), strict=True)]
+        return logits.argmax(1), float(torch.stack(losses).double().mean())
 
 
 def evaluate(model: nn.Module, data: TestData, batch_size: int) -> Metrics:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, StepLR
 
 from .compute import Compute, has_fast_bfloat16
-from .datasets import CROP_PADDING
+from .datasets import DatasetFacts
 from .errors import UserError
 from .evaluate import to_unit
 from .settings import Settings
@@ -27,17 +27,18 @@ class Epoch:
     train_acc: float
 
 
-def augment(images: Tensor, generator: torch.Generator, flip: bool, padding: int = CROP_PADDING) -> Tensor:
-    """BB's training transform for a whole batch: zero-pad, random crop back, and (``flip``) random horizontal flip.
+def augment(images: Tensor, generator: torch.Generator, facts: DatasetFacts) -> Tensor:
+    """BB's training transform for a whole batch: zero-pad, random crop back, and random horizontal flip where ``facts`` say so.
 
     uint8 ``[B, C, H, W]`` in, the same out. Random numbers come from a CPU generator, so they do not depend on the device.
     """
     count, _, height, width = images.shape
+    padding = facts.crop_padding
     shifts = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
     mirrored = torch.rand(count, 1, generator=generator) < 0.5
     rows = shifts[0] + torch.arange(height)
     columns = shifts[1] + torch.arange(width)
-    if flip:
+    if facts.flip:
         columns = torch.where(mirrored, columns.flip(1), columns)
     rows, columns = rows.to(images.device), columns.to(images.device)
     padded = F.pad(images, [padding] * 4)
@@ -58,7 +59,7 @@ def train(
     settings: Settings,
     compute: Compute,
     *,
-    flip: bool,
+    facts: DatasetFacts,
     after_epoch: Callable[[Epoch], None],
     after_batch: Callable[[], None] = lambda: None,
 ) -> None:
@@ -68,7 +69,7 @@ def train(
         model: takes pixels in [0,1]; on ``compute.device``.
         images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]``; both on the device.
         settings: batch_size, lr, lr_scheduler, sgd_momentum, wd, amp, epochs, random_seed.
-        flip: whether the training transform mirrors images.
+        facts: of the dataset; they shape the training transform.
         after_epoch: called after each epoch; must leave the model as it found it.
 
     Raises:
@@ -89,7 +90,7 @@ def train(
             losses, hits, seen = [], torch.zeros((), dtype=torch.int64, device=images.device), 0
             for batch in batches_of(len(images), settings.batch_size, generator):
                 batch = batch.to(images.device)
-                pixels = augment(images[batch], generator, flip)
+                pixels = augment(images[batch], generator, facts)
                 with torch.autocast(compute.device.type, torch.bfloat16, enabled=bfloat16):
                     logits = parallel(to_unit(pixels).contiguous(memory_format=torch.channels_last))
                     loss = F.cross_entropy(logits, labels[batch])

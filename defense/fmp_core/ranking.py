@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .compute import rows_per_batch
 from .feature_maps import ConvLayer, frozen
 from .frg import SharedForward, noisy_start
-
-# Rows of one batch. 64 keeps activations in a CPU's cache; a GPU needs more to be busy.
-ROWS = {"cpu": 64, "cuda": 512}
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,10 @@ def score_feature_maps(
         eps, steps, alpha: see :meth:`~fmp_core.frg.SharedForward.reversed_images`; alpha defaults to 2.5*eps/steps.
         seed: of the start noise, one draw per image, shared by all maps.
         rows: images per batch (memory bound); scores do not depend on it.
-        progress: called with the number of (map, image batch) pairs just scored.
+        progress: called with the number of (map, image) pairs just scored.
     """
     device = images.device
-    rows = rows or ROWS.get(device.type, 64)
+    rows = rows or rows_per_batch(device)
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     start = noisy_start(images, noise.to(device), eps)
     alpha = 2.5 * eps / steps if alpha is None else alpha
@@ -128,7 +126,7 @@ def score_feature_maps(
                     where = slice(position + lead, position + lead + maps)
                     correct[where] += hits.view(copies, batch)[:maps, :counted].sum(1)
                     margin[where] += margins.view(copies, batch)[:maps, :counted].sum(1, dtype=torch.float64)
-                    progress(maps)
+                    progress(maps * counted)
                 position += layer.channels
     return Scores(tuple(layers), correct.cpu(), margin.cpu() / len(images), len(images))
 

@@ -186,7 +186,11 @@ def _locate(stored: Sequence[str], saved_below: str | None, folder: Path) -> lis
     found = []
     for text in stored:
         path = PurePosixPath(text.replace("\\", "/"))
-        inside = PurePosixPath(base.name) / path.relative_to(base) if base and path.is_relative_to(base) else PurePosixPath(*path.parts[-3:])
+        inside = (
+            PurePosixPath(base.name) / path.relative_to(base)
+            if base and path.is_relative_to(base)
+            else PurePosixPath(*path.parts[-3:])
+        )
         file = root / inside
         if inside.is_absolute() or ".." in inside.parts or not file.resolve().is_relative_to(root):
             raise UserError(f"The record in {folder} names an image outside its folder ({text}), and was refused.")
@@ -213,6 +217,7 @@ class PoisonedImages:
 def write_attack_record(
     folder: Path,
     *,
+    name: str,
     model_name: str,
     num_classes: int,
     state: Mapping[str, Tensor],
@@ -221,7 +226,10 @@ def write_attack_record(
     bd_train: PoisonedImages,
     bd_test: PoisonedImages,
 ) -> None:
-    """Write a record as BB does: PNGs in ``bd_*_dataset/<label>/<index>.png``, then ``attack_result.pt`` last."""
+    """Write record ``name`` into ``folder`` as BB does: PNGs in ``bd_*_dataset/<label>/<index>.png``, ``attack_result.pt`` last.
+
+    ``name`` is what the stored paths say (``./record/<name>/...``), since ``folder`` may be a temporary one.
+    """
     content = {
         "model_name": model_name,
         "num_classes": num_classes,
@@ -229,18 +237,18 @@ def write_attack_record(
         "data_path": f"./data/{dataset}",
         "img_size": image_size,
         "clean_data": dataset,
-        "bd_train": _backdoor_state(folder, "bd_train_dataset", bd_train, keep_all=True),
-        "bd_test": _backdoor_state(folder, "bd_test_dataset", bd_test, keep_all=False),
+        "bd_train": _backdoor_state(folder, name, "bd_train_dataset", bd_train, keep_all=True),
+        "bd_test": _backdoor_state(folder, name, "bd_test_dataset", bd_test, keep_all=False),
     }
     write_torch(folder / ATTACK_FILE, content)
 
 
-def _backdoor_state(folder: Path, name: str, poisoned: PoisonedImages, keep_all: bool) -> dict[str, Any]:
-    saved_below = f"./record/{folder.name}/{name}"
+def _backdoor_state(folder: Path, record: str, images: str, poisoned: PoisonedImages, keep_all: bool) -> dict[str, Any]:
+    saved_below = f"./record/{record}/{images}"
     items = {}
     for row, (index, target, label) in enumerate(zip(poisoned.indices, poisoned.targets, poisoned.original, strict=True)):
         inside = f"{int(label)}/{int(index)}.png"
-        with replacing(folder / name / inside) as temporary:
+        with replacing(folder / images / inside) as temporary:
             Image.fromarray(poisoned.images[row].permute(1, 2, 0).squeeze(-1).numpy()).save(temporary)
         items[int(index)] = {"path": f"{saved_below}/{inside}", "other_info": [int(target), int(label)]}
     indicator = np.zeros(poisoned.total)

@@ -113,7 +113,9 @@ def _plot(path: Path, history: pd.DataFrame, lines: list[tuple[str, str, str, st
     for (label, column, marker, style), colour in zip(lines, colours, strict=True):
         values = pd.to_numeric(history[column], errors="coerce")
         shown = values.notna()
-        axes.plot(history["epoch"][shown], values[shown], marker=marker, linestyle=style, linewidth=2, label=label, color=colour)
+        axes.plot(
+            history["epoch"][shown], values[shown], marker=marker, linestyle=style, linewidth=2, label=label, color=colour
+        )
     axes.set(xlabel="Epochs", ylabel=ylabel, title="Results")
     axes.set_ylim(bottom=0, top=top)
     axes.legend()
@@ -144,9 +146,10 @@ def git_hash() -> str:
         return "unknown"
 
 
-def table(rows: dict[str, Metrics]) -> str:
-    """A small text table of Acc / ASR / RA in percent, one line per row name."""
-    lines = [f"{'':<24}{'Acc':>8}{'ASR':>8}{'RA':>8}"]
-    for name, metrics in rows.items():
-        lines.append(f"{name:<24}" + "".join(f"{100 * value:8.2f}" for value in metrics.headline().values()))
+def table(metrics: dict[str, Any]) -> str:
+    """A small text table of Acc / ASR / RA in percent before and after, from the content of ``metrics.json``."""
+    lines = [f"{'percent':<16}{'Acc':>8}{'ASR':>8}{'RA':>8}"]
+    for row in ("before", "after"):
+        values = (metrics[row][key] for key in ("test_acc", "test_asr", "test_ra"))
+        lines.append(f"{row + ' FMP':<16}" + "".join(f"{100 * value:8.2f}" for value in values))
     return "\n".join(lines)

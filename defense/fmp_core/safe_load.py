@@ -53,6 +53,10 @@ def load_torch_file(path: Path) -> Any:
         refused = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)|[Bb]locklisted (?:module|global) (\S+)", str(error))
         if refused:
             name = next(filter(None, refused.groups())).rstrip(".")
-            raise UserError(f"{path} was refused: its pickle asks for {name}, and a record may hold data only; do not trust this file.") from None
+            raise UserError(
+                f"{path} was refused: its pickle asks for {name}, and a record may hold data only; do not trust this file."
+            ) from None
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(f"{path} is not a whole torch file ({lines[0][:200].rstrip('.')}); it may be truncated: copy it again.") from None
+        raise UserError(
+            f"{path} is not a whole torch file ({lines[0][:200].rstrip('.')}); it may be truncated: copy it again."
+        ) from None

@@ -107,7 +107,9 @@ class Settings:
     p: int = _setting(64, _integer(1), "the N/p lowest feature maps are pruned")
     eps: float = _setting(1 / 255, _number(0, 1, above=True), "FRG perturbation bound in pixel space [0,1], e.g. 1/255")
     frg_steps: int = _setting(1, _integer(1), "FRG gradient steps; 1 is Algorithm 1")
-    alpha: float | None = _setting(None, _number(0, 1, above=True), "FRG step size if frg_steps > 1 (default 2.5*eps/frg_steps)")
+    alpha: float | None = _setting(
+        None, _number(0, 1, above=True), "FRG step size if frg_steps > 1 (default 2.5*eps/frg_steps)"
+    )
     frg_samples: int | str = _setting(64, _SAMPLES, "clean images each feature map is scored on, or all")
     scope: str = _setting("layer", _choice("layer", "global"), "choose N/p in each layer, or of all maps together")
 

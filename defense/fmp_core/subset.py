@@ -39,5 +39,7 @@ def _read_index(path: str, total: int) -> list[int]:
     if bad is not None:
         raise UserError(f"--index {path} names image {bad}, but the clean training set has images 0..{total - 1}.")
     if not indices or len(set(indices)) < len(indices):
-        raise UserError(f"--index {path} {'is empty' if not indices else 'names an image twice'}; give one distinct index a line.")
+        raise UserError(
+            f"--index {path} {'is empty' if not indices else 'names an image twice'}; give one distinct index a line."
+        )
     return indices
