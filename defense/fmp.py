@@ -86,7 +86,7 @@ class FMP(defense):
             self.subset = choose_subset(len(train_set), settings.ratio, settings.random_seed, settings.index)
             device = self.compute.device
             network = load_model(record.model_name, record.num_classes, record.state)
-            self.model = PixelModel(network, facts).to(device, memory_format=torch.channels_last)
+            self.model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
             self.clean_images = train_set.read(self.subset).to(device)
             self.clean_labels = train_set.labels[self.subset].to(device)
             self.test_data = TestData(
@@ -174,7 +174,7 @@ class FMP(defense):
         facts = dataset_facts(record.dataset, record.image_size)
         if facts.num_classes not in (None, record.num_classes):
             raise UserError(
-                f"The record says {record.num_classes} classes, but {record.dataset} has {facts.num_classes}; the record is damaged."
+                f"The record says {record.num_classes} classes, but {record.dataset} has {facts.num_classes}; it is damaged."
             )
         stored = {"dataset": record.dataset, "model": record.model_name, "num_classes": record.num_classes}
         for key, value in stored.items():

@@ -21,27 +21,27 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
-import pandas as pd  # noqa: E402
-import torch  # noqa: E402
-from fmp_core.compute import choose_compute, make_deterministic  # noqa: E402
-from fmp_core.datasets import FACTS, DatasetFacts, Split, dataset_facts, open_split  # noqa: E402
-from fmp_core.errors import UserError  # noqa: E402
-from fmp_core.evaluate import Metrics, TestData, evaluate  # noqa: E402
-from fmp_core.files import write_torch  # noqa: E402
-from fmp_core.finetune import Epoch, train  # noqa: E402
-from fmp_core.models import MODEL_NAMES, PixelModel, build_model  # noqa: E402
-from fmp_core.records import PoisonedImages, write_attack_record  # noqa: E402
-from fmp_core.report import history_frame, summary_frame, write_csv, write_plots  # noqa: E402
-from fmp_core.settings import Settings  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
+import pandas as pd
+import torch
+from fmp_core.compute import choose_compute, make_deterministic
+from fmp_core.datasets import FACTS, DatasetFacts, Split, dataset_facts, open_split
+from fmp_core.errors import UserError
+from fmp_core.evaluate import Metrics, TestData, evaluate
+from fmp_core.files import write_torch
+from fmp_core.finetune import Epoch, train
+from fmp_core.models import MODEL_NAMES, PixelModel, build_model
+from fmp_core.records import PoisonedImages, write_attack_record
+from fmp_core.report import history_frame, summary_frame, write_csv, write_plots
+from fmp_core.settings import Settings
+from PIL import Image
+from torch import Tensor
 
 DIGITS_SIZE = (32, 32, 3)
 DIGITS_TEST_SHARE = 0.25
 
 
 def make_digits(folder: Path) -> None:
-    """Lay scikit-learn's 1797 digits out as ``train|test/<class>/<index>.png``, resized to 32x32 RGB; do nothing if they are there."""
+    """Lay scikit-learn's 1797 digits out as ``train|test/<class>/<index>.png``, 32x32 RGB, unless they are there."""
     if folder.is_dir():
         return
     from sklearn.datasets import load_digits
@@ -135,7 +135,7 @@ def make_record(args: argparse.Namespace) -> Path:
     )
     torch.manual_seed(args.random_seed)
     network = build_model(args.model, num_classes)
-    model = PixelModel(network, facts).to(device, memory_format=torch.channels_last)
+    model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
     history = train_backdoored(model, train_set, bd_train, data, settings, facts)
 
     unfinished = folder.with_name(f".{folder.name}.unfinished")

@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ class _CifarUnpickler(pickle.Unpickler):
     """CIFAR's batches are pickles; nothing but numpy arrays may come out of them."""
 
     # _codecs.encode is how Python 3 writes bytes in protocol 2.
-    ALLOWED = {**NUMPY_GLOBALS, ("_codecs", "encode"): _codecs.encode}
+    ALLOWED: ClassVar = {**NUMPY_GLOBALS, ("_codecs", "encode"): _codecs.encode}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:

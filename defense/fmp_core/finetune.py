@@ -82,7 +82,7 @@ def train(
     generator = torch.Generator().manual_seed(settings.random_seed)
     parallel = nn.DataParallel(model, list(compute.device_ids)) if compute.device_ids else model
     bfloat16 = settings.amp and has_fast_bfloat16(compute.device)
-    cuda = list(compute.device_ids) or ([compute.device] if compute.device.type == "cuda" else [])
+    cuda = compute.device_ids or ((compute.device.index,) if compute.device.type == "cuda" else ())
     with torch.random.fork_rng(devices=cuda):  # dropout draws from the global generator
         torch.manual_seed(settings.random_seed)
         for number in range(settings.epochs):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .feature_maps import ConvLayer, captured
 
 
-class _LayerReached(Exception):
+class _LayerReachedError(Exception):
     pass
 
 
@@ -86,18 +86,18 @@ class SharedForward:
 
         def stop(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             reached.append(output)
-            raise _LayerReached
+            raise _LayerReachedError
 
         handle = layer.module.register_forward_hook(stop)
         try:
             with torch.enable_grad():
                 self.model(images)
-        except _LayerReached:
+        except _LayerReachedError:
             pass
         finally:
             handle.remove()
         rows = [slice(copy * self.rows, (copy + 1) * self.rows) for copy in range(self.copies)]
         pairs = zip(rows, channels, strict=True)
         with torch.enable_grad():
-            loss = sum((self.clean[layer.name][:, c] - reached[0][r, c]).square().sum() for r, c in pairs)
+            loss = torch.stack([(self.clean[layer.name][:, c] - reached[0][r, c]).square().sum() for r, c in pairs]).sum()
             return torch.autograd.grad(loss, images)[0]

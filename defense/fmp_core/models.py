@@ -15,11 +15,30 @@ from .errors import UserError
 from .preact_resnet import BUILDERS as PREACT_RESNETS
 from .preact_resnet import preact_resnet
 
-TORCHVISION = (
-    "resnet18 resnet34 resnet50 resnext50_32x4d wide_resnet50_2 alexnet vgg11 vgg16 vgg19 vgg19_bn squeezenet1_0 densenet121 "
-    "densenet161 inception_v3 googlenet shufflenet_v2_x1_0 mobilenet_v2 mobilenet_v3_large mnasnet1_0 efficientnet_b0 "
-    "efficientnet_b3 convnext_tiny"
-).split()
+TORCHVISION = [
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "alexnet",
+    "vgg11",
+    "vgg16",
+    "vgg19",
+    "vgg19_bn",
+    "squeezenet1_0",
+    "densenet121",
+    "densenet161",
+    "inception_v3",
+    "googlenet",
+    "shufflenet_v2_x1_0",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mnasnet1_0",
+    "efficientnet_b0",
+    "efficientnet_b3",
+    "convnext_tiny",
+]
 VISION_TRANSFORMERS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32")
 MODEL_NAMES = (*PREACT_RESNETS, *TORCHVISION, *VISION_TRANSFORMERS)
 

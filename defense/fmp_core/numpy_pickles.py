@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-_core: Any = np._core if hasattr(np, "_core") else np.core  # type: ignore[attr-defined]
+_core: Any = np._core if hasattr(np, "_core") else np.core
 RECONSTRUCT = _core.multiarray._reconstruct
 SCALAR = _core.multiarray.scalar
 

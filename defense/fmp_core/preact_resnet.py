@@ -1,7 +1,8 @@
 """Pre-activation ResNets (He et al. 2016, arXiv 1603.05027) with the parameter names of BackdoorBench's ``preactresnet*``.
 
 Batch norm and ReLU come before each convolution, there are none after the last block, and pooling is adaptive, so any
-image size works. Names, order and shapes of the state dict are those listed in BB's records (``layer2.0.shortcut.0.weight`` ...).
+image size works. State keys and shapes are those of BB's records
+(``layer2.0.shortcut.0.weight`` ...).
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class PreActResNet(nn.Module):
         return self.linear(self.avgpool(x).flatten(1))
 
 
-BUILDERS = {
+BUILDERS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
     "preactresnet18": (BasicBlock, [2, 2, 2, 2]),
     "preactresnet34": (BasicBlock, [3, 4, 6, 3]),
     "preactresnet50": (Bottleneck, [3, 4, 6, 3]),

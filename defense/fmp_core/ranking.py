@@ -40,7 +40,7 @@ class Scores:
         return found
 
     def order(self) -> Tensor:
-        """Positions from the lowest score to the highest; ties of ``correct`` by ``margin``, then by position. int64 ``[N]``."""
+        """Positions, int64 ``[N]``, from the lowest score up; ties of ``correct`` by ``margin``, then by position."""
         by_margin = torch.argsort(self.margin, stable=True)
         return by_margin[torch.argsort(self.correct[by_margin], stable=True)]
 

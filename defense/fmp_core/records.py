@@ -198,7 +198,7 @@ def _locate(stored: Sequence[str], saved_below: str | None, folder: Path) -> lis
     missing = [file for file in found if not file.is_file()]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(found)} poisoned test images are missing, first {missing[0]}; copy the record folder whole."
+            f"{len(missing)} of {len(found)} poisoned test images are missing, first {missing[0]}; copy the whole record."
         )
     return found
 
@@ -226,7 +226,7 @@ def write_attack_record(
     bd_train: PoisonedImages,
     bd_test: PoisonedImages,
 ) -> None:
-    """Write record ``name`` into ``folder`` as BB does: PNGs in ``bd_*_dataset/<label>/<index>.png``, ``attack_result.pt`` last.
+    """Write record ``name`` into ``folder`` as BB does: PNGs ``bd_*_dataset/<label>/<index>.png``, ``attack_result.pt`` last.
 
     ``name`` is what the stored paths say (``./record/<name>/...``), since ``folder`` may be a temporary one.
     """

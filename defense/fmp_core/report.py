@@ -56,7 +56,7 @@ def summary_frame(history: pd.DataFrame) -> pd.DataFrame:
 
 
 def feature_map_frame(scores: Scores, choice: Choice, scope: str) -> pd.DataFrame:
-    """One row per feature map: layer, channel, correct, samples, margin, rank (1 is the lowest of what ``scope`` compares), pruned."""
+    """One row per feature map; ``rank`` 1 is the lowest score among the maps that ``scope`` compares."""
     rank = np.empty(scores.total, dtype=np.int64)
     rank[scores.order().numpy()] = np.arange(1, scores.total + 1)
     frame = pd.DataFrame(

@@ -39,7 +39,7 @@ _ALLOWED: list[Any] = [
 
 
 def load_torch_file(path: Path) -> Any:
-    """``torch.load`` onto the CPU with ``weights_only=True`` and a narrow allow-list (numpy arrays and scalars, PIL images as data).
+    """``torch.load`` onto the CPU with ``weights_only=True`` and a narrow allow-list: numpy arrays, PIL images as data.
 
     Raises:
         UserError: missing, truncated or damaged, or asks for a global outside the list (named).
