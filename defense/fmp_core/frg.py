@@ -1,8 +1,8 @@
 """Feature Reverse Generation (paper, Algorithm 1, lines 15-21), batched over feature maps.
 
-All images and perturbations are in pixel space [0,1]. For one step the gradient of ``|| f_i(x) - f_i(x0) ||^2`` at the noisy
-image ``x0`` is a vector-Jacobian product whose vector is the difference of the two maps, zero outside channel ``i``: the clean
-and the noisy forward pass are shared by all feature maps of the model, and only the backward pass is one per map.
+Images and perturbations are in pixel space [0,1]. For one step the gradient of ``|| f_i(x) - f_i(x0) ||^2`` at the noisy image
+``x0`` is a vector-Jacobian product whose vector is the difference of the two maps, zero outside channel ``i``: the clean and the
+noisy forward pass are shared by all feature maps of the model, and only the backward pass is one per map.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .feature_maps import ConvLayer, captured
+from .feature_maps import ConvLayer
+from .frozen_ops import ConvCall, FrozenOps
 
 
 class _LayerReachedError(Exception):
@@ -26,41 +27,74 @@ def noisy_start(images: Tensor, noise: Tensor, eps: float) -> Tensor:
 
 def fgsm(images: Tensor, gradient: Tensor, eps: float) -> Tensor:
     """``clamp(x + eps*sign(gradient), 0, 1)``: lines 19-20 of Algorithm 1."""
-    return (images + eps * gradient.sign()).clamp(0, 1)
+    return torch.add(images, gradient.sign(), alpha=eps).clamp_(0, 1)
 
 
 class SharedForward:
     """The forward passes that all feature maps share, for ``copies`` stacked copies of a batch of images.
 
-    The rows of the stacked batch are independent, so one backward pass answers for ``copies`` feature maps of a layer.
+    The rows of the stacked batch are independent, so one backward pass answers for ``copies`` feature maps of a layer. Map
+    differences and ReLU masks always come from ``model`` in float32; only the backward passes run in ``twin``'s precision.
 
     Args:
-        model: frozen, takes pixels in [0,1].
-        layers: the layers whose maps will be asked for.
+        model: frozen, float32, takes pixels in [0,1].
+        layers: the layers of ``model`` whose maps will be asked for.
         images: clean, ``[B, C, H, W]`` in [0,1].
         start: the noisy images, same shape (:func:`noisy_start`).
         copies: feature maps per backward pass.
+        twin: ``model`` :func:`~fmp_core.frozen_ops.lowered` to ``dtype``.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[ConvLayer], images: Tensor, start: Tensor, copies: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[ConvLayer],
+        images: Tensor,
+        start: Tensor,
+        copies: int = 1,
+        twin: nn.Module | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.model, self.copies, self.rows = model, copies, len(images)
-        self.images = images.repeat(copies, 1, 1, 1)
-        with captured(layers) as maps, torch.no_grad():
-            model(images)
-        self.clean = dict(maps)
-        self.start = start.repeat(copies, 1, 1, 1).requires_grad_()
-        with captured(layers) as maps, torch.enable_grad():
-            model(self.start)
-        self.noisy = dict(maps)
+        self.images = _stack(images, copies)
+        watched = {id(layer.module.weight) for layer in layers}
+        self.clean: dict[int, Tensor] = {}
+        self.difference: dict[int, Tensor] = {}  # noisy - clean, [B, C, h, w]
+        self.calls: dict[int, ConvCall] = {}
+        masks: list[Tensor] = []
+
+        def keep_clean(call: ConvCall, out: Tensor) -> None:
+            self.clean[id(call.weight)] = out
+
+        def keep_difference(call: ConvCall, out: Tensor) -> None:
+            self.difference[id(call.weight)] = out - self.clean[id(call.weight)]
+
+        with torch.no_grad():
+            with FrozenOps(watch=dict.fromkeys(watched, keep_clean)):
+                model(images)
+            with FrozenOps(watch=dict.fromkeys(watched, keep_difference), record=masks):
+                model(start)
+
+        twin = model if twin is None else twin
+        original = {id(own): id(theirs) for own, theirs in zip(twin.parameters(), model.parameters(), strict=True)}
+
+        def keep_call(call: ConvCall, _out: Tensor) -> None:
+            self.calls[original[id(call.weight)]] = call
+
+        self.start = _stack(start, copies).requires_grad_()
+        replay = (mask.repeat(copies, *[1] * (mask.dim() - 1)) for mask in masks)
+        watch = {own: keep_call for own, theirs in original.items() if theirs in watched}
+        with torch.enable_grad(), FrozenOps(dtype, watch, replay=replay):
+            twin(self.start)
 
     def gradient(self, layer: ConvLayer, channels: Sequence[int]) -> Tensor:
         """Gradient of each copy's loss at the noisy images, ``[copies*B, C, H, W]``; copy ``j`` asks for ``channels[j]``."""
-        noisy, clean = self.noisy[layer.name], self.clean[layer.name]
-        seed = torch.zeros_like(noisy)
-        for copy, channel in enumerate(channels):
-            rows = slice(copy * self.rows, (copy + 1) * self.rows)
-            seed[rows, channel] = 2 * (noisy.detach()[rows, channel] - clean[:, channel])
-        return torch.autograd.grad(noisy, self.start, seed, retain_graph=True)[0]
+        key = id(layer.module.weight)
+        call, difference = self.calls[key], self.difference[key]
+        into = torch.cat([_through_one_channel(call, difference[:, channel], channel) for channel in channels])
+        if call.input is self.start:
+            return into
+        return torch.autograd.grad(call.input, self.start, into, retain_graph=True)[0]
 
     def reversed_images(self, layer: ConvLayer, channels: Sequence[int], eps: float, steps: int, alpha: float) -> Tensor:
         """FRG images of ``channels`` (one per copy), ``[copies*B, C, H, W]`` in [0,1].
@@ -82,22 +116,52 @@ class SharedForward:
     def _gradient_at(self, images: Tensor, layer: ConvLayer, channels: Sequence[int]) -> Tensor:
         """As :meth:`gradient`, at other images than the shared start: a forward pass up to the layer, and back."""
         images = images.detach().requires_grad_()
-        reached: list[Tensor] = []
+        clean = self.clean[id(layer.module.weight)]
+        reached: list[tuple[ConvCall, Tensor]] = []
 
-        def stop(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            reached.append(output)
+        def stop(call: ConvCall, out: Tensor) -> None:
+            reached.append((call, out.detach()))
             raise _LayerReachedError
 
-        handle = layer.module.register_forward_hook(stop)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), FrozenOps(watch={id(layer.module.weight): stop}):
                 self.model(images)
         except _LayerReachedError:
             pass
-        finally:
-            handle.remove()
+        call, out = reached[0]
         rows = [slice(copy * self.rows, (copy + 1) * self.rows) for copy in range(self.copies)]
-        pairs = zip(rows, channels, strict=True)
-        with torch.enable_grad():
-            loss = torch.stack([(self.clean[layer.name][:, c] - reached[0][r, c]).square().sum() for r, c in pairs]).sum()
-            return torch.autograd.grad(loss, images)[0]
+        parts = [_through_one_channel(call, out[r, c] - clean[:, c], c) for r, c in zip(rows, channels, strict=True)]
+        return torch.autograd.grad(call.input, images, torch.cat(parts))[0]
+
+
+def _stack(images: Tensor, copies: int) -> Tensor:
+    return images.repeat(copies, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+
+
+def _through_one_channel(call: ConvCall, difference: Tensor, channel: int) -> Tensor:
+    """Gradient of ``||difference||^2`` of one output channel with respect to the convolution's input, ``[B, inputs, H, W]``.
+
+    ``difference`` is ``[B, h, w]``. Only one filter takes part, which makes this as many times cheaper than a backward pass
+    through the whole convolution as it has channels. The factor 2 is left out: only signs are used.
+    """
+    per_group = call.weight.shape[1]
+    group = channel // (call.weight.shape[0] // call.groups)
+    inputs = call.input[: len(difference), group * per_group : (group + 1) * per_group]
+    part = torch.ops.aten.convolution_backward(
+        difference.unsqueeze(1).to(call.input.dtype),
+        inputs,
+        call.weight[channel : channel + 1],
+        None,
+        call.stride,
+        call.padding,
+        call.dilation,
+        False,
+        (0, 0),
+        1,
+        (True, False, False),
+    )[0]
+    if call.groups == 1:
+        return part
+    whole = part.new_zeros(len(part), call.input.shape[1], *part.shape[2:])
+    whole[:, group * per_group : (group + 1) * per_group] = part
+    return whole

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .compute import rows_per_batch
+from . import ranks
+from .compute import is_out_of_memory, rows_per_batch
 from .feature_maps import ConvLayer, frozen
 from .frg import SharedForward, noisy_start
+from .frozen_ops import FrozenOps, lowered
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,12 @@ def score_feature_maps(
     steps: int = 1,
     alpha: float | None = None,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
     rows: int | None = None,
-    progress: Callable[[int], None] = lambda maps: None,
+    memory_mib: int | None = None,
+    progress: Callable[[int], None] = lambda pairs: None,
 ) -> Scores:
-    """Score all feature maps on all ``images``.
+    """Score all feature maps on all ``images``; under ``torchrun`` each process scores its share and all get the whole.
 
     Args:
         model: takes pixels in [0,1]; left as it was found (mode, gradient flags, hooks).
@@ -94,41 +99,93 @@ def score_feature_maps(
         labels: int64 ``[M]``.
         eps, steps, alpha: see :meth:`~fmp_core.frg.SharedForward.reversed_images`; alpha defaults to 2.5*eps/steps.
         seed: of the start noise, one draw per image, shared by all maps.
-        rows: images per batch (memory bound); scores do not depend on it.
+        dtype: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
+        rows: images per batch; the default suits the device. Scores do not depend on it. Halved when memory runs out.
+        memory_mib: lowers ``rows`` so that the retained graph fits (an estimate from one image).
         progress: called with the number of (map, image) pairs just scored.
     """
     device = images.device
-    rows = rows or rows_per_batch(device)
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     start = noisy_start(images, noise.to(device), eps)
-    alpha = 2.5 * eps / steps if alpha is None else alpha
-
-    # Every batch has the same shape (short ones are filled up), because kernels are chosen by shape and round differently.
-    batches = math.ceil(len(images) / rows)
-    batch = math.ceil(len(images) / batches)
-    copies = max(1, rows // batch)
+    attack = Attack(eps, steps, 2.5 * eps / steps if alpha is None else alpha)
     total = sum(layer.channels for layer in layers)
     correct = torch.zeros(total, dtype=torch.int64, device=device)
     margin = torch.zeros(total, dtype=torch.float64, device=device)
     with frozen(model):
-        for first in range(0, len(images), batch):
-            picked = torch.arange(first, first + batch, device=device).clamp(max=len(images) - 1)
-            counted = min(batch, len(images) - first)
-            shared = SharedForward(model, layers, images[picked], start[picked], copies)
-            position = 0
-            for layer in layers:
-                for lead in range(0, layer.channels, copies):
-                    channels = [min(lead + copy, layer.channels - 1) for copy in range(copies)]
-                    reverse = shared.reversed_images(layer, channels, eps, steps, alpha)
-                    with torch.inference_mode():
-                        hits, margins = _judge(model(reverse), labels[picked].repeat(copies))
-                    maps = min(copies, layer.channels - lead)
-                    where = slice(position + lead, position + lead + maps)
-                    correct[where] += hits.view(copies, batch)[:maps, :counted].sum(1)
-                    margin[where] += margins.view(copies, batch)[:maps, :counted].sum(1, dtype=torch.float64)
-                    progress(maps * counted)
-                position += layer.channels
+        engine = Engine(model, lowered(model, layers[0].module, dtype), dtype, layers, attack, progress)
+        rows = rows or rows_per_batch(device)
+        if memory_mib is not None:
+            rows = max(1, min(rows, memory_mib * 2**20 // engine.bytes_per_image(images[:1], start[:1])))
+        first = 0
+        while first < len(images):
+            batch = math.ceil((len(images) - first) / math.ceil((len(images) - first) / rows))
+            part = slice(first, first + batch)
+            try:
+                hits, margins = engine.score(images[part], start[part], labels[part], ranks.share(total), max(1, rows // batch))
+            except RuntimeError as error:
+                if rows == 1 or not is_out_of_memory(error):
+                    raise
+                rows //= 2
+                continue
+            correct += hits
+            margin += margins
+            first += batch
+    ranks.add_up(correct, margin)
     return Scores(tuple(layers), correct.cpu(), margin.cpu() / len(images), len(images))
+
+
+class Attack(NamedTuple):
+    eps: float
+    steps: int
+    alpha: float
+
+
+class Engine(NamedTuple):
+    """What scoring one batch of images needs: the float32 model, its twin of ``dtype``, and what to do with them."""
+
+    model: nn.Module
+    twin: nn.Module
+    dtype: torch.dtype
+    layers: Sequence[ConvLayer]
+    attack: Attack
+    progress: Callable[[int], None]
+
+    def score(self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, copies: int) -> tuple[Tensor, Tensor]:
+        """Correct FRG images (int64) and summed margins (float64) of each map, ``[N]``; 0 where ``wanted`` (bool) is not set."""
+        shared = SharedForward(self.model, self.layers, images, start, copies, self.twin, self.dtype)
+        truth = labels.repeat(copies)
+        correct = torch.zeros(len(wanted), dtype=torch.int64, device=images.device)
+        margin = torch.zeros(len(wanted), dtype=torch.float64, device=images.device)
+        position = 0
+        for layer in self.layers:
+            todo = wanted[position : position + layer.channels].nonzero().flatten().tolist()
+            for lead in range(0, len(todo), copies):
+                channels = todo[lead : lead + copies]
+                # A short group is filled up: kernels are chosen by shape, and round differently.
+                filled = channels + [channels[-1]] * (copies - len(channels))
+                reverse = shared.reversed_images(layer, filled, *self.attack)
+                with torch.inference_mode(), FrozenOps(self.dtype):
+                    hits, margins = _judge(self.twin(reverse), truth)
+                where = torch.tensor(channels, device=images.device) + position
+                correct[where] = hits.view(copies, -1).sum(1)[: len(channels)]
+                margin[where] = margins.view(copies, -1).sum(1, dtype=torch.float64)[: len(channels)]
+                self.progress(len(channels) * len(images))
+            position += layer.channels
+        return correct, margin
+
+    def bytes_per_image(self, image: Tensor, start: Tensor) -> int:
+        """Bytes that the shared forward passes of one image keep alive."""
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            shared = SharedForward(self.model, self.layers, image, start, 1, self.twin, self.dtype)
+        weights = {p.data_ptr() for net in (self.model, self.twin) for p in net.parameters()}
+        kept = sum(size for pointer, size in sizes.items() if pointer not in weights)
+        return kept + sum(t.nbytes for t in (*shared.clean.values(), *shared.difference.values()))
 
 
 def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
