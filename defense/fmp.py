@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pprint import pformat
 from typing import Any, NoReturn
@@ -26,19 +27,21 @@ for folder in (HERE, HERE.parent):  # fmp_core lies beside this file; BackdoorBe
         sys.path.append(str(folder))
 
 import torch  # noqa: E402
-from fmp_core import report  # noqa: E402
-from fmp_core.compute import choose_compute, make_deterministic  # noqa: E402
+from fmp_core import ranks, report  # noqa: E402
+from fmp_core.compute import choose_compute, choose_dtype, make_deterministic  # noqa: E402
 from fmp_core.datasets import Split, dataset_facts, open_split  # noqa: E402
 from fmp_core.errors import UserError  # noqa: E402
 from fmp_core.evaluate import Metrics, TestData, defense_effectiveness_rating, evaluate, to_unit  # noqa: E402
-from fmp_core.feature_maps import trace_conv_layers  # noqa: E402
+from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
 from fmp_core.files import write_text  # noqa: E402
 from fmp_core.finetune import Epoch, train  # noqa: E402
 from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
 from fmp_core.progress import Progress  # noqa: E402
 from fmp_core.pruning import prune_feature_maps  # noqa: E402
-from fmp_core.ranking import choose, score_feature_maps  # noqa: E402
+from fmp_core.racing import race  # noqa: E402
+from fmp_core.ranking import Scores, choose, score_feature_maps  # noqa: E402
 from fmp_core.records import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
+from fmp_core.score_cache import cache_file, content_key, load_scores, save_scores  # noqa: E402
 from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
 from fmp_core.subset import choose_subset  # noqa: E402
 
@@ -64,7 +67,7 @@ class FMP(defense):
     def __init__(self, args: argparse.Namespace | dict[str, Any] | None = None):
         given = args if isinstance(args, dict) else vars(args) if args else {}
         self.settings = load_settings(given)
-        self.compute = choose_compute(self.settings.device)
+        self.compute = ranks.join(choose_compute(self.settings.device))
         self.seconds: dict[str, float] = {}
         self.logger = logging.getLogger("fmp_core")
 
@@ -84,6 +87,8 @@ class FMP(defense):
             for split in (train_set, test_set):
                 _check_labels(split, record)
             self.subset = choose_subset(len(train_set), settings.ratio, settings.random_seed, settings.index)
+            if settings.epochs and len(self.subset) < 2:
+                raise UserError("Fine-tuning needs at least 2 clean images, not 1; raise --ratio or add to --index.")
             device = self.compute.device
             network = load_model(record.model_name, record.num_classes, record.state)
             self.model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
@@ -96,14 +101,23 @@ class FMP(defense):
                 record.bd_test.targets.to(device),
                 record.bd_test.true_labels(test_set).to(device),
             )
+            self.layers = self._trace(network, record)
         self.record, self.facts = record, facts
         self.folder = record.folder / "defense" / "fmp"
 
     def set_logger(self) -> None:
-        """Log to the console and to ``log/<time>.log``, in BB's format."""
+        """Log to the console and to ``log/<time>.log``, in BB's format; of several processes only the first speaks."""
+        if not ranks.leads():
+            self.logger.setLevel(logging.ERROR)
+            return
         log_folder = Path(self.settings.log or self.folder / "log")
-        log_folder.mkdir(parents=True, exist_ok=True)
-        Path(self.settings.checkpoint_save or self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+        for folder in (log_folder, Path(self.settings.checkpoint_save or self.folder / "checkpoint")):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"Folder {folder} cannot be made ({error.strerror}); choose another or free the name."
+                ) from None
         for handler in list(self.logger.handlers):
             self.logger.removeHandler(handler)
             handler.close()
@@ -123,8 +137,10 @@ class FMP(defense):
         """Rank, prune, fine-tune, evaluate, write. The poisoned test set is only ever evaluated on."""
         settings, logger = self.settings, self.logger
         make_deterministic()
-        before = self._test("before")
         scores = self._rank()
+        if not ranks.leads():  # one process goes on from here
+            return {"model": self.model.network, "metrics": {}}
+        before = self._test("before")
         choice = choose(scores, settings.p, settings.scope)
         prune_feature_maps(scores.layers, choice.by_layer(scores))
         pruned = int(choice.mask.sum())
@@ -176,31 +192,62 @@ class FMP(defense):
             raise UserError(
                 f"The record says {record.num_classes} classes, but {record.dataset} has {facts.num_classes}; it is damaged."
             )
+        if facts.size != record.image_size:
+            raise UserError(
+                f"The record says images of {record.image_size}, but {record.dataset} has {facts.size}; it is damaged."
+            )
         stored = {"dataset": record.dataset, "model": record.model_name, "num_classes": record.num_classes}
         for key, value in stored.items():
             given = getattr(self.settings, key)
             if given not in (None, value):
                 raise UserError(f"{key} is set to {given}, but the record in {record.folder} has {value}; leave --{key} out.")
 
-    def _rank(self) -> Any:
+    def _trace(self, network: torch.nn.Module, record: AttackRecord) -> list[ConvLayer]:
+        """The layers FMP ranks; also shows, before anything is written, that the model takes images of this size."""
+        try:
+            return trace_conv_layers(network, to_unit(self.clean_images[:1]))
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())[:200]
+            raise UserError(f"{record.model_name} cannot take the record's {record.image_size} images ({detail}).") from None
+
+    def _rank(self) -> Scores:
+        """The scores of all feature maps, from the cache if the same question was answered before."""
         settings = self.settings
         count = len(self.subset) if settings.frg_samples == "all" else min(int(settings.frg_samples), len(self.subset))
         images = to_unit(self.clean_images[:count]).contiguous(memory_format=torch.channels_last)
-        layers = trace_conv_layers(self.model.network, images[:1])
+        labels = self.clean_labels[:count]
+        layers = self.layers
         maps = sum(layer.channels for layer in layers)
-        self.logger.info("ranking %d feature maps of %d layers on %d clean images", maps, len(layers), count)
+        dtype = choose_dtype(settings.dtype, self.compute.device)
+        question: dict[str, Any] = {"eps": settings.eps, "steps": settings.frg_steps, "alpha": settings.alpha}
+        question |= {"seed": settings.random_seed}
+        racing = settings.ranking == "racing" and dtype == torch.float32
+        rules = {"dtype": str(dtype)} | ({"racing": [settings.p, settings.scope]} if racing else {})
+        key = content_key(self.model.network.state_dict(), images, labels, {**question, **rules})
+        scores = None if settings.fresh else load_scores(self.folder, key, layers)
+        if scores is not None:
+            self.logger.info("scores of %d feature maps read from %s (--fresh ranks again)", maps, cache_file(self.folder, key))
+            return scores
+        self.logger.info("ranking %d feature maps of %d layers on %d clean images in %s", maps, len(layers), count, dtype)
         with self._timed("ranking"), Progress("Ranking", maps * count, "map-images", self.logger) as bar:
-            return score_feature_maps(
+            score = partial(
+                score_feature_maps,
                 self.model,
                 layers,
                 images,
-                self.clean_labels[:count],
-                eps=settings.eps,
-                steps=settings.frg_steps,
-                alpha=settings.alpha,
-                seed=settings.random_seed,
+                labels,
+                **question,
+                rows=None if settings.chunk == "auto" else int(settings.chunk),
+                memory_mib=settings.memory,
                 progress=bar.add,
             )
+            if racing:
+                scores = race(lambda kind, wanted: score(dtype=kind, wanted=wanted), maps, settings.p, settings.scope)
+            else:
+                scores = score(dtype=dtype)
+        if ranks.leads():
+            save_scores(self.folder, key, scores)
+        return scores
 
     def _fine_tune(self) -> list[tuple[Epoch | None, Metrics | None]]:
         """Per-epoch results; without epochs, one row that holds the pruned model's metrics."""
@@ -278,8 +325,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fmp: interrupted; earlier results, if any, are unchanged. Run the same command again.", file=sys.stderr)
         return 130
+    finally:
+        ranks.leave()
     metrics = result["metrics"]
-    print(f"\n{report.table(metrics)}\n\nDER {metrics['der']:.4f}   results: {method.folder}")
+    if metrics:
+        print(f"\n{report.table(metrics)}\n\nDER {metrics['der']:.4f}   results: {method.folder}")
     return 0
 
 

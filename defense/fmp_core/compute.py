@@ -54,6 +54,12 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return any(probe() for probe in probes if probe is not None)
 
 
+def choose_dtype(text: str, device: torch.device) -> torch.dtype:
+    """``fp32``, ``bf16``, or ``auto``: bf16 where the device has it in hardware."""
+    bfloat16 = text == "bf16" or (text == "auto" and has_fast_bfloat16(device))
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
 def rows_per_batch(device: torch.device) -> int:
     """Images per forward pass: as many as keep activations in a CPU's cache, or a GPU busy."""
     return 512 if device.type == "cuda" else 64

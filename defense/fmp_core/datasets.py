@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import MNIST, ImageFolder
+from torchvision.datasets import MNIST
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from .errors import UserError
 from .images import Size, read_images
-from .numpy_pickles import NUMPY_GLOBALS
+from .numpy_pickles import FROM_BUFFER, NUMPY_GLOBALS
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Split:
         return len(self.labels)
 
 
+# What parsing a damaged file can raise, in our code or in torchvision's.
+_BAD_CONTENT = (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError, AssertionError)
+
+
 def open_split(root: str | Path, name: str, train: bool, size: Size) -> Split:
     """Open one split of dataset ``name`` below ``root/name``; images of folder datasets are decoded only when read.
 
@@ -76,7 +81,7 @@ def open_split(root: str | Path, name: str, train: bool, size: Size) -> Split:
     except FileNotFoundError as error:
         missing = error.filename or error
         raise UserError(f"Dataset {name} in {folder} is incomplete: {missing} is missing; unpack the dataset again.") from None
-    except (OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError, IndexError, RuntimeError) as error:
+    except (OSError, EOFError, pickle.UnpicklingError, *_BAD_CONTENT) as error:
         raise UserError(f"Dataset {name} in {folder} cannot be read ({error}); unpack the dataset again.") from None
 
 
@@ -100,8 +105,8 @@ def _file_split(paths: Sequence[Path], labels: Sequence[int], size: Size) -> Spl
 class _CifarUnpickler(pickle.Unpickler):
     """CIFAR's batches are pickles; nothing but numpy arrays may come out of them."""
 
-    # _codecs.encode is how Python 3 writes bytes in protocol 2.
-    ALLOWED: ClassVar = {**NUMPY_GLOBALS, ("_codecs", "encode"): _codecs.encode}
+    # _codecs.encode is how Python 3 writes bytes in protocol 2, _frombuffer how numpy writes arrays in protocol 5.
+    ALLOWED: ClassVar = {**NUMPY_GLOBALS, **FROM_BUFFER, ("_codecs", "encode"): _codecs.encode}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
@@ -157,10 +162,15 @@ def _mnist(folder: Path, train: bool, size: Size) -> Split:
 
 
 def _image_folder(folder: Path, train: bool, size: Size) -> Split:
-    """``train/<class>/*`` and ``test/<class>/*`` (or ``val/``), classes in alphabetical order."""
-    names = ["train"] if train else ["test", "val"]
+    """``train/<class>/*`` and ``val/<class>/*`` (or ``test/``), classes in alphabetical order."""
+    names = ["train"] if train else ["val", "test"]
     found = next((folder / name for name in names if (folder / name).is_dir()), None)
     if found is None:
         raise FileNotFoundError(2, "no such folder", str(folder / names[0]))
-    samples = ImageFolder(str(found)).samples
+    # Classes are counted on the training folder: a class without test images must not shift the labels of the others.
+    classes, numbers = find_classes(str(folder / "train"))
+    unknown = sorted({path.name for path in found.iterdir() if path.is_dir()} - set(classes))
+    if unknown:
+        raise ValueError(f"{found} has the folder {unknown[0]}, which is no class of {folder / 'train'}")
+    samples = make_dataset(str(found), numbers, IMG_EXTENSIONS, allow_empty=not train)
     return _file_split([Path(path) for path, _ in samples], [label for _, label in samples], size)

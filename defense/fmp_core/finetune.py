@@ -76,7 +76,7 @@ def train(
         UserError: fewer than two images.
     """
     if len(images) < 2:
-        raise UserError(f"Fine-tuning needs at least 2 clean images, not {len(images)}; raise --ratio or --batch_size.")
+        raise UserError(f"Fine-tuning needs at least 2 clean images, not {len(images)}; raise --ratio.")
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.wd)
     scheduler = _scheduler(optimizer, settings)
     generator = torch.Generator().manual_seed(settings.random_seed)

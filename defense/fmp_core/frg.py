@@ -1,8 +1,8 @@
 """Feature Reverse Generation (paper, Algorithm 1, lines 15-21), batched over feature maps.
 
-Images and perturbations are in pixel space [0,1]. For one step the gradient of ``|| f_i(x) - f_i(x0) ||^2`` at the noisy image
-``x0`` is a vector-Jacobian product whose vector is the difference of the two maps, zero outside channel ``i``: the clean and the
-noisy forward pass are shared by all feature maps of the model, and only the backward pass is one per map.
+Images and perturbations are in pixel space [0,1]. For one step the gradient of ``|| f_i(x) - f_i(x0) ||^2`` at the noisy
+image ``x0`` is a vector-Jacobian product whose vector is the difference of the two maps, zero outside channel ``i``: the clean
+and the noisy forward pass are shared by all feature maps of the model, and only the backward pass is one per map.
 """
 
 from __future__ import annotations

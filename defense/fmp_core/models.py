@@ -78,11 +78,13 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
                 f"The record's {key} has shape {tuple(state[key].shape)}, but {name} with {num_classes} classes needs "
                 f"{tuple(own.shape)}; the record's model_name or num_classes is wrong."
             )
+        if own.is_floating_point() > state[key].is_floating_point() or not state[key].isfinite().all():
+            raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; it is damaged.")
     unknown = next((key for key in state if key not in model.state_dict()), None)
     if unknown is not None:
         raise UserError(f"The record's model has the weights {unknown}, which {name} does not have.")
-    copies = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    model.load_state_dict({key: value.clone() for key, value in copies.items()}, assign=True)
+    own_state = model.state_dict()
+    model.load_state_dict({key: value.to(own_state[key].dtype, copy=True) for key, value in state.items()}, assign=True)
     return model
 
 

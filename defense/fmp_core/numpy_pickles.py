@@ -17,3 +17,6 @@ NUMPY_GLOBALS: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): RECONSTRUCT for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): SCALAR for core in ("core", "_core")},
 }
+FROM_BUFFER: dict[tuple[str, str], Any] = {
+    (f"numpy.{core}.numeric", "_frombuffer"): _core.numeric._frombuffer for core in ("core", "_core")
+}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,12 +24,14 @@ class Scores:
 
     ``correct`` int64 ``[N]``: how many of ``samples`` FRG images the whole model still classifies correctly.
     ``margin`` float64 ``[N]``: mean over the images of (logit of the true class - largest other logit).
+    ``settled`` bool ``[N]``: False for maps that racing dropped on their cheaper score; None if there are none.
     """
 
     layers: tuple[ConvLayer, ...]
     correct: Tensor
     margin: Tensor
     samples: int
+    settled: Tensor | None = None
 
     @property
     def total(self) -> int:
@@ -43,9 +46,12 @@ class Scores:
         return found
 
     def order(self) -> Tensor:
-        """Positions, int64 ``[N]``, from the lowest score up; ties of ``correct`` by ``margin``, then by position."""
-        by_margin = torch.argsort(self.margin, stable=True)
-        return by_margin[torch.argsort(self.correct[by_margin], stable=True)]
+        """Positions, int64 ``[N]``, from the lowest score up; ties of ``correct`` by ``margin``, then by position.
+
+        Maps that racing dropped come after all others.
+        """
+        dropped = torch.zeros(self.total) if self.settled is None else ~self.settled
+        return torch.from_numpy(np.lexsort((self.margin.numpy(), self.correct.numpy(), dropped.numpy())))  # last key first
 
 
 @dataclass(frozen=True)
@@ -62,17 +68,22 @@ class Choice:
 def choose(scores: Scores, p: int, scope: str) -> Choice:
     """The lowest N/p maps (rounded down) of all maps together (``global``, the paper) or of each layer (``layer``, the
     released code)."""
-    groups = [slice(0, scores.total)] if scope == "global" else [where for _, where in scores.slices()]
     mask = torch.zeros(scores.total, dtype=torch.bool)
-    order = scores.order()
     ties = 0
-    for group in groups:
-        members = order[(order >= group.start) & (order < group.stop)]
+    for members in ordered_groups(scores, scope):
         count = len(members) // p
         mask[members[:count]] = True
         if 0 < count < len(members) and scores.correct[members[count - 1]] == scores.correct[members[count]]:
             ties += int((scores.correct[members] == scores.correct[members[count]]).sum())
     return Choice(mask, ties)
+
+
+def ordered_groups(scores: Scores, scope: str) -> list[Tensor]:
+    """Positions of the maps that are compared with each other, each group from its lowest score up."""
+    order = scores.order()
+    if scope == "global":
+        return [order]
+    return [order[(order >= where.start) & (order < where.stop)] for _, where in scores.slices()]
 
 
 def score_feature_maps(
@@ -88,6 +99,7 @@ def score_feature_maps(
     dtype: torch.dtype = torch.float32,
     rows: int | None = None,
     memory_mib: int | None = None,
+    wanted: Tensor | None = None,
     progress: Callable[[int], None] = lambda pairs: None,
 ) -> Scores:
     """Score all feature maps on all ``images``; under ``torchrun`` each process scores its share and all get the whole.
@@ -102,6 +114,7 @@ def score_feature_maps(
         dtype: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
         rows: images per batch; the default suits the device. Scores do not depend on it. Halved when memory runs out.
         memory_mib: lowers ``rows`` so that the retained graph fits (an estimate from one image).
+        wanted: bool ``[N]``, the maps to score (default all); the others get 0.
         progress: called with the number of (map, image) pairs just scored.
     """
     device = images.device
@@ -116,12 +129,13 @@ def score_feature_maps(
         rows = rows or rows_per_batch(device)
         if memory_mib is not None:
             rows = max(1, min(rows, memory_mib * 2**20 // engine.bytes_per_image(images[:1], start[:1])))
+        mine = ranks.share(torch.ones(total, dtype=torch.bool) if wanted is None else wanted)
         first = 0
         while first < len(images):
             batch = math.ceil((len(images) - first) / math.ceil((len(images) - first) / rows))
             part = slice(first, first + batch)
             try:
-                hits, margins = engine.score(images[part], start[part], labels[part], ranks.share(total), max(1, rows // batch))
+                hits, margins = engine.score(images[part], start[part], labels[part], mine, max(1, rows // batch))
             except RuntimeError as error:
                 if rows == 1 or not is_out_of_memory(error):
                     raise
@@ -151,7 +165,7 @@ class Engine(NamedTuple):
     progress: Callable[[int], None]
 
     def score(self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, copies: int) -> tuple[Tensor, Tensor]:
-        """Correct FRG images (int64) and summed margins (float64) of each map, ``[N]``; 0 where ``wanted`` (bool) is not set."""
+        """Correct FRG images (int64) and summed margins (float64) of each map, ``[N]``; 0 where ``wanted`` is False."""
         shared = SharedForward(self.model, self.layers, images, start, copies, self.twin, self.dtype)
         truth = labels.repeat(copies)
         correct = torch.zeros(len(wanted), dtype=torch.int64, device=images.device)
@@ -159,14 +173,14 @@ class Engine(NamedTuple):
         position = 0
         for layer in self.layers:
             todo = wanted[position : position + layer.channels].nonzero().flatten().tolist()
+            places = (torch.tensor(todo, dtype=torch.int64) + position).to(images.device)
             for lead in range(0, len(todo), copies):
-                channels = todo[lead : lead + copies]
+                channels, where = todo[lead : lead + copies], places[lead : lead + copies]
                 # A short group is filled up: kernels are chosen by shape, and round differently.
                 filled = channels + [channels[-1]] * (copies - len(channels))
                 reverse = shared.reversed_images(layer, filled, *self.attack)
                 with torch.inference_mode(), FrozenOps(self.dtype):
                     hits, margins = _judge(self.twin(reverse), truth)
-                where = torch.tensor(channels, device=images.device) + position
                 correct[where] = hits.view(copies, -1).sum(1)[: len(channels)]
                 margin[where] = margins.view(copies, -1).sum(1, dtype=torch.float64)[: len(channels)]
                 self.progress(len(channels) * len(images))

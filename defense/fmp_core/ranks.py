@@ -8,16 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .compute import Compute
 
-def start(device: torch.device) -> torch.device:
-    """Join the processes torchrun started, if it did: nccl on CUDA (one GPU each), gloo on CPU. Returns this one's device."""
-    if "RANK" not in os.environ or dist.is_initialized():
-        return device
+
+def join(compute: Compute) -> Compute:
+    """Join the processes torchrun started, if it did: nccl on CUDA (one GPU each), gloo on CPU. Returns this one's share."""
+    if "RANK" not in os.environ:
+        return compute
+    device = compute.device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Compute(device)
 
 
 def together() -> bool:
@@ -29,10 +33,11 @@ def leads() -> bool:
     return not together() or dist.get_rank() == 0
 
 
-def share(total: int) -> Tensor:
-    """The positions this process scores, bool ``[total]``: every n-th, so that all layers are spread evenly."""
-    positions = torch.arange(total)
-    return positions % dist.get_world_size() == dist.get_rank() if together() else positions >= 0
+def share(wanted: Tensor) -> Tensor:
+    """Of the positions ``wanted`` (bool ``[N]``), those this process scores: every n-th, so that layers are spread evenly."""
+    if not together():
+        return wanted
+    return wanted & (wanted.cumsum(0) % dist.get_world_size() == dist.get_rank())
 
 
 def add_up(*sums: Tensor) -> None:
@@ -42,6 +47,6 @@ def add_up(*sums: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
-def finish() -> None:
+def leave() -> None:
     if together():
         dist.destroy_process_group()

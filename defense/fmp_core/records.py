@@ -52,8 +52,10 @@ class PoisonedSet:
         """The true labels, int64 ``[N]``. Raises UserError if the record does not determine them."""
         if self.original is not None:
             return self.original
-        if self.indices is None or (len(self.indices) and int(self.indices.max()) >= len(clean_test)):
+        known = self.indices is not None and bool(((self.indices >= 0) & (self.indices < len(clean_test))).all())
+        if not known:
             raise UserError("The record names neither the true labels nor the test images it poisoned, so RA is undefined.")
+        assert self.indices is not None
         return clean_test.labels[self.indices]
 
 
@@ -93,7 +95,7 @@ def read_attack_record(folder: str | Path) -> AttackRecord:
         raise UserError(f"{path} is not an attack record: it lacks {', '.join(missing)}.")
     try:
         return _attack_record(folder, content)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, OSError) as error:
         raise UserError(f"{path} is not as BackdoorBench writes it ({type(error).__name__}: {error}).") from None
 
 
@@ -109,6 +111,8 @@ def _attack_record(folder: Path, content: Mapping[str, Any]) -> AttackRecord:
         raise ValueError(f"num_classes is {num_classes} and img_size {content['img_size']}")
     size = (height, width, channels)
     bd_test = content["bd_test"]
+    if not isinstance(bd_test, Mapping):
+        raise ValueError(f"bd_test is a {type(bd_test).__name__}")
     poisoned = _v1_poisoned_set(bd_test, size) if "x" in bd_test else _poisoned_set(folder, bd_test, size)
     for name, labels in (("attack", poisoned.targets), ("original", poisoned.original)):
         if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
@@ -121,8 +125,8 @@ def _attack_record(folder: Path, content: Mapping[str, Any]) -> AttackRecord:
 def _state(model: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     state = OrderedDict((str(key).removeprefix("module."), value) for key, value in model.items())
     for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"model[{key!r}] is a {type(value).__name__}, not a tensor")
+        if not isinstance(value, Tensor) or value.device.type != "cpu":
+            raise ValueError(f"model[{key!r}] is a {type(value).__name__} that holds no numbers")
     return state
 
 
@@ -157,6 +161,9 @@ def _v1_poisoned_set(state: Mapping[str, Any], size: Size) -> PoisonedSet:
     if images.shape[1:] != (size[2], *size[:2]) or len(images) != len(state["y"]):
         raise ValueError(f"bd_test x has shape {tuple(images.shape)} for {len(state['y'])} labels")
     original, indices = state.get("original_targets"), state.get("original_index")
+    for name, values in (("original_targets", original), ("original_index", indices)):
+        if values is not None and len(values) != len(images):
+            raise ValueError(f"bd_test {name} has {len(values)} entries for {len(images)} images")
     return PoisonedSet(
         images,
         _int64(state["y"]),
@@ -171,8 +178,15 @@ def _int64(values: Any) -> Tensor:
 
 def _stack(images: Sequence[Any], size: Size) -> Tensor:
     """Images held in the record (pickled PIL, uint8 arrays ``[H, W, C]``) as uint8 ``[N, C, H, W]``."""
-    decoded = [image.decode() if isinstance(image, PickledImage) else Image.fromarray(np.asarray(image)) for image in images]
+    decoded = [image.decode() if isinstance(image, PickledImage) else Image.fromarray(_bytes(image)) for image in images]
     return torch.stack([to_pixels(image, size) for image in decoded]) if decoded else torch.empty(0, size[2], *size[:2])
+
+
+def _bytes(image: Any) -> np.ndarray:
+    array = np.asarray(image)
+    if np.issubdtype(array.dtype, np.floating):
+        array = (array * 255).round().clip(0, 255)
+    return array.astype(np.uint8)
 
 
 def _locate(stored: Sequence[str], saved_below: str | None, folder: Path) -> list[Path]:
@@ -192,7 +206,7 @@ def _locate(stored: Sequence[str], saved_below: str | None, folder: Path) -> lis
             else PurePosixPath(*path.parts[-3:])
         )
         file = root / inside
-        if inside.is_absolute() or ".." in inside.parts or not file.resolve().is_relative_to(root):
+        if not file.resolve().is_relative_to(root):
             raise UserError(f"The record in {folder} names an image outside its folder ({text}), and was refused.")
         found.append(file)
     missing = [file for file in found if not file.is_file()]

@@ -29,10 +29,16 @@ class PickledImage:
         return Image.frombytes(mode, tuple(size), bytes(data))
 
 
+def _no_bytes() -> bytes:
+    """Python 3 writes ``b""`` in protocol 2 as a call of bytes(); with an argument that call could claim any memory."""
+    return b""
+
+
 _DTYPES = sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, key=lambda kind: kind.__name__)
 _ALLOWED: list[Any] = [
     *((obj, f"{module}.{name}") for (module, name), obj in NUMPY_GLOBALS.items()),
     *_DTYPES,
+    (_no_bytes, "builtins.bytes"),
     (PickledImage, "PIL.Image.Image"),
     (PickledImage, "PIL.PngImagePlugin.PngImageFile"),
 ]
@@ -50,9 +56,9 @@ def load_torch_file(path: Path) -> Any:
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen unrelated types for a bad file
-        refused = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)|[Bb]locklisted (?:module|global) (\S+)", str(error))
+        refused = re.search(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) (\S+)", str(error))
         if refused:
-            name = next(filter(None, refused.groups())).rstrip(".")
+            name = refused[1].rstrip(".")
             raise UserError(
                 f"{path} was refused: its pickle asks for {name}, and a record may hold data only; do not trust this file."
             ) from None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +24,13 @@ class Kind(NamedTuple):
     expects: str
 
 
-def _integer(low: int) -> Kind:
+def _integer(low: int, high: int | None = None) -> Kind:
     def parse(value: Any) -> int:
-        if isinstance(value, bool) or int(str(value)) < low:
+        if isinstance(value, bool) or int(str(value)) < low or (high is not None and int(str(value)) > high):
             raise ValueError
         return int(str(value))
 
-    return Kind(parse, f"a whole number of at least {low}")
+    return Kind(parse, f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}"))
 
 
 def _number(low: float, high: float = float("inf"), *, above: bool = False) -> Kind:
@@ -39,8 +39,9 @@ def _number(low: float, high: float = float("inf"), *, above: bool = False) -> K
     def parse(value: Any) -> float:
         if isinstance(value, bool):
             raise ValueError
-        number = float(Fraction(str(value)))
-        if not (low < number if above else low <= number) or number > high:
+        numerator, _, denominator = str(value).partition("/")
+        number = float(numerator) / float(denominator or 1)
+        if not math.isfinite(number) or not (low < number if above else low <= number) or number > high:
             raise ValueError
         return number
 
@@ -78,6 +79,7 @@ def _parse_milestones(value: Any) -> tuple[int, ...]:
 _BOOLEAN = Kind(_parse_boolean, "True or False")
 _TEXT = Kind(_parse_text, "a text")
 _SAMPLES = Kind(lambda v: "all" if v == "all" else _integer(1).parse(v), "a whole number of at least 1, or all")
+_CHUNK = Kind(lambda v: "auto" if v == "auto" else _integer(1).parse(v), "a whole number of at least 1, or auto")
 _MILESTONES = Kind(_parse_milestones, "epochs separated by commas, such as 5,8")
 
 
@@ -99,7 +101,7 @@ class Settings:
     model: str | None = _setting(None, _TEXT, "checked against the record")
     num_classes: int | None = _setting(None, _integer(2), "checked against the record")
     device: str = _setting("auto", _TEXT, "auto (CUDA where there is one), cpu, cuda, cuda:0 or cuda:0,1")
-    random_seed: int = _setting(0, _integer(0), "seed of the clean subset, the FRG noise and fine-tuning")
+    random_seed: int = _setting(0, _integer(0, 2**32 - 1), "seed of the clean subset, the FRG noise and fine-tuning")
 
     ratio: float = _setting(0.1, _number(0, 1, above=True), "share of the clean training set the defender owns")
     index: str | None = _setting(None, _TEXT, "text file of clean-training-set indices to use instead of --ratio")
@@ -113,8 +115,16 @@ class Settings:
     frg_samples: int | str = _setting(64, _SAMPLES, "clean images each feature map is scored on, or all")
     scope: str = _setting("layer", _choice("layer", "global"), "choose N/p in each layer, or of all maps together")
 
+    ranking: str = _setting(
+        "exact", _choice("exact", "racing"), "score every map on every image, or drop maps early that will not be chosen"
+    )
+    dtype: str = _setting("fp32", _choice("fp32", "bf16", "auto"), "precision of ranking; auto: bf16 if in hardware")
+    chunk: int | str = _setting("auto", _CHUNK, "images per batch of ranking")
+    memory: int | None = _setting(None, _integer(64), "MiB that ranking may keep; lowers the chunk")
+    fresh: bool = _setting(False, _BOOLEAN, "rank again even if the scores of the same model, images and settings are cached")
+
     epochs: int = _setting(10, _integer(0), "fine-tuning epochs; 0 prunes and evaluates only")
-    batch_size: int = _setting(256, _integer(1), "batch size of fine-tuning and evaluation")
+    batch_size: int = _setting(256, _integer(2), "batch size of fine-tuning and evaluation")
     lr: float = _setting(0.01, _number(0, above=True), "learning rate")
     lr_scheduler: str = _setting(
         "CosineAnnealingLR", _choice("CosineAnnealingLR", "StepLR", "MultiStepLR"), "learning-rate schedule, per epoch"
@@ -148,7 +158,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, field in FIELDS.items():
         short = [field.metadata["short"]] if field.metadata["short"] else []
         # Values stay text here and are parsed in one place, so a bad YAML key and a bad flag read alike.
-        parser.add_argument(*short, f"--{name}", default=None, metavar=name.upper(), help=field.metadata["help"])
+        # A bare ``--amp`` or ``--fresh`` means True, as users type it; BB's ``--amp True`` works too.
+        bare: dict[str, Any] = {"nargs": "?", "const": "True"} if field.metadata["kind"] is _BOOLEAN else {}
+        parser.add_argument(*short, f"--{name}", default=None, metavar=name.upper(), help=field.metadata["help"], **bare)
 
 
 def parse_value(name: str, value: Any, source: str) -> Any:

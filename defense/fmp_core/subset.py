@@ -26,11 +26,11 @@ def choose_subset(total: int, ratio: float, seed: int, index_file: str | None) -
 def _read_index(path: str, total: int) -> list[int]:
     try:
         with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
+            lines = [(number, line.strip()) for number, line in enumerate(file, start=1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--index {path} cannot be read ({getattr(error, 'strerror', None) or 'not a text file'}).") from None
     indices = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines:
         try:
             indices.append(int(float(line)) if float(line).is_integer() else int(line))
         except (ValueError, OverflowError):

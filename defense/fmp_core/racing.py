@@ -1,0 +1,64 @@
+"""Racing: score all maps in bfloat16, and in float32 only those that may end among the lowest N/p.
+
+A race over fewer *images* does not pay here: with eps = 1/255 the differences between maps are smaller than what a subset of
+the images can resolve (docs/performance.md). A race over *precision* does, because bfloat16 scores are the float32 ones plus a
+small error whose size the rescored maps show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .ranking import Scores, ordered_groups
+
+CONTENDERS = 2  # times the maps to choose are rescored at first
+CONFIDENCE = 4.0  # standard deviations of the bfloat16 error that a dropped map keeps from the cut: 1 - 3e-5, if normal
+
+
+def race(score: Callable[[torch.dtype, Tensor], Scores], total: int, p: int, scope: str) -> Scores:
+    """Scores whose lowest N/p maps are float32 scores; ``settled`` marks all maps that have one.
+
+    A map is dropped if its bfloat16 score stays above the float32 score at the cut by more than bfloat16 has been seen to err:
+    :data:`CONFIDENCE` standard deviations in the margin, and the largest difference in the count.
+
+    Args:
+        score: scores the maps of a bool mask ``[N]`` in a dtype.
+        total: N.
+    """
+    cheap = score(torch.bfloat16, torch.ones(total, dtype=torch.bool))
+    settled = torch.zeros(total, dtype=torch.bool)
+    correct, margin = cheap.correct.clone(), cheap.margin.clone()
+    doubtful = torch.zeros(total, dtype=torch.bool)
+    for members in ordered_groups(cheap, scope):
+        doubtful[members[: CONTENDERS * (len(members) // p)]] = True
+    while doubtful.any():
+        exact = score(torch.float32, doubtful)
+        correct[doubtful], margin[doubtful] = exact.correct[doubtful], exact.margin[doubtful]
+        settled |= doubtful
+        scores = replace(cheap, correct=correct, margin=margin, settled=settled)
+        doubtful = _in_doubt(cheap, scores, p, scope)
+    return replace(cheap, correct=correct, margin=margin, settled=settled)
+
+
+def _in_doubt(cheap: Scores, scores: Scores, p: int, scope: str) -> Tensor:
+    """Dropped maps that the bfloat16 error seen so far could carry below the cut of their group; bool ``[N]``."""
+    assert scores.settled is not None
+    doubtful = torch.zeros(scores.total, dtype=torch.bool)
+    wrong = (scores.margin - cheap.margin)[scores.settled]
+    slack = CONFIDENCE * float(wrong.square().mean().sqrt())
+    for members in ordered_groups(scores, scope):
+        count = len(members) // p
+        if count == 0:
+            continue
+        cut = members[count - 1]
+        known = members[scores.settled[members]]
+        others = members[~scores.settled[members]]
+        miscount = int((scores.correct - cheap.correct)[known].abs().max())
+        least = cheap.correct[others] - miscount
+        close = (least == scores.correct[cut]) & (cheap.margin[others] - slack <= scores.margin[cut])
+        doubtful[others] = (least < scores.correct[cut]) | close
+    return doubtful

@@ -1,0 +1,128 @@
+"""Fixtures: a workplace (dataset and attack record in a temporary current folder) and the command run inside it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fmp
+import numpy as np
+import pytest
+import torch
+from fmp_core.models import build_model
+from fmp_core.records import PoisonedImages, write_attack_record
+
+RECORD = "badnet_tiny"
+MODEL = "squeezenet1_0"  # the cheapest of BackdoorBench's models at 32x32: 0.7 million weights, 2986 feature maps
+
+
+class Ran(NamedTuple):
+    """What a command left: its exit code, and all it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call_fmp(*flags: str) -> Ran:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = fmp.main(list(flags))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def poisoned(images: torch.Tensor, labels: torch.Tensor, indices: list[int], target: int = 0) -> PoisonedImages:
+    """A white corner on images ``indices``, uint8 ``[N, C, H, W]``."""
+    triggered = images[indices].clone()
+    triggered[:, :, -3:, -3:] = 255
+    return PoisonedImages(len(images), indices, triggered, [target] * len(indices), labels[indices].tolist())
+
+
+def build_workplace(root: Path) -> None:
+    """``data/cifar10`` of 50 + 10 random images in CIFAR-10's layout, and ``record/badnet_tiny`` with random weights."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (60, 3, 32, 32), dtype=np.uint8)
+    labels = np.arange(60) % 10
+    batches = root / "data" / "cifar10" / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        rows = slice(10 * number, 10 * number + 10)
+        batch = {"data": images[rows].reshape(10, -1), "labels": labels[rows].tolist()}
+        (batches / name).write_bytes(pickle.dumps(batch, protocol=2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_model(MODEL, 10)
+    pixels, targets = torch.from_numpy(images), torch.from_numpy(labels)
+    write_attack_record(
+        root / "record" / RECORD,
+        name=RECORD,
+        model_name=MODEL,
+        num_classes=10,
+        state=network.state_dict(),
+        dataset="cifar10",
+        image_size=(32, 32, 3),
+        bd_train=poisoned(pixels[:50], targets[:50], [3, 11, 20, 27, 42]),
+        bd_test=poisoned(pixels[50:], targets[50:], list(range(1, 10))),
+    )
+
+
+@pytest.fixture(scope="session")
+def workplace_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("template")
+    build_workplace(root)
+    return root
+
+
+@pytest.fixture
+def workplace(workplace_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh current folder that holds ``data/cifar10`` and ``record/badnet_tiny``."""
+    root = tmp_path / "workplace"
+    shutil.copytree(workplace_template, root)
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.fixture
+def tiny_record(workplace: Path) -> Path:
+    """The record's folder in a fresh workplace."""
+    return workplace / "record" / RECORD
+
+
+@pytest.fixture
+def run_fmp(workplace: Path) -> Callable[..., Ran]:
+    """``run_fmp("--p", "8", ...)`` is the command in a fresh workplace, in this process, on the CPU."""
+    return lambda *flags: call_fmp("--device", "cpu", *flags)
+
+
+@pytest.fixture
+def edit_record() -> Callable[[Path, Callable[[dict[str, Any]], Any]], None]:
+    """``edit_record(folder, change)`` rewrites ``attack_result.pt`` after ``change(content)``."""
+
+    def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+        content = torch.load(folder / "attack_result.pt", weights_only=False)  # our own file
+        change(content)
+        torch.save(content, folder / "attack_result.pt")
+
+    return edit
+
+
+@pytest.fixture(autouse=True)
+def quiet_logger() -> Iterator[None]:
+    """A run adds handlers to the package's logger; the next test must not log into a closed stream."""
+    logger = logging.getLogger("fmp_core")
+    level, propagate = logger.level, logger.propagate
+    yield
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(level)
+    logger.propagate = propagate

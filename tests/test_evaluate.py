@@ -1,0 +1,111 @@
+"""Acc, ASR and RA as BackdoorBench counts them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from fmp_core.evaluate import Metrics, defense_effectiveness_rating, evaluate, predict, to_unit
+from fmp_core.evaluate import TestData as Data  # pytest would take a name Test* for a test
+from torch import Tensor, nn
+from toy import Plain, footprint, toy_case, weights
+
+
+class Brightest(nn.Module):
+    """Logits are 4 * the mean of each channel in [0,1], so the class is the brightest channel."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return 4 * pixels.mean((2, 3))
+
+
+def shades(*rows: tuple[int, int, int]) -> Tensor:
+    """Plain images of these channel values, uint8 ``[N, 3, 2, 2]``."""
+    return torch.tensor(rows, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 2, 2).contiguous()
+
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def test_known_predictions_give_known_fractions() -> None:
+    data = Data(
+        clean_images=shades(RED, GREEN, BLUE, BLUE),
+        clean_labels=torch.tensor([0, 1, 2, 0]),
+        poisoned_images=shades(RED, RED, GREEN, BLUE, BLUE),
+        targets=torch.tensor([0, 0, 0, 0, 0]),
+        originals=torch.tensor([1, 2, 1, 1, 2]),
+    )
+    metrics = evaluate(Brightest(), data, batch_size=2)
+    assert metrics.headline() == {"test_acc": 3 / 4, "test_asr": 2 / 5, "test_ra": 2 / 5}
+    assert (metrics.test_acc, metrics.test_asr, metrics.test_ra) == (0.75, 0.4, 0.4)
+
+
+def test_the_loss_is_the_mean_of_batch_means() -> None:
+    # A right image has logits (4, 0, 0): loss log(e^4 + 2) - 4; a wrong one log(e^4 + 2).
+    right, wrong = math.log(math.exp(4) + 2) - 4, math.log(math.exp(4) + 2)
+    images, labels = shades(RED, RED, RED, RED, RED), torch.tensor([0, 0, 0, 0, 1])
+    for batch_size, batches in ((4, [right, wrong]), (5, [(4 * right + wrong) / 5]), (2, [right, right, wrong])):
+        classes, loss = predict(Brightest(), images, labels, batch_size)
+        assert loss == pytest.approx(sum(batches) / len(batches), rel=1e-5)
+        assert classes.tolist() == [0] * 5
+
+
+def test_clean_and_poisoned_losses_are_told_apart() -> None:
+    data = Data(shades(RED), torch.tensor([0]), shades(GREEN), torch.tensor([0]), torch.tensor([1]))
+    metrics = evaluate(Brightest(), data, 8)
+    assert metrics.clean_test_loss_avg_over_batch == pytest.approx(math.log(math.exp(4) + 2) - 4, rel=1e-5)
+    assert metrics.bd_test_loss_avg_over_batch == pytest.approx(math.log(math.exp(4) + 2), rel=1e-5)
+
+
+def test_pixels_become_fractions_as_totensor_makes_them() -> None:
+    assert to_unit(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([0.0, 0.2, 1.0])
+    assert to_unit(torch.tensor([3], dtype=torch.uint8)).dtype == torch.float32
+
+
+def test_many_images_keep_their_order() -> None:
+    """More images than one forward pass takes, on any device."""
+    classes = torch.randint(0, 3, (1500,), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor([RED, GREEN, BLUE], dtype=torch.uint8)[classes][:, :, None, None].expand(-1, -1, 2, 2)
+    assert torch.equal(predict(Brightest(), images, classes, 256)[0], classes)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_the_model_as_found(training: bool) -> None:
+    model = toy_case(Plain)[0].train(training)
+    model.network.bn2.train()
+    model.network.conv1.weight.requires_grad_(False)
+    before, state = footprint(model), weights(model)
+    images, labels = torch.randint(0, 256, (9, 3, 8, 8)).byte(), torch.zeros(9, dtype=torch.int64)
+    torch.manual_seed(5)
+    evaluate(model, Data(images, labels, images, labels, labels), 4)
+    drawn = torch.rand(2)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(2), drawn)
+    assert footprint(model) == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_evaluation_is_in_evaluation_mode_even_while_training() -> None:
+    model = toy_case(Plain)[0]
+    images, labels = torch.randint(0, 256, (9, 3, 8, 8)).byte(), torch.arange(9) % 5
+    losses = [predict(model.train(training), images, labels, 4)[1] for training in (True, False)]
+    assert losses[0] == losses[1]
+
+
+def metrics(acc: float, asr: float) -> Metrics:
+    return Metrics(acc, asr, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "der"),
+    [
+        ((0.9, 1.0), (0.9, 0.0), 1.0),  # the whole backdoor gone at no price
+        ((0.9, 1.0), (0.9, 1.0), 0.5),  # nothing happened
+        ((0.9, 1.0), (0.4, 1.0), 0.25),  # accuracy lost for nothing
+        ((0.9, 0.8), (0.8, 0.2), 0.75),  # (0.6 - 0.1 + 1) / 2
+        ((0.8, 0.8), (0.9, 0.2), 0.8),  # an accuracy gain counts as no drop
+        ((0.8, 0.2), (0.8, 0.6), 0.5),  # an ASR gain counts as no drop
+    ],
+)
+def test_defense_effectiveness_rating(before: tuple[float, float], after: tuple[float, float], der: float) -> None:
+    assert defense_effectiveness_rating(metrics(*before), metrics(*after)) == pytest.approx(der)

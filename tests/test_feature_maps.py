@@ -1,0 +1,122 @@
+"""Which convolutions a network runs, in which order, and which batch norms are theirs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fmp_core.errors import UserError
+from fmp_core.feature_maps import frozen, trace_conv_layers
+from torch import nn
+from toy import (
+    ConvTwice,
+    Depthwise,
+    InplaceRelu,
+    InplaceSum,
+    NoConv,
+    NormTwiceOnOne,
+    NormTwiceOnTwo,
+    OutOfOrder,
+    Plain,
+    PostActivation,
+    PreActivation,
+    SmallPreActResNet,
+    SumOfTwo,
+    TwoReaders,
+    TwoWriters,
+    footprint,
+    toy_images,
+    weights,
+)
+
+# net -> its convolutions in execution order, each with the batch norms that consume exactly its output
+WIRING = {
+    Plain: [("conv1", ["bn1"]), ("conv2", ["bn2"])],
+    PreActivation: [("stem", ["bn1"]), ("conv1", ["bn2"]), ("conv2", [])],
+    PostActivation: [("stem", ["bn0"]), ("conv1", ["bn1"]), ("conv2", ["bn2"]), ("last", ["bn3"])],
+    TwoReaders: [("conv", ["left", "right"])],
+    TwoWriters: [("left", []), ("right", [])],
+    SumOfTwo: [("left", []), ("right", [])],
+    InplaceRelu: [("conv1", []), ("conv2", [])],
+    InplaceSum: [("stem", []), ("conv", [])],
+    Depthwise: [("expand", ["bn1"]), ("depthwise", ["bn2"]), ("grouped", ["bn3"])],
+    NormTwiceOnOne: [("conv", ["bn"])],
+    NormTwiceOnTwo: [("conv", [])],
+    OutOfOrder: [("conv_a", ["bn_a"]), ("conv_b", ["bn_b"]), ("shortcut", [])],
+    SmallPreActResNet: [
+        ("conv1", ["layer1.bn1"]),
+        ("layer1.conv1", ["layer1.bn2"]),
+        ("layer1.conv2", []),
+        ("layer2.shortcut.0", []),
+        ("layer2.conv1", ["layer2.bn2"]),
+        ("layer2.conv2", []),
+    ],
+}
+
+
+def wiring(network: nn.Module) -> list[tuple[str, list[str]]]:
+    names = {module: name for name, module in network.named_modules()}
+    return [
+        (layer.name, sorted(names[norm] for norm in layer.batch_norms)) for layer in trace_conv_layers(network, toy_images(1))
+    ]
+
+
+@pytest.mark.parametrize("kind", WIRING, ids=lambda kind: kind.__name__)
+def test_convs_in_execution_order_with_their_own_batch_norms(kind: type[nn.Module]) -> None:
+    assert wiring(kind()) == WIRING[kind]
+
+
+def test_a_layer_is_the_module_of_that_name() -> None:
+    network = Depthwise()
+    layers = trace_conv_layers(network, toy_images(1))
+    assert [layer.module for layer in layers] == [network.expand, network.depthwise, network.grouped]
+    assert [layer.channels for layer in layers] == [6, 6, 6]
+
+
+def test_a_conv_that_is_never_run_has_no_feature_maps() -> None:
+    network = Plain()
+    network.spare = nn.Conv2d(3, 4, 1)
+    assert wiring(network) == WIRING[Plain]
+
+
+def test_a_conv_called_twice_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"convolution conv more than once"):
+        trace_conv_layers(ConvTwice(), toy_images(1))
+
+
+def test_a_network_without_convolutions_is_refused() -> None:
+    with pytest.raises(UserError, match="no Conv2d"):
+        trace_conv_layers(NoConv(), toy_images(1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tracing_leaves_no_trace(training: bool) -> None:
+    network = PreActivation().train(training)
+    network.stem.weight.requires_grad_(False)
+    before, state = footprint(network), weights(network)
+    trace_conv_layers(network, toy_images(2))
+    assert footprint(network) == before
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())  # batch norm statistics too
+
+
+def test_tracing_leaves_no_trace_after_an_error() -> None:
+    network = PreActivation().train()
+    before = footprint(network)
+    with pytest.raises(RuntimeError):
+        trace_conv_layers(network, torch.rand(1, 7, 8, 8))  # 7 channels: the stem raises
+    with pytest.raises(RuntimeError):
+        trace_conv_layers(nn.Sequential(network, nn.Linear(3, 3)), toy_images(1))  # the layer after raises
+    assert footprint(network) == before
+
+
+def test_frozen_evaluates_without_gradients_and_restores_mixed_flags() -> None:
+    network = Plain()
+    network.bn1.eval()
+    network.conv2.bias.requires_grad_(False)
+    before = footprint(network)
+    with frozen(network):
+        assert not any(module.training for module in network.modules())
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert footprint(network) == before
+    with pytest.raises(KeyError), frozen(network):
+        raise KeyError
+    assert footprint(network) == before

@@ -1,0 +1,68 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from fmp_core.files import replacing, write_text, write_torch
+
+
+def test_a_file_is_replaced(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    write_text(path, "new é")
+    assert path.read_text(encoding="utf-8") == "new é"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_missing_folders_are_made(tmp_path: Path):
+    write_text(tmp_path / "x" / "y" / "a.txt", "text")
+    assert (tmp_path / "x" / "y" / "a.txt").read_text() == "text"
+
+
+def test_until_the_end_the_old_content_stands(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text("old")
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        assert path.read_text() == "old"
+        assert temporary.parent == tmp_path and temporary.suffix == ".csv"
+    assert path.read_text() == "half"
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_an_exception_leaves_the_old_content_and_nothing_else(kind: type[BaseException], tmp_path: Path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(kind), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise kind
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_an_exception_leaves_no_new_file(tmp_path: Path):
+    with pytest.raises(AttributeError):
+        write_torch(tmp_path / "a.pt", {"tensor": torch.ones(3), "unpicklable": lambda: None})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_are_those_of_any_new_file(umask: int, mode: int, tmp_path: Path):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "a.txt", "text")
+        assert os.umask(umask) == umask  # and the process keeps its umask
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == mode
+
+
+def test_tensors_come_back(tmp_path: Path):
+    write_torch(tmp_path / "a.pt", {"x": torch.arange(5)})
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["x"].tolist() == [0, 1, 2, 3, 4]

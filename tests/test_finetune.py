@@ -1,0 +1,251 @@
+"""Fine-tuning: the optimiser, its schedule, the augmentation, and where its random numbers come from."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fmp_core.compute import Compute
+from fmp_core.datasets import DatasetFacts
+from fmp_core.errors import UserError
+from fmp_core.finetune import Epoch, augment, batches_of, train
+from fmp_core.settings import Settings
+from torch import Tensor, nn
+from toy import Plain, same, toy_case, weights
+
+CPU = Compute(torch.device("cpu"))
+STILL = DatasetFacts(5, (8, 8, 3), crop_padding=0)  # no augmentation
+MOVING = DatasetFacts(5, (8, 8, 3), flip=True, crop_padding=2)
+
+
+def subset(count: int = 10) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, 8, 8), generator=generator).byte(), torch.arange(count) % 5
+
+
+def run(model: nn.Module, facts: DatasetFacts = STILL, count: int = 10, **changes: object) -> list[Epoch]:
+    settings = Settings(**{"epochs": 2, "batch_size": 4, "amp": False, **changes})  # type: ignore[arg-type]
+    images, labels = subset(count)
+    epochs: list[Epoch] = []
+    train(model, images, labels, settings, CPU, facts=facts, after_epoch=epochs.append)
+    return epochs
+
+
+class OneWeight(nn.Module):
+    """Logits (w, 0) whatever the image, and only ``w`` to train: an epoch of one batch is one exact optimiser step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return torch.stack([self.w, torch.zeros(())]).expand(len(pixels), 2)
+
+
+def trained_weight(epochs: int, **changes: object) -> list[float]:
+    """``w`` after each epoch, one batch each, all labels 1: dloss/dw = sigmoid(w)."""
+    model, seen = OneWeight(), []
+    settings = Settings(**{"epochs": epochs, "batch_size": 6, "amp": False, **changes})  # type: ignore[arg-type]
+    images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
+    train(
+        model, images, torch.ones(6).long(), settings, CPU, facts=STILL, after_epoch=lambda _epoch: seen.append(model.w.item())
+    )
+    return seen
+
+
+def by_hand(rates: list[float], momentum: float = 0.0, decay: float = 0.0) -> list[float]:
+    w, velocity, seen = 2.0, 0.0, []
+    for rate in rates:
+        slope = float(torch.sigmoid(torch.tensor(w, dtype=torch.float64))) + decay * w
+        velocity = momentum * velocity + slope
+        w -= rate * velocity
+        seen.append(w)
+    return seen
+
+
+# cos: lr * (1 + cos(pi*epoch/epochs)) / 2
+COSINE = {1: [1.0], 2: [1.0, 0.5], 3: [1.0, 0.75, 0.25], 4: [1.0, 0.853553, 0.5, 0.146447]}
+
+
+@pytest.mark.parametrize("epochs", COSINE)
+def test_the_cosine_spans_the_epochs_really_run(epochs: int) -> None:
+    actual = trained_weight(epochs, lr=1.0, sgd_momentum=0.0, wd=0.0)
+    assert actual == pytest.approx(by_hand(COSINE[epochs]), abs=1e-5)
+
+
+def test_step_schedules() -> None:
+    plain = {"lr": 1.0, "sgd_momentum": 0.0, "wd": 0.0, "steplr_gamma": 0.5}
+    stepped = trained_weight(4, lr_scheduler="StepLR", steplr_stepsize=2, **plain)
+    assert stepped == pytest.approx(by_hand([1.0, 1.0, 0.5, 0.5]), abs=1e-5)
+    milestones = trained_weight(4, lr_scheduler="MultiStepLR", steplr_milestones=(1, 3), **plain)
+    assert milestones == pytest.approx(by_hand([1.0, 0.5, 0.5, 0.25]), abs=1e-5)
+
+
+def test_momentum_and_weight_decay_are_used() -> None:
+    actual = trained_weight(3, lr=0.5, sgd_momentum=0.9, wd=0.1)
+    assert actual == pytest.approx(by_hand([0.5, 0.375, 0.125], momentum=0.9, decay=0.1), abs=1e-5)
+
+
+def test_an_epoch_reports_what_happened() -> None:
+    model = OneWeight()
+    epochs = []
+    images, labels = torch.zeros(6, 3, 8, 8).byte(), torch.tensor([0, 0, 0, 1, 1, 1])
+    settings = Settings(epochs=2, batch_size=3, lr=1e-12, amp=False)
+    train(model, images, labels, settings, CPU, facts=STILL, after_epoch=epochs.append)
+    # logits (2, 0): always class 0, right for half of the images; losses log(1+e^-2) and log(1+e^2)
+    loss = (F.softplus(torch.tensor(-2.0)) + F.softplus(torch.tensor(2.0))).item() / 2
+    for number, epoch in enumerate(epochs):
+        assert (epoch.epoch, epoch.batch, epoch.train_acc) == (number, 2, 0.5)
+        assert epoch.train_epoch_loss_avg_over_batch == pytest.approx(loss, rel=1e-5)
+
+
+def test_batches_hold_each_image_once_and_a_last_one_alone_is_dropped() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count, sizes in ((8, [4, 4]), (10, [4, 4, 2]), (9, [4, 4]), (3, [3])):
+        batches = batches_of(count, 4, generator)
+        assert [len(batch) for batch in batches] == sizes
+        indices = torch.cat(batches).tolist()
+        assert len(set(indices)) == len(indices) and set(indices) <= set(range(count))
+    assert torch.cat(batches_of(50, 4, generator)).tolist() != torch.cat(batches_of(50, 4, generator)).tolist()  # shuffled
+
+
+def test_a_batch_norm_model_trains_though_one_image_is_over() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.BatchNorm1d(5))  # raises on a batch of one
+    assert [epoch.batch for epoch in run(model, count=9)] == [2, 2]
+
+
+def test_fewer_than_two_images_are_refused() -> None:
+    with pytest.raises(UserError, match="at least 2 clean images, not 1"):
+        run(toy_case(Plain)[0], count=1)
+
+
+def numbered(count: int, height: int = 5, width: int = 6) -> Tensor:
+    """Images whose pixels are all different and not 0, so a pad pixel is told from a moved one."""
+    return (1 + torch.arange(count * 2 * height * width) % 251).view(count, 2, height, width).to(torch.uint8)
+
+
+def crop_of(image: Tensor, padding: int, top: int, left: int, flip: bool) -> Tensor:
+    """Zero-pad, crop at (top, left), then flip: slow, pixel by pixel."""
+    _, height, width = image.shape
+    out = torch.zeros_like(image)
+    for y in range(height):
+        for x in range(width):
+            row, column = y + top - padding, x + left - padding
+            if 0 <= row < height and 0 <= column < width:
+                out[:, y, width - 1 - x if flip else x] = image[:, row, column]
+    return out
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(2, True), (2, False), (1, True), (0, True), (0, False)])
+def test_augment_is_zero_pad_crop_and_flip_of_each_image(padding: int, flip: bool) -> None:
+    facts = DatasetFacts(None, (5, 6, 2), flip=flip, crop_padding=padding)
+    images = numbered(60)
+    result = augment(images, torch.Generator().manual_seed(0), facts)
+    assert result.dtype == torch.uint8 and result.shape == images.shape
+    drawn = set()
+    for image, made in zip(images, result, strict=True):
+        ways = [
+            (top, left, mirrored)
+            for top in range(2 * padding + 1)
+            for left in range(2 * padding + 1)
+            for mirrored in ([False, True] if flip else [False])
+            if torch.equal(crop_of(image, padding, top, left, mirrored), made)
+        ]
+        assert len(ways) == 1, "not a crop of this image"
+        drawn.add(ways[0])
+    places = 2 * padding + 1
+    assert {top for top, _, _ in drawn} == {left for _, left, _ in drawn} == set(range(places))  # every shift occurs
+    assert {mirrored for _, _, mirrored in drawn} == ({False, True} if flip else {False})
+    if padding:
+        assert any(top != left for top, left, _ in drawn)  # the two shifts are independent
+
+
+def test_augment_depends_on_its_generator_alone() -> None:
+    images = numbered(20)
+    first, second, other = (augment(images, torch.Generator().manual_seed(seed), MOVING) for seed in (1, 1, 2))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_the_same_seed_trains_the_same_bits() -> None:
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(random.randrange(2**31))  # whatever the global generator holds
+        model = toy_case(Plain)[0]
+        epochs = run(model, MOVING, random_seed=seed)
+        results.append((weights(model), epochs))
+    assert same(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+    assert not same(results[0][0], results[2][0])
+
+
+def test_dropout_is_deterministic_too() -> None:
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(random.randrange(2**31))
+        model = toy_case(Plain)[0]
+        dropped = nn.Sequential(model, nn.Dropout(0.5))
+        run(dropped, random_seed=seed)
+        results.append(weights(model))
+    assert same(results[0], results[1]) and not same(results[0], results[2])
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    model = nn.Sequential(toy_case(Plain)[0], nn.Dropout(0.5))
+    torch.manual_seed(7)
+    run(model, MOVING)
+    after = torch.rand(4)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(4), after)
+
+
+def test_amp_keeps_master_weights_in_float32() -> None:
+    model, exact = toy_case(Plain)[0], toy_case(Plain)[0]
+    run(model, amp=True)
+    run(exact, amp=False)
+    for (name, value), other in zip(model.state_dict().items(), exact.state_dict().values(), strict=True):
+        assert value.dtype == other.dtype
+        if value.is_floating_point():
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value, other, rtol=0.1, atol=0.05, msg=name)
+            rounded = value.to(torch.bfloat16).float()
+            assert value.numel() < 5 or not torch.equal(value, rounded)  # it was not kept in bfloat16 in between
+
+
+def test_amp_trains_the_same_bits_where_maps_are_one_pixel() -> None:
+    """oneDNN's bfloat16 weight gradient of a strided, padded 3x3 convolution on one pixel is partly uninitialised memory."""
+    results = []
+    for _ in range(4):
+        torch.manual_seed(0)
+        strided = nn.Conv2d(16, 64, 3, stride=2, padding=1, bias=False)
+        model = nn.Sequential(nn.Conv2d(3, 16, 8), strided, nn.BatchNorm2d(64), nn.Flatten(), nn.Linear(64, 5))
+        spoiled = [torch.full((strided.weight.numel(),), torch.nan) for _ in range(4)]
+        del spoiled  # memory that is handed out again without being cleared holds NaN now
+        run(model, amp=True, count=8)
+        results.append(weights(model))
+        assert all(torch.isfinite(value).all() for value in results[-1].values())
+    assert all(same(results[0], other) for other in results[1:])
+
+
+def test_training_trains() -> None:
+    model = toy_case(Plain)[0]
+    epochs = run(model, epochs=40, lr=0.05)
+    assert epochs[-1].train_epoch_loss_avg_over_batch < 0.6 * epochs[0].train_epoch_loss_avg_over_batch
+    assert [epoch.epoch for epoch in epochs] == list(range(40))
+
+
+def test_every_batch_is_announced() -> None:
+    calls: list[int] = []
+    images, labels = subset(10)
+    settings = Settings(epochs=3, batch_size=4)
+    train(
+        toy_case(Plain)[0],
+        images,
+        labels,
+        settings,
+        CPU,
+        facts=STILL,
+        after_epoch=lambda _epoch: None,
+        after_batch=lambda: calls.append(1),
+    )
+    assert len(calls) == 9

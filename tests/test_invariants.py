@@ -1,0 +1,353 @@
+"""DESIGN.md: the invariants of section 4 on the whole command, and one test per mistake of the released code (section 3).
+
+The record here is tiny but real: a torchvision resnet18 trained on 8x8 images of dataset ``tiny``, whose pixels BackdoorBench
+normalises, so that normalising twice shows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fmp
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fmp_core.compute import Compute
+from fmp_core.datasets import DatasetFacts
+from fmp_core.evaluate import TestData as Data
+from fmp_core.evaluate import evaluate
+from fmp_core.feature_maps import trace_conv_layers
+from fmp_core.finetune import train
+from fmp_core.models import PixelModel, build_model
+from fmp_core.pruning import prune_feature_maps
+from fmp_core.ranking import score_feature_maps
+from fmp_core.records import PoisonedImages, write_attack_record
+from fmp_core.settings import Settings
+from PIL import Image
+from reference import score
+from torch import Tensor, nn
+from toy import OutOfOrder, Plain, SmallPreActResNet, footprint, needs_cuda, same, toy_case, weights
+
+CLASSES, SIZE, NAME = 200, 8, "badnet_tiny"
+MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)  # of dataset tiny in BackdoorBench
+EPS = 4 / 255
+FLAGS = ["--ratio", "1", "--frg_samples", "2", "--eps", "4/255", "--epochs", "1", "--batch_size", "8", "--p", "16"]
+FLAGS += ["--amp", "False"]  # torch's bfloat16 weight gradients are not reproducible where a map is one pixel
+
+
+def coloured(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """uint8 images of four colours in noise, and their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    colours = torch.tensor([[200, 60, 60], [60, 200, 60], [60, 60, 200], [170, 170, 60]])
+    noise = torch.randint(-50, 51, (count, 3, SIZE, SIZE), generator=generator)
+    return (colours[labels][:, :, None, None] + noise).clamp(0, 255).to(torch.uint8), labels
+
+
+def triggered(images: Tensor) -> Tensor:
+    images = images.clone()
+    images[:, :, -2:, -2:] = 255
+    return images
+
+
+def save_split(folder: Path, images: Tensor, labels: Tensor) -> None:
+    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        file = folder / f"class{label}" / f"{number:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    images, labels = coloured(32, seed=1)
+    tests, test_labels = coloured(16, seed=2)
+    data = root / "data" / "tiny" / "tiny-imagenet-200"
+    save_split(data / "train", images, labels)
+    save_split(data / "test", tests, test_labels)
+    poisoned = [i for i in range(32) if i % 8 in (1, 2, 3)]
+    bd_train = PoisonedImages(32, poisoned, triggered(images[poisoned]), [0] * len(poisoned), labels[poisoned].tolist())
+    victims = torch.nonzero(test_labels != 0).flatten().tolist()
+    bd_test = PoisonedImages(16, victims, triggered(tests[victims]), [0] * len(victims), test_labels[victims].tolist())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_model("resnet18", CLASSES)
+    facts = DatasetFacts(CLASSES, (SIZE, SIZE, 3), MEAN, STD, crop_padding=0)
+    mixed, mixed_labels = images.clone(), labels.clone()
+    mixed[poisoned], mixed_labels[poisoned] = bd_train.images, 0
+    settings = Settings(epochs=8, batch_size=8, lr=0.02, amp=False)
+    cpu = Compute(torch.device("cpu"))
+    train(PixelModel(network, facts), mixed, mixed_labels, settings, cpu, facts=facts, after_epoch=lambda _epoch: None)
+    write_attack_record(
+        root / "record" / NAME,
+        name=NAME,
+        model_name="resnet18",
+        num_classes=CLASSES,
+        state=network.state_dict(),
+        dataset="tiny",
+        image_size=(SIZE, SIZE, 3),
+        bd_train=bd_train,
+        bd_test=bd_test,
+    )
+    return root
+
+
+def run(root: Path, *flags: str, device: str = "cpu") -> Path:
+    """The whole command; returns the folder of results."""
+    places = ["--record_root", str(root / "record"), "--dataset_path", str(root / "data")]
+    assert fmp.main(["--result_file", NAME, "--device", device, *places, *FLAGS, *flags]) == 0
+    return root / "record" / NAME / "defense" / "fmp"
+
+
+def saved_weights(results: Path) -> dict[str, Tensor]:
+    return torch.load(results / "defense_result.pt", weights_only=True)["model"]
+
+
+def metrics(results: Path) -> dict[str, Any]:
+    return json.loads((results / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def base(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of one run."""
+    root = tmp_path_factory.mktemp("base") / "here"
+    shutil.copytree(template, root)
+    return run(root)
+
+
+@pytest.fixture
+def fresh(template: Path, tmp_path: Path) -> Iterator[Path]:
+    shutil.copytree(template, tmp_path / "here")
+    yield tmp_path / "here"
+
+
+# --- invariants ---------------------------------------------------------------------------------------------------------------
+
+
+def test_replaced_poisoned_images_change_no_weight(base: Path, fresh: Path) -> None:
+    files = sorted((fresh / "record" / NAME / "bd_test_dataset").rglob("*.png"))
+    assert len(files) == 12
+    generator = np.random.default_rng(0)
+    for file in files:
+        Image.fromarray(generator.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(file)
+    other = run(fresh)
+    assert same(saved_weights(base), saved_weights(other))
+    assert (base / "feature_maps.csv").read_bytes() == (other / "feature_maps.csv").read_bytes()
+    losses = [pd.read_csv(folder / "fmp_df.csv")["bd_test_loss_avg_over_batch"][0] for folder in (base, other)]
+    assert losses[0] != losses[1]  # they really were other images
+
+
+def test_shuffled_and_relabelled_poisoned_images_change_no_weight(base: Path, fresh: Path) -> None:
+    path = fresh / "record" / NAME / "attack_result.pt"
+    content = torch.load(path, weights_only=False)  # our own file
+    bd_test = content["bd_test"]
+    bd_test["original_index_array"] = bd_test["original_index_array"][::-1].copy()
+    for item in bd_test["bd_data_container"]["data_dict"].values():
+        item["other_info"] = [3, 1]
+    torch.save(content, path)
+    other = run(fresh)
+    assert same(saved_weights(base), saved_weights(other))
+    assert metrics(base)["after"]["test_acc"] == metrics(other)["after"]["test_acc"]
+    assert metrics(base)["before"] != metrics(other)["before"]  # they really were relabelled
+
+
+def test_testing_more_or_less_often_changes_no_weight(fresh: Path) -> None:
+    """Two epochs, tested after each or after the last only; and another chunk of ranking. The seed decides alone."""
+    flags = ["--epochs", "2", "--frg_samples", "1"]
+    results = run(fresh, *flags)
+    often, table = saved_weights(results), (results / "feature_maps.csv").read_bytes()
+    shutil.rmtree(fresh / "record" / NAME / "defense")
+    results = run(fresh, *flags, "--frequency_test", "0", "--chunk", "16")
+    assert same(often, saved_weights(results))
+    assert (results / "feature_maps.csv").read_bytes() == table
+    assert pd.read_csv(results / "fmp_df.csv")["test_acc"].isna().tolist() == [True, False]  # it really was tested less
+    assert not same(often, saved_weights(run(fresh, *flags, "--random_seed", "1")))
+
+
+def test_pruned_maps_of_the_report_are_zero_in_the_result(base: Path, template: Path, tmp_path: Path) -> None:
+    shutil.copytree(base.parents[3], tmp_path / "again")  # with what a former run left: its scores are used again
+    results = run(tmp_path / "again", "--epochs", "0")
+    before = torch.load(template / "record" / NAME / "attack_result.pt", weights_only=False)["model"]
+    after = saved_weights(results)
+    frame = pd.read_csv(results / "feature_maps.csv")
+    assert int(frame["pruned"].sum()) == 4800 // 16 == metrics(results)["pruned"]
+    expected = {key: value.clone() for key, value in before.items()}
+    for layer, rows in frame.groupby("layer"):
+        chosen = torch.tensor(rows["channel"][rows["pruned"]].to_numpy())
+        # resnet18: layer1.0.conv2 is followed by layer1.0.bn2, layer2.0.downsample.0 by layer2.0.downsample.1
+        norm = re.sub(r"conv(\d)$", r"bn\1", str(layer)) if "conv" in str(layer) else re.sub("0$", "1", str(layer))
+        for key in (f"{layer}.weight", f"{norm}.weight", f"{norm}.bias"):
+            expected[key][chosen] = 0
+    assert same(after, expected)
+
+
+def test_evaluation_leaves_nothing_behind_after_an_exception() -> None:
+    model = toy_case(Plain)[0].train()
+    before = footprint(model)
+    wrong = torch.zeros(2, 7, 8, 8).byte()  # 7 channels: the first convolution raises
+    with pytest.raises(RuntimeError):
+        evaluate(model, Data(wrong, torch.zeros(2).long(), wrong, torch.zeros(2).long(), torch.zeros(2).long()), 4)
+    assert footprint(model) == before and not torch.is_inference_mode_enabled()
+
+
+# --- mistakes of the released code --------------------------------------------------------------------------------------------
+
+
+class FromPixels(nn.Module):
+    """Normalisation written out here, not taken from the code under test."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network((pixels - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1))
+
+
+def paper_scores(template: Path, results: Path) -> tuple[pd.DataFrame, Tensor, Tensor]:
+    """Rows of feature_maps.csv of two layers, and what the paper's loop makes of the same, unaugmented image files."""
+    network = build_model("resnet18", CLASSES)
+    network.load_state_dict(torch.load(template / "record" / NAME / "attack_result.pt", weights_only=False)["model"])
+    files = sorted((template / "data" / "tiny").rglob("train/*/*.png"))  # by class, then by name: as an image folder counts
+    chosen = [files[int(line)] for line in (results / "log" / "index.txt").read_text().split()[:2]]
+    images = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in chosen]).float() / 255
+    labels = torch.tensor([int(file.parent.name[-1]) for file in chosen])
+    layers = [layer for layer in trace_conv_layers(network, images) if layer.name in ("conv1", "layer1.1.conv1")]
+    expected = score(FromPixels(network).eval(), layers, images, labels, eps=EPS)
+    frame = pd.read_csv(results / "feature_maps.csv")
+    return frame[frame["layer"].isin([layer.name for layer in layers])], expected.correct, expected.margins.mean(1)
+
+
+def test_mistake_normalised_twice_or_clamped_after_normalising_or_augmented(base: Path, template: Path) -> None:
+    """The whole command's scores are those of the paper's loop on raw pixels of the very image files."""
+    rows, correct, margins = paper_scores(template, base)
+    assert len(rows) == 128 == len(correct)
+    assert np.abs(rows["margin"].to_numpy() - margins.numpy()).max() < 1e-3
+    assert (rows["correct"].to_numpy() == correct.numpy()).mean() > 0.98  # a margin may be 0 within rounding
+    assert margins.max() - margins.min() > 0.05  # the comparison can fail
+
+
+def test_mistake_hooked_in_forward_order_but_zeroed_in_module_order() -> None:
+    """Registered backwards: map 2 of the convolution that runs first is what gets zeroed, with the batch norm it feeds."""
+    model, images, labels = toy_case(OutOfOrder)
+    network = model.network
+    before = weights(network)
+    layers = trace_conv_layers(network, images[:1])
+    with torch.no_grad():  # conv_b's scores must not be mistaken for conv_a's: make map 2 of conv_a harmless
+        network.conv_a.weight[2] = 0
+    clean = int((model(images).argmax(1) == labels).sum())
+    scores = score_feature_maps(model, layers, images, labels, eps=16 / 255)
+    where = {layer.name: part for layer, part in scores.slices()}
+    assert int(scores.correct[where["conv_a"]][2]) == clean
+    network.load_state_dict(before)
+    nothing = torch.zeros(6, dtype=torch.bool)
+    prune_feature_maps(layers, {"conv_a": torch.arange(6) == 2, "conv_b": nothing, "shortcut": nothing})
+    changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"conv_a.weight", "bn_a.weight", "bn_a.bias"}  # bn_b comes first among the modules
+
+
+def test_mistake_batch_norm_bias_left_alive() -> None:
+    model, images, _ = toy_case(Plain)
+    layers = trace_conv_layers(model.network, images[:1])
+    assert model.network.bn1.bias[1] != 0 and model.network.conv1.bias[1] != 0
+    prune_feature_maps(layers, {"conv1": torch.arange(5) == 1, "conv2": torch.zeros(6, dtype=torch.bool)})
+    found: list[Tensor] = []
+    model.network.bn1.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+    model(images)
+    assert (found[0][:, 1] == 0).all()
+
+
+def test_mistake_scores_from_one_batch_of_32() -> None:
+    """Forty images are all scored: a map without effect counts all forty, and wrong labels among the last eight show."""
+    model, images, labels = toy_case(Plain, count=40)
+    with torch.no_grad():
+        model.network.conv1.weight[0] = 0
+        labels = model(images).argmax(1)
+    labels[35:] = (labels[35:] + 1) % 5
+    scores = score_feature_maps(model, trace_conv_layers(model.network, images[:1]), images, labels, eps=16 / 255, rows=32)
+    assert scores.samples == 40
+    assert int(scores.correct[0]) == 35
+
+
+def test_mistake_test_images_enter_batch_norm_statistics() -> None:
+    """Training with a test after every epoch ends in the same bits as training without, statistics included."""
+    results = []
+    black = torch.zeros(9, 3, 8, 8, dtype=torch.uint8)
+    data = Data(black, torch.zeros(9).long(), black, torch.zeros(9).long(), torch.zeros(9).long())
+    for tested in (True, False):
+        model = toy_case(Plain)[0]
+        images = torch.randint(0, 256, (10, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+        train(
+            model,
+            images,
+            torch.arange(10) % 5,
+            Settings(epochs=3, batch_size=5, amp=False),
+            Compute(torch.device("cpu")),
+            facts=DatasetFacts(5, (8, 8, 3)),
+            after_epoch=lambda _epoch, model=model, tested=tested: evaluate(model, data, 4) if tested else None,
+        )
+        results.append(weights(model))
+    assert same(*results)
+
+
+def test_mistake_alpha_and_eps_missing_from_the_command_line(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fmp.main(["--help"])
+    assert {"--eps", "--alpha", "--frg_steps"} <= set(re.findall(r"--\w+", capsys.readouterr().out))
+    assert metrics(base)["settings"]["eps"] == pytest.approx(4 / 255)  # --eps 4/255, and the scores above are of this eps
+
+
+def test_alpha_and_steps_of_the_command_line_reach_the_ranking(base: Path, fresh: Path) -> None:
+    flags = ["--frg_samples", "1", "--epochs", "0", "--frg_steps", "2"]
+    tables = [(run(fresh, *flags, "--alpha", alpha) / "feature_maps.csv").read_bytes() for alpha in ("4/255", "1/255")]
+    assert tables[0] != tables[1]
+    assert (base / "feature_maps.csv").read_bytes() not in tables
+
+
+def test_mistake_cuda_hard_coded(base: Path) -> None:
+    assert metrics(base)["device"].startswith("cpu")
+    assert all(value.device.type == "cpu" for value in saved_weights(base).values())
+    sources = list(Path(fmp.__file__).parent.rglob("*.py"))
+    assert len(sources) > 10
+    for source in sources:
+        assert ".cuda()" not in source.read_text(), source
+
+
+def test_mistake_two_full_forwards_per_feature_map() -> None:
+    """Clean and noisy pass are shared: per map and image there is one full pass, the inference; the loop makes three."""
+    model, images, labels = toy_case(SmallPreActResNet)
+    layers = trace_conv_layers(model.network, images[:1])
+    maps = sum(layer.channels for layer in layers)
+    passed = [0]
+
+    def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        passed[0] += len(inputs[0])
+
+    for module in (model, model.network):
+        passed[0] = 0
+        handle = module.register_forward_pre_hook(count)
+        score_feature_maps(model, layers, images, labels, eps=EPS, rows=len(images))
+        handle.remove()
+        assert maps * len(images) <= passed[0] <= (maps + 4) * len(images)
+    handle = model.register_forward_pre_hook(count)
+    passed[0] = 0
+    score(model.eval(), layers, images, labels, eps=EPS)
+    handle.remove()
+    assert passed[0] == 3 * maps * len(images)
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_the_whole_command_on_cuda(base: Path, fresh: Path) -> None:
+    results = run(fresh, device="cuda:0")
+    assert metrics(results)["device"].startswith("cuda:0")
+    assert all(value.device.type == "cpu" for value in saved_weights(results).values())
+    on_cpu, on_cuda = (pd.read_csv(folder / "feature_maps.csv") for folder in (base, results))
+    assert (on_cpu["correct"] == on_cuda["correct"]).mean() > 0.95
+    assert np.abs(on_cpu["margin"] - on_cuda["margin"]).median() < 1e-2

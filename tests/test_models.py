@@ -1,0 +1,203 @@
+"""BackdoorBench's model names, state keys and shapes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from fmp_core.datasets import FACTS
+from fmp_core.errors import UserError
+from fmp_core.models import MODEL_NAMES, PixelModel, build_model, load_model, state_like
+from fmp_core.preact_resnet import preact_resnet
+from PIL import Image
+from torch import nn
+from torchvision.transforms import Compose, Normalize, ToTensor
+
+# name: state keys, Conv2d, their output channels, depthwise ones, BatchNorm2d, the last Linear and its inputs, for 10 classes.
+# All but preactresnet34 and 50 were counted on BackdoorBench's own modules; those two follow from their depths.
+COUNTS = {
+    "preactresnet18": (102, 20, 4800, 0, 16, "linear", 512),
+    "preactresnet34": (198, 36, 8512, 0, 32, "linear", 512),
+    "preactresnet50": (295, 53, 26560, 0, 48, "linear", 2048),
+    "vgg19": (38, 16, 5504, 0, 0, "classifier.6", 4096),
+    "vgg19_bn": (118, 16, 5504, 0, 16, "classifier.6", 4096),
+    "densenet161": (967, 160, 20448, 0, 161, "classifier", 2208),
+    "mobilenet_v3_large": (312, 62, 17280, 15, 46, "classifier.3", 1280),
+    "efficientnet_b3": (574, 130, 63728, 26, 78, "classifier.1", 1536),
+    "convnext_tiny": (182, 22, 8064, 18, 0, "classifier.2", 768),
+    "vit_b_16": (152, 1, 768, 0, 0, "1.heads.head", 768),
+    "resnet18": (122, 20, 4800, 0, 20, "fc", 512),
+}
+
+
+def on_meta(name: str, num_classes: int = 10) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(name, num_classes)
+
+
+def fresh_state(name: str = "squeezenet1_0", num_classes: int = 10) -> OrderedDict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {key: value.shape for key, value in on_meta(name, num_classes).state_dict().items()}
+    return OrderedDict((key, torch.rand(shape, generator=generator) * 0.1) for key, shape in shapes.items())
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_every_name_builds_for_any_number_of_classes(name: str):
+    model = on_meta(name, 7)
+    linears = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
+    convs = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert convs and 7 in (linears[-1:] or convs[-1:])  # squeezenet ends in a convolution
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_model_has_backdoorbenchs_parts(name: str):
+    model = on_meta(name)
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    last, linear = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    depthwise = sum(conv.groups > 1 and conv.groups == conv.in_channels for conv in convs)
+    channels = sum(conv.out_channels for conv in convs)
+    found = (len(model.state_dict()), len(convs), channels, depthwise, len(norms), last, linear.in_features)
+    assert found == COUNTS[name]
+
+
+def test_preactresnet18_has_backdoorbenchs_keys_in_their_order():
+    keys = list(on_meta("preactresnet18").state_dict())
+    norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    block = [*(f"bn1.{n}" for n in norm), "conv1.weight", *(f"bn2.{n}" for n in norm), "conv2.weight"]
+    expected = ["conv1.weight"]
+    for layer in range(1, 5):
+        for number in range(2):
+            expected += [f"layer{layer}.{number}.{key}" for key in block]
+            if layer > 1 and number == 0:
+                expected.append(f"layer{layer}.0.shortcut.0.weight")
+    assert keys == [*expected, "linear.weight", "linear.bias"]
+
+
+def test_preactresnet18_has_backdoorbenchs_shapes():
+    state = on_meta("preactresnet18", 43).state_dict()
+    shapes = {key: tuple(state[key].shape) for key in state}
+    assert shapes["conv1.weight"] == (64, 3, 3, 3)
+    assert shapes["layer1.0.conv1.weight"] == (64, 64, 3, 3)
+    assert shapes["layer2.0.bn1.weight"] == (64,) and shapes["layer2.0.bn2.weight"] == (128,)
+    assert shapes["layer2.0.shortcut.0.weight"] == (128, 64, 1, 1)
+    assert shapes["layer4.1.conv2.weight"] == (512, 512, 3, 3)
+    assert shapes["linear.weight"] == (43, 512)
+
+
+@pytest.mark.parametrize("name", ["preactresnet18", "preactresnet50"])
+@pytest.mark.parametrize("side", [32, 40])
+def test_preactresnets_take_images_of_any_size(name: str, side: int):
+    torch.manual_seed(0)
+    model = preact_resnet(name, 6).eval()
+    with torch.inference_mode():
+        assert model(torch.rand(1, 3, side, side)).shape == (1, 6)
+
+
+def test_preactresnet18_pools_features_without_a_last_relu():
+    torch.manual_seed(0)
+    model = preact_resnet("preactresnet18", 6).eval()
+    pooled: list[torch.Tensor] = []
+    model.avgpool.register_forward_hook(lambda module, inputs, output: pooled.append(output))
+    with torch.inference_mode():
+        model(torch.rand(1, 3, 32, 32))
+    assert float(pooled[0].min()) < 0
+
+
+@pytest.mark.parametrize("name", ["resnext29", "PreActResNet18", "", "../resnet18"])
+def test_an_unknown_name_is_refused_with_the_known_ones(name: str):
+    with pytest.raises(UserError, match=r"not one of BackdoorBench's: preactresnet18, .*vit_l_32"):
+        build_model(name, 10)
+
+
+def test_weights_are_loaded_by_name_whatever_their_order():
+    state = fresh_state()
+    loaded = load_model("squeezenet1_0", 10, OrderedDict(reversed(state.items()))).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_0", "preactresnet18", "shufflenet_v2_x1_0", "vit_b_32"])
+def test_a_loaded_model_is_whole_and_its_own(name: str):
+    state = fresh_state(name)
+    model = load_model(name, 10, state)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    first = next(model.parameters())
+    with torch.no_grad():
+        first.zero_()
+    assert float(next(iter(state.values())).abs().sum()) > 0  # the record's tensors are left alone
+
+
+def test_loading_draws_no_random_number():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    load_model("squeezenet1_0", 10, fresh_state())
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_first_missing_weights_are_named():
+    state = fresh_state()
+    del state["features.3.squeeze.weight"], state["features.4.squeeze.weight"]
+    with pytest.raises(UserError, match=r"lacks the weights features\.3\.squeeze\.weight of squeezenet1_0"):
+        load_model("squeezenet1_0", 10, state)
+
+
+def test_the_first_unknown_weights_are_named():
+    state = fresh_state()
+    state["extra.weight_mask"] = torch.ones(1)
+    with pytest.raises(UserError, match=r"has the weights extra\.weight_mask, which squeezenet1_0 does not have"):
+        load_model("squeezenet1_0", 10, state)
+
+
+def test_weights_of_another_shape_are_named_with_both():
+    with pytest.raises(
+        UserError, match=r"classifier\.1\.weight has shape \(10, 512, 1, 1\).* 43 classes needs \(43, 512, 1, 1\)"
+    ):
+        load_model("squeezenet1_0", 43, fresh_state())
+
+
+def test_weights_of_another_model_are_refused():
+    with pytest.raises(UserError, match=r"lacks the weights conv1\.weight of resnet18"):
+        load_model("resnet18", 10, fresh_state())
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.float32])
+def test_weights_run_in_float32_and_return_in_their_own_type(kind: torch.dtype):
+    state = OrderedDict((key, value.to(kind)) for key, value in reversed(fresh_state("shufflenet_v2_x1_0").items()))
+    for key in state:
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.tensor(7)
+    model = load_model("shufflenet_v2_x1_0", 10, state)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    back = state_like(model, state)
+    assert list(back) == list(state)
+    for key, value in state.items():
+        assert back[key].dtype == value.dtype and torch.equal(back[key].float(), value.float()), key
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "gtsrb", "tiny"])
+def test_normalisation_inside_the_model_is_torchvisions(name: str):
+    facts = FACTS[name]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*facts.size[:2], 3), dtype=np.uint8))
+    theirs = Compose([ToTensor(), Normalize(facts.mean, facts.std)])(image)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+    ours = PixelModel(nn.Identity(), facts)(pixels[None])[0]
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_normalisation_adds_no_state():
+    network = build_model("squeezenet1_0", 10)
+    assert list(PixelModel(network, FACTS["cifar10"]).state_dict()) == [f"network.{key}" for key in network.state_dict()]
+
+
+def test_auxiliary_heads_do_not_reach_the_loss():
+    class Outputs(tuple):
+        logits = torch.ones(1, 2)
+
+    class WithHeads(nn.Module):
+        def forward(self, x: torch.Tensor) -> Outputs:
+            return Outputs()
+
+    assert torch.equal(PixelModel(WithHeads(), FACTS["gtsrb"])(torch.zeros(1, 3, 2, 2)), Outputs.logits)

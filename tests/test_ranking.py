@@ -1,0 +1,274 @@
+"""Scores that can be worked out on paper, and the choice of the N/p lowest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from fmp_core.feature_maps import ConvLayer, trace_conv_layers
+from fmp_core.ranking import Scores, choose, score_feature_maps
+from reference import score
+from torch import Tensor, nn
+from toy import Normalised, OutOfOrder, Plain, SmallPreActResNet, footprint, needs_cuda, toy_case, weights
+
+
+class OnPaper(nn.Module):
+    """Images of one row and two pixels (a, b); maps f0 = a - b, f1 = a + b, f2 = b; logits (0, 10*f0)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 3, (1, 2), bias=False), nn.Linear(3, 2, bias=False)
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.tensor([[1.0, -1.0], [1.0, 1.0], [0.0, 1.0]]).view(3, 1, 1, 2))
+            self.head.weight.copy_(torch.tensor([[0.0, 0.0, 0.0], [10.0, 0.0, 0.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).flatten(1))
+
+
+def on_paper(**options: float) -> Scores:
+    model = OnPaper()
+    images = torch.tensor([[0.5, 0.35], [0.05, 0.6]]).view(2, 1, 1, 2)  # image A, image B
+    labels = torch.tensor([1, 0])  # A has a > b: class 1; B has a < b: class 0
+    return score_feature_maps(model, trace_conv_layers(model, images), images, labels, eps=0.1, seed=0, **options)  # type: ignore[arg-type]
+
+
+def test_one_step_on_paper() -> None:
+    # torch.rand with seed 0 draws 0.4963 0.7682 | 0.0885 0.1320, so the noise 2u-1 is (-0.0075, +0.5364) | (-0.8230, -0.7359).
+    # x0 = clamp(x + 0.1*noise):  A (0.4993, 0.4036), so x0 - x = (-0.0007, +0.0536)
+    #                             B (0     , 0.5264), so x0 - x = (-0.05  , -0.0736); the clamp cut a's -0.0823
+    # f is linear, f(x0) - f(x) = w.(x0 - x) = d, and the gradient of d^2 is 2*d*w; x' = clamp(x + 0.1*sign(d*w)):
+    # f0, w = (1,-1): A d = -0.0544, sign (-,+), x' = (0.4, 0.45), logit 10*(a-b) = -0.5: wrong, margin -0.5
+    #                 B d = +0.0236, sign (+,-), x' = (0.15, 0.5), logit -3.5:             right, margin 3.5
+    #                   (without the clamp of x0: d = -0.0087, x' = (0, 0.7), margin 7)
+    # f1, w = (1, 1): A d = +0.0529, sign (+,+), x' = (0.6, 0.45), logit +1.5:             right, margin 1.5
+    #                 B d = -0.1236, sign (-,-), x' = (0, 0.5): a is clamped, logit -5:    right, margin 5
+    # f2, w = (0, 1): A d = +0.0536, sign (0,+), x' = (0.5, 0.45), logit +0.5:             right, margin 0.5
+    #                 B d = -0.0736, sign (0,-), x' = (0.05, 0.5), logit -4.5:             right, margin 4.5
+    scores = on_paper()
+    assert scores.correct.tolist() == [1, 2, 2]
+    assert scores.margin.tolist() == pytest.approx([1.5, 3.25, 2.5], abs=1e-5)
+    assert (scores.samples, scores.total) == (2, 3)
+    assert scores.order().tolist() == [0, 2, 1]  # f1 and f2 tie in counts; f2 has the lower margin
+    for scope in ("layer", "global"):
+        assert choose(scores, 3, scope).mask.tolist() == [True, False, False]
+
+
+def test_three_small_steps_on_paper() -> None:
+    # Steps of 0.01 from x0 move by the sign of d*w each time (|d| only grows), and may not leave the ball of 0.1:
+    # f0: A (0.4993-0.03, 0.4036+0.03) = (0.4693, 0.4336), margin +0.3561: right. The single big step made it wrong.
+    #     B (0+0.03, 0.5264-0.03) = (0.03, 0.4964), and the ball ends at b = 0.5: margin 4.7
+    # f1: A (0.5293, 0.4336), margin 0.9561;  B (0, 0.5), margin 5
+    # f2: A (0.4993, 0.4336), margin 0.6561;  B (0, 0.5), margin 5
+    scores = on_paper(steps=3, alpha=0.01)
+    assert scores.correct.tolist() == [2, 2, 2]
+    expected = [(0.3561 + 4.7) / 2, (0.9561 + 5) / 2, (0.6561 + 5) / 2]
+    assert scores.margin.tolist() == pytest.approx(expected, abs=2e-3)
+
+
+def test_large_steps_stay_in_the_ball_on_paper() -> None:
+    # alpha = 0.5 oversteps; the projection ends at x +- 0.1 in every pixel that w reaches, which one step reached at once.
+    # f2 leaves pixel a where the noise put it: A a = 0.49925, b = 0.45: margin 0.4925; B a = 0, b = 0.5: margin 5.
+    scores = on_paper(steps=2, alpha=0.5)
+    assert scores.correct.tolist() == [1, 2, 2]
+    assert scores.margin.tolist() == pytest.approx([1.5, 3.25, (0.4925 + 5) / 2], abs=1e-3)
+
+
+def test_alpha_defaults_to_two_and_a_half_eps_over_steps() -> None:
+    assert torch.equal(on_paper(steps=5).margin, on_paper(steps=5, alpha=0.05).margin)
+    assert not torch.equal(on_paper(steps=5).margin, on_paper(steps=5, alpha=0.01).margin)
+
+
+def made_up(correct: list[int], margin: list[float], channels: tuple[int, ...]) -> Scores:
+    layers = tuple(ConvLayer(f"conv{i}", nn.Conv2d(1, count, 1)) for i, count in enumerate(channels))
+    return Scores(layers, torch.tensor(correct), torch.tensor(margin, dtype=torch.float64), samples=10)
+
+
+def test_global_takes_the_lowest_of_all_and_layer_the_lowest_of_each() -> None:
+    #                  |------ conv0 -----|  |-- conv1 --|
+    scores = made_up([5, 1, 2, 3, 9, 9, 8, 7], [0.0] * 8, (4, 4))
+    assert choose(scores, 4, "global").mask.nonzero().flatten().tolist() == [1, 2]
+    assert choose(scores, 4, "layer").mask.nonzero().flatten().tolist() == [1, 7]
+    by_layer = choose(scores, 4, "layer").by_layer(scores)
+    assert {name: mask.tolist() for name, mask in by_layer.items()} == {
+        "conv0": [False, True, False, False],
+        "conv1": [False, False, False, True],
+    }
+
+
+@pytest.mark.parametrize(
+    ("p", "of_all", "of_7", "of_3"), [(1, 10, 7, 3), (2, 5, 3, 1), (3, 3, 2, 1), (4, 2, 1, 0), (7, 1, 1, 0), (11, 0, 0, 0)]
+)
+def test_the_number_is_rounded_down(p: int, of_all: int, of_7: int, of_3: int) -> None:
+    scores = made_up(list(range(10)), [0.0] * 10, (7, 3))
+    assert int(choose(scores, p, "global").mask.sum()) == of_all
+    by_layer = choose(scores, p, "layer").by_layer(scores)
+    assert [int(mask.sum()) for mask in by_layer.values()] == [of_7, of_3]
+
+
+def test_a_layer_smaller_than_p_loses_nothing() -> None:
+    scores = made_up([0, 0, 0] + [9] * 8, [0.0] * 11, (3, 8))
+    choice = choose(scores, 8, "layer").by_layer(scores)
+    assert int(choice["conv0"].sum()) == 0 and int(choice["conv1"].sum()) == 1
+
+
+def test_ties_go_to_the_lower_margin_then_to_the_lower_index() -> None:
+    scores = made_up([4, 4, 4, 4, 4, 9], [0.3, 0.1, 0.2, 0.1, 0.1, -9.0], (6,))
+    assert scores.order().tolist() == [1, 3, 4, 2, 0, 5]
+    assert choose(scores, 2, "global").mask.nonzero().flatten().tolist() == [1, 3, 4]
+    assert choose(scores, 3, "layer").mask.nonzero().flatten().tolist() == [1, 3]
+
+
+def test_ties_counts_the_maps_that_share_a_count_across_a_cut() -> None:
+    scores = made_up([1, 4, 4, 4, 9, 9, 2, 3], [0.0] * 8, (6, 2))
+    assert choose(scores, 2, "layer").ties == 3  # conv0: 1 4 4 | 4 9 9, three 4s; conv1: 2 | 3, none
+    assert choose(scores, 8, "global").ties == 0  # 1 | 2
+    assert choose(scores, 2, "global").ties == 3  # 1 2 3 4 | 4 4 9 9
+    assert choose(scores, 1, "global").ties == 0  # all are taken: nothing was decided
+    assert choose(scores, 9, "global").ties == 0  # none is taken
+
+
+def test_slices_give_each_layer_its_maps() -> None:
+    scores = made_up([0] * 9, [0.0] * 9, (2, 3, 4))
+    assert [(layer.name, where) for layer, where in scores.slices()] == [
+        ("conv0", slice(0, 2)),
+        ("conv1", slice(2, 5)),
+        ("conv2", slice(5, 9)),
+    ]
+
+
+EPS = 16 / 255
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_rows_change_no_bit(steps: int) -> None:
+    model, images, labels = toy_case(SmallPreActResNet, count=11)
+    layers = trace_conv_layers(model.network, images[:1])
+
+    def scores(rows: int | None) -> Scores:
+        return score_feature_maps(model, layers, images, labels, eps=EPS, steps=steps, rows=rows)
+
+    expected = scores(None)
+    for rows in (2, 4, 7, 11, 30, 64):
+        actual = scores(rows)
+        assert torch.equal(actual.correct, expected.correct)
+        assert torch.equal(actual.margin, expected.margin)
+
+
+def test_one_image_at_a_time_gives_the_same_counts() -> None:
+    """A matrix product of one row rounds in another way, so margins are equal only within rounding."""
+    model, images, labels = toy_case(SmallPreActResNet, count=5)
+    layers = trace_conv_layers(model.network, images[:1])
+    single, many = (score_feature_maps(model, layers, images, labels, eps=EPS, rows=rows) for rows in (1, None))
+    assert torch.equal(single.correct, many.correct)
+    torch.testing.assert_close(single.margin, many.margin, rtol=0, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
+    model, images, labels = toy_case(Plain)
+    layers = trace_conv_layers(model.network, images[:1])
+    first, second, other = (score_feature_maps(model, layers, images, labels, eps=EPS, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first.correct, second.correct) and torch.equal(first.margin, second.margin)
+    assert not torch.equal(first.margin, other.margin)
+
+
+def test_scoring_neither_reads_nor_moves_the_global_generator() -> None:
+    model, images, labels = toy_case(Plain)
+    layers = trace_conv_layers(model.network, images[:1])
+    torch.manual_seed(1)
+    first, after = score_feature_maps(model, layers, images, labels, eps=EPS), torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), after)
+    torch.manual_seed(2)
+    assert torch.equal(score_feature_maps(model, layers, images, labels, eps=EPS).margin, first.margin)
+
+
+def test_progress_adds_up_to_all_map_image_pairs() -> None:
+    model, images, labels = toy_case(Plain, count=7)
+    layers = trace_conv_layers(model.network, images[:1])
+    for rows in (None, 3):
+        told: list[int] = []
+        scores = score_feature_maps(model, layers, images, labels, eps=EPS, rows=rows, progress=told.append)
+        assert sum(told) == scores.total * 7 and min(told) > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scoring_leaves_no_trace(training: bool) -> None:
+    model, images, labels = toy_case(Plain)
+    model.train(training)
+    model.network.bn1.eval()
+    model.network.conv1.weight.requires_grad_(False)
+    layers = trace_conv_layers(model.network, images[:1])
+    before, state, pixels = footprint(model), weights(model), images.clone()
+    score_feature_maps(model, layers, images, labels, eps=EPS, steps=2)
+    assert footprint(model) == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(images, pixels) and not images.requires_grad
+
+
+class Breaks(Normalised):
+    """Raises in the forward pass of number ``at``."""
+
+    def __init__(self, network: nn.Module, at: int):
+        super().__init__(network)
+        self.left = at
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        out = super().forward(pixels)
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("boom")
+        return out
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
+def test_scoring_leaves_no_trace_after_an_exception_in_the_model(at: int, steps: int) -> None:
+    network = toy_case(Plain)[0].network.train()
+    _, images, labels = toy_case(Plain)
+    layers = trace_conv_layers(network, images[:1])
+    model = Breaks(network, at).train()
+    before = footprint(model)
+    with pytest.raises(RuntimeError, match="boom"):
+        score_feature_maps(model, layers, images, labels, eps=EPS, steps=steps, rows=4)
+    assert footprint(model) == before
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+    assert model.network.conv1(images).requires_grad  # nothing is still switched
+
+
+def test_a_map_that_does_not_depend_on_the_image_leaves_it_as_it_is() -> None:
+    """A pruned filter has gradient 0, so x' = x and its score is the clean accuracy."""
+    model, images, labels = toy_case(Plain)
+    with torch.no_grad():
+        model.network.conv1.weight[2] = 0
+    labels = labels.clone()
+    labels[0] = (labels[0] + 1) % 5
+    logits = model(images).detach()
+    scores = score_feature_maps(model, trace_conv_layers(model.network, images[:1]), images, labels, eps=EPS)
+    assert int(scores.correct[2]) == int((logits.argmax(1) == labels).sum())
+
+
+def test_scores_belong_to_the_layer_of_that_name() -> None:
+    """Registered in another order than run: each layer's scores are those of its own maps, asked for alone."""
+    model, images, labels = toy_case(OutOfOrder)
+    layers = trace_conv_layers(model.network, images[:1])
+    scores = score_feature_maps(model, layers, images, labels, eps=EPS)
+    assert [layer.name for layer, _ in scores.slices()] == ["conv_a", "conv_b", "shortcut"]
+    for layer, where in scores.slices():
+        alone = score(model, [layer], images, labels, eps=EPS)
+        torch.testing.assert_close(scores.margin[where], alone.margins.mean(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("make", [Plain, SmallPreActResNet], ids=lambda make: make.__name__)
+def test_cuda_scores_equal_the_cpu_loop(make: Callable[[], nn.Module]) -> None:
+    model, images, labels = toy_case(make)  # type: ignore[arg-type]
+    layers = trace_conv_layers(model.network, images[:1])
+    slow = score(model, layers, images, labels, eps=EPS)
+    model = model.cuda()
+    fast = score_feature_maps(model, layers, images.cuda(), labels.cuda(), eps=EPS)
+    near = (slow.margins.abs() < 1e-2).sum(1)
+    assert ((fast.correct - slow.correct).abs() <= near).all()
+    torch.testing.assert_close(fast.margin, slow.margins.mean(1), rtol=1e-2, atol=1e-2)

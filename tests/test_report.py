@@ -1,0 +1,155 @@
+"""Result files in BackdoorBench's conventions, and ours."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from fmp_core import report
+from fmp_core.evaluate import Metrics
+from fmp_core.feature_maps import ConvLayer
+from fmp_core.finetune import Epoch
+from fmp_core.ranking import Scores, choose
+from PIL import Image
+from torch import nn
+
+# The first line of BB's own ft_df.csv and ft_df_summary.csv.
+HEADER = (
+    ",epoch,batch,train_epoch_loss_avg_over_batch,train_acc,clean_test_loss_avg_over_batch,bd_test_loss_avg_over_batch,"
+    "test_acc,test_asr,test_ra"
+)
+METRICS = Metrics(
+    test_acc=0.5, test_asr=0.25, test_ra=0.75, clean_test_loss_avg_over_batch=1.5, bd_test_loss_avg_over_batch=2.5
+)
+LATER = Metrics(test_acc=0.75, test_asr=0.125, test_ra=0.5, clean_test_loss_avg_over_batch=1.0, bd_test_loss_avg_over_batch=3.0)
+
+
+def lines(path: Path) -> list[str]:
+    text = path.read_bytes().decode()
+    assert text.endswith("\n") and "\r" not in text
+    return text.splitlines()
+
+
+def written(folder: Path, rows: list[tuple[Epoch | None, Metrics | None]]) -> tuple[list[str], list[str]]:
+    frame = report.history_frame(rows)
+    report.write_csv(folder / "fmp_df.csv", frame)
+    report.write_csv(folder / "fmp_df_summary.csv", report.summary_frame(frame))
+    return lines(folder / "fmp_df.csv"), lines(folder / "fmp_df_summary.csv")
+
+
+def test_two_epochs_as_bb_writes_them(tmp_path: Path) -> None:
+    table, summary = written(tmp_path, [(Epoch(0, 2, 3.5, 0.1), METRICS), (Epoch(1, 2, 3.25, 0.2), LATER)])
+    assert table == [HEADER, "0,0,2,3.5,0.1,1.5,2.5,0.5,0.25,0.75", "1,1,2,3.25,0.2,1.0,3.0,0.75,0.125,0.5"]
+    assert summary == [
+        HEADER,
+        "last,1,2,3.25,0.2,1.0,3.0,0.75,0.125,0.5",
+        "valid_max,1,2,3.5,0.2,1.5,3.0,0.75,0.25,0.75",
+        "exist_nan_value" + ",False" * 9,
+    ]
+
+
+def test_nan_is_a_word_and_an_untested_epoch_has_empty_cells(tmp_path: Path) -> None:
+    rows = [(Epoch(0, 3, math.nan, 0.5), None), (Epoch(1, 3, 2.0, 0.75), METRICS), (Epoch(2, 3, math.nan, 0.25), None)]
+    table, summary = written(tmp_path, rows)  # type: ignore[arg-type]
+    assert table == [
+        HEADER,
+        "0,0,3,nan_value,0.5,,,,,",
+        "1,1,3,2.0,0.75,1.5,2.5,0.5,0.25,0.75",
+        "2,2,3,nan_value,0.25,,,,,",
+    ]
+    assert summary == [
+        HEADER,
+        "last,2,3,nan_value,0.25,1.5,2.5,0.5,0.25,0.75",
+        "valid_max,2,3,2.0,0.75,1.5,2.5,0.5,0.25,0.75",
+        "exist_nan_value,False,False,True,False,False,False,False,False,False",
+    ]
+
+
+def test_only_nan_has_no_maximum(tmp_path: Path) -> None:
+    _, summary = written(tmp_path, [(Epoch(0, 3, math.nan, 0.5), METRICS)])
+    assert summary[2] == "valid_max,0,3,,0.5,1.5,2.5,0.5,0.25,0.75"
+
+
+def test_without_epochs_one_row_holds_the_metrics(tmp_path: Path) -> None:
+    table, summary = written(tmp_path, [(None, METRICS)])
+    assert table == [HEADER, "0,0,0,,,1.5,2.5,0.5,0.25,0.75"]
+    assert summary[1] == "last,0,0,,,1.5,2.5,0.5,0.25,0.75"
+    assert summary[3].startswith("exist_nan_value,False,False")
+
+
+def test_floats_are_in_shortest_form(tmp_path: Path) -> None:
+    table, _ = written(tmp_path, [(Epoch(0, 2, 0.1 + 0.2, 1 / 3), METRICS)])
+    assert table[1].startswith("0,0,2,0.30000000000000004,0.3333333333333333,")
+
+
+@pytest.mark.parametrize("rows", [[(Epoch(0, 2, 3.5, 0.1), METRICS), (Epoch(1, 2, math.nan, 0.2), None)], [(None, METRICS)]])
+def test_plots_are_pictures_of_bbs_size(tmp_path: Path, rows: list[tuple[Epoch | None, Metrics | None]]) -> None:
+    report.write_plots(tmp_path, report.history_frame(rows))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["acc_like_metric_plots.png", "loss_metric_plots.png"]
+    for path in tmp_path.iterdir():
+        with Image.open(path) as image:
+            assert (image.format, image.size) == ("PNG", (1280, 960))
+            assert len(image.convert("RGB").getcolors(1280 * 960) or []) > 4  # something is drawn
+
+
+def scores() -> Scores:
+    layers = (ConvLayer("b", nn.Conv2d(1, 4, 1)), ConvLayer("a", nn.Conv2d(1, 2, 1)))
+    margin = torch.tensor([0.5, -1.0, 0.25, 0.125, 0.75, 0.5], dtype=torch.float64)
+    return Scores(layers, torch.tensor([7, 3, 3, 9, 8, 1]), margin, samples=10)
+
+
+def test_feature_maps_ranked_within_their_layer(tmp_path: Path) -> None:
+    frame = report.feature_map_frame(scores(), choose(scores(), 2, "layer"), "layer")
+    report.write_csv(tmp_path / "feature_maps.csv", frame, index=False)
+    assert lines(tmp_path / "feature_maps.csv") == [
+        "layer,channel,correct,samples,margin,rank,pruned",
+        "b,0,7,10,0.5,3,False",
+        "b,1,3,10,-1.0,1,True",
+        "b,2,3,10,0.25,2,True",
+        "b,3,9,10,0.125,4,False",
+        "a,0,8,10,0.75,2,False",
+        "a,1,1,10,0.5,1,True",
+    ]
+
+
+def test_feature_maps_ranked_all_together() -> None:
+    frame = report.feature_map_frame(scores(), choose(scores(), 3, "global"), "global")
+    assert frame["rank"].tolist() == [4, 2, 3, 6, 5, 1]
+    assert frame["pruned"].tolist() == [False, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_pruned_maps_are_those_of_the_lowest_ranks(scope: str) -> None:
+    frame = report.feature_map_frame(scores(), choose(scores(), 2, scope), scope)
+    for _, group in frame.groupby("layer") if scope == "layer" else [("all", frame)]:
+        assert group[group["pruned"]]["rank"].max() < group[~group["pruned"]]["rank"].min()
+        assert sorted(group["rank"]) == list(range(1, len(group) + 1))
+
+
+def test_the_table_is_in_percent() -> None:
+    metrics = {
+        "before": {"test_acc": 0.9123, "test_asr": 1.0, "test_ra": 0.0},
+        "after": {"test_acc": 0.9, "test_asr": 0.0123, "test_ra": 0.5},
+    }
+    assert [line.split() for line in report.table(metrics).splitlines()] == [
+        ["percent", "Acc", "ASR", "RA"],
+        ["before", "FMP", "91.23", "100.00", "0.00"],
+        ["after", "FMP", "90.00", "1.23", "50.00"],
+    ]
+
+
+def test_json_is_readable_and_whole(tmp_path: Path) -> None:
+    report.write_json(tmp_path / "metrics.json", {"b": 1, "a": [0.5, None], "path": Path("x")})
+    text = (tmp_path / "metrics.json").read_text()
+    assert json.loads(text) == {"b": 1, "a": [0.5, None], "path": "x"}
+    assert text.startswith('{\n  "b": 1,') and text.endswith("\n")
+
+
+def test_versions_name_what_a_result_depends_on() -> None:
+    versions = report.versions()
+    assert versions["torch"] == torch.__version__
+    assert {"fmp", "git", "python", "torchvision", "numpy"} <= versions.keys()
+    assert all(isinstance(value, str) and value for value in versions.values())

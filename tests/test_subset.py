@@ -1,0 +1,84 @@
+"""The clean subset is BackdoorBench's, or the one an index file names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fmp_core.errors import UserError
+from fmp_core.subset import choose_subset
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def index_file(folder: Path, text: str) -> str:
+    path = folder / "index.txt"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_draw_is_backdoorbenchs():
+    subset = choose_subset(50000, 0.05, 0, None)  # facts observed with BB's own ft, anp, nad
+    assert len(subset) == 2500
+    assert subset[:5] == [25247, 49673, 27562, 2653, 16968]
+
+
+@given(st.integers(1, 500), st.floats(0.01, 1), st.integers(0, 5))
+def test_a_draw_is_distinct_and_in_range(total: int, ratio: float, seed: int):
+    if int(total * ratio) == 0:
+        with pytest.raises(UserError, match="--ratio"):
+            choose_subset(total, ratio, seed, None)
+        return
+    subset = choose_subset(total, ratio, seed, None)
+    assert len(set(subset)) == len(subset) == int(total * ratio)
+    assert 0 <= min(subset) <= max(subset) < total
+
+
+def test_seeds_differ_and_a_seed_repeats():
+    draws = [choose_subset(1000, 0.1, seed, None) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_an_index_file_is_kept_in_its_order(tmp_path: Path):
+    assert choose_subset(50, 0.1, 0, index_file(tmp_path, "7\n3\n49\n0\n")) == [7, 3, 49, 0]
+
+
+def test_a_one_line_index_file_is_one_image(tmp_path: Path):
+    assert choose_subset(50, 0.1, 0, index_file(tmp_path, "7")) == [7]
+
+
+def test_blank_lines_spaces_and_numpys_floats_are_read(tmp_path: Path):
+    assert choose_subset(50, 0.1, 0, index_file(tmp_path, "\n 7 \n\n1.200000000000000000e+01\r\n\n")) == [7, 12]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("1\n50\n", "image 50, but the clean training set has images 0..49"),
+        ("-1\n", "image -1"),
+        ("4\n5\n4\n", "names an image twice"),
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ("1\nseven\n", "line 2 is 'seven'"),
+        ("1.5\n", "line 1 is '1.5'"),
+        ("nan\n", "line 1 is 'nan'"),
+        ("inf\n", "line 1 is 'inf'"),
+        ("1 2 3\n", "line 1 is '1 2 3'"),
+    ],
+)
+def test_a_wrong_index_file_is_refused_with_the_reason(text: str, says: str, tmp_path: Path):
+    path = index_file(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        choose_subset(50, 0.1, 0, path)
+    assert f"--index {path}" in str(caught.value) and says in str(caught.value)
+
+
+def test_a_missing_index_file_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"gone\.txt cannot be read"):
+        choose_subset(50, 0.1, 0, str(tmp_path / "gone.txt"))
+
+
+def test_a_binary_index_file_is_refused(tmp_path: Path):
+    (tmp_path / "index.bin").write_bytes(b"\xff\x00\xfe")
+    with pytest.raises(UserError, match="not a text file"):
+        choose_subset(50, 0.1, 0, str(tmp_path / "index.bin"))
