@@ -33,7 +33,7 @@ from fmp_core.datasets import Split, dataset_facts, open_split  # noqa: E402
 from fmp_core.errors import UserError  # noqa: E402
 from fmp_core.evaluate import Metrics, TestData, defense_effectiveness_rating, evaluate, to_unit  # noqa: E402
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
-from fmp_core.files import write_text  # noqa: E402
+from fmp_core.files import make_folders, write_text  # noqa: E402
 from fmp_core.finetune import Epoch, train  # noqa: E402
 from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
 from fmp_core.progress import Progress  # noqa: E402
@@ -111,13 +111,7 @@ class FMP(defense):
             self.logger.setLevel(logging.ERROR)
             return
         log_folder = Path(self.settings.log or self.folder / "log")
-        for folder in (log_folder, Path(self.settings.checkpoint_save or self.folder / "checkpoint")):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(
-                    f"Folder {folder} cannot be made ({error.strerror}); choose another or free the name."
-                ) from None
+        make_folders(log_folder, Path(self.settings.checkpoint_save or self.folder / "checkpoint"))
         for handler in list(self.logger.handlers):
             self.logger.removeHandler(handler)
             handler.close()

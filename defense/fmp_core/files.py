@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .errors import UserError
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -50,6 +52,21 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def make_folders(*folders: Path) -> None:
+    """Make all of ``folders``, or none of them.
+
+    Raises:
+        UserError: a name is taken by a file, or a parent is not writable.
+    """
+    for folder in folders:
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            reason = "is not writable" if parent.is_dir() else "is a file"
+            raise UserError(f"Folder {folder} cannot be made, because {parent} {reason}; choose another or free the name.")
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
