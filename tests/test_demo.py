@@ -53,7 +53,7 @@ def test_the_record_is_whole_and_backdoored(place: Path) -> None:
 
 def test_the_defense_repairs_the_model_and_writes_everything(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--record_root", str(place / "record"), "--dataset_path", str(place / "data")]
-    flags = ["--yaml_path", "./config/defense/fmp/digits.yaml", "--frg_samples", "2", "--epochs", "6", "--device", "cpu"]
+    flags = ["--yaml_path", "./config/defense/fmp/digits.yaml", "--frg_samples", "1", "--epochs", "6", "--device", "cpu"]
     assert fmp.main(["--result_file", "badnet_digits", *where, *flags]) == 0
     results = place / "record" / "badnet_digits" / "defense" / "fmp"
     names = {path.name for path in results.iterdir() if not path.name.startswith(".")}

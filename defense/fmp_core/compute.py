@@ -12,7 +12,7 @@ from .errors import UserError
 
 @dataclass(frozen=True)
 class Compute:
-    """``device`` does the work; fine-tuning and evaluation spread over ``device_ids`` if there are several."""
+    """``device`` does the work; fine-tuning spreads over ``device_ids`` if there are several."""
 
     device: torch.device
     device_ids: tuple[int, ...] = ()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .compute import rows_per_batch
 from .feature_maps import frozen
+from .frozen_ops import FrozenOps
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def predict(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -
     ``images`` are uint8; ``model`` takes pixels in [0,1] and is left as it was found. Full precision, no random number drawn.
     ``batch_size`` shapes the loss only; the forward passes have the size that suits the device.
     """
-    with frozen(model), torch.inference_mode():
+    with frozen(model), torch.inference_mode(), FrozenOps():
         rows = rows_per_batch(images.device)
         logits = torch.cat([model(to_unit(part).contiguous(memory_format=torch.channels_last)) for part in images.split(rows)])
         losses = [F.cross_entropy(*pair) for pair in zip(logits.split(batch_size), labels.split(batch_size), strict=True)]

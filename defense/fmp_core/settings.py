@@ -112,7 +112,7 @@ class Settings:
     alpha: float | None = _setting(
         None, _number(0, 1, above=True), "FRG step size if frg_steps > 1 (default 2.5*eps/frg_steps)"
     )
-    frg_samples: int | str = _setting(64, _SAMPLES, "clean images each feature map is scored on, or all")
+    frg_samples: int | str = _setting(32, _SAMPLES, "clean images each feature map is scored on, or all")
     scope: str = _setting("layer", _choice("layer", "global"), "choose N/p in each layer, or of all maps together")
 
     ranking: str = _setting(

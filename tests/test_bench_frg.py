@@ -1,0 +1,32 @@
+"""The benchmark runs and writes the figures it promises; it asserts no speed."""
+
+from pathlib import Path
+
+import bench_frg
+import pandas as pd
+import pytest
+
+FIGURES = {
+    "ceiling_forward_images_per_s",
+    "ceiling_input_grad_images_per_s",
+    "engine_map_images_per_s",
+    "released_map_images_per_s",
+    "efficiency",
+    "ratio_vs_released",
+    "peak_memory_mib",
+}
+
+
+def test_all_figures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    flags = ["--model", "shufflenet_v2_x1_0", "--device", "cpu", "--images", "4", "--maps", "60", "--dtype", "fp32"]
+    assert bench_frg.main([*flags, "--against", "released", "--csv", str(tmp_path / "frg.csv")]) == 0
+    table = pd.read_csv(tmp_path / "frg.csv")
+    assert list(table.columns) == ["device", "dtype", "figure", "value"]
+    assert set(table["figure"]) >= FIGURES
+    assert (table["value"] > 0).all()
+    assert "efficiency" in capsys.readouterr().out
+
+
+def test_a_missing_record_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert bench_frg.main(["--result_file", "nothing", "--record_root", str(tmp_path), "--device", "cpu"]) == 2
+    assert "does not exist" in capsys.readouterr().err

@@ -1,0 +1,119 @@
+"""The cheaper forms compute what the plain network computes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fmp_core.frozen_ops import ConvCall, FrozenOps, lowered
+from torch import Tensor, nn
+
+
+class Mixed(nn.Module):
+    """Batch norm with and without a ReLU after it, a ReLU of its own, and convolutions down to 2x2 outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding="same", bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.plain_norm = nn.BatchNorm2d(8, affine=False)
+        self.few = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.even = nn.Conv2d(12, 6, 2, padding="same")
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        x = self.plain_norm(self.second(x))
+        x = torch.relu(self.few(x))
+        return self.linear(self.even(x).mean((2, 3)))
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    net = Mixed()
+    for norm in (net.norm, net.plain_norm):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return net.eval().requires_grad_(False)
+
+
+def test_logits_and_input_gradients_are_the_plain_ones(network: nn.Module):
+    images = torch.rand(5, 3, 8, 8)
+    results = []
+    for mode in (FrozenOps(), torch.enable_grad()):
+        leaf = images.clone().requires_grad_()
+        with mode:
+            logits = network(leaf)
+        results.append((logits, torch.autograd.grad(logits.square().sum(), leaf)[0]))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_without_gradients_too(network: nn.Module):
+    images = torch.rand(5, 3, 8, 8)
+    with torch.inference_mode(), FrozenOps():
+        ours = network(images)
+    torch.testing.assert_close(ours, network(images), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_a_convolution_with_few_outputs_is_a_convolution(stride: int, padding: int):
+    images = torch.randn(3, 4, 5, 4, dtype=torch.float64)
+    conv = nn.Conv2d(4, 6, 3, stride, padding).double().requires_grad_(False)
+    ours, plain = images.clone().requires_grad_(), images.clone().requires_grad_()
+    with FrozenOps(torch.float64):
+        out = conv(ours)
+    expected = conv(plain)
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(expected)
+    torch.testing.assert_close(*(torch.autograd.grad((o * weight).sum(), i)[0] for o, i in ((out, ours), (expected, plain))))
+
+
+def test_training_mode_batch_norm_is_left_to_torch(network: nn.Module):
+    images = torch.rand(5, 3, 8, 8)
+    network.norm.train()
+    before = network.norm.running_mean.clone()
+    with FrozenOps():
+        network(images.requires_grad_())
+    assert not torch.equal(before, network.norm.running_mean)
+
+
+def test_replayed_masks_decide_where_gradients_pass():
+    leaf = torch.tensor([[[[1.0, 2.0]]]], requires_grad=True)
+    with FrozenOps(replay=iter([torch.tensor([[[[False, True]]]])])):
+        out = F.relu(leaf)
+    assert torch.autograd.grad(out.sum(), leaf)[0].flatten().tolist() == [0, 1]
+
+
+def test_masks_are_recorded_in_order(network: nn.Module):
+    masks: list[Tensor] = []
+    with torch.no_grad(), FrozenOps(record=masks):
+        network(torch.rand(2, 3, 8, 8))
+    assert [tuple(mask.shape) for mask in masks] == [(2, 8, 8, 8), (2, 12, 2, 2)]
+
+
+def test_watched_outputs_survive_in_place_changes():
+    conv = nn.Conv2d(1, 1, 1, bias=False).requires_grad_(False)
+    seen: list[Tensor] = []
+
+    def watch(call: ConvCall, out: Tensor) -> None:
+        seen.append(out)
+
+    with torch.no_grad(), FrozenOps(watch={id(conv.weight): watch}):
+        conv(torch.ones(1, 1, 1, 1)).mul_(0)
+    assert seen[0].item() == conv.weight.item()
+
+
+def test_a_lowered_copy_keeps_pixels_norms_and_logits_exact(network: nn.Module):
+    twin = lowered(network, network.first, torch.bfloat16)
+    kept = [name for name, p in twin.named_parameters() if p.dtype == torch.float32]
+    assert kept == ["first.weight", "norm.weight", "norm.bias", "linear.weight", "linear.bias"]
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    with torch.inference_mode(), FrozenOps(torch.bfloat16):
+        logits = twin(torch.rand(4, 3, 8, 8))
+    assert logits.dtype == torch.float32
+
+
+def test_float32_needs_no_copy(network: nn.Module):
+    assert lowered(network, network.first, torch.float32) is network

@@ -1,0 +1,45 @@
+"""Several processes rank to the bits of one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = """
+import json, sys, torch
+from fmp_core import ranks
+from fmp_core.compute import Compute
+from fmp_core.feature_maps import trace_conv_layers
+from fmp_core.ranking import score_feature_maps
+from torch import nn
+torch.set_num_threads(1)
+ranks.join(Compute(torch.device("cpu")))
+torch.manual_seed(0)
+net = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 10, 3, 2), nn.Flatten(), nn.LazyLinear(4))
+images, labels = torch.rand(20, 3, 10, 10), torch.randint(4, (20,))
+net(images)
+scores = score_feature_maps(net, trace_conv_layers(net, images[:1]), images, labels, eps=0.1, rows=16)
+if ranks.leads():
+    print(json.dumps([scores.correct.tolist(), [value.hex() for value in scores.margin.tolist()]]))
+ranks.leave()
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Path:
+    path = tmp_path / "worker.py"
+    path.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'defense')!r})\n{WORKER}")
+    return path
+
+
+def run(*command: str) -> list:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_two_processes_score_to_the_bits_of_one(worker: Path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert run(*torchrun, str(worker)) == run(str(worker))

@@ -1,0 +1,59 @@
+"""Cached scores answer only the question they were computed for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fmp_core.feature_maps import ConvLayer
+from fmp_core.ranking import Scores
+from fmp_core.score_cache import cache_file, content_key, load_scores, save_scores
+from torch import nn
+
+LAYERS = (ConvLayer("c", nn.Conv2d(1, 4, 1)),)
+QUESTION = {"eps": 0.1, "seed": 0}
+
+
+def key(**changes: object) -> str:
+    state = {"w": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(3)}
+    images, labels = torch.zeros(1, 1, 2, 2), torch.tensor([1])
+    given = {"state": state, "images": images, "labels": labels, "settings": QUESTION} | changes
+    return content_key(given["state"], given["images"], given["labels"], given["settings"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"state": {"w": torch.ones(2), "n": torch.tensor(3)}},
+        {"images": torch.full((1, 1, 2, 2), 1e-7)},
+        {"labels": torch.tensor([2])},
+        {"settings": {"eps": 0.1, "seed": 1}},
+    ],
+    ids=["weights", "images", "labels", "settings"],
+)
+def test_another_question_has_another_key(changes: dict[str, object]):
+    assert key() == key()
+    assert key(**changes) != key()
+
+
+def test_scores_come_back(tmp_path: Path):
+    scores = Scores(
+        LAYERS, torch.tensor([1, 2, 3, 4]), torch.rand(4, dtype=torch.float64), 5, torch.tensor([True, True, False, True])
+    )
+    save_scores(tmp_path, key(), scores)
+    again = load_scores(tmp_path, key(), LAYERS)
+    assert again is not None and again.samples == 5
+    for name in ("correct", "margin", "settled"):
+        assert torch.equal(getattr(again, name), getattr(scores, name))
+
+
+def test_a_damaged_or_foreign_file_is_no_answer(tmp_path: Path):
+    scores = Scores(LAYERS, torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.float64), 5)
+    assert load_scores(tmp_path, key(), LAYERS) is None
+    save_scores(tmp_path, key(), scores)
+    path = cache_file(tmp_path, key())
+    path.write_bytes(path.read_bytes()[:200])
+    assert load_scores(tmp_path, key(), LAYERS) is None
+    save_scores(tmp_path, key(), scores)
+    assert load_scores(tmp_path, key(), (*LAYERS, *LAYERS)) is None
+    path.rename(cache_file(tmp_path, "other" + key()))
+    assert load_scores(tmp_path, "other" + key(), LAYERS) is None
