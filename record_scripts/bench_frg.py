@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
@@ -34,15 +35,20 @@ import torch.nn.functional as F
 from fmp_core import compute
 from fmp_core.datasets import FACTS
 from fmp_core.errors import UserError
+from fmp_core.evaluate import predict, to_unit
 from fmp_core.feature_maps import ConvLayer, frozen, trace_conv_layers
+from fmp_core.finetune import train
 from fmp_core.frozen_ops import lowered
 from fmp_core.models import PixelModel, build_model, load_model
 from fmp_core.ranking import Attack, Engine
 from fmp_core.records import read_attack_record
+from fmp_core.settings import Settings
 from torch import Tensor, nn
 
 EPS = 1 / 255
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RELEASED_BATCH = 32
+TRAINING_IMAGES = {"cpu": 1024, "cuda": 10240}
 
 
 def synchronised(device: torch.device) -> float:
@@ -194,6 +200,49 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
     return figures
 
 
+def measure_training(args: argparse.Namespace) -> dict[str, float]:
+    """Images/s of fine-tuning (bf16 autocast where the device has it) and of evaluation (fp32), each against a plain loop that
+    does nothing but the model's work on one ready batch."""
+    chosen = compute.choose_compute(args.device)
+    device, settings = chosen.device, Settings(epochs=1)
+    count = TRAINING_IMAGES[device.type]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8).to(device)
+    labels = torch.randint(10, (count,), generator=generator).to(device)
+    torch.manual_seed(0)
+    model = PixelModel(build_model(args.model, 10), FACTS["cifar10"]).to(device).to(memory_format=torch.channels_last)
+    batch = to_unit(images[: settings.batch_size]).contiguous(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    bfloat16 = compute.has_fast_bfloat16(device)
+
+    def plain_step() -> None:
+        model.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            loss = F.cross_entropy(model(batch), labels[: len(batch)])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    def fine_tune() -> None:
+        train(model, images, labels, settings, chosen, facts=FACTS["cifar10"], after_epoch=lambda epoch: None)
+
+    rows = compute.rows_per_batch(device)
+
+    def plain_forward() -> None:
+        with torch.inference_mode():
+            model.eval()(batch[:rows])
+
+    step, tuned = seconds(plain_step, device) / len(batch), seconds(fine_tune, device) / count
+    forward = seconds(plain_forward, device) / len(batch[:rows])
+    tested = seconds(lambda: predict(model, images, labels, settings.batch_size), device) / count
+    return {
+        "finetune_images_per_s": 1 / tuned,
+        "finetune_efficiency": step / tuned,
+        "evaluate_images_per_s": 1 / tested,
+        "evaluate_efficiency": forward / tested,
+    }
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result_file", help="take the weights of this attack record")
@@ -206,6 +255,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, help="images per batch (default: what suits the device)")
     parser.add_argument("--memory", type=int, help="MiB that ranking may keep")
     parser.add_argument("--against", choices=["released"], help="also time the released scheme")
+    parser.add_argument("--training", action="store_true", help="also measure fine-tuning and evaluation")
     parser.add_argument("--repeat", type=int, default=1, help="measure this often; the table shows the median and the range")
     parser.add_argument("--csv", type=Path, help="also write device,dtype,figure,value rows")
     return parser.parse_args(argv)
@@ -217,8 +267,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         device = compute.choose_compute(args.device)
         print(f"{device.name}, torch {torch.__version__}, {args.images} images, about {args.maps} maps, {args.repeat} run(s)")
-        for dtype in args.dtype:
-            runs = [measure(args, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]) for _ in range(args.repeat)]
+        work: dict[str, Callable[[], dict[str, float]]] = {name: partial(measure, args, DTYPES[name]) for name in args.dtype}
+        if args.training:
+            work["amp"] = partial(measure_training, args)
+        for dtype, once in work.items():
+            runs = [once() for _ in range(args.repeat)]
             for figure in runs[0]:
                 values = [run[figure] for run in runs]
                 rows.append((str(device.device), dtype, figure, statistics.median(values)))

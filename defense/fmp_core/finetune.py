@@ -14,6 +14,7 @@ from .compute import Compute, has_fast_bfloat16
 from .datasets import DatasetFacts
 from .errors import UserError
 from .evaluate import to_unit
+from .feature_maps import frozen
 from .settings import Settings
 
 
@@ -81,10 +82,12 @@ def train(
     scheduler = _scheduler(optimizer, settings)
     generator = torch.Generator().manual_seed(settings.random_seed)
     parallel = nn.DataParallel(model, list(compute.device_ids)) if compute.device_ids else model
-    bfloat16 = settings.amp and has_fast_bfloat16(compute.device)
+    bfloat16 = settings.amp and has_fast_bfloat16(compute.device) and not _meets_faulty_kernel(model, images[:1])
     cuda = compute.device_ids or ((compute.device.index,) if compute.device.type == "cuda" else ())
     with torch.random.fork_rng(devices=cuda):  # dropout draws from the global generator
-        torch.manual_seed(settings.random_seed)
+        torch.default_generator.manual_seed(settings.random_seed)
+        for index in cuda:
+            torch.cuda.default_generators[index].manual_seed(settings.random_seed)
         for number in range(settings.epochs):
             model.train()
             losses, hits, seen = [], torch.zeros((), dtype=torch.int64, device=images.device), 0
@@ -103,6 +106,29 @@ def train(
                 after_batch()
             scheduler.step()
             after_epoch(Epoch(number, len(losses), float(torch.stack(losses).double().mean()), int(hits) / seen))
+
+
+def _meets_faulty_kernel(model: nn.Module, image: Tensor) -> bool:
+    """Whether a convolution with a kernel beyond 1x1 sees a one-pixel map on a CPU.
+
+    The bfloat16 weight gradient of such a convolution (oneDNN in torch 2.15) is partly uninitialised memory.
+    """
+    seen: list[bool] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, nn.Conv2d)
+        seen.append(inputs[0][0, 0].numel() == 1 and max(module.kernel_size) > 1)
+
+    if image.device.type != "cpu":
+        return False
+    handles = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, nn.Conv2d)]
+    try:
+        with frozen(model), torch.no_grad():
+            model(to_unit(image))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return any(seen)
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings) -> LRScheduler:

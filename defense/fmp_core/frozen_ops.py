@@ -62,22 +62,31 @@ class FrozenOps(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        args = [_current(arg) for arg in args]
         if func is torch.conv2d:
             return self._conv2d(*args, **kwargs)
         if func is F.linear and args[0].dtype != args[1].dtype:
             return F.linear(args[0].to(args[1].dtype), *args[1:], **kwargs)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
-        if func in (F.relu, torch.relu, Tensor.relu):
+        if func is F.relu:
+            return self._relu(*args, **kwargs)
+        if func in (torch.relu, Tensor.relu):
             return self._relu(args[0])
+        if func in (torch.relu_, Tensor.relu_):
+            return self._relu(args[0], inplace=True)
         return func(*args, **kwargs)
 
-    def _relu(self, input: Tensor) -> Tensor:
+    def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
         mask = next(self.replay) if self.replay is not None else None
         if torch.is_grad_enabled() and input.requires_grad:
-            normalised = getattr(input, "fmp_normalised_from", None)
-            return _MaskedReLU.apply(input, mask) if normalised is None else _ScaleShiftReLU.apply(*normalised, mask)
-        out = torch.relu(input)
+            source, version = getattr(input, "fmp_normalised_from", (None, None))
+            fused = source is not None and version == input._version  # not if a skip was added to it since
+            out = _ScaleShiftReLU.apply(*source, mask) if fused else _MaskedReLU.apply(input, mask)
+            if inplace:
+                input.fmp_current = out  # type: ignore[attr-defined]  # whoever reads the input again gets this
+            return out
+        out = torch.relu_(input) if inplace else torch.relu(input)
         if self.record is not None:
             self.record.append(out > 0)
         return out
@@ -119,6 +128,13 @@ def lowered(model: nn.Module, first_conv: nn.Module, dtype: torch.dtype) -> nn.M
             for part in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 part.data = part.data.to(dtype) if part.is_floating_point() else part.data
     return twin
+
+
+def _current(arg: Any) -> Any:
+    """An argument as an in-place ReLU left it; such ReLUs run out of place where gradients are wanted."""
+    if isinstance(arg, Tensor):
+        return getattr(arg, "fmp_current", arg)
+    return type(arg)(_current(part) for part in arg) if type(arg) in (list, tuple) else arg
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -202,7 +218,7 @@ def _batch_norm(
     shift = (0 if bias is None else bias) - running_mean * scale
     source = (input, scale.to(input.dtype).view(1, -1, 1, 1), shift.to(input.dtype).view(1, -1, 1, 1))
     out = _ScaleShift.apply(*source)
-    out.fmp_normalised_from = source
+    out.fmp_normalised_from = (source, out._version)
     return out
 
 

@@ -112,7 +112,8 @@ def score_feature_maps(
         eps, steps, alpha: see :meth:`~fmp_core.frg.SharedForward.reversed_images`; alpha defaults to 2.5*eps/steps.
         seed: of the start noise, one draw per image, shared by all maps.
         dtype: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
-        rows: images per batch; the default suits the device. Scores do not depend on it. Halved when memory runs out.
+        rows: images per batch; the default suits the device. Scores do not depend on it from
+            2 on (one row rounds differently). Halved when memory runs out.
         memory_mib: lowers ``rows`` so that the retained graph fits (an estimate from one image).
         wanted: bool ``[N]``, the maps to score (default all); the others get 0.
         progress: called with the number of (map, image) pairs just scored.
