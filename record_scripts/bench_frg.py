@@ -57,9 +57,10 @@ def synchronised(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """Median seconds of ``work`` after one warm-up."""
-    work()
+def seconds(work: Callable[[], object], device: torch.device, repeats: int = 3, warm_up: bool = True) -> float:
+    """Median seconds of ``work``, after one unmeasured call with ``warm_up``."""
+    if warm_up:
+        work()
     times = []
     for _ in range(repeats):
         started = synchronised(device)
@@ -176,7 +177,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
                 engine.score(images[part], start[part], labels[part], maps, max(1, rows // len(images[part])))
 
         shared = seconds(lambda: score(nothing), device, 1)
-        sampled = seconds(lambda: score(wanted), device, 1) - shared
+        sampled = seconds(lambda: score(wanted), device, 1, warm_up=device.type == "cuda") - shared
         full = shared + sampled * total / int(wanted.sum())
         figures["rows_per_batch"] = rows
         figures["engine_map_images_per_s"] = total * len(images) / full

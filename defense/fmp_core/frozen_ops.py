@@ -80,11 +80,12 @@ class FrozenOps(TorchFunctionMode):
     def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
         mask = next(self.replay) if self.replay is not None else None
         if torch.is_grad_enabled() and input.requires_grad:
-            source, version = getattr(input, "fmp_normalised_from", (None, None))
+            normalised: Any = getattr(input, "fmp_normalised_from", (None, None))
+            source, version = normalised
             fused = source is not None and version == input._version  # not if a skip was added to it since
             out = _ScaleShiftReLU.apply(*source, mask) if fused else _MaskedReLU.apply(input, mask)
             if inplace:
-                input.fmp_current = out  # type: ignore[attr-defined]  # whoever reads the input again gets this
+                input.fmp_current = out  # whoever reads the input again gets this
             return out
         out = torch.relu_(input) if inplace else torch.relu(input)
         if self.record is not None:

@@ -22,8 +22,8 @@ CONFIDENCE = 4.0  # standard deviations of the bfloat16 error that a dropped map
 def race(score: Callable[[torch.dtype, Tensor], Scores], total: int, p: int, scope: str) -> Scores:
     """Scores whose lowest N/p maps are float32 scores; ``settled`` marks all maps that have one.
 
-    A map is dropped if its bfloat16 score stays above the float32 score at the cut by more than bfloat16 has been seen to err:
-    :data:`CONFIDENCE` standard deviations in the margin, and the largest difference in the count.
+    A map is dropped if its bfloat16 score stays above the float32 score at the cut by more than bfloat16 has been seen to err,
+    :data:`CONFIDENCE` standard deviations: in the mean margin, and, for its count, in the slimmest margin of a correct image.
 
     Args:
         score: scores the maps of a bool mask ``[N]`` in a dtype.
@@ -50,15 +50,14 @@ def _in_doubt(cheap: Scores, scores: Scores, p: int, scope: str) -> Tensor:
     doubtful = torch.zeros(scores.total, dtype=torch.bool)
     wrong = (scores.margin - cheap.margin)[scores.settled]
     slack = CONFIDENCE * float(wrong.square().mean().sqrt())
+    fragile = cheap.slimmest < slack * cheap.samples**0.5  # one image errs more than the mean of all
     for members in ordered_groups(scores, scope):
         count = len(members) // p
         if count == 0:
             continue
         cut = members[count - 1]
-        known = members[scores.settled[members]]
         others = members[~scores.settled[members]]
-        miscount = int((scores.correct - cheap.correct)[known].abs().max())
-        least = cheap.correct[others] - miscount
+        least = cheap.correct[others] - fragile[others].long()
         close = (least == scores.correct[cut]) & (cheap.margin[others] - slack <= scores.margin[cut])
         doubtful[others] = (least < scores.correct[cut]) | close
     return doubtful

@@ -24,12 +24,14 @@ class Scores:
 
     ``correct`` int64 ``[N]``: how many of ``samples`` FRG images the whole model still classifies correctly.
     ``margin`` float64 ``[N]``: mean over the images of (logit of the true class - largest other logit).
+    ``slimmest`` float64 ``[N]``: the smallest margin among the images classified correctly (inf if there are none).
     ``settled`` bool ``[N]``: False for maps that racing dropped on their cheaper score; None if there are none.
     """
 
     layers: tuple[ConvLayer, ...]
     correct: Tensor
     margin: Tensor
+    slimmest: Tensor
     samples: int
     settled: Tensor | None = None
 
@@ -125,6 +127,7 @@ def score_feature_maps(
     total = sum(layer.channels for layer in layers)
     correct = torch.zeros(total, dtype=torch.int64, device=device)
     margin = torch.zeros(total, dtype=torch.float64, device=device)
+    slimmest = torch.full((total,), torch.inf, dtype=torch.float64, device=device)
     with frozen(model):
         engine = Engine(model, lowered(model, layers[0].module, dtype), dtype, layers, attack, progress)
         rows = rows or rows_per_batch(device)
@@ -136,7 +139,9 @@ def score_feature_maps(
             batch = math.ceil((len(images) - first) / math.ceil((len(images) - first) / rows))
             part = slice(first, first + batch)
             try:
-                hits, margins = engine.score(images[part], start[part], labels[part], mine, max(1, rows // batch))
+                hits, margins, slimmest_of_batch = engine.score(
+                    images[part], start[part], labels[part], mine, max(1, rows // batch)
+                )
             except RuntimeError as error:
                 if rows == 1 or not is_out_of_memory(error):
                     raise
@@ -144,9 +149,10 @@ def score_feature_maps(
                 continue
             correct += hits
             margin += margins
+            slimmest = torch.minimum(slimmest, slimmest_of_batch)
             first += batch
-    ranks.add_up(correct, margin)
-    return Scores(tuple(layers), correct.cpu(), margin.cpu() / len(images), len(images))
+    ranks.combine(correct, margin, slimmest)
+    return Scores(tuple(layers), correct.cpu(), margin.cpu() / len(images), slimmest.cpu(), len(images))
 
 
 class Attack(NamedTuple):
@@ -165,12 +171,15 @@ class Engine(NamedTuple):
     attack: Attack
     progress: Callable[[int], None]
 
-    def score(self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, copies: int) -> tuple[Tensor, Tensor]:
-        """Correct FRG images (int64) and summed margins (float64) of each map, ``[N]``; 0 where ``wanted`` is False."""
+    def score(
+        self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, copies: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Correct FRG images (int64), summed and slimmest margins (float64) of each map that is ``wanted``, ``[N]``."""
         shared = SharedForward(self.model, self.layers, images, start, copies, self.twin, self.dtype)
         truth = labels.repeat(copies)
         correct = torch.zeros(len(wanted), dtype=torch.int64, device=images.device)
         margin = torch.zeros(len(wanted), dtype=torch.float64, device=images.device)
+        slimmest = torch.full((len(wanted),), torch.inf, dtype=torch.float64, device=images.device)
         position = 0
         for layer in self.layers:
             todo = wanted[position : position + layer.channels].nonzero().flatten().tolist()
@@ -184,9 +193,10 @@ class Engine(NamedTuple):
                     hits, margins = _judge(self.twin(reverse), truth)
                 correct[where] = hits.view(copies, -1).sum(1)[: len(channels)]
                 margin[where] = margins.view(copies, -1).sum(1, dtype=torch.float64)[: len(channels)]
+                slimmest[where] = torch.where(hits, margins.double(), torch.inf).view(copies, -1).amin(1)[: len(channels)]
                 self.progress(len(channels) * len(images))
             position += layer.channels
-        return correct, margin
+        return correct, margin, slimmest
 
     def bytes_per_image(self, image: Tensor, start: Tensor) -> int:
         """Bytes that the shared forward passes of one image keep alive."""

@@ -40,11 +40,12 @@ def share(wanted: Tensor) -> Tensor:
     return wanted & (wanted.cumsum(0) % dist.get_world_size() == dist.get_rank())
 
 
-def add_up(*sums: Tensor) -> None:
-    """Sum over all processes, in place. Each position was scored by one process and is 0 elsewhere, so the sum is exact."""
+def combine(correct: Tensor, margin: Tensor, slimmest: Tensor) -> None:
+    """Give every process all scores, in place: exact, since a map is scored by one process and 0, 0, inf elsewhere."""
     if together():
-        for tensor in sums:
-            dist.all_reduce(tensor)
+        dist.all_reduce(correct)
+        dist.all_reduce(margin)
+        dist.all_reduce(slimmest, dist.ReduceOp.MIN)
 
 
 def leave() -> None:

@@ -37,7 +37,14 @@ def cache_file(folder: Path, key: str) -> Path:
 def save_scores(folder: Path, key: str, scores: Scores) -> None:
     """Write the scores, whole or not at all."""
     settled = torch.ones(scores.total, dtype=torch.bool) if scores.settled is None else scores.settled
-    content = {"key": key, "correct": scores.correct, "margin": scores.margin, "samples": scores.samples, "settled": settled}
+    content = {
+        "key": key,
+        "correct": scores.correct,
+        "margin": scores.margin,
+        "slimmest": scores.slimmest,
+        "samples": scores.samples,
+        "settled": settled,
+    }
     write_torch(cache_file(folder, key), content)
 
 
@@ -49,9 +56,9 @@ def load_scores(folder: Path, key: str, layers: Sequence[ConvLayer]) -> Scores |
     try:
         content = load_torch_file(path)
         total = sum(layer.channels for layer in layers)
-        correct, margin, settled = content["correct"], content["margin"], content["settled"]
-        if content["key"] != key or any(len(tensor) != total for tensor in (correct, margin, settled)):
+        tensors = {name: content[name] for name in ("correct", "margin", "slimmest", "settled")}
+        if content["key"] != key or any(len(tensor) != total for tensor in tensors.values()):
             return None
-        return Scores(tuple(layers), correct, margin, int(content["samples"]), settled)
+        return Scores(tuple(layers), samples=int(content["samples"]), **tensors)
     except (UserError, KeyError, TypeError, ValueError):
         return None
