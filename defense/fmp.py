@@ -260,7 +260,8 @@ class FMP(defense):
                 write_defense_result(checkpoints / f"fmp_epoch_{epoch.epoch}.pt", *self._weights())
 
         batches = -(-len(self.subset) // settings.batch_size) * settings.epochs
-        with self._timed("fine-tuning and tests"), Progress("Fine-tuning", batches, "batches", self.logger) as bar:
+        tested = self.seconds.get("testing", 0.0)
+        with self._timed("fine-tuning"), Progress("Fine-tuning", batches, "batches", self.logger) as bar:
             train(
                 self.model,
                 self.clean_images,
@@ -271,6 +272,7 @@ class FMP(defense):
                 after_epoch=after_epoch,
                 after_batch=bar.add,
             )
+        self.seconds["fine-tuning"] -= self.seconds["testing"] - tested
         return history
 
     def _test(self, when: str) -> Metrics:

@@ -128,7 +128,8 @@ def score_feature_maps(
     correct = torch.zeros(total, dtype=torch.int64, device=device)
     margin = torch.zeros(total, dtype=torch.float64, device=device)
     slimmest = torch.full((total,), torch.inf, dtype=torch.float64, device=device)
-    with frozen(model):
+    # TF32 would blur the difference of two nearly equal maps; speed comes from dtype, not from it.
+    with frozen(model), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         engine = Engine(model, lowered(model, layers[0].module, dtype), dtype, layers, attack, progress)
         rows = rows or rows_per_batch(device)
         if memory_mib is not None:
