@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,29 +44,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = flag
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
-def captured(layers: Iterable[ConvLayer]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs ``[B, C, H, W]`` of ``layers``, by name, during forward passes inside the block.
-
-    The model goes on with a copy, because later in-place operations (``ReLU(inplace=True)``, ``out += x``) would otherwise
-    overwrite what was captured.
-    """
-    outputs: dict[str, Tensor] = {}
-    handles = []
-    try:
-        for layer in layers:
-
-            def keep(_module: nn.Module, _inputs: Any, output: Tensor, name: str = layer.name) -> Tensor:
-                outputs[name] = output
-                return output.clone()
-
-            handles.append(layer.module.register_forward_hook(keep))
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def trace_conv_layers(network: nn.Module, example: Tensor) -> list[ConvLayer]:
