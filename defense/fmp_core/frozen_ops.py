@@ -85,7 +85,7 @@ class FrozenOps(TorchFunctionMode):
             fused = source is not None and version == input._version  # not if a skip was added to it since
             out = _ScaleShiftReLU.apply(*source, mask) if fused else _MaskedReLU.apply(input, mask)
             if inplace:
-                input.fmp_current = out  # whoever reads the input again gets this
+                input.fmp_current = out  # type: ignore[attr-defined]  # whoever reads the input again gets this
             return out
         out = torch.relu_(input) if inplace else torch.relu(input)
         if self.record is not None:
