@@ -25,6 +25,7 @@ def join(compute: Compute) -> Compute:
 
 
 def together() -> bool:
+    """Whether this process ranks together with others."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -49,5 +50,6 @@ def combine(correct: Tensor, margin: Tensor, slimmest: Tensor) -> None:
 
 
 def leave() -> None:
+    """Part from the other processes, if there are any."""
     if together():
         dist.destroy_process_group()

@@ -31,6 +31,7 @@ def content_key(state: Mapping[str, Tensor], images: Tensor, labels: Tensor, set
 
 
 def cache_file(folder: Path, key: str) -> Path:
+    """Where the scores of ``key`` lie below the result folder."""
     return folder / "cache" / f"scores_{key[:16]}.pt"
 
 
