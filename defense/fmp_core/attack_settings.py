@@ -33,7 +33,7 @@ class AttackSettings:
     attack_label_trans: str = _flag("all2one", "all2one (--attack_target), or all2all (the next class)")
     attack_target: int = _flag(0, "the class that all2one and clean-label attacks aim at")
     pratio: float = _flag(0.1, "share of all training images that get the trigger; 0 makes a clean control", 0, 1)
-    trigger_seed: int = _flag(0, "seed of the triggers that are drawn (blended, lf, wanet, ssba)", 0, 2**32 - 1)
+    trigger_seed: int = _flag(0, "seed of the triggers that are drawn (blended, lf, wanet, ssba)", 0, 2**30)
     trigger_file: str | None = _flag(None, "badnet: mask image; blended: picture; lf: .npy pattern (BackdoorBench's or yours)")
     patch_size: int = _flag(5, "badnet: side of the white corner patch; BackdoorBench's CIFAR patch has 3", 1, 4096)
     blend_alpha: float = _flag(0.2, "blended: share of the picture", 0, 1)

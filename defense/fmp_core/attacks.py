@@ -112,8 +112,9 @@ def wanet(images: Tensor, field: Tensor, noise_seeds: Tensor | None = None, resc
     still = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1)
     grids = ((still + field) * rescale).clamp(-1, 1).expand(len(images), height, width, 2)
     if noise_seeds is not None:
-        draws = [torch.Generator().manual_seed(int(seed)) for seed in noise_seeds]
-        noise = torch.stack([torch.rand(height, width, 2, generator=draw) * 2 - 1 for draw in draws])
+        noise = torch.empty(len(images), height, width, 2)
+        for row, seed in enumerate(noise_seeds.tolist()):
+            noise[row] = torch.rand(height, width, 2, generator=torch.Generator().manual_seed(seed)) * 2 - 1
         grids = (grids + noise / torch.tensor([width, height])).clamp(-1, 1)
     moved = F.grid_sample(images.float(), grids, align_corners=True)
     return _grey_levels(moved.round())
