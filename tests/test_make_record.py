@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -134,24 +133,36 @@ def test_no_attack_leaves_what_backdoorbenchs_prototype_leaves(data: Path, tmp_p
     assert all(torch.equal(value, clean[key]) for key, value in state(control).items())
 
 
+# The command, but its process is killed with SIGKILL in the middle of the second epoch (5th batch; an epoch has 3).
+SUICIDE = """
+import os, signal, sys
+import make_record
+from fmp_core.progress import Progress
+
+class Deadly(Progress):
+    def add(self, amount=1):
+        super().add(amount)
+        if self.done == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+make_record.train_victim.__globals__["Progress"] = Deadly
+make_record.main(sys.argv[1:])
+"""
+
+
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(data: Path, tmp_path: Path) -> None:
-    more = ["--save_folder_name", "mine", "--epochs", "8", "--lr", "0.01"]
-    command = [sys.executable, make_record.__file__, *flags(data, tmp_path, *more)]
+    more = ["--save_folder_name", "mine", "--epochs", "3"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", SUICIDE, *flags(data, tmp_path, *more)]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     saved = tmp_path / "record" / ".mine.unfinished" / "training.pt"
-    while not saved.is_file() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    finished = load_torch_file(saved)["state"]["finished"]
-    assert 1 <= finished < 8 and not (tmp_path / "record" / "mine").exists()
+    assert load_torch_file(saved)["state"]["finished"] == 1 and not (tmp_path / "record" / "mine").exists()
     folder = make(data, tmp_path, *more)
     whole = make(data, tmp_path / "whole", *more)
     assert all(torch.equal(value, state(whole)[key]) for key, value in state(folder).items())
     assert (folder / "attack_df.csv").read_text() == (whole / "attack_df.csv").read_text()
-    logs = sorted(path.read_text() for path in folder.glob("*.log"))
-    assert f"epoch {finished + 1} of 8" in "".join(logs)
+    assert "going on after epoch 1 of 3" in "".join(path.read_text() for path in folder.glob("*.log"))
     without_log = [{name for name in names(place) if not name.endswith(".log")} for place in (folder, whole)]
     assert without_log[0] == without_log[1]
 

@@ -1,7 +1,7 @@
 """Triggers of published backdoor attacks: pure functions, uint8 ``[N, C, H, W]`` in, the same out.
 
-Float results are clipped to 0..255 and truncated to whole grey levels, as BB's transforms do. Memory grows with N: give
-large sets in parts.
+Results are clipped to 0..255. Sums become whole grey levels by truncation, as in BB's transforms; warped and encoded images are
+rounded (BB truncates its warps too). Memory grows with N: give large sets in parts.
 """
 
 from __future__ import annotations

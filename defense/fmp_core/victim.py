@@ -159,7 +159,11 @@ def train_victim(
         loss = plain.train_epoch_loss_avg_over_batch
         logger.info("epoch %d of %d: loss %.4f  %s", plain.epoch + 1, settings.epochs, loss, shown)
 
-    batches = -(-len(data.labels) // settings.batch_size) * settings.epochs
+    saved = checkpoint.load()
+    finished = saved["finished"] if saved else 0
+    if finished:
+        logger.info("going on after epoch %d of %d", finished, settings.epochs)
+    batches = -(-len(data.labels) // settings.batch_size) * (settings.epochs - finished)
     with Progress("Training", batches, "batches", logger) as bar:
         train(
             model,
