@@ -44,7 +44,10 @@ def run(args: argparse.Namespace) -> None:
     if frame.empty:
         raise UserError(f"There are no defense results below {args.record_root}; run a defense first.")
     if args.leaderboard:
-        frame = join_leaderboard(frame, read_leaderboard(args.leaderboard))
+        joined = join_leaderboard(frame, read_leaderboard(args.leaderboard))
+        if len(joined) == len(frame):
+            warn("no leaderboard row has the dataset, model, attack and poison rate of a record here")
+        frame = joined
     tables = build_tables(frame)
     try:
         if args.csv:

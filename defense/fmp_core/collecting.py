@@ -49,11 +49,11 @@ def _record_rows(folder: Path, warn: Callable[[str], None]) -> list[dict[str, An
         warn(str(problem))
     results = {}
     for place in sorted(path for path in (folder / "defense").iterdir() if path.is_dir() and not path.name.startswith(".")):
-        if {path.name for path in place.iterdir()} <= {"cache"}:
-            continue  # scores kept for siblings: nothing was run under this name
         try:
+            if {path.name for path in place.iterdir()} <= {"cache"}:
+                continue  # scores kept for siblings: nothing was run under this name
             results[place.name] = read_result(place)
-        except UnreadableError as problem:
+        except (UnreadableError, OSError) as problem:
             warn(str(problem))
     if not baseline:  # a record without its attack's csv: the model as our own run tested it
         baseline = next((dict(result.before) for result in results.values() if result.before), {})

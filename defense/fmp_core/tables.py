@@ -82,7 +82,7 @@ def _columns(frame: pd.DataFrame) -> pd.Series:
 def _table(title: str, part: pd.DataFrame) -> Table:
     attacks = [name for name in ATTACK_TITLES if name in set(part["column"])]
     attacks += sorted(set(part["column"]) - set(attacks))
-    methods = sorted(set(part["method"]), key=lambda name: (not name.startswith(BASELINE), name.endswith("(published)"), name))
+    methods = sorted(set(part["method"]), key=_method_order)
     cells = {}
     for (method, attack), rows in part.groupby(["method", "column"]):
         for metric in SHOWN:
@@ -97,6 +97,12 @@ def _table(title: str, part: pd.DataFrame) -> Table:
                     cells[method, AVERAGE, metric] = Cell(sum(cell.mean for cell in over if cell) / len(over))
         attacks.append(AVERAGE)
     return Table(title, methods, attacks, cells, _best(methods, attacks, cells))
+
+
+def _method_order(name: str) -> tuple[bool, bool, list[tuple[int, str]]]:
+    """The attacked model first, published rows last; fmp-p4 before fmp-p16."""
+    parts = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return not name.startswith(BASELINE), name.endswith("(published)"), parts
 
 
 def _best(methods: Sequence[str], attacks: Sequence[str], cells: dict[tuple[str, str, str], Cell]) -> frozenset:
