@@ -43,12 +43,12 @@ def show(args: argparse.Namespace, tables: list[str]) -> None:
     frame = collect(args.record_root, lambda line: print(f"paper_tables: {printable(line)}", file=sys.stderr))
     scale = SCALES[args.scale]
     compared = {table: compare(table, scale, frame) for table in tables}
-    for table, content in compared.items():
-        print(comparison_text(table, scale, content))
+    for table, part in compared.items():
+        print(comparison_text(table, scale, part))
     if args.csv:
         with replacing(args.csv) as temporary:
-            content = [part.assign(table=table, scale=scale.name) for table, part in compared.items()]
-            pd.concat(content).to_csv(temporary, index=False)
+            parts = [part.assign(table=table, scale=scale.name) for table, part in compared.items()]
+            pd.concat(parts).to_csv(temporary, index=False)
     if args.markdown:
         write_text(args.markdown, "\n".join(comparison_text(t, scale, part, markdown=True) for t, part in compared.items()))
     for number in args.figure:

@@ -20,7 +20,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
-import make_record
 from fmp_core.errors import UserError
 from fmp_core.sweep_jobs import Job, finished, read_stamp, settings_hash, stop_leftovers
 from fmp_core.sweep_plan import Sweep, plan, read_sweep
@@ -35,9 +34,9 @@ def check_records(jobs: Sequence[Job]) -> None:
         UserError: a record of that name was made by a sweep with other settings.
         SystemExit: make_record refuses a flag (it says which).
     """
-    for job in jobs:
-        if job.kind != "record":
-            continue
+    for job in (job for job in jobs if job.kind == "record"):
+        import make_record
+
         make_record.parse(list(job.command[2:]))
         stamp = read_stamp(job.folder)
         if stamp and stamp.get("hash") != settings_hash(job):

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def test_what_is_done_is_skipped_and_what_changed_is_not(place: Path) -> None:
     assert finished(job) is None
     assert run_all([job])["a"].result is not None
     done = finished(job)
-    assert done is not None and done.skipped and done.result is not None and done.result.test_acc == 0.9
+    assert done is not None and done.skipped and done.result is not None and done.result.metrics["test_acc"] == 0.9
     assert run_all([job])["a"].skipped and len(order()) == 2
     assert finished(working("a", seconds=0.01)) is None  # other settings
     (job.folder / "metrics.json").write_text("{")
@@ -267,29 +268,26 @@ def test_a_killed_run_of_backdoorbench_is_cleared_away(place: Path) -> None:
     assert (writes / "mine.txt").exists() and not (writes / "half.txt").exists()
 
 
-KILLED = f"""
-import sys
-sys.path[:0] = [{str(DEFENSE)!r}, {str(Path(__file__).parent)!r}]
+KILLED = """
+import json, sys
 from pathlib import Path
-from test_sweep import KILL_JOBS, run_local
-run_local(KILL_JOBS(), Path("sweeps/s"), [{{}}], lambda job, outcome: print(job.name, flush=True))
+from fmp_core.sweep_jobs import Job
+from fmp_core.sweep_queue import run_local
+jobs = [Job(**{**job, "folder": Path(job["folder"])}) for job in json.loads(sys.argv[1])]
+run_local(jobs, Path("sweeps/s"), [{}], lambda job, outcome: print(job.name, flush=True))
 """
 
 
-def KILL_JOBS() -> list[Job]:  # noqa: N802
-    return [working("a"), working("b", 60), working("c")]
-
-
 def test_kill_in_the_middle_and_run_again(place: Path) -> None:
-    scripts = DEFENSE.parent / "record_scripts"
-    environment = {**os.environ, "PYTHONPATH": f"{DEFENSE}:{scripts}:{Path(__file__).parent}"}
-    with subprocess.Popen([sys.executable, "-c", KILLED], env=environment, stdout=subprocess.PIPE, text=True) as process:
+    jobs = [working("a"), working("b", 60), working("c")]
+    sent = json.dumps([vars(job) for job in jobs], default=str)
+    environment = {**os.environ, "PYTHONPATH": str(DEFENSE)}
+    with subprocess.Popen([sys.executable, "-c", KILLED, sent], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "r.a\n"
         wait_for(lambda: "b begins" in order())
         process.send_signal(signal.SIGKILL)
     assert stop_leftovers(Path("sweeps/s")) == 1  # b, which nobody waits for any more
-    again = [working("a"), working("b", 0), working("c")]
-    again[1] = Job(**{**vars(again[1]), "settings": KILL_JOBS()[1].settings})  # the same job, now quick
+    again = [working("a"), replace(working("b"), settings=jobs[1].settings), working("c")]  # the same jobs, b now quick
     board = Board(again, 1)
     todo = board.skip_finished()
     assert [job.method for job in todo] == ["b", "c"] and board.skipped == 1
@@ -321,6 +319,12 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local_slots("auto", 1)] == ["3", "5"]
+
+
+def test_a_sweep_starts_without_importing_torch() -> None:
+    code = "import sys, sweep; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": f"{DEFENSE}:{DEFENSE.parent / 'record_scripts'}"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
 def test_times_are_readable() -> None:

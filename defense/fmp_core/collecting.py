@@ -69,7 +69,7 @@ def _record_rows(folder: Path, warn: Callable[[str], None]) -> list[dict[str, An
     if baseline:
         rows.append({**about, "defense": BASELINE, "method": BASELINE, **baseline, "origin": "attack", "source": str(folder)})
     for name, result in results.items():
-        after = {metric: getattr(result, metric) for metric in METRICS}
+        after = dict(result.metrics)
         der = defense_effectiveness(baseline, after) if baseline else None
         method = result.method or re.sub(rf"-s{result.seed}$", "", name)
         row = {**about, "defense": name, "method": method, **after, "der": der, "seed": result.seed, "source": result.source}

@@ -132,12 +132,8 @@ def sweep_content(tables: Sequence[str], scale: Scale, backdoorbench: str | None
     for table in tables:
         for row in scaled_rows(table, scale).itertuples():
             name = record_name(row, scale)
-            flags = {
-                "attack": row.attack,
-                "dataset": scale.dataset or row.dataset,
-                "pratio": float(str(row.pratio)),
-                **scale.record,
-            }
+            flags: dict[str, Any] = {} if row.attack == "badnet" else {"attack": row.attack}  # make_record's default
+            flags |= {"dataset": scale.dataset or row.dataset, "pratio": float(str(row.pratio)), **scale.record}
             if scale.name == "full" and row.dataset == "gtsrb":
                 flags["epochs"] = 50
             records[name] = name if name in existing else {"name": name, **flags}

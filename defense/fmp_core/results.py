@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .safe_load import load_torch_file
 
 METRICS = ("test_acc", "test_asr", "test_ra")
 STAMP = "sweep.json"  # written by sweeps into each result folder: what was run, with which settings
@@ -33,11 +32,9 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What one defense left of a model: fractions in [0,1], and what is known about the run."""
+    """What one defense left of a model (``metrics``: METRICS as fractions in [0,1]), and what is known about the run."""
 
-    test_acc: float
-    test_asr: float
-    test_ra: float
+    metrics: Mapping[str, float]
     source: str  # the file the numbers were read from
     ours: bool = False
     seed: int | None = None
@@ -65,28 +62,25 @@ def read_result(folder: Path) -> Result:
         UnreadableError: there is none, or its file is damaged or impossible; names the file.
     """
     stamp = _read_json(folder / STAMP) if (folder / STAMP).is_file() else {}
-    known = {"seed": _whole(stamp.get("seed")), "method": stamp.get("method")}
-    if not isinstance(known["method"], str):
-        known["method"] = None
+    seed, method = _whole(stamp.get("seed")), _text(stamp.get("method"))
     path = folder / "metrics.json"
     if not path.is_file():
         path = _summary_file(folder)
-        if known["seed"] is None:
-            known["seed"] = _logged_seed(folder)
-        return Result(**_fractions(_read_summary(path), path), source=str(path), **known)
+        seed = _logged_seed(folder) if seed is None else seed
+        return Result(_fractions(_read_summary(path), path), str(path), seed=seed, method=method)
     content = _read_json(path)
     after, before = content.get("after"), content.get("before")
     if not isinstance(after, Mapping):
         raise UnreadableError(f"{path} has no metrics after the defense")
-    known["seed"] = _whole(content.get("seed")) if known["seed"] is None else known["seed"]
     return Result(
-        **_fractions(after, path),
-        before=_fractions(before, path) if isinstance(before, Mapping) else {},
-        source=str(path),
+        _fractions(after, path),
+        str(path),
         ours=True,
+        seed=_whole(content.get("seed")) if seed is None else seed,
+        method=method,
+        before=_fractions(before, path) if isinstance(before, Mapping) else {},
         dataset=_text(content.get("dataset")),
         model=_text(content.get("model")),
-        **known,
     )
 
 
@@ -111,6 +105,8 @@ def read_record(folder: Path) -> Record:
     path = folder / "info.pickle"
     if not path.is_file():
         return Record(attack=attack, dataset=dataset)
+    from .safe_load import load_torch_file  # imports torch, which takes seconds
+
     try:
         info = load_torch_file(path)
     except UserError as error:

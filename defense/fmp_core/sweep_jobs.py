@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_text
-from .records import ATTACK_FILE
 from .results import STAMP, Result, UnreadableError, read_result
 
+ATTACK_FILE = "attack_result.pt"  # as in records.py, which imports torch: a sweep starts at once, and so do its nodes
 MARK = "FMP_SWEEP"  # environment variable of every process a sweep starts: the sweep's folder
 _running: dict[int, subprocess.Popen[bytes]] = {}
 _starting = threading.Lock()
@@ -128,7 +128,12 @@ def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | 
                     raise UnreadableError(f"{why}: {_last_line(log)} (log: {log})")
                 result = read_result(job.writes or job.folder) if job.kind != "record" else None
                 seconds = time.monotonic() - started
-                stamp = {"hash": settings_hash(job), "method": job.method, "seed": job.seed, "seconds": round(seconds, 1)}
+                stamp: dict[str, Any] = {
+                    "hash": settings_hash(job),
+                    "method": job.method,
+                    "seed": job.seed,
+                    "seconds": round(seconds, 1),
+                }
                 stamp |= {"command": list(job.command), "settings": dict(job.settings)}
                 write_text((job.writes or job.folder) / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
         except (UnreadableError, OSError) as error:

@@ -10,9 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from statistics import mean
 
-import torch
-
 from .errors import UserError
+from .results import METRICS
 from .sweep_jobs import Job, Outcome, finished, run, stop_all
 
 Report = Callable[[Job, Outcome], None]
@@ -24,16 +23,22 @@ def local_slots(device: str, workers: int) -> list[dict[str, str]]:
     Raises:
         UserError: a CUDA device is wanted and there is none.
     """
-    gpus = torch.cuda.device_count()
+    gpus = 0 if device == "cpu" else _count_gpus()
     if device.startswith("cuda") and not gpus:
         raise UserError(f"device is {device}, but no CUDA device is visible; set device: cpu.")
-    if device == "cpu" or not gpus:
+    if not gpus:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = str(max(1, min(cores // workers, int(os.environ.get("OMP_NUM_THREADS") or cores))))
         return [{"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} for _ in range(workers)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(gpus)]
     return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def may_start(job: Job, waiting: Sequence[Job], running: Sequence[Job], ranked: set[str]) -> bool:
@@ -106,8 +111,8 @@ class Board:
             self.failed.append((job, outcome.problem))
             ended = f"FAILED {outcome.problem}"
         elif outcome.result:
-            figures = outcome.result
-            ended = f"Acc {100 * figures.test_acc:.2f}  ASR {100 * figures.test_asr:.2f}  RA {100 * figures.test_ra:.2f}"
+            acc, asr, ra = (100 * outcome.result.metrics[name] for name in METRICS)
+            ended = f"Acc {acc:.2f}  ASR {asr:.2f}  RA {ra:.2f}"
         else:
             ended = "made"
         number = self.total - len(self.left)

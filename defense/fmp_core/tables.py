@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 
@@ -65,7 +65,7 @@ def build_tables(frame: pd.DataFrame) -> list[Table]:
     frame = frame.assign(column=_columns(frame))
     tables = []
     for values, part in frame.groupby(SETTING, dropna=False, sort=True):
-        dataset, model, pratio = values
+        dataset, model, pratio = cast(tuple[Any, Any, Any], values)
         known = [_text(dataset), _text(model), "" if pd.isna(pratio) else f"poison rate {100 * pratio:g} %"]
         tables.append(_table(", ".join(text for text in known if text) or "unknown setting", part))
     return tables
@@ -83,8 +83,9 @@ def _table(title: str, part: pd.DataFrame) -> Table:
     attacks = [name for name in ATTACK_TITLES if name in set(part["column"])]
     attacks += sorted(set(part["column"]) - set(attacks))
     methods = sorted(set(part["method"]), key=_method_order)
-    cells = {}
-    for (method, attack), rows in part.groupby(["method", "column"]):
+    cells: dict[tuple[str, str, str], Cell] = {}
+    for group, rows in part.groupby(["method", "column"]):
+        method, attack = cast(tuple[str, str], group)
         for metric in SHOWN:
             values = 100 * pd.to_numeric(rows[metric], errors="coerce").dropna()
             if len(values):
@@ -204,7 +205,7 @@ def latex(text: str) -> str:
     return "".join(special.get(char, rf"\{char}" if char in "&%$#_{}" else char) for char in text)
 
 
-def _text(value: object) -> str:
+def _text(value: Any) -> str:
     return "" if value is None or pd.isna(value) else str(value)
 
 
