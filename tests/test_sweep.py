@@ -251,8 +251,10 @@ def test_results_of_backdoorbench_are_kept_apart_by_seed(place: Path) -> None:
     assert not any(outcome.problem for outcome in ended.values()) and order()[1] == "ft ends"  # one after the other
     assert (writes / "mine.txt").exists() and not (writes / "metrics.json").exists()
     assert all((results[name] / "metrics.json").exists() and finished(jobs[name]) for name in ("ft-s1", "ft-s2"))
-    failing = Job("r", "backdoorbench", "ft", 2, writes, (sys.executable, "-c", "raise SystemExit(1)"), {}, writes=writes)
+    code = "import sys, pathlib; pathlib.Path(sys.argv[1]).mkdir(); pathlib.Path(sys.argv[1], 'bb.log').touch(); sys.exit(1)"
+    failing = Job("r", "backdoorbench", "ft", 2, writes, (sys.executable, "-c", code, str(writes)), {}, writes=writes)
     assert run_all([failing])["ft"].problem and (writes / "mine.txt").exists()
+    assert Path("sweeps/s/failed/r.ft/bb.log").exists() and not (writes / "bb.log").exists()
     assert not run_all([jobs["ft"]])["ft"].problem and not (writes / "mine.txt").exists()  # now it was asked for
     assert not list(writes.parent.glob(".*"))
 

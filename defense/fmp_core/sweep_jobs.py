@@ -121,7 +121,7 @@ def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | 
         started = time.monotonic()
         log = sweep / "logs" / f"{job.name}.log"
         try:
-            with _kept_apart(job):
+            with _kept_apart(job, sweep / "failed" / job.name):
                 code = _execute(job, log, {MARK: str(sweep.resolve()), **environment}, timeout)
                 if code is None or code:
                     why = f"stopped after {timeout:.0f} s" if code is None else f"exit code {code}"
@@ -156,8 +156,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _kept_apart(job: Job) -> Iterator[None]:
-    """Our results of other settings go; a BB result that stands in ``writes`` is put aside, and back unless it is replaced."""
+def _kept_apart(job: Job, failed: Path) -> Iterator[None]:
+    """Take the stamp off the old result; put a BB result that stands in ``writes`` aside, and back unless it is replaced.
+
+    What a failing run of BB leaves, its log among it, goes to ``failed``.
+    """
     (job.folder / STAMP).unlink(missing_ok=True)
     if job.writes is None:
         yield
@@ -175,9 +178,14 @@ def _kept_apart(job: Job) -> Iterator[None]:
             job.writes.rename(job.folder)
         else:
             shutil.rmtree(aside, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(failed, ignore_errors=True)
+        if job.writes.exists():
+            failed.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(job.writes, failed)
+        raise
     finally:
         if aside.exists():
-            shutil.rmtree(job.writes, ignore_errors=True)
             aside.rename(job.writes)
 
 

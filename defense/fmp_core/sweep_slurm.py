@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,9 @@ def run_submitit(jobs: Sequence[Job], sweep: Sweep, report: Report, cluster: str
         submitted += zip(wave, handles, strict=True)
         before = handles
         if cluster != "slurm":  # no dependencies there
-            _watch(submitted, report, poll)
+            _watch(submitted, report, poll, lambda: None)
             submitted = []
-    _watch(submitted, report, poll)
+    _watch(submitted, report, poll, _queued)
 
 
 def _on_node(job: Job, sweep: Sweep) -> Outcome:
@@ -90,15 +91,34 @@ def _parameters(sweep: Sweep, cluster: str, before: Sequence[Any]) -> dict[str, 
     return given
 
 
-def _watch(submitted: Sequence[tuple[Job, Any]], report: Report, poll: float) -> None:
+def _watch(
+    submitted: Sequence[tuple[Job, Any]], report: Report, poll: float, unfinished: Callable[[], set[str] | None]
+) -> None:
     left = list(submitted)
+    gone: set[str] = set()  # in no queue when last looked at
     while left:
+        queued = unfinished()
         for job, handle in list(left):
+            number = str(handle.job_id)
             if handle.done():
                 left.remove((job, handle))
                 report(job, _outcome(handle))
+            elif queued is not None and number not in queued:
+                if number in gone:  # twice, so that a result just written has had time to appear
+                    left.remove((job, handle))
+                    report(job, Outcome(0, f"Slurm ended it without a result (log: {handle.paths.stderr})"))
+                gone.add(number)
         if left:
             time.sleep(poll)
+
+
+def _queued() -> set[str] | None:
+    """Slurm's unfinished jobs; None if it does not say. Submitit asks sacct, which not every cluster has."""
+    try:
+        command = ["squeue", "--noheader", "--array", "--format=%i"]
+        return set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split())
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _outcome(handle: Any) -> Outcome:
