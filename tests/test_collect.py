@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import collect
@@ -143,6 +144,16 @@ def test_damaged_or_hostile_attack_files_are_warnings(root: Path, capsys: pytest
     assert error.count("\n") == 4
     assert "info.pickle" in error and "several results" in error and "cannot be read" in error
     assert tidy(root).set_index(["record", "defense"]).loc[("badnet_cifar10", "no defense"), "test_asr"] == 1.0  # our own test
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.log")
+    write(tmp_path / "ft_df_summary.csv", one_row(0.1, 0.2, 0.3))
+    assert read_result(tmp_path).seed is None
+    (tmp_path / "ft_df_summary.csv").unlink()
+    os.mkfifo(tmp_path / "ft_df_summary.csv")
+    with pytest.raises(UnreadableError, match="no regular file"):
+        read_result(tmp_path)
 
 
 def test_a_huge_file_is_not_read(tmp_path: Path) -> None:

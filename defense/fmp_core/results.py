@@ -179,6 +179,8 @@ def _fractions(values: Mapping[str, Any], path: Path) -> dict[str, float]:
 
 def _read_text(path: Path) -> str:
     try:
+        if not path.is_file():  # a pipe would never end
+            raise UnreadableError(f"{path} is no regular file")
         if path.stat().st_size > MOST_BYTES:
             raise UnreadableError(f"{path} is larger than {MOST_BYTES >> 20} MiB, which no result is")
         return path.read_text(encoding="utf-8")
@@ -198,7 +200,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _logged_seed(folder: Path) -> int | None:
     """The seed of a BB run: its log begins with all settings."""
-    for path in [*sorted(folder.glob("log/*.log")), *sorted(folder.glob("*.log"))]:
+    for path in filter(Path.is_file, [*sorted(folder.glob("log/*.log")), *sorted(folder.glob("*.log"))]):
         with open(path, encoding="utf-8", errors="replace") as file:
             match = re.search(r"'random_seed': (\d{1,10})\b", file.read(2**16))
         if match:
