@@ -35,10 +35,11 @@ def check_records(jobs: Sequence[Job]) -> None:
         SystemExit: make_record refuses a flag (it says which).
     """
     for job in (job for job in jobs if job.kind == "record"):
-        import make_record
-
-        make_record.parse(list(job.command[2:]))
         stamp = read_stamp(job.folder)
+        if not finished(job):
+            import make_record  # imports torch, which takes seconds
+
+            make_record.parse(list(job.command[2:]))
         if stamp and stamp.get("hash") != settings_hash(job):
             raise UserError(f"{job.folder} was made with other settings; remove it, or give the new record another name.")
 
@@ -73,7 +74,7 @@ def run_sweep(sweep: Sweep, launcher: str = "local", dry_run: bool = False) -> i
         if launcher == "local":
             left = stop_leftovers(sweep.folder)
             if left:
-                print(f"stopped {left} processes that a killed run of this sweep had left")
+                print(f"stopped {left} processes that a killed run of this sweep had left", flush=True)
         slots = local_slots(sweep.device, sweep.workers) if launcher == "local" else [{}] * len(jobs)
         board = Board(jobs, len(slots))
         todo = board.skip_finished()
