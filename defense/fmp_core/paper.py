@@ -234,7 +234,7 @@ def draw_figure(path: Path, number: str, scale: Scale, compared: pd.DataFrame) -
         axes.set(title=ATTACK_TITLES[attacks[panel]], xlabel=VARIED[table], ylim=(-3, 103))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("percent")
-    figure.axes[-1].legend(fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(f"Figure {number}. Ours at scale {scale.name}", fontsize="medium")
     with replacing(path) as temporary:
         figure.savefig(temporary)
