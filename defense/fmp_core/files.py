@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .errors import UserError
 
 
@@ -83,5 +81,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_torch(path: str | Path, obj: Any) -> None:
     """``torch.save(obj)`` to ``path``, whole or not at all."""
+    import torch  # takes seconds, and most users of this file do without
+
     with replacing(path) as temporary:
         torch.save(obj, temporary)
