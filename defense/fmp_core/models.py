@@ -78,7 +78,8 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
                 f"The record's {key} has shape {tuple(state[key].shape)}, but {name} with {num_classes} classes needs "
                 f"{tuple(own.shape)}; the record's model_name or num_classes is wrong."
             )
-        if own.is_floating_point() > state[key].is_floating_point() or not state[key].isfinite().all():
+        wrong_kind = own.is_floating_point() > state[key].is_floating_point()
+        if wrong_kind or not state[key].to(own.dtype).isfinite().all():  # float64 may be finite and yet beyond float32
             raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; it is damaged.")
     unknown = next((key for key in state if key not in model.state_dict()), None)
     if unknown is not None:

@@ -57,9 +57,12 @@ def load_scores(folder: Path, key: str, layers: Sequence[ConvLayer]) -> Scores |
     try:
         content = load_torch_file(path)
         total = sum(layer.channels for layer in layers)
-        tensors = {name: content[name] for name in ("correct", "margin", "slimmest", "settled")}
-        if content["key"] != key or any(len(tensor) != total for tensor in tensors.values()):
+        kinds = {"correct": torch.int64, "margin": torch.float64, "slimmest": torch.float64, "settled": torch.bool}
+        tensors = {name: content[name] for name in kinds}
+        if content["key"] != key or any(tensors[name].dtype != kind for name, kind in kinds.items()):
+            return None
+        if any(tensor.shape != (total,) for tensor in tensors.values()):
             return None
         return Scores(tuple(layers), samples=int(content["samples"]), **tensors)
-    except (UserError, KeyError, TypeError, ValueError):
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return None

@@ -13,6 +13,7 @@ import yaml
 
 from .errors import UserError
 
+LARGEST_YAML = 2**18  # bytes; ours have 3000
 DEFAULT_YAML = "./config/defense/fmp/config.yaml"
 PROJECT = Path(__file__).resolve().parents[2]  # holds config/, in a BackdoorBench checkout too
 
@@ -188,6 +189,15 @@ def find_config(path: str) -> Path:
     raise UserError(f"--yaml_path {path} does not exist, neither in {Path.cwd()} nor in {PROJECT}.")
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few of them can stand for a value whose text fills any memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("settings need no *aliases")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file; blank values are left out, as BackdoorBench does.
 
@@ -195,8 +205,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: not readable YAML, not a mapping, an unknown key or an impossible value.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if path.stat().st_size > LARGEST_YAML:
+            raise OSError(f"it is larger than {LARGEST_YAML >> 10} KiB")
+        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"Settings file {path} cannot be read as YAML: {detail}.") from None
     if content is None:
