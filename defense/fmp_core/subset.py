@@ -28,6 +28,8 @@ def choose_subset(total: int, ratio: float, seed: int, index_file: str | None) -
 
 def _read_index(path: str, total: int) -> list[int]:
     try:
+        if not Path(path).is_file():
+            raise OSError(None, "not a file") if Path(path).exists() else FileNotFoundError(None, "no such file")
         if Path(path).stat().st_size > LARGEST_FILE:
             raise UserError(f"--index {path} is larger than {LARGEST_FILE >> 20} MiB, which no list of indices is.")
         text = Path(path).read_text(encoding="utf-8")
