@@ -53,6 +53,12 @@ class Call:
         return self.call
 
 
+def torch_bytes(obj: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return buffer.getvalue()
+
+
 def content_of(root: Path) -> dict[str, Any]:
     return torch.load(root / FILE, weights_only=False)  # our own file
 
@@ -124,10 +130,11 @@ def array(shape: int, told: int) -> bytes:
 
 
 def codec_bomb(codec: str, times: int) -> bytes:
-    start = name("_codecs", "encode") + text("a" * 9) + text("latin1") + b"\x86R"
-    for _ in range(times):  # encode(previous, codec): below the result lies the function, so it is pushed and swapped by memo
-        start = start + b"q\x000" + name("_codecs", "encode") + b"h\x00" + text(codec) + b"\x86R"
-    return start
+    call = name("_codecs", "encode")
+    inner = call + text("a" * 9) + text("latin1") + b"\x86R"
+    for _ in range(times):
+        inner = call + inner + text(codec) + b"\x86R"
+    return inner
 
 
 def laughs(depth: int = 60, width: int = 10) -> list[Any]:
@@ -258,12 +265,12 @@ def link(path: Path, to: str) -> Callable[[Path], object]:
 
 
 def many_large_images(root: Path) -> None:
-    """4096x4096 images of a dataset of folders; 50 000 entries name the same small file."""
+    """4096x4096 images of a dataset of folders; 20 000 entries name the same small file."""
     content = content_of(root)
     items = content["bd_test"]["bd_data_container"]["data_dict"]
-    content["bd_test"]["bd_data_container"]["data_dict"] = dict.fromkeys(range(50_000), items[3])
-    content["bd_test"]["poison_indicator"] = np.ones(50_000)
-    content["bd_test"]["original_index_array"] = np.arange(50_000)
+    content["bd_test"]["bd_data_container"]["data_dict"] = dict.fromkeys(range(20_000), items[3])
+    content["bd_test"]["poison_indicator"] = np.ones(20_000)
+    content["bd_test"]["original_index_array"] = np.arange(20_000)
     content.update(clean_data="toys", img_size=(4096, 4096, 3))
     torch.save(content, root / FILE)
     for part in ("train", "test"):
@@ -274,7 +281,7 @@ def many_large_images(root: Path) -> None:
 
 
 def v1(**changes: Any) -> Callable[[Path], object]:
-    state = {"x": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "y": [0, 0], "original_targets": [1, 2], **changes}
+    state = {"x": torch.zeros(2, 3, 32, 32), "y": [0, 0], "original_targets": [1, 2], **changes}
     return edit("bd_test", value=state)
 
 
@@ -287,8 +294,8 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "exec": (lambda: Call(exec, "open('pwned', 'w')"), "builtins.exec"),
     "import_module": (lambda: Call(importlib.import_module, "antigravity"), "importlib.import_module"),
     "__import__": (lambda: Call(__import__, "antigravity"), "builtins.__import__"),
-    "partial, called": (lambda: Call(Call, os.system, TOUCH).call[1] and Call(functools.partial(os.system, TOUCH)), "functools.partial"),
-    "partial with state": (lambda: functools.partial(os.system, TOUCH), "functools.partial"),
+    "partial": (lambda: functools.partial(os.system, TOUCH), "functools.partial"),
+    "a call of a partial": (lambda: Call(functools.partial(os.system, TOUCH)), "functools.partial"),
     "Popen": (lambda: Call(subprocess.Popen, ["touch", "pwned"]), "subprocess.Popen"),
     "check_output in a key": (lambda: {Call(subprocess.check_output, TOUCH): 1}, "subprocess.check_output"),
     "execv": (lambda: Call(os.execv, "/bin/true", ["true"]), "posix.execv"),
@@ -296,12 +303,12 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "pty": (lambda: Call(pty.spawn, "/bin/true"), "pty.spawn"),
     "rmtree": (lambda: Call(shutil.rmtree, "record"), "shutil.rmtree"),
     "open": (lambda: Call(open, "pwned", "w"), "io.open"),
-    "getattr": (lambda: Call(getattr, os, "system") if False else Call(getattr, "", "join"), "builtins.getattr"),
+    "getattr": (lambda: Call(getattr, "", "join"), "builtins.getattr"),
     "methodcaller": (lambda: operator.methodcaller("system", TOUCH), "operator.methodcaller"),
     "state of a module": (lambda: torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
     "setstate": (lambda: Call(functools.partial, print, state=(os.system, (TOUCH,), {}, {})), "functools.partial"),
     "torch.load": (lambda: Call(torch.load, "other.pt", None), "torch.serialization.load"),
-    "torch bytes": (lambda: Call(torch.storage._load_from_bytes, pickle.dumps(Call(os.system, TOUCH))), "torch.storage._load_from_bytes"),
+    "torch bytes": (lambda: Call(torch.storage._load_from_bytes, torch_bytes(Call(os.system, TOUCH))), "torch.storage._load_from_bytes"),
     "torch.jit": (lambda: Call(torch.jit.load, "other.pt"), "torch.jit._serialization.load"),
     "torch.hub": (lambda: Call(torch.hub.load, "a/b", "c"), "torch.hub.load"),
     "np.load": (lambda: Call(np.load, "other.npy", None, True), "numpy.load"),
@@ -311,11 +318,11 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "storage of a terabyte": (lambda: Call(torch.UntypedStorage, TERA), "torch.storage.UntypedStorage"),
     "sparse tensor": (lambda: torch.ones(2, 2).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
     "meta tensor": (lambda: torch.empty(TERA, device="meta"), "torch._utils._rebuild_meta_tensor_no_storage"),
-    "quantised tensor": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "torch._utils._rebuild_qtensor"),
+    "quantised tensor": (lambda: Call(torch._utils._rebuild_qtensor, 0), "torch._utils._rebuild_qtensor"),
     "tensor with attributes": (lambda: with_attribute(torch.ones(2)), "torch._tensor._rebuild_from_type_v2"),
     "complex tensor": (lambda: torch.ones(2, dtype=torch.complex64), "torch.ComplexFloatStorage"),
     "wrapper subclass": (lambda: Call(torch._utils._rebuild_wrapper_subclass, torch.Tensor), "torch._utils._rebuild_wrapper_subclass"),
-    "object array": (lambda: np.array([Call(os.system, TOUCH)], dtype=object), "posix.system"),
+    "object array": (lambda: np.array([Call(os.system, TOUCH)], dtype=object), "a numpy array of O8"),
     "object array of data": (lambda: np.array([{}, []], dtype=object), "a numpy array of O8"),
     "set": (lambda: {1, 2}, "builtins.set"),
 }
@@ -348,7 +355,7 @@ MACHINE: dict[str, tuple[Callable[[], bytes], str]] = {
     "a text of four gigabytes": (lambda: pickled(b"X\xff\xff\xff\xff" + b"abc"), "not a whole torch file"),
     "no end": (lambda: pickled(b"N")[:-1], "not a whole torch file"),
     "an empty stack": (lambda: pickled(), "not a whole torch file"),
-    "a persistent id of another kind": (lambda: pickled(text("file:///etc/passwd"), b"Q"), "not a whole torch file"),
+    "a persistent id of another kind": (lambda: pickled(text("file:///etc/passwd"), b"Q"), "an unknown kind of storage"),
     "a storage of a terabyte": (lambda: pickled(tensor(TERA, 0, [4], [1])), "claims 1000000000000 numbers"),
     "a tensor of terabytes": (lambda: pickled(tensor(4, 0, [10**4] * 3, [0] * 3)), "claims more numbers than the 4"),
     "a tensor beyond its storage": (lambda: pickled(tensor(4, 3, [4], [1])), "not a whole torch file"),
@@ -386,7 +393,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN weights": (edit(*WEIGHT, value=lambda: torch.full((10, 512, 1, 1), torch.nan)), "holds NaN"),
     "infinite weights": (edit(*WEIGHT, value=lambda: torch.full((10, 512, 1, 1), -torch.inf)), "holds NaN"),
-    "weights beyond float32": (edit(*WEIGHT, value=lambda: torch.full((10, 512, 1, 1), 1e300).double() * 1e300), "holds NaN"),
+    "weights beyond float32": (edit(*WEIGHT, value=lambda: torch.full((10, 512, 1, 1), 1e300, dtype=torch.float64)), "holds NaN"),
     "integer weights": (edit(*WEIGHT, value=lambda: torch.ones(10, 512, 1, 1, dtype=torch.int64)), "wrong kind"),
     "empty weights": (edit(*WEIGHT, value=lambda: torch.empty(0)), "has shape (0,)"),
     "weights that are text": (edit(*WEIGHT, value="x" * 10**6), "holds no numbers"),
@@ -411,10 +418,10 @@ CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a dataset that climbs": (edit("clean_data", value="../../etc"), "names no dataset"),
     "a name with escape codes": (edit("model_name", value="resnet\x1b[2J\nfmp: all is well"), "not one of BackdoorBench's"),
     "a name of ten megabytes": (edit("model_name", value="m" * 10**7), "not one of BackdoorBench's"),
-    "a path that climbs": (edit(*ITEM, "path", value="./record/x/../../../../../../etc/passwd"), "are missing"),
+    "a path that climbs": (edit(*ITEM, "path", value="./record/x/../../../../../../etc/passwd"), "outside its folder"),
     "a path that climbs in its last parts": (edit(*ITEM, "path", value="../../passwd"), "outside its folder"),
     "an absolute path": (edit(*ITEM, "path", value="/etc/passwd"), "outside its folder"),
-    "a path with escape codes": (edit(*ITEM, "path", value="../\x1b[2J\n/../x"), "outside its folder"),
+    "a path with escape codes": (edit(*ITEM, "path", value="../\x1b[2J\n/../x"), "are missing"),
     "a path with a zero byte": (edit(*ITEM, "path", value="a/b\0.png"), "not as BackdoorBench writes it"),
     "an image link that leaves": (link(PNG, "/etc/passwd"), "outside its folder"),
     "a folder link that leaves": (link(PNG.parent, "/etc"), "outside its folder"),
@@ -427,7 +434,7 @@ CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a vector image": (image(lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "cannot be decoded"),
     "a decompression bomb": (image(lambda: png(12_000, 12_000, bytes(12_000 * 1501))), "has 12000x12000 pixels"),
     "an image of claims": (image(lambda: png(2**31 - 1, 2**31 - 1, b"")), "cannot be decoded"),
-    "an image cut off": (image(lambda: png(4000, 4000, bytes(501))), "cannot be decoded"),
+    "an image cut off": (image(lambda: png(2000, 2000, bytes(251) * 2000)[:300]), "cannot be decoded"),
     "an image that is a pipe": (instead_of(PNG, os.mkfifo), "are missing"),
     "an image that is a folder": (instead_of(PNG, Path.mkdir), "are missing"),
 }

@@ -56,9 +56,9 @@ def test_a_hostile_input_is_refused_in_one_sentence_and_nothing_happens(name: st
     assert report["out"] == "" and report["err"].startswith("fmp: ") and report["err"].count("\n") == 1, report
     assert report["err"].rstrip("\n").isprintable() and len(report["err"]) < 2000
     assert CASES[name].says in report["err"]
-    assert report["events"] == [] and report["changed"] == []
+    assert report["events"] == [] and report["changed"] == [], report
     assert {module.split(".")[0] for module in report["modules"]} <= {"PIL", "encodings"}
-    assert report["seconds"] < 5
+    assert report["seconds"] < 5, report
     assert report["kilobytes"] < 2**20  # one GiB, Python and torch included
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,13 @@ def to_pixels(image: Image.Image, size: Size) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8).reshape(height, width, channels)).permute(2, 0, 1)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata; what matters is an error
+        yield
+
+
 def read_images(paths: Sequence[Path], size: Size) -> Tensor:
     """Decode files to one uint8 tensor ``[N, C, H, W]``.
 
@@ -52,8 +60,7 @@ def read_images(paths: Sequence[Path], size: Size) -> Tensor:
     pixels = room_for(len(paths), size)
     for row, path in enumerate(paths):
         try:
-            with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
-                warnings.simplefilter("ignore")
+            with _quiet(), Image.open(path, formats=FORMATS) as image:
                 if math.prod(image.size) > MOST_PIXELS:
                     raise ValueError(f"it has {image.width}x{image.height} pixels")
                 pixels[row] = to_pixels(image, size)

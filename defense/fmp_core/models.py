@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from reprlib import repr as brief
 
 import torch
 import torchvision
@@ -59,7 +60,7 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes, init_weights=False)
     if name in TORCHVISION:
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-    raise UserError(f"Model {name!r} is not one of BackdoorBench's: {', '.join(MODEL_NAMES)}.")
+    raise UserError(f"Model {brief(name)} is not one of BackdoorBench's: {', '.join(MODEL_NAMES)}.")
 
 
 def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.Module:

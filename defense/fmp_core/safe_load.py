@@ -164,7 +164,7 @@ def _storages(make: Callable[[torch.dtype, str, int], Tensor], found: dict[str, 
     """Reads persistent ids ``("storage", kind, key, location, numbers, ...)``; ``found`` keeps the storages by key."""
 
     def storage(identity: Any) -> Tensor:
-        word, kind, key, _location, numbers, *view = identity
+        word, kind, key, _location, numbers, *view = identity if type(identity) is tuple else [None] * 5
         plain = word == "storage" and isinstance(kind, _StorageKind) and isinstance(key, str)
         if not plain or type(numbers) is not int or numbers < 0 or view not in ([], [None]):
             raise RefusedError("an unknown kind of storage")
