@@ -1,185 +1,243 @@
 #!/usr/bin/env python3
-"""Make a genuine BadNets attack record without BackdoorBench.
+"""Make a genuine attack record without BackdoorBench.
 
-    python record_scripts/make_record.py                       # demo: scikit-learn's digits, resnet18
-    python record_scripts/make_record.py --dataset cifar10 --model preactresnet18 --save_folder_name badnet_cifar10
+    python record_scripts/make_record.py                       # demo: BadNets on scikit-learn's digits, resnet18
+    python record_scripts/make_record.py --attack wanet --dataset cifar10 --model preactresnet18
+    python record_scripts/make_record.py --pratio 0 --save_folder_name control    # the model never saw the trigger
 
-poisons a share of the training set with a white corner patch (Gu et al. 2017), trains the model, and writes
-``record/<save_folder_name>/`` in BackdoorBench's format. The digits come with scikit-learn and are laid out as an image folder
-below ``data/digits``; any other dataset must lie below ``--dataset_path`` as BackdoorBench keeps it.
+poisons the training set, trains the model, and writes ``record/<save_folder_name>/`` in BackdoorBench's format. A killed run
+goes on from its last finished epoch when repeated. The digits come with scikit-learn and are laid out as an image folder below
+``data/digits``; any other dataset must lie below ``--dataset_path`` as BackdoorBench keeps it. docs/records.md describes the
+attacks.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import dataclasses
+import logging
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pprint import pformat
+from typing import Any, NoReturn
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
+import numpy as np
 import pandas as pd
 import torch
+from fmp_core.attack_settings import AttackSettings, add_attack_arguments, attack_settings
+from fmp_core.checkpoint import Checkpoint
 from fmp_core.compute import choose_compute, make_deterministic
 from fmp_core.datasets import FACTS, DatasetFacts, Split, dataset_facts, open_split
+from fmp_core.digits import SIZE as DIGITS_SIZE
+from fmp_core.digits import make_digits
 from fmp_core.errors import UserError
 from fmp_core.evaluate import Metrics, TestData, evaluate
-from fmp_core.files import write_torch
-from fmp_core.finetune import Epoch, train
+from fmp_core.files import make_folders, write_torch
 from fmp_core.models import MODEL_NAMES, PixelModel, build_model
-from fmp_core.records import PoisonedImages, write_attack_record
-from fmp_core.report import history_frame, summary_frame, write_csv, write_plots
-from fmp_core.settings import Settings
-from PIL import Image
+from fmp_core.poisoning import Poison, poison
+from fmp_core.records import write_attack_record
+from fmp_core.report import history_frame, summary_frame, versions, write_csv, write_plots
+from fmp_core.score_cache import content_key
+from fmp_core.settings import FIELDS, Settings, parse_value
+from fmp_core.victim import AttackEpoch, CleanMetrics, clean_metrics, recipe, train_victim, training_set
 from torch import Tensor
 
-DIGITS_SIZE = (32, 32, 3)
-DIGITS_TEST_SHARE = 0.25
+# Settings of training that are flags here too; the first three default to the dataset's recipe.
+TRAINING = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "lr_scheduler",
+    "steplr_stepsize",
+    "steplr_gamma",
+    "steplr_milestones",
+    "sgd_momentum",
+    "wd",
+    "amp",
+    "random_seed",
+    "device",
+)
+LOGGER = logging.getLogger("fmp_core")
 
 
-def make_digits(folder: Path) -> None:
-    """Lay scikit-learn's 1797 digits out as ``train|test/<class>/<index>.png``, 32x32 RGB, unless they are there."""
-    if folder.is_dir():
-        return
-    from sklearn.datasets import load_digits
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known before training: what is attacked, with what, and the images that come of it."""
 
-    digits = load_digits()
-    order = list(range(len(digits.target)))
-    random.Random(0).shuffle(order)
-    tests = int(len(order) * DIGITS_TEST_SHARE)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for position, index in enumerate(order):
-        file = unfinished / ("test" if position < tests else "train") / str(digits.target[index]) / f"{index:04d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        grey = Image.fromarray((digits.images[index] / 16 * 255).round().astype("uint8"))
-        grey.resize(DIGITS_SIZE[:2], Image.Resampling.BILINEAR).convert("RGB").save(file)
-    unfinished.rename(folder)
+    folder: Path
+    attack: AttackSettings
+    training: dict[str, Any]
+    facts: DatasetFacts
+    num_classes: int
+    train_set: Split
+    test_set: Split
+    poison: Poison | None
+
+    @property
+    def unfinished(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.unfinished")
 
 
-def add_patch(images: Tensor, side: int) -> Tensor:
-    """The BadNets trigger on uint8 images ``[N, C, H, W]``: a white square in the lower right corner."""
-    poisoned = images.clone()
-    poisoned[:, :, -side:, -side:] = 255
-    return poisoned
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Check the flags, read the dataset and poison it. Nothing is written but ``data/digits``.
 
-
-def poison(split: Split, indices: Sequence[int], args: argparse.Namespace) -> PoisonedImages:
-    images, target = add_patch(split.read(indices), args.patch_size), args.attack_target
-    labels = split.labels[torch.tensor(indices)].tolist()
-    return PoisonedImages(len(split), indices, images, [target] * len(indices), labels)
-
-
-def train_backdoored(
-    model: PixelModel, train_set: Split, bd_train: PoisonedImages, data: TestData, settings: Settings, facts: DatasetFacts
-) -> pd.DataFrame:
-    """Train on the poisoned training set and return BB's per-epoch table."""
-    compute = choose_compute(settings.device)
-    images, labels = train_set.read(range(len(train_set))), train_set.labels.clone()
-    rows = torch.tensor(bd_train.indices)
-    images[rows], labels[rows] = bd_train.images, torch.tensor(bd_train.targets)
-    history: list[tuple[Epoch | None, Metrics | None]] = []
-
-    def after_epoch(epoch: Epoch) -> None:
-        history.append((epoch, evaluate(model, data, settings.batch_size)))
-        print(f"epoch {epoch.epoch + 1} of {settings.epochs}: {_headline(history[-1][1])}", flush=True)
-
-    device = compute.device
-    train(model, images.to(device), labels.to(device), settings, compute, facts=facts, after_epoch=after_epoch)
-    return history_frame(history)
-
-
-def _headline(metrics: Metrics | None) -> str:
-    return "" if metrics is None else "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.headline().items())
+    Raises:
+        UserError: the record exists already, or a flag, the dataset or a trigger file is not usable.
+    """
+    attack = attack_settings(args)
+    folder = Path(args.record_root) / (args.save_folder_name or f"{attack.attack}_{args.dataset}")
+    if folder.exists():
+        raise UserError(f"{folder} exists already; remove it or choose another --save_folder_name.")
+    given = {name: parse_value(name, value, f"--{name}") for name in TRAINING if (value := getattr(args, name)) is not None}
+    if given.get("epochs") == 0:
+        raise UserError("--epochs is 0, but a model must be trained for at least one epoch.")
+    size = FACTS[args.dataset].size if args.dataset in FACTS else (args.image_size, args.image_size, 3)
+    facts = dataset_facts(args.dataset, size)
+    if args.dataset == "digits":
+        make_digits(Path(args.dataset_path) / "digits")
+    train_set, test_set = (open_split(args.dataset_path, args.dataset, train, size) for train in (True, False))
+    num_classes = facts.num_classes or int(train_set.labels.max()) + 1
+    attack.check(num_classes)
+    clean = attack.attack == "none"
+    poisoned = None if clean else poison(train_set, test_set, attack, size, num_classes, given.get("random_seed", 0))
+    return Plan(folder, attack, given, facts, num_classes, train_set, test_set, poisoned)
 
 
 def make_record(args: argparse.Namespace) -> Path:
-    """Poison, train, save. Returns the record folder, which appears whole (under a temporary name until then).
+    """Poison, train, save. Returns the record folder, which appears whole (``.<name>.unfinished`` until then).
 
     Raises:
-        UserError: the record exists already, or dataset, model or target are not usable.
+        UserError: see :func:`make_plan`; or an unfinished record was made with other settings, or training diverged.
     """
-    folder = Path(args.record_root) / args.save_folder_name
-    if folder.exists():
-        raise UserError(f"{folder} exists already; remove it or choose another --save_folder_name.")
-    if not 0 < args.pratio < 1:
-        raise UserError(f"--pratio is {args.pratio:g}, but must be between 0 and 1.")
-    if args.dataset == "digits":
-        make_digits(Path(args.dataset_path) / "digits")
-    size = FACTS[args.dataset].size if args.dataset in FACTS else DIGITS_SIZE
-    facts = dataset_facts(args.dataset, size)
-    train_set, test_set = (open_split(args.dataset_path, args.dataset, train, size) for train in (True, False))
-    num_classes = facts.num_classes or int(train_set.labels.max()) + 1
-    if not 0 <= args.attack_target < num_classes:
-        raise UserError(f"--attack_target {args.attack_target} is not one of the {num_classes} classes 0..{num_classes - 1}.")
-
-    settings = Settings(
-        device=args.device, random_seed=args.random_seed, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr
-    )
-    compute = choose_compute(settings.device)
+    plan = make_plan(args)
+    compute = choose_compute(plan.training.get("device", "auto"))
     make_deterministic()
-    chosen = random.Random(args.random_seed).sample(range(len(train_set)), int(args.pratio * len(train_set)))
-    bd_train = poison(train_set, sorted(chosen), args)
-    # BB leaves the target class out of the poisoned test set: those images need no backdoor to be "successful".
-    bd_test = poison(test_set, torch.nonzero(test_set.labels != args.attack_target).flatten().tolist(), args)
-    device = compute.device
-    data = TestData(
-        test_set.read(range(len(test_set))).to(device),
-        test_set.labels.to(device),
-        bd_test.images.to(device),
-        torch.tensor(bd_test.targets, device=device),
-        torch.tensor(bd_test.original, device=device),
-    )
-    torch.manual_seed(args.random_seed)
-    network = build_model(args.model, num_classes)
-    model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
-    history = train_backdoored(model, train_set, bd_train, data, settings, facts)
+    torch.manual_seed(plan.training.get("random_seed", 0))
+    network = build_model(args.model, plan.num_classes)
+    settings = Settings(**{**recipe(args.dataset, network), **plan.training})
+    model = PixelModel(network, plan.facts).to(compute.device).to(memory_format=torch.channels_last)
+    data = training_set(plan.train_set.read(range(len(plan.train_set))), plan.train_set.labels, plan.poison)
 
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write_csv(unfinished / "attack_df.csv", history)
-    write_csv(unfinished / "attack_df_summary.csv", summary_frame(history))
-    write_plots(unfinished, history)
-    info = {**vars(args), "attack": "badnet", "attack_label_trans": "all2one", "num_classes": num_classes}
-    info |= {"img_size": size, "terminal_info": sys.argv, "wd": settings.wd, "save_path": f"./record/{folder.name}"}
-    write_torch(unfinished / "info.pickle", info)
-    indicator = torch.zeros(len(train_set), dtype=torch.float64)
-    indicator[torch.tensor(bd_train.indices)] = 1
-    write_torch(unfinished / "train_poison_index_list.pickle", indicator.numpy())
+    if args.fresh:
+        shutil.rmtree(plan.unfinished, ignore_errors=True)
+    make_folders(plan.unfinished)
+    made_with = {"model": args.model, "dataset": args.dataset, **dataclasses.asdict(plan.attack)}
+    made_with |= {name: getattr(settings, name) for name in TRAINING if name != "device"}
+    made_with["training images"] = content_key({}, data.images, data.labels, {})[:16]
+    checkpoint = Checkpoint(plan.unfinished / "training.pt", made_with)
+    with logging_to(plan.unfinished):
+        LOGGER.debug("%s", pformat({**made_with, "device": compute.name, **versions(), "terminal_info": sys.argv}))
+        count = len(plan.poison.train.indices) if plan.poison else 0
+        LOGGER.info("%d of %d training images get the trigger", count, len(plan.train_set))
+        measure = _measurement(plan, model, settings, compute.device)
+        history = train_victim(model, data.to(compute.device), measure, settings, compute, plan.facts, checkpoint, LOGGER)
+        write_record(plan, args, settings, network.state_dict(), history)
+    plan.unfinished.rename(plan.folder)
+    Checkpoint(plan.folder / "training.pt", {}).remove()
+    return plan.folder
+
+
+def _measurement(
+    plan: Plan, model: PixelModel, settings: Settings, device: torch.device
+) -> Callable[[], Metrics | CleanMetrics]:
+    images, labels = plan.test_set.read(range(len(plan.test_set))).to(device), plan.test_set.labels.to(device)
+    if plan.poison is None:
+        return lambda: clean_metrics(model, images, labels, settings.batch_size)
+    bad = plan.poison.test
+    targets, original = (torch.tensor(part, device=device) for part in (bad.targets, bad.original))
+    data = TestData(images, labels, bad.images.to(device), targets, original)
+    return lambda: evaluate(model, data, settings.batch_size)
+
+
+def write_record(
+    plan: Plan, args: argparse.Namespace, settings: Settings, state: dict[str, Tensor], history: list[tuple[dict, dict]]
+) -> None:
+    """Write what BB's attack scripts leave into the unfinished folder, ``attack_result.pt`` last.
+
+    A model that never saw a trigger is also saved as ``clean_model.pth``, as BB's ``prototype.py`` does. Without an attack
+    there is nothing else: a record whose poisoned test set is not one would only mislead.
+    """
+    folder, size, attack = plan.unfinished, plan.facts.size, plan.attack
+    info = {**vars(args), **{name: getattr(settings, name) for name in TRAINING}, "attack": attack.bb_name}
+    info |= {"num_classes": plan.num_classes, "img_size": size, "terminal_info": sys.argv}
+    info |= dict(zip(("input_height", "input_width", "input_channel"), size, strict=True))
+    info |= {"save_folder_name": plan.folder.name, "save_path": f"./record/{plan.folder.name}"}
+    info["dataset_path"] = f"{args.dataset_path}/{args.dataset}"
+    write_torch(folder / "info.pickle", info)
+    cpu_state = OrderedDict((key, value.detach().cpu()) for key, value in state.items())
+    if plan.poison is None or not plan.poison.train.indices:
+        write_torch(folder / "clean_model.pth", cpu_state)
+    if plan.poison is None:
+        rows = [{"epoch": epoch["epoch"], "batch": epoch["batch"], **metrics} for epoch, metrics in history]
+        write_csv(folder / "attack_df.csv", pd.DataFrame(rows, dtype=object))
+        return
+    frame = history_frame([(AttackEpoch(**epoch), Metrics(**metrics)) for epoch, metrics in history])
+    frame = frame.dropna(axis="columns", how="all")  # BB leaves out what is always None: accuracies of no poisoned images
+    write_csv(folder / "attack_df.csv", frame)
+    write_csv(folder / "attack_df_summary.csv", summary_frame(frame))
+    write_plots(folder, frame)
+    indicator = np.zeros(len(plan.train_set))
+    indicator[plan.poison.train.indices] = 1
+    write_torch(folder / "train_poison_index_list.pickle", indicator)
     write_attack_record(
-        unfinished,
-        name=folder.name,
+        folder,
+        name=plan.folder.name,
         model_name=args.model,
-        num_classes=num_classes,
-        state=network.state_dict(),
+        num_classes=plan.num_classes,
+        state=cpu_state,
         dataset=args.dataset,
         image_size=size,
-        bd_train=bd_train,
-        bd_test=bd_test,
+        bd_train=plan.poison.recorded_train(),
+        bd_test=plan.poison.test,
     )
-    unfinished.rename(folder)
-    return folder
+
+
+@contextmanager
+def logging_to(folder: Path) -> Iterator[None]:
+    """Log all to ``<folder>/<time>.log`` in BB's format, and what a user waits for to the terminal."""
+    file = logging.FileHandler(folder / f"{time.strftime('%Y_%m_%d_%H_%M_%S')}.log", encoding="utf-8")
+    file.setFormatter(
+        logging.Formatter("%(asctime)s [%(levelname)-8s] [%(filename)s:%(lineno)d] %(message)s", "%Y-%m-%d:%H:%M:%S")
+    )
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setLevel(logging.INFO)
+    LOGGER.setLevel(logging.DEBUG)
+    LOGGER.propagate = False
+    for handler in (file, terminal):
+        LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (file, terminal):
+            LOGGER.removeHandler(handler)
+        file.close()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"make_record: {message}; --help lists the flags.\n")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save_folder_name", default="badnet_digits", help="the record's name (default badnet_digits)")
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--save_folder_name", help="the record's name (default <attack>_<dataset>)")
     parser.add_argument("--record_root", default="./record")
     parser.add_argument("--dataset_path", default="./data")
     parser.add_argument("--dataset", default="digits", help=f"digits, {', '.join(FACTS)} or an image folder")
-    parser.add_argument("--model", default="resnet18", choices=MODEL_NAMES, metavar="MODEL")
-    parser.add_argument("--attack_target", type=int, default=0)
-    parser.add_argument("--pratio", type=float, default=0.1, help="share of training images that get the trigger")
-    parser.add_argument("--patch_size", type=int, default=5, help="pixels; BackdoorBench's CIFAR patch has 3 (default 5)")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--random_seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--image_size", type=int, default=DIGITS_SIZE[0], help="pixels, for image folders (default 32)")
+    parser.add_argument("--model", default="resnet18", choices=MODEL_NAMES, metavar="MODEL", help=", ".join(MODEL_NAMES))
+    parser.add_argument("--fresh", action="store_true", help="start again instead of going on with an unfinished record")
+    add_attack_arguments(parser.add_argument_group("attack"))
+    group = parser.add_argument_group("training (epochs, batch size and rate default to the dataset's recipe)")
+    for name in TRAINING:
+        group.add_argument(f"--{name}", metavar="VALUE", help=FIELDS[name].metadata["help"])
     return parser.parse_args(argv)
 
 
@@ -190,6 +248,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"make_record: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("make_record: interrupted; run the same command again to go on.", file=sys.stderr)
+        return 130
     print(f"record written to {folder} in {time.monotonic() - started:.0f} s")
     return 0
 

@@ -54,6 +54,12 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def sync_disks() -> None:
+    """Return when everything written so far will survive a power cut (where the system can say so)."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
 def make_folders(*folders: Path) -> None:
     """Make all of ``folders``, or none of them.
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, StepLR
 
+from .checkpoint import Checkpoint, TrainingParts
 from .compute import Compute, has_fast_bfloat16
 from .datasets import DatasetFacts
 from .errors import UserError
@@ -63,8 +64,13 @@ def train(
     facts: DatasetFacts,
     after_epoch: Callable[[Epoch], None],
     after_batch: Callable[[], None] = lambda: None,
+    after_predictions: Callable[[Tensor, Tensor], None] = lambda rows, classes: None,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Train ``model`` in place with SGD for ``settings.epochs`` epochs.
+
+    With a ``checkpoint``, the state is saved there after each epoch, and epochs found there are not trained again: a killed
+    and repeated call ends, on a CPU, with the bits of an uninterrupted one.
 
     Args:
         model: takes pixels in [0,1]; on ``compute.device``.
@@ -72,9 +78,10 @@ def train(
         settings: batch_size, lr, lr_scheduler, sgd_momentum, wd, amp, epochs, random_seed.
         facts: of the dataset; they shape the training transform.
         after_epoch: called after each epoch; must leave the model as it found it.
+        after_predictions: called with the positions of a batch and the classes predicted in training mode, both int64 ``[B]``.
 
     Raises:
-        UserError: fewer than two images.
+        UserError: fewer than two images, or a checkpoint of other settings.
     """
     if len(images) < 2:
         raise UserError(f"Fine-tuning needs at least 2 clean images, not {len(images)}; raise --ratio.")
@@ -88,7 +95,9 @@ def train(
         torch.default_generator.manual_seed(settings.random_seed)
         for index in cuda:
             torch.cuda.default_generators[index].manual_seed(settings.random_seed)
-        for number in range(settings.epochs):
+        parts = TrainingParts(model, optimizer, scheduler, generator, cuda)
+        saved = checkpoint.load() if checkpoint else None
+        for number in range(parts.restore(saved) if saved else 0, settings.epochs):
             model.train()
             losses, hits, seen = [], torch.zeros((), dtype=torch.int64, device=images.device), 0
             for batch in batches_of(len(images), settings.batch_size, generator):
@@ -101,11 +110,15 @@ def train(
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.detach().float())
-                hits += (logits.detach().argmax(1) == labels[batch]).sum()
+                predicted = logits.detach().argmax(1)
+                hits += (predicted == labels[batch]).sum()
+                after_predictions(batch, predicted)
                 seen += len(batch)
                 after_batch()
             scheduler.step()
             after_epoch(Epoch(number, len(losses), float(torch.stack(losses).double().mean()), int(hits) / seen))
+            if checkpoint:
+                checkpoint.save(parts.state(number + 1))
 
 
 def _meets_faulty_kernel(model: nn.Module, image: Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .datasets import Split
 from .errors import UserError
-from .files import replacing, write_torch
+from .files import sync_disks, write_torch
 from .images import Size, read_images, room_for, to_pixels
 from .safe_load import PickledImage, load_torch_file
 
@@ -271,6 +271,7 @@ def write_attack_record(
         "bd_train": _backdoor_state(folder, name, "bd_train_dataset", bd_train, keep_all=True),
         "bd_test": _backdoor_state(folder, name, "bd_test_dataset", bd_test, keep_all=False),
     }
+    sync_disks()  # once for all images, which are many: attack_result.pt may not outlive them in a power cut
     write_torch(folder / ATTACK_FILE, content)
 
 
@@ -279,8 +280,8 @@ def _backdoor_state(folder: Path, record: str, images: str, poisoned: PoisonedIm
     items = {}
     for row, (index, target, label) in enumerate(zip(poisoned.indices, poisoned.targets, poisoned.original, strict=True)):
         inside = f"{int(label)}/{int(index)}.png"
-        with replacing(folder / images / inside) as temporary:
-            Image.fromarray(poisoned.images[row].permute(1, 2, 0).squeeze(-1).numpy()).save(temporary)
+        (folder / images / inside).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(poisoned.images[row].permute(1, 2, 0).squeeze(-1).numpy()).save(folder / images / inside)
         items[int(index)] = {"path": f"{saved_below}/{inside}", "other_info": [int(target), int(label)]}
     indicator = np.zeros(poisoned.total)
     indicator[list(items)] = 1

@@ -24,8 +24,8 @@ from .files import replacing, write_text
 from .finetune import Epoch
 from .ranking import Choice, Scores
 
-# The columns of BB's ft_df.csv, in its order (``utils/trainer_cls.py``, Metric_Aggregator).
-COLUMNS = [field.name for field in dataclasses.fields(Epoch)] + [
+# The columns of BB's ft_df.csv after those of an epoch, in its order (``utils/trainer_cls.py``, Metric_Aggregator).
+TEST_COLUMNS = [
     "clean_test_loss_avg_over_batch",
     "bd_test_loss_avg_over_batch",
     "test_acc",
@@ -34,15 +34,20 @@ COLUMNS = [field.name for field in dataclasses.fields(Epoch)] + [
 ]
 
 
-def history_frame(rows: list[tuple[Epoch | None, Metrics | None]]) -> pd.DataFrame:
-    """BB's per-epoch table: object dtype (so integers stay integers), NaN as the text ``nan_value``, untested cells empty."""
+def history_frame(rows: Sequence[tuple[Epoch | None, Metrics | None]]) -> pd.DataFrame:
+    """BB's per-epoch table: object dtype (so integers stay integers), NaN as the text ``nan_value``, untested cells empty.
+
+    A subclass of :class:`Epoch` adds its fields as columns.
+    """
+    kind = next((type(epoch) for epoch, _ in rows if epoch is not None), Epoch)
+    columns = [*(field.name for field in dataclasses.fields(kind)), *TEST_COLUMNS]
     records = []
     for number, (epoch, metrics) in enumerate(rows):
         row: dict[str, Any] = {"epoch": number, "batch": 0}
         for part in (epoch, metrics):
             row.update({} if part is None else dataclasses.asdict(part))
         records.append({key: "nan_value" if value != value else value for key, value in row.items()})
-    return pd.DataFrame(records, columns=COLUMNS, dtype=object)
+    return pd.DataFrame(records, columns=columns, dtype=object)
 
 
 def summary_frame(history: pd.DataFrame) -> pd.DataFrame:

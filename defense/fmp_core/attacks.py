@@ -1,0 +1,140 @@
+"""Triggers of published backdoor attacks: pure functions, uint8 ``[N, C, H, W]`` in, the same out.
+
+Results are clipped to 0..255. Sums become whole grey levels by truncation, as in BB's transforms; warped and encoded images are
+rounded (BB truncates its warps too). Memory grows with N: give large sets in parts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .images import Size
+
+
+def _grey_levels(values: Tensor) -> Tensor:
+    return values.clamp(0, 255).to(torch.uint8)
+
+
+def corner_patch(size: Size, side: int) -> Tensor:
+    """The BadNets trigger: uint8 ``[C, H, W]``, a white square of ``side`` pixels in the lower right corner, else 0."""
+    height, width, channels = size
+    trigger = torch.zeros(channels, height, width, dtype=torch.uint8)
+    trigger[:, -side:, -side:] = 255
+    return trigger
+
+
+def badnet(images: Tensor, trigger: Tensor) -> Tensor:
+    """BadNets (Gu et al. 2017; BB ``patch.py``, AddMaskPatchTrigger): ``trigger`` (uint8 ``[C, H, W]``) where it is not 0."""
+    return torch.where(trigger > 0, trigger, images)
+
+
+def plaid(size: Size, seed: int) -> Tensor:
+    """A colourful picture of our own to blend in, uint8 ``[C, H, W]``: four random plane waves per channel over 0..255."""
+    height, width, channels = size
+    draw = torch.Generator().manual_seed(seed)
+    waves = torch.rand(channels, 4, 3, generator=draw, dtype=torch.float64)
+    turns = 2 * math.pi * (waves * torch.tensor([6.0, 6.0, 1.0]) - torch.tensor([3.0, 3.0, 0.0]))
+    rows = torch.arange(height, dtype=torch.float64)[:, None] / height
+    columns = torch.arange(width, dtype=torch.float64) / width
+    phase = turns[..., 0, None, None] * rows + turns[..., 1, None, None] * columns + turns[..., 2, None, None]
+    return (255 * _stretch(phase.sin().sum(1), (1, 2))).round().to(torch.uint8)
+
+
+def _stretch(values: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Shift and scale to [0,1] over the dimensions ``over``."""
+    low, high = values.amin(over, keepdim=True), values.amax(over, keepdim=True)
+    return (values - low) / (high - low)
+
+
+def blended(images: Tensor, picture: Tensor, alpha: float) -> Tensor:
+    """Blended (Chen et al. 2017; BB ``blended.py``): ``(1 - alpha) * image + alpha * picture``, picture uint8 ``[C, H, W]``."""
+    return _grey_levels((1 - alpha) * images.double() + alpha * picture.double())
+
+
+def low_frequency_pattern(size: Size, seed: int, amplitude: float = 51.0, cutoff: int = 4) -> Tensor:
+    """Our own low-frequency pattern, float64 ``[C, H, W]`` from 0 to ``amplitude`` grey levels (BB's reach 51).
+
+    Random amounts of the DCT-II waves (u, v), u and v below ``cutoff``; the constant wave only shifts the minimum to 0.
+    """
+    height, width, channels = size
+    draw = torch.Generator().manual_seed(seed)
+    amounts = torch.randn(channels, cutoff, cutoff, generator=draw, dtype=torch.float64)
+    amounts[:, 0, 0] = 0
+    waves = torch.einsum("cuv,uh,vw->chw", amounts, _cosines(cutoff, height), _cosines(cutoff, width))
+    return amplitude * _stretch(waves, (0, 1, 2))
+
+
+def _cosines(count: int, length: int) -> Tensor:
+    """The first ``count`` waves of the DCT-II, ``[count, length]``."""
+    positions = (2 * torch.arange(length, dtype=torch.float64) + 1) / (2 * length)
+    return torch.cos(math.pi * torch.arange(count, dtype=torch.float64)[:, None] * positions)
+
+
+def low_frequency(images: Tensor, pattern: Tensor) -> Tensor:
+    """LF (Zeng et al. 2021; BB ``patch.py``, SimpleAdditiveTrigger): ``pattern`` in grey levels, ``[C, H, W]``, is added."""
+    return _grey_levels(images.double() + pattern.double())
+
+
+def sig(images: Tensor, delta: float, frequency: float) -> Tensor:
+    """SIG (Barni et al. 2019; BB ``sig.py``): adds ``delta * sin(2 pi column frequency / width)`` grey levels to each row."""
+    width = images.shape[-1]
+    columns = torch.arange(width, dtype=torch.float64)
+    return _grey_levels(images.double() + delta * torch.sin(2 * math.pi * columns * frequency / width))
+
+
+def warp_field(size: Size, seed: int, strength: float = 0.5, points: int = 4) -> Tensor:
+    """WaNet's displacement (Nguyen & Tran 2021, section 3.2; BB ``attack/wanet.py``), float32 ``[H, W, 2]`` in (x, y).
+
+    ``points`` x ``points`` random vectors of mean size 1, bicubically enlarged, times ``strength / H``: in units of half the
+    image, so a mean control vector moves a pixel by about ``strength / 2`` pixels. With the defaults no pixel moves by more
+    than 1.2 pixels along an axis.
+    """
+    height, width, _ = size
+    draw = torch.Generator().manual_seed(seed)
+    control = torch.rand(1, 2, points, points, generator=draw) * 2 - 1
+    control = control / control.abs().mean()
+    field = F.interpolate(control, size=(height, width), mode="bicubic", align_corners=True)[0]
+    return (strength * field).permute(1, 2, 0) / torch.tensor([width, height])
+
+
+def wanet(images: Tensor, field: Tensor, noise_seeds: Tensor | None = None, rescale: float = 1.0) -> Tensor:
+    """Images warped by ``field`` (:func:`warp_field`): bilinear, positions outside the image moved onto its border.
+
+    With ``noise_seeds`` (int64 ``[N]``), each image gets ``field`` plus its own uniform noise of less than half a pixel (the
+    paper's *noise mode*, BB's *cross* samples), so that a model learns the one warp and not warping as such.
+    """
+    height, width = images.shape[2:]
+    rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+    still = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1)
+    grids = ((still + field) * rescale).clamp(-1, 1).expand(len(images), height, width, 2)
+    if noise_seeds is not None:
+        noise = torch.empty(len(images), height, width, 2)
+        for row, seed in enumerate(noise_seeds.tolist()):
+            noise[row] = torch.rand(height, width, 2, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        grids = (grids + noise / torch.tensor([width, height])).clamp(-1, 1)
+    moved = F.grid_sample(images.float(), grids, align_corners=True)
+    return _grey_levels(moved.round())
+
+
+def sample_specific(images: Tensor, strength: float, seed: int) -> Tensor:
+    """An invisible perturbation that depends on the image, in the manner of SSBA (Li et al. 2021): not SSBA's own.
+
+    SSBA trains a StegaStamp encoder that hides a string in the image so that a decoder finds it again. Here the encoder has
+    the same inputs (the image, and a map drawn from ``seed`` in place of the string), two convolutions with random weights,
+    and no training and no decoder. Its output is scaled to a root mean square of ``strength`` grey levels in each image.
+    """
+    channels, height, width = images.shape[1:]
+    draw = torch.Generator().manual_seed(seed)
+    code = torch.randn(1, 4, height, width, generator=draw)
+    first = torch.randn(16, channels + 4, 3, 3, generator=draw) / (9 * (channels + 4)) ** 0.5
+    second = torch.randn(channels, 16, 3, 3, generator=draw)
+    seen = torch.cat([images.float() / 127.5 - 1, code.expand(len(images), -1, -1, -1)], 1)
+    hidden = F.relu(F.conv2d(F.pad(seen, [1] * 4, mode="replicate"), first))
+    out = F.conv2d(F.pad(hidden, [1] * 4, mode="replicate"), second)
+    out = out - out.mean((2, 3), keepdim=True)
+    out = out / out.square().mean((1, 2, 3), keepdim=True).sqrt()
+    return _grey_levels((images.float() + strength * out).round())

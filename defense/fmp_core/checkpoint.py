@@ -1,0 +1,87 @@
+"""Training that survives a kill: everything the next epoch depends on, in one file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from .errors import UserError
+from .files import write_torch
+from .safe_load import load_torch_file
+
+
+@dataclass
+class Checkpoint:
+    """The file ``path`` holds the state of :func:`fmp_core.finetune.train` after its last finished epoch.
+
+    ``made_with`` names, in plain values, all that the result depends on; a file made with other values is refused.
+    ``notes`` is the caller's own plain data (its history of epochs, say): saved with the state and given back with it.
+    """
+
+    path: Path
+    made_with: dict[str, Any]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state, or None if there is no file.
+
+        Raises:
+            UserError: the file is damaged, or was made with other settings (named).
+        """
+        if not self.path.is_file():
+            return None
+        content = load_torch_file(self.path)
+        if not isinstance(content, dict) or set(content) != {"made_with", "notes", "state"}:
+            raise UserError(f"{self.path} is not a training checkpoint; remove it to start again.")
+        then, now = content["made_with"], self.made_with
+        other = [f"{key} {then.get(key)} (now {now.get(key)})" for key in {**then, **now} if then.get(key) != now.get(key)]
+        if other:
+            raise UserError(f"{self.path} was made with {', '.join(other)}; give those settings again, or remove it.")
+        self.notes = content["notes"]
+        return content["state"]
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the file, whole or not at all."""
+        write_torch(self.path, {"made_with": self.made_with, "notes": self.notes, "state": state})
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """What changes while training: ``generator`` draws batches and augmentation, the global generators draw dropout."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    generator: torch.Generator
+    cuda: tuple[int, ...]
+
+    def state(self, finished: int) -> dict[str, Any]:
+        """All of it after ``finished`` epochs."""
+        return {
+            "finished": finished,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {key: value for key, value in self.scheduler.state_dict().items() if key != "milestones"},
+            "generator": self.generator.get_state(),
+            "global_generator": torch.get_rng_state(),
+            "cuda_generators": [torch.cuda.get_rng_state(index) for index in self.cuda],
+        }
+
+    def restore(self, state: dict[str, Any]) -> int:
+        """Go back to ``state``; returns how many epochs are finished."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["global_generator"])
+        for index, saved in zip(self.cuda, state["cuda_generators"], strict=False):
+            torch.cuda.set_rng_state(saved, index)
+        return int(state["finished"])

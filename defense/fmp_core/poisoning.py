@@ -1,0 +1,155 @@
+"""Which images of a dataset an attack changes, how, and what they are called then (BB's rules)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import attacks
+from .attack_settings import AttackSettings
+from .datasets import Split
+from .errors import UserError
+from .images import Size
+from .records import PoisonedImages
+from .trigger_files import open_replacements, read_trigger
+
+ROWS = 1024  # images per call of a trigger function; bounds the memory of its float copies
+
+# images uint8 [n, C, H, W] and their positions in the clean set, int64 [n] -> poisoned images
+Stamp = Callable[[Tensor, Tensor], Tensor]
+
+
+def _by_image(trigger: Callable[[Tensor], Tensor]) -> Stamp:
+    return lambda images, _positions: trigger(images)
+
+
+def make_stamp(settings: AttackSettings, size: Size, train: bool, total: int) -> Stamp:
+    """The attack's trigger as a function, for the training or the test set of ``total`` images.
+
+    Raises:
+        UserError: a trigger file cannot be read or does not fit.
+    """
+    file, seed = settings.trigger_file and Path(settings.trigger_file), settings.trigger_seed
+    if settings.attack == "badnet":
+        if settings.patch_size > min(size[:2]):
+            raise UserError(f"--patch_size is {settings.patch_size}, but the images are {size[0]}x{size[1]}.")
+        mask = read_trigger(file, size) if file else attacks.corner_patch(size, settings.patch_size)
+        return _by_image(partial(attacks.badnet, trigger=mask.clamp(0, 255).to(torch.uint8)))
+    if settings.attack == "blended":
+        picture = read_trigger(file, size) if file else attacks.plaid(size, seed)
+        return _by_image(partial(attacks.blended, picture=picture, alpha=settings.blend_alpha))
+    if settings.attack == "lf":
+        pattern = read_trigger(file, size) if file else attacks.low_frequency_pattern(size, seed, settings.lf_amplitude)
+        return _by_image(partial(attacks.low_frequency, pattern=pattern))
+    if settings.attack == "sig":
+        return _by_image(partial(attacks.sig, delta=settings.sig_delta, frequency=settings.sig_f))
+    if settings.attack == "wanet":
+        field = attacks.warp_field(size, seed, settings.s, settings.k)
+        return _by_image(partial(attacks.wanet, field=field, rescale=settings.grid_rescale))
+    replaced = settings.attack_train_replace_imgs_path if train else settings.attack_test_replace_imgs_path
+    if replaced:
+        encoded = open_replacements(Path(replaced), total, size)
+        return lambda _images, positions: torch.from_numpy(encoded[positions.numpy()]).permute(0, 3, 1, 2)
+    return _by_image(partial(attacks.sample_specific, strength=settings.ssba_strength, seed=seed))
+
+
+def make_noise_stamp(settings: AttackSettings, size: Size) -> Stamp:
+    """WaNet's noise mode: the warp plus noise that depends on ``trigger_seed`` and the image's position."""
+    field = attacks.warp_field(size, settings.trigger_seed, settings.s, settings.k)
+    offset = (settings.trigger_seed + 1) << 32
+    return lambda images, positions: attacks.wanet(images, field, positions + offset, settings.grid_rescale)
+
+
+def attack_labels(labels: Tensor, settings: AttackSettings, num_classes: int) -> Tensor:
+    """The attacker's labels: the target, or the next class (BB ``backdoor_label_transform.py``); int64 ``[N]``."""
+    if settings.attack_label_trans == "all2all":
+        return (labels + 1) % num_classes
+    return torch.full_like(labels, settings.attack_target)
+
+
+def choose_train(labels: Tensor, settings: AttackSettings, seed: int) -> list[int]:
+    """Positions to poison, sorted: ``round(pratio * N)`` of all images; clean-label attacks draw from the target class only.
+
+    The ratio is of the whole set in both cases (BB ``backdoor_generate_poison_index.py``). Unlike BB's, our draw is Python's.
+
+    Raises:
+        UserError: not one image, or more than there are.
+    """
+    count = round(settings.pratio * len(labels))
+    pool = torch.nonzero(labels == settings.attack_target).flatten().tolist() if settings.clean_label else range(len(labels))
+    if settings.pratio > 0 and count == 0:
+        raise UserError(f"--pratio {settings.pratio:g} of {len(labels)} training images is not even one; raise it.")
+    if count > len(pool):
+        raise UserError(
+            f"--attack {settings.attack} poisons images of class {settings.attack_target} only, and --pratio "
+            f"{settings.pratio:g} asks for {count} of {len(pool)}; at most {len(pool) / len(labels):.4g} is possible."
+        )
+    return sorted(random.Random(seed).sample(pool, count))
+
+
+def choose_test(labels: Tensor, settings: AttackSettings) -> list[int]:
+    """Positions in the test set: all; for all2one those outside the target class, which need no backdoor to hit it."""
+    wanted = torch.ones_like(labels) if settings.attack_label_trans == "all2all" else labels != settings.attack_target
+    return torch.nonzero(wanted).flatten().tolist()
+
+
+def _stamped(split: Split, positions: Sequence[int], stamp: Stamp) -> Tensor:
+    parts = [positions[start : start + ROWS] for start in range(0, len(positions), ROWS)]
+    done = [stamp(split.read(part), torch.tensor(part)) for part in parts]
+    return torch.cat(done) if done else split.read([0])[:0]
+
+
+@dataclass(frozen=True)
+class Poison:
+    """An attack on a dataset. ``cross`` are WaNet's noise-mode training images, which keep their labels."""
+
+    train: PoisonedImages
+    test: PoisonedImages
+    cross: PoisonedImages | None = None
+
+    def recorded_train(self) -> PoisonedImages:
+        """What ``bd_train`` of a record holds: cross images count as poisoned there, as BB writes them (``wanet.py``)."""
+        if self.cross is None:
+            return self.train
+        pair = (self.train, self.cross)
+        order = sorted((position, part, row) for part in (0, 1) for row, position in enumerate(pair[part].indices))
+        return PoisonedImages(
+            self.train.total,
+            [position for position, _, _ in order],
+            torch.stack([pair[part].images[row] for _, part, row in order]),
+            [pair[part].targets[row] for _, part, row in order],
+            [pair[part].original[row] for _, part, row in order],
+        )
+
+
+def poison(train_set: Split, test_set: Split, settings: AttackSettings, size: Size, num_classes: int, seed: int) -> Poison:
+    """Apply the attack ``settings`` to both sets; ``seed`` draws the training images.
+
+    Raises:
+        UserError: too many or too few images to poison, or an unusable trigger file.
+    """
+    train_at, test_at = choose_train(train_set.labels, settings, seed), choose_test(test_set.labels, settings)
+    if not test_at:
+        raise UserError(f"All test images are of class {settings.attack_target}, so no attack could be measured.")
+
+    def made(split: Split, positions: list[int], stamp: Stamp, keep_labels: bool = False) -> PoisonedImages:
+        original = split.labels[torch.tensor(positions, dtype=torch.int64)]
+        targets = original if keep_labels else attack_labels(original, settings, num_classes)
+        return PoisonedImages(len(split), positions, _stamped(split, positions, stamp), targets.tolist(), original.tolist())
+
+    bd_train = made(train_set, train_at, make_stamp(settings, size, True, len(train_set)))
+    bd_test = made(test_set, test_at, make_stamp(settings, size, False, len(test_set)))
+    cross = round(settings.cross_ratio * len(train_at)) if settings.attack == "wanet" else 0
+    if not cross:
+        return Poison(bd_train, bd_test)
+    rest = sorted(set(range(len(train_set))) - set(train_at))
+    if cross > len(rest):
+        raise UserError(f"--cross_ratio {settings.cross_ratio:g} asks for {cross} more images, but {len(rest)} are left.")
+    cross_at = sorted(random.Random(f"cross {seed}").sample(rest, cross))
+    return Poison(bd_train, bd_test, made(train_set, cross_at, make_noise_stamp(settings, size), keep_labels=True))

@@ -1,0 +1,57 @@
+"""Triggers that users bring: images, and BackdoorBench's ``.npy`` files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .images import Size, read_images
+
+
+def _load_array(path: Path) -> np.ndarray:
+    # Encoded training sets are large and poisoned in part, so the file is mapped. Pickled objects are refused.
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"Trigger file {path} cannot be read as a .npy array ({error}).") from None
+
+
+def read_trigger(path: Path, size: Size) -> Tensor:
+    """An image, or a ``.npy`` of ``[H, W]``, ``[H, W, C]`` or ``[1, H, W, C]``, as ``[C, H, W]`` in grey levels.
+
+    Images become uint8 and are resized as BB does; arrays must have the dataset's size and become float64. An array of floats
+    up to 1 is taken as shares of 255: a third of BB's LF patterns are stored so (0 to 0.2), and BB adds them as they are,
+    which changes no pixel.
+
+    Raises:
+        UserError: the file cannot be read, does not fit, or changes nothing.
+    """
+    if path.suffix != ".npy":
+        trigger = read_images([path], size)[0]
+    else:
+        array = np.array(_load_array(path))
+        array = array[0] if array.ndim == 4 else array
+        array = np.stack([array] * size[2], -1) if array.ndim == 2 else array
+        if array.shape != size or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise UserError(f"Trigger file {path} holds {array.dtype} {array.shape}, but numbers of shape {size} are needed.")
+        scale = 255 if array.dtype.kind == "f" and np.abs(array).max() <= 1 else 1
+        trigger = torch.from_numpy(array.astype(np.float64) * scale).permute(2, 0, 1)
+    if not trigger.any():
+        raise UserError(f"Trigger file {path} is 0 everywhere, so it would change no image.")
+    return trigger
+
+
+def open_replacements(path: Path, total: int, size: Size) -> np.ndarray:
+    """All images of a set after another program's attack (BB ``SSBA.py``): uint8 ``[total, H, W, C]``, read as needed.
+
+    Raises:
+        UserError: the file cannot be read or does not fit the dataset.
+    """
+    array = _load_array(path)
+    if array.shape != (total, *size) or array.dtype != np.uint8:
+        raise UserError(f"{path} holds {array.dtype} {array.shape}, but the dataset needs uint8 {(total, *size)}.")
+    return array

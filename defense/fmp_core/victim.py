@@ -1,0 +1,180 @@
+"""Training the model that an attack record holds: recipes per dataset, and BackdoorBench's table of epochs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint
+from .compute import Compute
+from .datasets import DatasetFacts
+from .errors import UserError
+from .evaluate import Metrics, predict
+from .finetune import Epoch, train
+from .models import PixelModel
+from .poisoning import Poison
+from .progress import Progress
+from .settings import Settings
+
+# Epochs, batch size and learning rate. BB trains for 50 to 200 epochs at lr 0.01; ten times that rate, with the cosine down
+# to 0, needs fewer. The digits are few, so they need small batches; unknown image folders are taken to be small too.
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": {"epochs": 12, "batch_size": 32, "lr": 0.02},
+    "cifar10": {"epochs": 40, "batch_size": 128, "lr": 0.1},
+    "cifar100": {"epochs": 60, "batch_size": 128, "lr": 0.1},
+    "gtsrb": {"epochs": 30, "batch_size": 128, "lr": 0.05},
+    "tiny": {"epochs": 60, "batch_size": 128, "lr": 0.1},
+    "mnist": {"epochs": 10, "batch_size": 128, "lr": 0.05},
+}
+FOLDER_RECIPE = {"epochs": 30, "batch_size": 32, "lr": 0.02}
+UNNORMALISED_LR = 0.01  # networks without batch norm diverge above; BB's own rate
+
+
+def recipe(dataset: str, network: nn.Module) -> dict[str, Any]:
+    """Epochs, batch size and learning rate to train ``network`` from scratch on ``dataset``."""
+    values = RECIPES.get(dataset, FOLDER_RECIPE)
+    normalised = any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    return values if normalised else {**values, "lr": min(values["lr"], UNNORMALISED_LR)}
+
+
+@dataclass(frozen=True)
+class AttackEpoch(Epoch):
+    """An epoch as BB's attacks report it (``trainer_cls.py``): accuracies of the clean, and of the poisoned, training images.
+
+    ``train_asr_bd_only`` and ``train_ra_bd_only`` compare predictions on poisoned images with the attacker's and the true
+    labels; both are None where nothing is poisoned.
+    """
+
+    train_acc_clean_only: float
+    train_asr_bd_only: float | None
+    train_ra_bd_only: float | None
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What the victim sees: images uint8 ``[N, C, H, W]``, labels and true labels int64 ``[N]``, and which are poisoned."""
+
+    images: Tensor
+    labels: Tensor
+    original: Tensor
+    poisoned: Tensor
+    cross: Tensor
+
+    def to(self, device: torch.device) -> TrainingSet:
+        return TrainingSet(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+
+
+def training_set(images: Tensor, labels: Tensor, poison: Poison | None) -> TrainingSet:
+    """The clean training set with the poisoned images in their places; ``images`` is overwritten."""
+    original, labels = labels, labels.clone()
+    poisoned, cross = torch.zeros(len(labels), dtype=torch.bool), torch.zeros(len(labels), dtype=torch.bool)
+    for part, marks in ((poison and poison.train, poisoned), (poison and poison.cross, cross)):
+        if part:
+            rows = torch.tensor(part.indices, dtype=torch.int64)
+            images[rows], labels[rows], marks[rows] = part.images, torch.tensor(part.targets, dtype=torch.int64), True
+    return TrainingSet(images, labels, original, poisoned, cross)
+
+
+class _Counts:
+    """Right answers of one epoch in training mode, by kind of image; added up on the device."""
+
+    def __init__(self, data: TrainingSet):
+        self.data = data
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums = torch.zeros(5, dtype=torch.int64, device=self.data.labels.device)
+
+    def add(self, rows: Tensor, predicted: Tensor) -> None:
+        data = self.data
+        bad = data.poisoned[rows]
+        clean = ~(bad | data.cross[rows])
+        right, true = predicted == data.labels[rows], predicted == data.original[rows]
+        self.sums += torch.stack([(clean & right).sum(), clean.sum(), (bad & right).sum(), (bad & true).sum(), bad.sum()])
+
+    def extend(self, epoch: Epoch) -> AttackEpoch:
+        right, clean, hit, true, bad = self.sums.tolist()
+        self.restart()
+        shares = (hit / bad, true / bad) if bad else (None, None)
+        return AttackEpoch(
+            **vars(epoch), train_acc_clean_only=right / max(1, clean), **dict(zip(_BD_COLUMNS, shares, strict=True))
+        )
+
+
+_BD_COLUMNS = ("train_asr_bd_only", "train_ra_bd_only")
+
+
+@dataclass(frozen=True)
+class CleanMetrics:
+    """What BB's ``prototype.py`` reports of a clean model on the clean test set."""
+
+    test_correct: int
+    test_loss_sum_over_batch: float
+    test_total: int
+    test_loss_avg_over_batch: float
+    test_acc: float
+
+
+def clean_metrics(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> CleanMetrics:
+    """Test on uint8 ``images``; ``model`` takes pixels in [0,1] and is left as it was found."""
+    predicted, loss = predict(model, images, labels, batch_size)
+    correct, batches = int((predicted == labels).sum()), -(-len(labels) // batch_size)
+    return CleanMetrics(correct, loss * batches, len(labels), loss, correct / len(labels))
+
+
+def train_victim(
+    model: PixelModel,
+    data: TrainingSet,
+    measure: Callable[[], Metrics | CleanMetrics],
+    settings: Settings,
+    compute: Compute,
+    facts: DatasetFacts,
+    checkpoint: Checkpoint,
+    logger: logging.Logger,
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Train ``model`` in place, all data on its device, and ``measure`` it after each epoch.
+
+    Resumes from ``checkpoint``, whose notes keep the history. Returns the fields of :class:`AttackEpoch` and of the
+    measurement, epoch by epoch.
+
+    Raises:
+        UserError: training diverged, or the checkpoint belongs to other settings.
+    """
+    counts = _Counts(data)
+    checkpoint.notes = {"history": []}
+
+    def after_epoch(plain: Epoch) -> None:
+        epoch, metrics = vars(counts.extend(plain)), vars(measure())
+        if not math.isfinite(plain.train_epoch_loss_avg_over_batch):
+            raise UserError(f"Training diverged in epoch {plain.epoch + 1}: the loss is not a finite number; lower --lr.")
+        checkpoint.notes["history"].append((epoch, metrics))
+        shown = "  ".join(f"{key[5:]} {metrics[key]:.4f}" for key in ("test_acc", "test_asr", "test_ra") if key in metrics)
+        loss = plain.train_epoch_loss_avg_over_batch
+        logger.info("epoch %d of %d: loss %.4f  %s", plain.epoch + 1, settings.epochs, loss, shown)
+
+    saved = checkpoint.load()
+    finished = saved["finished"] if saved else 0
+    if finished:
+        logger.info("going on after epoch %d of %d", finished, settings.epochs)
+    batches = -(-len(data.labels) // settings.batch_size) * (settings.epochs - finished)
+    with Progress("Training", batches, "batches", logger) as bar:
+        train(
+            model,
+            data.images,
+            data.labels,
+            settings,
+            compute,
+            facts=facts,
+            after_epoch=after_epoch,
+            after_batch=bar.add,
+            after_predictions=counts.add,
+            checkpoint=checkpoint,
+        )
+    return [(epoch, metrics) for epoch, metrics in checkpoint.notes["history"]]
