@@ -92,7 +92,7 @@ def torch_zip(pickled: bytes, storages: dict[str, bytes] | None = None, compress
     return buffer.getvalue()
 
 
-# --- pickles by hand -----------------------------------------------------------------------------------------------------------
+# --- pickles by hand ----------------------------------------------------------------------------------------------------------
 
 
 def text(value: str) -> bytes:
@@ -118,14 +118,31 @@ def tensor(numbers: int, offset: int, size: list[int], stride: list[int]) -> byt
     numbers_of = [b"(" + b"".join(map(integer, values)) + b"t" for values in (size, stride)]
     storage = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + integer(numbers) + b"tQ"
     hooks = name("collections", "OrderedDict") + b")R"
-    return name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + integer(offset) + b"".join(numbers_of) + b"\x89" + hooks + b"tR"
+    return (
+        name("torch._utils", "_rebuild_tensor_v2")
+        + b"("
+        + storage
+        + integer(offset)
+        + b"".join(numbers_of)
+        + b"\x89"
+        + hooks
+        + b"tR"
+    )
 
 
 def array(shape: int, told: int) -> bytes:
     """A numpy array that is made with ``shape`` elements and then told to have ``told``."""
     dtype = name("numpy", "dtype") + b"(" + text("f8") + b"\x89\x88tR"
     dtype += b"(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    made = name("numpy.core.multiarray", "_reconstruct") + b"(" + name("numpy", "ndarray") + integer(shape) + b"\x85" + text("b") + b"tR"
+    made = (
+        name("numpy.core.multiarray", "_reconstruct")
+        + b"("
+        + name("numpy", "ndarray")
+        + integer(shape)
+        + b"\x85"
+        + text("b")
+        + b"tR"
+    )
     return made + b"(K\x01" + integer(told) + b"\x85" + dtype + b"\x89" + text("x") + b"tb"
 
 
@@ -145,7 +162,7 @@ def laughs(depth: int = 60, width: int = 10) -> list[Any]:
     return inner
 
 
-# --- containers ----------------------------------------------------------------------------------------------------------------
+# --- containers ---------------------------------------------------------------------------------------------------------------
 
 
 def keep(tenths: int) -> Callable[[Path], object]:
@@ -233,7 +250,7 @@ def sparse(size: int, file: Path = FILE) -> Callable[[Path], object]:
     return lambda root: os.truncate(root / file, size)
 
 
-# --- images --------------------------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------------------------------
 
 
 def png(width: int, height: int, data: bytes, extra: bytes = b"") -> bytes:
@@ -248,7 +265,7 @@ def image(make: Callable[[], bytes]) -> Callable[[Path], object]:
     return lambda root: (root / PNG).write_bytes(make())
 
 
-EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(%pipe%touch pwned) (w) file closefile\nshowpage\n%%EOF\n"
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(%pipe%touch pwned) (w) file closefile\n%%EOF\n"
 
 
 def instead_of(path: Path, make: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -308,7 +325,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "state of a module": (lambda: torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
     "setstate": (lambda: Call(functools.partial, print, state=(os.system, (TOUCH,), {}, {})), "functools.partial"),
     "torch.load": (lambda: Call(torch.load, "other.pt", None), "torch.serialization.load"),
-    "torch bytes": (lambda: Call(torch.storage._load_from_bytes, torch_bytes(Call(os.system, TOUCH))), "torch.storage._load_from_bytes"),
+    "torch bytes": (
+        lambda: Call(torch.storage._load_from_bytes, torch_bytes(Call(os.system, TOUCH))),
+        "torch.storage._load_from_bytes",
+    ),
     "torch.jit": (lambda: Call(torch.jit.load, "other.pt"), "torch.jit._serialization.load"),
     "torch.hub": (lambda: Call(torch.hub.load, "a/b", "c"), "torch.hub.load"),
     "np.load": (lambda: Call(np.load, "other.npy", None, True), "numpy.load"),
@@ -321,7 +341,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "quantised tensor": (lambda: Call(torch._utils._rebuild_qtensor, 0), "torch._utils._rebuild_qtensor"),
     "tensor with attributes": (lambda: with_attribute(torch.ones(2)), "torch._tensor._rebuild_from_type_v2"),
     "complex tensor": (lambda: torch.ones(2, dtype=torch.complex64), "torch.ComplexFloatStorage"),
-    "wrapper subclass": (lambda: Call(torch._utils._rebuild_wrapper_subclass, torch.Tensor), "torch._utils._rebuild_wrapper_subclass"),
+    "wrapper subclass": (
+        lambda: Call(torch._utils._rebuild_wrapper_subclass, torch.Tensor),
+        "torch._utils._rebuild_wrapper_subclass",
+    ),
     "object array": (lambda: np.array([Call(os.system, TOUCH)], dtype=object), "a numpy array of O8"),
     "object array of data": (lambda: np.array([{}, []], dtype=object), "a numpy array of O8"),
     "set": (lambda: {1, 2}, "builtins.set"),
@@ -341,13 +364,28 @@ MACHINE: dict[str, tuple[Callable[[], bytes], str]] = {
     "OBJ": (lambda: pickled(b"(", name("posix", "system"), text(TOUCH), b"o"), "posix.system"),
     "EXT1": (lambda: pickled(b"\x82\x01"), "the instruction EXT1"),
     "a call of a text": (lambda: pickled(text("system"), text(TOUCH), b"\x85R"), "a call of what is no function"),
-    "a call of a storage": (lambda: pickled(name("torch", "FloatStorage"), integer(TERA), b"\x85R"), "a call of what is no function"),
-    "attributes for a function": (lambda: pickled(name("torch._utils", "_rebuild_tensor_v2"), b"}", text("__code__"), b"Nsb"), "attributes for"),
+    "a call of a storage": (
+        lambda: pickled(name("torch", "FloatStorage"), integer(TERA), b"\x85R"),
+        "a call of what is no function",
+    ),
+    "attributes for a function": (
+        lambda: pickled(name("torch._utils", "_rebuild_tensor_v2"), b"}", text("__code__"), b"Nsb"),
+        "attributes for",
+    ),
     "attributes for a dict": (lambda: pickled(b"}", b"}", b"b"), "attributes for a dict"),
-    "a damaged dtype": (lambda: pickled(name("numpy", "dtype"), text("f8"), b"\x89\x88\x87R(K\x03", text("@"), b"NNNK\x63K\x63K\x3ftb"), "byte order"),
-    "a dtype of a gigabyte": (lambda: pickled(name("numpy", "dtype"), text("V1000000000"), b"\x89\x88\x87R"), "numpy array of V1000000000"),
+    "a damaged dtype": (
+        lambda: pickled(name("numpy", "dtype"), text("f8"), b"\x89\x88\x87R(K\x03", text("@"), b"NNNK\x63K\x63K\x3ftb"),
+        "byte order",
+    ),
+    "a dtype of a gigabyte": (
+        lambda: pickled(name("numpy", "dtype"), text("V1000000000"), b"\x89\x88\x87R"),
+        "numpy array of V1000000000",
+    ),
     "hex of hex of hex": (lambda: pickled(codec_bomb("hex_codec", 40)), "_codecs.encode to hex_codec"),
-    "punycode": (lambda: pickled(name("_codecs", "encode"), text("\u00e9" * 10**6), text("punycode"), b"\x86R"), "_codecs.encode to punycode"),
+    "punycode": (
+        lambda: pickled(name("_codecs", "encode"), text("\u00e9" * 10**6), text("punycode"), b"\x86R"),
+        "_codecs.encode to punycode",
+    ),
     "bytes of a terabyte": (lambda: pickled(name("__builtin__", "bytes"), integer(TERA), b"\x85R"), "not a whole torch file"),
     "a tuple a million deep as a key": (lambda: pickled(b"}", b")" + b"\x85" * 10**6, b"Ns"), "a tuple as the key of a dict"),
     "a list a million deep": (lambda: pickled(b"]" * 10**6, b"a" * (10**6 - 1)), "is not an attack record"),
@@ -374,7 +412,10 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped in the end": (flip(lambda data: data.rindex(b"PK\x05\x06") + 2), "not a whole torch file"),
     "random bytes": (write(lambda: bytes(range(256)) * 8), "not a whole torch file"),
     "a web page": (write(lambda: b"<!DOCTYPE html><html>404</html>"), "not a whole torch file"),
-    "a pointer of git lfs": (write(lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "not a whole torch file"),
+    "a pointer of git lfs": (
+        write(lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "not a whole torch file",
+    ),
     "a tar file": (write(tar_file), "not a whole torch file"),
     "a bare pickle": (write(lambda: pickle.dumps(Call(os.system, TOUCH), 2)), "posix.system"),
     "zip-slip names": (write(named_zip("../../pwned", "/tmp/pwned", "../../../data.pkl")), "without one data.pkl"),
@@ -393,7 +434,10 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN weights": (edit(*WEIGHT, value=lambda: torch.full((10, 512, 1, 1), torch.nan)), "holds NaN"),
     "infinite weights": (edit(*WEIGHT, value=lambda: torch.full((10, 512, 1, 1), -torch.inf)), "holds NaN"),
-    "weights beyond float32": (edit(*WEIGHT, value=lambda: torch.full((10, 512, 1, 1), 1e300, dtype=torch.float64)), "holds NaN"),
+    "weights beyond float32": (
+        edit(*WEIGHT, value=lambda: torch.full((10, 512, 1, 1), 1e300, dtype=torch.float64)),
+        "holds NaN",
+    ),
     "integer weights": (edit(*WEIGHT, value=lambda: torch.ones(10, 512, 1, 1, dtype=torch.int64)), "wrong kind"),
     "empty weights": (edit(*WEIGHT, value=lambda: torch.empty(0)), "has shape (0,)"),
     "weights that are text": (edit(*WEIGHT, value="x" * 10**6), "holds no numbers"),
@@ -426,7 +470,10 @@ CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an image link that leaves": (link(PNG, "/etc/passwd"), "outside its folder"),
     "a folder link that leaves": (link(PNG.parent, "/etc"), "outside its folder"),
     "a link to itself": (link(PNG, "3.png"), "not as BackdoorBench"),
-    "results linked elsewhere": (lambda root: (root / FILE.parent / "defense").symlink_to(root / "data"), "leads out of the record"),
+    "results linked elsewhere": (
+        lambda root: (root / FILE.parent / "defense").symlink_to(root / "data"),
+        "leads out of the record",
+    ),
     "many large images": (many_large_images, "more than this machine's memory"),
     "an image that is text": (image(lambda: b"no image"), "cannot be decoded"),
     "an empty image": (image(lambda: b""), "cannot be decoded"),
@@ -443,7 +490,8 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "a Python object": ("eps: !!python/object:subprocess.Popen {}", "cannot be read as YAML"),
     "a Python name": ("eps: !!python/name:os.system", "cannot be read as YAML"),
     "laughing anchors": (
-        "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)),
+        "a: &a [x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)),
         "aliases",
     ),
     "an endless alias": ("eps: &a [*a]", "aliases"),
@@ -478,7 +526,9 @@ def corpus() -> dict[str, Case]:
     cases |= {f"file: {key}": Case(*rest) for key, rest in FILES.items()}
     cases |= {f"record: {key}": Case(*rest) for key, rest in CONTENTS.items()}
     for key, (yaml, says) in SETTINGS.items():
-        cases[f"settings: {key}"] = Case(lambda root, yaml=yaml: (root / "bad.yaml").write_text(yaml), says, ("--yaml_path", "bad.yaml"))
+        cases[f"settings: {key}"] = Case(
+            lambda root, yaml=yaml: (root / "bad.yaml").write_text(yaml), says, ("--yaml_path", "bad.yaml")
+        )
     for key, (make, says) in INDICES.items():
         cases[f"index: {key}"] = Case(lambda root, make=make: make(root / "bad.txt"), says, ("--index", "bad.txt"))
     return cases

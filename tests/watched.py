@@ -24,10 +24,32 @@ from PIL import Image  # noqa: E402
 
 Image.init()  # imports Pillow's plugins, which define named tuples by exec
 
-FORBIDDEN = (
-    "os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty pty.spawn subprocess.Popen socket. urllib. ctypes. "
-    "os.mkdir os.rename os.remove os.rmdir os.link os.symlink os.truncate os.chmod os.chown os.utime shutil. tempfile. pickle."
-).split()
+FORBIDDEN = [
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "pty.spawn",
+    "subprocess.Popen",
+    "socket.",
+    "urllib.",
+    "ctypes.",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.chown",
+    "os.utime",
+    "shutil.",
+    "tempfile.",
+    "pickle.",
+]
 events: list[str] = []
 watching = False
 

@@ -105,7 +105,7 @@ def _cifar_batch(path: Path, label_key: str) -> tuple[np.ndarray, list[int]]:
     # The originals were written by Python 2, hence latin1 (as torchvision's CIFAR10 does). No md5 is checked: the layout is
     # what matters, and re-encoded copies are welcome; shapes and labels are checked instead.
     with open(path, "rb") as file:
-        batch = read_pickle(file)[0]
+        batch = read_pickle(file)
     return np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32), batch[label_key]
 
 

@@ -116,8 +116,23 @@ IMAGES: dict[str, Any] = {name: Callee(PickledImage) for name in ("PIL.Image.Ima
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _VALUES = frozenset(
-    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING "
-    "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+    [
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "LONG4",
+        "BINFLOAT",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+    ]
 )
 _EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 
@@ -129,10 +144,8 @@ def _key(key: Any) -> Any:
     return key
 
 
-def read_pickle(
-    file: IO[bytes], names: Mapping[str, Any] = PLAIN, persistent: Callable[[Any], Any] | None = None
-) -> tuple[Any, int]:
-    """The object of the pickle that starts at the position of ``file``, and how many instructions it took.
+def read_pickle(file: IO[bytes], names: Mapping[str, Any] = PLAIN, persistent: Callable[[Any], Any] | None = None) -> Any:
+    """The object of the pickle that starts at the position of ``file``.
 
     Args:
         names: full name -> :class:`Callee` or a placeholder. Everything else is refused.
@@ -145,10 +158,8 @@ def read_pickle(
     stack: list[Any] = []
     marks: list[list[Any]] = []
     memo: dict[int, Any] = {}
-    count = 0
-    for op, arg, _ in pickletools.genops(file):
-        count += 1
-        if count > MOST_INSTRUCTIONS:
+    for count, (op, arg, _) in enumerate(pickletools.genops(file)):
+        if count == MOST_INSTRUCTIONS:
             raise RefusedError(f"more than {MOST_INSTRUCTIONS} objects")
         name = op.name
         if name in _VALUES:
@@ -199,7 +210,7 @@ def read_pickle(
         elif name == "BINPERSID" and persistent is not None:
             stack.append(persistent(stack.pop()))
         elif name == "STOP":
-            return stack.pop(), count
+            return stack.pop()
         elif name not in ("PROTO", "FRAME"):
             raise RefusedError(f"the instruction {name}")
     raise EOFError("the pickle has no end")

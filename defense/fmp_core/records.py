@@ -54,8 +54,8 @@ class PoisonedSet:
         """The true labels, int64 ``[N]``. Raises UserError if the record does not determine them."""
         if self.indices is not None and not ((self.indices >= 0) & (self.indices < len(clean_test))).all():
             raise UserError(
-                f"The record names poisoned test images {int(self.indices.min())} to {int(self.indices.max())}, but the clean test "
-                f"set has images 0..{len(clean_test) - 1}; check --dataset_path."
+                f"The record names poisoned test images {int(self.indices.min())} to {int(self.indices.max())}, but the clean "
+                f"test set has images 0..{len(clean_test) - 1}; check --dataset_path."
             )
         if self.original is not None:
             return self.original

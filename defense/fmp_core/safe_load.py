@@ -118,15 +118,15 @@ def _read_zip(file: IO[bytes], size: int) -> Any:
 
         with archive.open(parts[f"{roots[0]}data.pkl"]) as source:
             pickled = io.BytesIO(source.read())
-        return read_pickle(pickled, NAMES, _storages(read_storage, {}))[0]
+        return read_pickle(pickled, NAMES, _storages(read_storage, {}))
 
 
 def _read_legacy(file: IO[bytes], size: int) -> Any:
     """Pickles of a magic number, a version, the machine's facts, the object and the storage keys; then the storages."""
     with _refused_as_damage():
-        if read_pickle(file)[0] != _LEGACY_MAGIC or read_pickle(file)[0] != 1001:
+        if read_pickle(file) != _LEGACY_MAGIC or read_pickle(file) != 1001:
             raise ValueError("neither a zip file nor one of torch before 1.6")
-        if read_pickle(file)[0].get("little_endian") is not True:
+        if read_pickle(file).get("little_endian") is not True:
             raise ValueError("it was written on a big-endian machine")
     found: dict[str, Tensor] = {}
     claimed = 0
@@ -138,8 +138,8 @@ def _read_legacy(file: IO[bytes], size: int) -> Any:
             raise ValueError("its storages claim more bytes than the file has")
         return torch.empty(numbers, dtype=dtype)
 
-    content = read_pickle(file, NAMES, _storages(promise_storage, found))[0]
-    keys = read_pickle(file)[0]
+    content = read_pickle(file, NAMES, _storages(promise_storage, found))
+    keys = read_pickle(file)
     if sorted(keys) != sorted(found):
         raise ValueError("its storages are not those it lists")
     for key in keys:

@@ -133,7 +133,7 @@ class Settings:
     dtype: str = _setting("fp32", _choice("fp32", "bf16", "auto"), "precision of ranking; auto: bf16 if in hardware")
     chunk: int | str = _setting("auto", _CHUNK, "images per batch of ranking")
     memory: int | None = _setting(None, _integer(64), "MiB that ranking may keep; lowers the chunk")
-    fresh: bool = _setting(False, _BOOLEAN, "rank again even if the scores of the same model, images and settings are cached")
+    fresh: bool = _setting(False, _BOOLEAN, "start afresh: use neither cached scores nor the state of an interrupted run")
 
     epochs: int = _setting(10, _integer(0), "fine-tuning epochs; 0 prunes and evaluates only")
     batch_size: int = _setting(256, _integer(2), "batch size of fine-tuning and evaluation")
@@ -151,6 +151,7 @@ class Settings:
     frequency_test: int = _setting(1, _integer(0), "test every n-th epoch; 0 tests after the last only")
     frequency_save: int = _setting(0, _integer(0), "save the model every n-th epoch into checkpoint/; 0 never")
 
+    wait: bool = _setting(False, _BOOLEAN, "wait while another run works in the same result folder, instead of ending")
     defense_name: str = _setting("fmp", _NAME, "the result folder's name below record/<record>/defense")
     log: str | None = _setting(None, _TEXT, "folder of the log (default: log/ in the result folder)")
     checkpoint_save: str | None = _setting(None, _TEXT, "folder of saved epochs (default: checkpoint/ in the result folder)")
