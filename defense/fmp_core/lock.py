@@ -15,7 +15,7 @@ try:
 except ImportError:  # Windows: no lock
     fcntl = None  # type: ignore[assignment]
 
-NAME = "lock"
+NAME = ".lock"
 
 
 @contextlib.contextmanager
