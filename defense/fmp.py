@@ -34,10 +34,11 @@ from fmp_core.datasets import Split, dataset_facts, open_split  # noqa: E402
 from fmp_core.errors import UserError  # noqa: E402
 from fmp_core.evaluate import Metrics, TestData, defense_effectiveness_rating, evaluate, to_unit  # noqa: E402
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
-from fmp_core.files import make_folders, refuse_links_out_of, write_text, writing  # noqa: E402
+from fmp_core.files import check_folders, make_folders, refuse_links_out_of, write_text, writing  # noqa: E402
 from fmp_core.finetune import Epoch, train  # noqa: E402
 from fmp_core.interrupts import Terminated, stopping_gently  # noqa: E402
 from fmp_core.lock import locked  # noqa: E402
+from fmp_core.log_file import LogFile  # noqa: E402
 from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
 from fmp_core.progress import Progress  # noqa: E402
 from fmp_core.pruning import prune_feature_maps  # noqa: E402
@@ -109,6 +110,7 @@ class FMP(defense):
             self.layers = self._trace(network, record)
         self.record, self.facts = record, facts
         self.folder = record.folder / "defense" / settings.defense_name
+        self.log_folder = Path(settings.log or self.folder / "log")
         self.checkpoints = Path(settings.checkpoint_save or self.folder / "checkpoint")
         self.shared = record.folder / "defense" / "fmp" / "cache"  # scores, for all --defense_name
         refuse_links_out_of(record.folder, self.folder / "log", self.folder / "checkpoint", self.shared)
@@ -118,14 +120,14 @@ class FMP(defense):
         if not ranks.leads():
             self.logger.setLevel(logging.ERROR)
             return
-        log_folder = Path(self.settings.log or self.folder / "log")
+        log_folder = self.log_folder
         make_folders(log_folder, self.checkpoints)
         for handler in list(self.logger.handlers):
             self.logger.removeHandler(handler)
             handler.close()
         stamp = time.strftime("%Y_%m_%d_%H_%M_%S")
         with writing(log_folder / f"{stamp}.log"):
-            log_file = logging.FileHandler(log_folder / f"{stamp}.log")
+            log_file = LogFile(log_folder / f"{stamp}.log")
         for handler in (log_file, logging.StreamHandler()):
             handler.setFormatter(LOG_FORMAT)
             self.logger.addHandler(handler)
@@ -184,6 +186,7 @@ class FMP(defense):
 
     def defense(self, result_file: str) -> dict[str, Any]:
         self.set_result(result_file)
+        check_folders(self.folder, self.log_folder, self.checkpoints)
         with locked(self.folder, self.settings.wait) if ranks.leads() else nullcontext():
             self.set_logger()
             return self.mitigation()

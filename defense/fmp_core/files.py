@@ -101,8 +101,8 @@ def sync_disks() -> None:
         os.sync()
 
 
-def make_folders(*folders: Path) -> None:
-    """Make all of ``folders``, or none of them.
+def check_folders(*folders: Path) -> None:
+    """Make sure that ``folders`` exist or can be made, without making them.
 
     Raises:
         UserError: a name is taken by a file, or a parent is not writable.
@@ -112,6 +112,15 @@ def make_folders(*folders: Path) -> None:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             reason = "is not writable" if parent.is_dir() else "is a file"
             raise UserError(f"Folder {folder} cannot be made, because {parent} {reason}; choose another or free the name.")
+
+
+def make_folders(*folders: Path) -> None:
+    """Make all of ``folders``, or none of them.
+
+    Raises:
+        UserError: as :func:`check_folders`, or the disk is full.
+    """
+    check_folders(*folders)
     for folder in folders:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
