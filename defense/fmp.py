@@ -15,7 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from pprint import pformat
@@ -28,18 +28,23 @@ for folder in (HERE, HERE.parent):  # fmp_core lies beside this file; BackdoorBe
 
 import torch  # noqa: E402
 from fmp_core import ranks, report  # noqa: E402
-from fmp_core.compute import choose_compute, choose_dtype, make_deterministic  # noqa: E402
+from fmp_core.checkpoint import Checkpoint  # noqa: E402
+from fmp_core.compute import choose_compute, choose_dtype, is_out_of_memory, make_deterministic  # noqa: E402
 from fmp_core.datasets import Split, dataset_facts, open_split  # noqa: E402
 from fmp_core.errors import UserError  # noqa: E402
 from fmp_core.evaluate import Metrics, TestData, defense_effectiveness_rating, evaluate, to_unit  # noqa: E402
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
-from fmp_core.files import make_folders, write_text  # noqa: E402
+from fmp_core.files import check_folders, make_folders, refuse_links_out_of, write_text, writing  # noqa: E402
 from fmp_core.finetune import Epoch, train  # noqa: E402
+from fmp_core.interrupts import Terminated, stopping_gently  # noqa: E402
+from fmp_core.lock import locked  # noqa: E402
+from fmp_core.log_file import LogFile  # noqa: E402
 from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
 from fmp_core.progress import Progress  # noqa: E402
 from fmp_core.pruning import prune_feature_maps  # noqa: E402
 from fmp_core.racing import race  # noqa: E402
 from fmp_core.ranking import Choice, Scores, choose, choose_by_chance, score_feature_maps  # noqa: E402
+from fmp_core.ranking_state import RankingCheckpoints  # noqa: E402
 from fmp_core.records import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
 from fmp_core.score_cache import cache_file, content_key, load_scores, save_scores  # noqa: E402
 from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
@@ -50,6 +55,7 @@ try:
 except ImportError:  # no BackdoorBench around us
     from fmp_core.base import defense
 
+INTERRUPTED = "interrupted.pt"  # the state of fine-tuning, until a run is complete
 LOG_FORMAT = logging.Formatter("%(asctime)s [%(levelname)-8s] [%(filename)s:%(lineno)d] %(message)s", "%Y-%m-%d:%H:%M:%S")
 
 
@@ -104,19 +110,25 @@ class FMP(defense):
             self.layers = self._trace(network, record)
         self.record, self.facts = record, facts
         self.folder = record.folder / "defense" / settings.defense_name
+        self.log_folder = Path(settings.log or self.folder / "log")
+        self.checkpoints = Path(settings.checkpoint_save or self.folder / "checkpoint")
+        self.shared = record.folder / "defense" / "fmp" / "cache"  # scores, for all --defense_name
+        refuse_links_out_of(record.folder, self.folder / "log", self.folder / "checkpoint", self.shared)
 
     def set_logger(self) -> None:
         """Log to the console and to ``log/<time>.log``, in BB's format; of several processes only the first speaks."""
         if not ranks.leads():
             self.logger.setLevel(logging.ERROR)
             return
-        log_folder = Path(self.settings.log or self.folder / "log")
-        make_folders(log_folder, Path(self.settings.checkpoint_save or self.folder / "checkpoint"))
+        log_folder = self.log_folder
+        make_folders(log_folder, self.checkpoints)
         for handler in list(self.logger.handlers):
             self.logger.removeHandler(handler)
             handler.close()
         stamp = time.strftime("%Y_%m_%d_%H_%M_%S")
-        for handler in (logging.FileHandler(log_folder / f"{stamp}.log"), logging.StreamHandler()):
+        with writing(log_folder / f"{stamp}.log"):
+            log_file = LogFile(log_folder / f"{stamp}.log")
+        for handler in (log_file, logging.StreamHandler()):
             handler.setFormatter(LOG_FORMAT)
             self.logger.addHandler(handler)
         self.logger.setLevel(logging.INFO)
@@ -168,13 +180,16 @@ class FMP(defense):
         report.write_csv(self.folder / "feature_maps.csv", maps, index=False)
         write_defense_result(self.folder / "defense_result.pt", *self._weights())
         report.write_json(self.folder / "metrics.json", metrics)
+        (self.checkpoints / INTERRUPTED).unlink(missing_ok=True)
         logger.info("results are in %s", self.folder)
         return {"model": self.model.network, "metrics": metrics}
 
     def defense(self, result_file: str) -> dict[str, Any]:
         self.set_result(result_file)
-        self.set_logger()
-        return self.mitigation()
+        check_folders(self.folder, self.log_folder, self.checkpoints)
+        with locked(self.folder, self.settings.wait) if ranks.leads() else nullcontext():
+            self.set_logger()
+            return self.mitigation()
 
     def _check_against(self, record: AttackRecord) -> None:
         """A flag that contradicts the record is an error, not a silent override."""
@@ -223,10 +238,10 @@ class FMP(defense):
         racing = settings.ranking == "racing" and dtype == torch.float32
         rules = {"dtype": str(dtype)} | ({"racing": [settings.p, settings.scope]} if racing else {})
         key = content_key(self.model.network.state_dict(), images, labels, {**question, **rules})
-        beside = self.record.folder / "defense" / "fmp"  # shared by all --defense_name
-        scores = None if settings.fresh else load_scores(beside, key, layers)
+        scores = None if settings.fresh else load_scores(self.shared.parent, key, layers)
         if scores is not None:
-            self.logger.info("scores of %d feature maps read from %s (--fresh ranks again)", maps, cache_file(beside, key))
+            found = cache_file(self.shared.parent, key)
+            self.logger.info("scores of %d feature maps read from %s (--fresh ranks again)", maps, found)
             return scores
         self.logger.info("ranking %d feature maps of %d layers on %d clean images in %s", maps, len(layers), count, dtype)
         with self._timed("ranking"), Progress("Ranking", maps * count, "map-images", self.logger) as bar:
@@ -241,12 +256,17 @@ class FMP(defense):
                 memory_mib=settings.memory,
                 progress=bar.add,
             )
+            checkpoints = RankingCheckpoints(self.shared, key, settings.fresh)
             if racing:
-                scores = race(lambda kind, wanted: score(dtype=kind, wanted=wanted), maps, settings.p, settings.scope)
+                scores = race(
+                    lambda kind, wanted: score(dtype=kind, wanted=wanted, checkpoint=checkpoints.of(kind, wanted)),
+                    maps, settings.p, settings.scope,
+                )  # fmt: skip
             else:
-                scores = score(dtype=dtype)
+                scores = score(dtype=dtype, checkpoint=checkpoints.of(dtype, None))
         if ranks.leads():
-            save_scores(beside, key, scores)
+            save_scores(self.shared.parent, key, scores)
+        checkpoints.remove()
         return scores
 
     def _fine_tune(self) -> list[tuple[Epoch | None, Metrics | None]]:
@@ -255,7 +275,11 @@ class FMP(defense):
         history: list[tuple[Epoch | None, Metrics | None]] = []
         if settings.epochs == 0:
             return [(None, self._test("pruned"))]
-        checkpoints = Path(settings.checkpoint_save or self.folder / "checkpoint")
+        checkpoints = self.checkpoints
+        state = self._training_state()
+        if state.load() is not None:
+            history = [(Epoch(**epoch), tested and Metrics(**tested)) for epoch, tested in state.notes["history"]]
+            self.logger.info("fine-tuning goes on after epoch %d of %d (--fresh starts again)", len(history), settings.epochs)
 
         def after_epoch(epoch: Epoch) -> None:
             number = epoch.epoch + 1
@@ -264,8 +288,10 @@ class FMP(defense):
             history.append((epoch, self._test(f"epoch {number} of {settings.epochs}") if due else None))
             if settings.frequency_save and number % settings.frequency_save == 0:
                 write_defense_result(checkpoints / f"fmp_epoch_{epoch.epoch}.pt", *self._weights())
+            plain = [(dataclasses.asdict(done), tested and dataclasses.asdict(tested)) for done, tested in history if done]
+            state.notes["history"] = plain
 
-        batches = -(-len(self.subset) // settings.batch_size) * settings.epochs
+        batches = -(-len(self.subset) // settings.batch_size) * (settings.epochs - len(history))
         tested = self.seconds.get("testing", 0.0)
         with self._timed("fine-tuning"), Progress("Fine-tuning", batches, "batches", self.logger) as bar:
             train(
@@ -277,9 +303,23 @@ class FMP(defense):
                 facts=self.facts,
                 after_epoch=after_epoch,
                 after_batch=bar.add,
+                checkpoint=state,
             )
         self.seconds["fine-tuning"] -= self.seconds["testing"] - tested
         return history
+
+    def _training_state(self) -> Checkpoint:
+        """The state of fine-tuning after its last whole epoch; removed when all results are written."""
+        settings = self.settings
+        names = (
+            "batch_size lr lr_scheduler steplr_stepsize steplr_gamma steplr_milestones sgd_momentum wd amp epochs random_seed"
+        )
+        made_with = {name: str(getattr(settings, name)) for name in (*names.split(), "frequency_test", "frequency_save")}
+        pruned = content_key(self.model.network.state_dict(), self.clean_images, self.clean_labels, {"by": str(self.compute)})
+        checkpoint = Checkpoint(self.checkpoints / INTERRUPTED, {**made_with, "model, images or versions": pruned[:16]})
+        if settings.fresh:
+            checkpoint.remove()
+        return checkpoint
 
     def _test(self, when: str) -> Metrics:
         with self._timed("testing"):
@@ -320,13 +360,26 @@ def main(argv: list[str] | None = None) -> int:
         if method.settings.result_file is None:
             print(_what_to_run(method.settings))
             return 2
-        result = method.defense(method.settings.result_file)
+        with stopping_gently():
+            result = method.defense(method.settings.result_file)
     except UserError as error:
         print(f"fmp: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("fmp: interrupted; earlier results, if any, are unchanged. Run the same command again.", file=sys.stderr)
-        return 130
+    except OSError as error:
+        print(
+            f"fmp: {error.filename or 'a file'} failed ({error.strerror or error}); earlier results are unchanged.",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt as stop:
+        how = "terminated" if isinstance(stop, Terminated) else "interrupted"
+        print(f"fmp: {how}; earlier results are unchanged. Run the same command again to go on from here.", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("fmp: out of memory; lower --batch_size, --chunk or --memory, or choose another --device.", file=sys.stderr)
+        return 2
     finally:
         ranks.leave()
     metrics = result["metrics"]

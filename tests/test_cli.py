@@ -96,6 +96,7 @@ def test_a_run_leaves_every_file_of_bbs_and_ours(finished: Finished):
     assert len(logs) == 1
     scores = {name for name in names if name.startswith("cache/")}
     assert names - logs - scores == {
+        ".lock",
         "defense_result.pt", "fmp_df.csv", "fmp_df_summary.csv", "loss_metric_plots.png", "acc_like_metric_plots.png",
         "log/index.txt", "index.txt", "feature_maps.csv", "metrics.json",
         "checkpoint/fmp_epoch_0.pt", "checkpoint/fmp_epoch_1.pt",

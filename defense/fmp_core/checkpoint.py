@@ -35,8 +35,12 @@ class Checkpoint:
         """
         if not self.path.is_file():
             return None
-        content = load_torch_file(self.path)
-        if not isinstance(content, dict) or set(content) != {"made_with", "notes", "state"}:
+        try:
+            content = load_torch_file(self.path)
+        except UserError as error:
+            raise UserError(f"{str(error).rstrip('.')}, or remove it to start again.") from None
+        parts = {"made_with", "notes", "state"}
+        if not (isinstance(content, dict) and set(content) == parts and all(isinstance(content[p], dict) for p in parts)):
             raise UserError(f"{self.path} is not a training checkpoint; remove it to start again.")
         then, now = content["made_with"], self.made_with
         other = [f"{key} {then.get(key)} (now {now.get(key)})" for key in {**then, **now} if then.get(key) != now.get(key)]

@@ -65,9 +65,9 @@ def rows_per_batch(device: torch.device) -> int:
     return 512 if device.type == "cuda" else 64
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether torch ran out of GPU or CPU memory (the CPU allocator has no exception type of its own)."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def make_deterministic() -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import _codecs
 import csv
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 
 from .errors import UserError
 from .images import Size, read_images
-from .numpy_pickles import FROM_BUFFER, NUMPY_GLOBALS
+from .pickles import RefusedError, read_pickle
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,9 @@ def open_split(root: str | Path, name: str, train: bool, size: Size) -> Split:
     except FileNotFoundError as error:
         missing = error.filename or error
         raise UserError(f"Dataset {name} in {folder} is incomplete: {missing} is missing; unpack the dataset again.") from None
-    except (OSError, EOFError, pickle.UnpicklingError, *_BAD_CONTENT) as error:
+    except RefusedError as error:
+        raise UserError(f"Dataset {name} in {folder} was refused: it asks for {error}; unpack the dataset again.") from None
+    except (OSError, EOFError, *_BAD_CONTENT) as error:
         raise UserError(f"Dataset {name} in {folder} cannot be read ({error}); unpack the dataset again.") from None
 
 
@@ -102,23 +101,11 @@ def _file_split(paths: Sequence[Path], labels: Sequence[int], size: Size) -> Spl
     )
 
 
-class _CifarUnpickler(pickle.Unpickler):
-    """CIFAR's batches are pickles; nothing but numpy arrays may come out of them."""
-
-    # _codecs.encode is how Python 3 writes bytes in protocol 2, _frombuffer how numpy writes arrays in protocol 5.
-    ALLOWED: ClassVar = {**NUMPY_GLOBALS, **FROM_BUFFER, ("_codecs", "encode"): _codecs.encode}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
-        return self.ALLOWED[module, name]
-
-
 def _cifar_batch(path: Path, label_key: str) -> tuple[np.ndarray, list[int]]:
     # The originals were written by Python 2, hence latin1 (as torchvision's CIFAR10 does). No md5 is checked: the layout is
     # what matters, and re-encoded copies are welcome; shapes and labels are checked instead.
     with open(path, "rb") as file:
-        batch = _CifarUnpickler(file, encoding="latin1").load()
+        batch = read_pickle(file)
     return np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32), batch[label_key]
 
 

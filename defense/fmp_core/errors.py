@@ -4,5 +4,11 @@
 class UserError(Exception):
     """Bad input. The message is one sentence: which file or flag, what is wrong, what to do.
 
-    Command-line mains print it without a traceback and exit with code 2.
+    Command-line mains print it without a traceback and exit with code 2. Names in it may come from a stranger's file, so it is
+    kept to one line, without control characters, of bounded length.
     """
+
+    def __init__(self, message: str):
+        if len(message) > 1500:
+            message = f"{message[:1000]} ... {message[-300:]}"
+        super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message))

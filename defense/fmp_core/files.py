@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+
+HOST = re.sub(r"\W", "_", platform.node())  # part of temporary names, since folders are shared between machines
 
 
 @contextlib.contextmanager
@@ -20,19 +24,56 @@ def replacing(path: str | Path) -> Iterator[Path]:
     matplotlib and pandas choose the format by it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.{HOST}-{os.getpid()}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes of this machine left of ``path``: temporary files named after processes that are gone."""
+    ours = re.compile(rf"\.{re.escape(path.stem)}\.{HOST}-(\d+)\.\w{{8}}{re.escape(path.suffix)}")
+    for left in path.parent.iterdir():
+        named = ours.fullmatch(left.name)
+        if named and not _runs(int(named[1])):
+            left.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into the sentence that ``path`` cannot be written.
+
+    Raises:
+        UserError: disk full, folder read-only, no permission, ...
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}); what was there is unchanged. Make room or choose another "
+            "folder, and run the same command again."
+        ) from None
 
 
 def _umask() -> int:
@@ -58,8 +99,8 @@ def sync_disks() -> None:
         os.sync()
 
 
-def make_folders(*folders: Path) -> None:
-    """Make all of ``folders``, or none of them.
+def check_folders(*folders: Path) -> None:
+    """Make sure that ``folders`` exist or can be made, without making them.
 
     Raises:
         UserError: a name is taken by a file, or a parent is not writable.
@@ -69,8 +110,29 @@ def make_folders(*folders: Path) -> None:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             reason = "is not writable" if parent.is_dir() else "is a file"
             raise UserError(f"Folder {folder} cannot be made, because {parent} {reason}; choose another or free the name.")
+
+
+def make_folders(*folders: Path) -> None:
+    """Make all of ``folders``, or none of them.
+
+    Raises:
+        UserError: as :func:`check_folders`, or the disk is full.
+    """
+    check_folders(*folders)
     for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_links_out_of(root: Path, *folders: Path) -> None:
+    """A folder that a stranger made may hold links; nothing is written where they lead.
+
+    Raises:
+        UserError: one of ``folders`` below ``root`` (existing or not) really lies elsewhere.
+    """
+    for folder in folders:
+        if not folder.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{folder} leads out of the record, to {folder.resolve()}, and was refused; remove the link.")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -83,5 +145,10 @@ def write_torch(path: str | Path, obj: Any) -> None:
     """``torch.save(obj)`` to ``path``, whole or not at all."""
     import torch  # takes seconds, and most users of this file do without
 
-    with replacing(path) as temporary:
-        torch.save(obj, temporary)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(obj, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides that the disk is full
+                raise error.__context__ from None
+            raise

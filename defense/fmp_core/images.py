@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,22 @@ from torch import Tensor
 from .errors import UserError
 
 Size = tuple[int, int, int]  # height, width, channels
+# What datasets come in. Pillow knows formats that start programs (EPS) or that few have ever attacked.
+FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP")
+MOST_PIXELS = 50_000_000  # of one file; a small PNG can claim 16 times that, which takes seconds and gigabytes
+
+
+def room_for(count: int, size: Size) -> Tensor:
+    """An uninitialised uint8 tensor ``[count, C, H, W]``.
+
+    Raises:
+        UserError: the images would not fit into this machine's memory.
+    """
+    height, width, channels = size
+    needed = count * math.prod(size)
+    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise UserError(f"{count} images of {height}x{width} take {needed / 2**30:.0f} GiB, more than this machine's memory.")
+    return torch.empty(count, channels, height, width, dtype=torch.uint8)
 
 
 def to_pixels(image: Image.Image, size: Size) -> Tensor:
@@ -24,20 +44,28 @@ def to_pixels(image: Image.Image, size: Size) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8).reshape(height, width, channels)).permute(2, 0, 1)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata; what matters is an error
+        yield
+
+
 def read_images(paths: Sequence[Path], size: Size) -> Tensor:
     """Decode files to one uint8 tensor ``[N, C, H, W]``.
 
     Raises:
         UserError: a file is missing, is not an image, or is truncated; names the file.
     """
-    height, width, channels = size
-    pixels = torch.empty(len(paths), channels, height, width, dtype=torch.uint8)
+    pixels = room_for(len(paths), size)
     for row, path in enumerate(paths):
         try:
-            with Image.open(path) as image:
+            with _quiet(), Image.open(path, formats=FORMATS) as image:
+                if math.prod(image.size) > MOST_PIXELS:
+                    raise ValueError(f"it has {image.width}x{image.height} pixels")
                 pixels[row] = to_pixels(image, size)
         except FileNotFoundError:
             raise UserError(f"Image {path} is missing; restore the folder it belongs to.") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow's decoders raise a dozen unrelated types for damaged bytes
             raise UserError(f"Image {path} cannot be decoded ({error}); restore it from its source.") from None
     return pixels

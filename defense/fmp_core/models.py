@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from reprlib import repr as brief
 
 import torch
 import torchvision
@@ -59,7 +60,7 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes, init_weights=False)
     if name in TORCHVISION:
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-    raise UserError(f"Model {name!r} is not one of BackdoorBench's: {', '.join(MODEL_NAMES)}.")
+    raise UserError(f"Model {brief(name)} is not one of BackdoorBench's: {', '.join(MODEL_NAMES)}.")
 
 
 def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.Module:
@@ -78,7 +79,8 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
                 f"The record's {key} has shape {tuple(state[key].shape)}, but {name} with {num_classes} classes needs "
                 f"{tuple(own.shape)}; the record's model_name or num_classes is wrong."
             )
-        if own.is_floating_point() > state[key].is_floating_point() or not state[key].isfinite().all():
+        wrong_kind = own.is_floating_point() > state[key].is_floating_point()
+        if wrong_kind or not state[key].to(own.dtype).isfinite().all():  # float64 may be finite and yet beyond float32
             raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; it is damaged.")
     unknown = next((key for key in state if key not in model.state_dict()), None)
     if unknown is not None:

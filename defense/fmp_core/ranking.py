@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ranks
+from .checkpoint import Checkpoint
 from .compute import is_out_of_memory, rows_per_batch
 from .feature_maps import ConvLayer, frozen
 from .frg import SharedForward, noisy_start
 from .frozen_ops import FrozenOps, lowered
+from .ranking_state import Keeper, RankingState
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,12 @@ def score_feature_maps(
     memory_mib: int | None = None,
     wanted: Tensor | None = None,
     progress: Callable[[int], None] = lambda pairs: None,
+    checkpoint: Checkpoint | None = None,
 ) -> Scores:
     """Score all feature maps on all ``images``; under ``torchrun`` each process scores its share and all get the whole.
+
+    With a ``checkpoint``, what is scored is saved there now and then and on Ctrl-C, and is not scored again: a killed and
+    repeated call ends with the bits of an uninterrupted one.
 
     Args:
         model: takes pixels in [0,1]; left as it was found (mode, gradient flags, hooks).
@@ -136,6 +142,9 @@ def score_feature_maps(
         memory_mib: lowers ``rows`` so that the retained graph fits (an estimate from one image).
         wanted: bool ``[N]``, the maps to score (default all); the others get 0.
         progress: called with the number of (map, image) pairs just scored.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another question; a process of torchrun ended early.
     """
     device = images.device
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
@@ -144,27 +153,30 @@ def score_feature_maps(
     total = sum(layer.channels for layer in layers)
     # TF32 would blur the difference of two nearly equal maps; speed comes from dtype, not from it.
     with frozen(model), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        engine = Engine(model, lowered(model, layers[0].module, dtype), dtype, layers, attack, progress)
+        keeper = Keeper(checkpoint)
+        engine = Engine(model, lowered(model, layers[0].module, dtype), dtype, layers, attack, progress, keeper)
         rows = rows or rows_per_batch(device)
         if memory_mib is not None:
             rows = max(1, min(rows, memory_mib * 2**20 // engine.bytes_per_image(images[:1], start[:1])))
         mine = ranks.share(torch.ones(total, dtype=torch.bool) if wanted is None else wanted)
         with torch.inference_mode():
             classes = model(images[:1]).shape[1]
-        tally = Tally.empty(total, classes, device)
-        first = 0
-        while first < len(images):
-            batch = math.ceil((len(images) - first) / math.ceil((len(images) - first) / rows))
-            part = slice(first, first + batch)
-            try:
-                scored = engine.score(images[part], start[part], labels[part], mine, classes, max(1, rows // batch))
-            except RuntimeError as error:
-                if rows == 1 or not is_out_of_memory(error):
-                    raise
-                rows //= 2
-                continue
-            tally = tally.plus(scored)
-            first += batch
+        with keeper.saving(RankingState.empty(total, classes, rows, device)) as state:
+            if state.images:
+                progress(state.images * int(mine.sum()))
+            while state.images < len(images):
+                left = len(images) - state.images
+                batch = math.ceil(left / math.ceil(left / state.rows))
+                part = slice(state.images, state.images + batch)
+                try:
+                    engine.score(images[part], start[part], labels[part], mine, state, max(1, state.rows // batch))
+                except RuntimeError as error:
+                    if state.rows == 1 or not is_out_of_memory(error):
+                        raise
+                    state.begin_batch(state.rows // 2)
+                    continue
+                state.end_batch(batch)
+    tally = state.whole
     ranks.combine(*tally[:3], least=tally.slimmest)
     correct, margin, logits, slimmest = (tensor.cpu() for tensor in tally)
     return Scores(tuple(layers), correct, margin / len(images), slimmest, logits / len(images), len(images))
@@ -179,38 +191,6 @@ class Attack(NamedTuple):
     pixels: int = 0
 
 
-class Tally(NamedTuple):
-    """What is counted over images, for each map: see :class:`Scores`, but sums where that has means."""
-
-    correct: Tensor
-    margin: Tensor
-    logits: Tensor
-    slimmest: Tensor
-
-    @staticmethod
-    def empty(total: int, classes: int, device: torch.device) -> Tally:
-        return Tally(
-            torch.zeros(total, dtype=torch.int64, device=device),
-            torch.zeros(total, dtype=torch.float64, device=device),
-            torch.zeros(total, classes, dtype=torch.float64, device=device),
-            torch.full((total,), torch.inf, dtype=torch.float64, device=device),
-        )
-
-    def put(self, where: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Set the maps at ``where`` ``[n]`` from their images' logits ``[n, B, K]``; ``labels`` ``[B]``."""
-        true = logits[:, torch.arange(len(labels)), labels]
-        others = logits.scatter(2, labels.expand(len(where), -1)[:, :, None], -torch.inf).amax(2)
-        hits, margins = logits.argmax(2) == labels, true - others
-        self.correct[where] = hits.sum(1)
-        self.margin[where] = margins.sum(1, dtype=torch.float64)
-        self.logits[where] = logits.sum(1, dtype=torch.float64)
-        self.slimmest[where] = torch.where(hits, margins.double(), torch.inf).amin(1)
-
-    def plus(self, other: Tally) -> Tally:
-        correct, margin, logits = self.correct + other.correct, self.margin + other.margin, self.logits + other.logits
-        return Tally(correct, margin, logits, torch.minimum(self.slimmest, other.slimmest))
-
-
 class Engine(NamedTuple):
     """What scoring one batch of images needs: the float32 model, its twin of ``dtype``, and what to do with them."""
 
@@ -220,17 +200,24 @@ class Engine(NamedTuple):
     layers: Sequence[ConvLayer]
     attack: Attack
     progress: Callable[[int], None]
+    keeper: Keeper
 
-    def score(self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, classes: int, copies: int) -> Tally:
-        """The tally of one batch for each map that is ``wanted`` (bool ``[N]``), ``copies`` maps at a time."""
+    def score(self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, state: RankingState, copies: int) -> None:
+        """Put the tally of one batch into ``state.part``, for each map ``wanted`` (bool ``[N]``), ``copies`` maps at a time.
+
+        Groups of maps that ``state`` has already are not scored again.
+        """
         shared = SharedForward(self.model, self.layers, images, start, copies, self.twin, self.dtype)
-        tally = Tally.empty(len(wanted), classes, images.device)
-        position = 0
+        position = group = 0
         for layer in self.layers:
             todo = wanted[position : position + layer.channels].nonzero().flatten().tolist()
             places = (torch.tensor(todo, dtype=torch.int64) + position).to(images.device)
             for lead in range(0, len(todo), copies):
                 channels, where = todo[lead : lead + copies], places[lead : lead + copies]
+                group += 1
+                if group <= state.groups:
+                    self.progress(len(channels) * len(images))
+                    continue
                 # A short group is filled up: kernels are chosen by shape, and round differently.
                 filled = channels + [channels[-1]] * (copies - len(channels))
                 if self.attack.pixels:
@@ -239,10 +226,11 @@ class Engine(NamedTuple):
                     reverse = shared.reversed_images(layer, filled, *self.attack[:3])
                 with torch.inference_mode(), FrozenOps(self.dtype):
                     logits = self.twin(reverse).float().view(copies, len(images), -1)
-                    tally.put(where, logits[: len(channels)], labels)
+                    state.part.put(where, logits[: len(channels)], labels)
+                state.groups = group
+                self.keeper.now_and_then(state)
                 self.progress(len(channels) * len(images))
             position += layer.channels
-        return tally
 
     def bytes_per_image(self, image: Tensor, start: Tensor) -> int:
         """Bytes that the shared forward passes of one image keep alive."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .compute import Compute
+from .errors import UserError
 
 
 def join(compute: Compute) -> Compute:
@@ -41,12 +42,24 @@ def share(wanted: Tensor) -> Tensor:
     return wanted & (wanted.cumsum(0) % dist.get_world_size() == dist.get_rank())
 
 
+def share_name() -> str:
+    """Which share of the maps this process scores, for names of files."""
+    return f"{dist.get_rank()}of{dist.get_world_size()}" if together() else "0of1"
+
+
 def combine(*sums: Tensor, least: Tensor) -> None:
     """Give every process all scores, in place: exact, since a map is scored by one process and 0 (``least``: inf) elsewhere."""
-    if together():
+    if not together():
+        return
+    try:
         for tensor in sums:
             dist.all_reduce(tensor)
         dist.all_reduce(least, dist.ReduceOp.MIN)
+    except RuntimeError as error:  # gloo and nccl report a lost connection
+        detail = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"Another process of torchrun ended early ({detail}); it says why. Run the same command again to go on from here."
+        ) from None
 
 
 def leave() -> None:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from reprlib import repr as brief  # of a nested value it shows the beginning; a few bytes can hold one of endless text
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from torch import Tensor
 from .datasets import Split
 from .errors import UserError
 from .files import sync_disks, write_torch
-from .images import Size, read_images, to_pixels
+from .images import Size, read_images, room_for, to_pixels
 from .safe_load import PickledImage, load_torch_file
 
 ATTACK_FILE = "attack_result.pt"
+MOST_CLASSES = 1_000_000
 ATTACK_KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
 
 
@@ -50,12 +52,15 @@ class PoisonedSet:
 
     def true_labels(self, clean_test: Split) -> Tensor:
         """The true labels, int64 ``[N]``. Raises UserError if the record does not determine them."""
+        if self.indices is not None and not ((self.indices >= 0) & (self.indices < len(clean_test))).all():
+            raise UserError(
+                f"The record names poisoned test images {int(self.indices.min())} to {int(self.indices.max())}, but the clean "
+                f"test set has images 0..{len(clean_test) - 1}; check --dataset_path."
+            )
         if self.original is not None:
             return self.original
-        known = self.indices is not None and bool(((self.indices >= 0) & (self.indices < len(clean_test))).all())
-        if not known:
+        if self.indices is None:
             raise UserError("The record names neither the true labels nor the test images it poisoned, so RA is undefined.")
-        assert self.indices is not None
         return clean_test.labels[self.indices]
 
 
@@ -102,13 +107,13 @@ def read_attack_record(folder: str | Path) -> AttackRecord:
 def _attack_record(folder: Path, content: Mapping[str, Any]) -> AttackRecord:
     dataset, model_name = content["clean_data"], content["model_name"]
     if not (isinstance(dataset, str) and re.fullmatch(r"\w[\w.-]*", dataset)):
-        raise ValueError(f"clean_data is {dataset!r}, which names no dataset")
+        raise ValueError(f"clean_data is {brief(dataset)}, which names no dataset")
     if not isinstance(model_name, str):
-        raise ValueError(f"model_name is {model_name!r}")
+        raise ValueError(f"model_name is {brief(model_name)}")
     num_classes = int(content["num_classes"])
     height, width, channels = (int(n) for n in content["img_size"])
-    if num_classes < 2 or not (0 < height <= 4096 and 0 < width <= 4096 and channels in (1, 3)):
-        raise ValueError(f"num_classes is {num_classes} and img_size {content['img_size']}")
+    if not 2 <= num_classes <= MOST_CLASSES or not (0 < height <= 4096 and 0 < width <= 4096 and channels in (1, 3)):
+        raise ValueError(f"num_classes is {brief(num_classes)} and img_size {brief(content['img_size'])}")
     size = (height, width, channels)
     bd_test = content["bd_test"]
     if not isinstance(bd_test, Mapping):
@@ -125,7 +130,7 @@ def _attack_record(folder: Path, content: Mapping[str, Any]) -> AttackRecord:
 def _state(model: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     state = OrderedDict((str(key).removeprefix("module."), value) for key, value in model.items())
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.device.type != "cpu":
+        if not isinstance(value, Tensor):
             raise ValueError(f"model[{key!r}] is a {type(value).__name__} that holds no numbers")
     return state
 
@@ -133,8 +138,7 @@ def _state(model: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
 def _poisoned_set(folder: Path, state: Mapping[str, Any], size: Size) -> PoisonedSet:
     """The state of BB's ``prepro_cls_DatasetBD_v2``; positions whose indicator is 0 are clean and left out."""
     container = state["bd_data_container"]
-    indicator = np.asarray(state["poison_indicator"])
-    order = [int(i) for i in np.asarray(state["original_index_array"])]
+    indicator, order = _integers(state["poison_indicator"]), _integers(state["original_index_array"])
     if order and not 0 <= min(order) <= max(order) < len(indicator):
         raise ValueError(f"bd_test has an original index outside 0..{len(indicator) - 1}")
     items = {int(key): value for key, value in container["data_dict"].items()}
@@ -155,6 +159,8 @@ def _poisoned_set(folder: Path, state: Mapping[str, Any], size: Size) -> Poisone
 def _v1_poisoned_set(state: Mapping[str, Any], size: Size) -> PoisonedSet:
     x = state["x"]
     if isinstance(x, Tensor) and x.is_floating_point():
+        if not x.isfinite().all():
+            raise ValueError("bd_test x holds NaN or infinite numbers")
         images = (x * 255).round().clamp(0, 255).to(torch.uint8)
     else:
         images = _stack(list(x), size)
@@ -173,16 +179,27 @@ def _v1_poisoned_set(state: Mapping[str, Any], size: Size) -> PoisonedSet:
 
 
 def _int64(values: Any) -> Tensor:
-    return torch.tensor([int(value) for value in values], dtype=torch.int64)
+    return torch.tensor(_integers(values), dtype=torch.int64)
+
+
+def _integers(values: Any) -> list[int]:
+    """Flat integers. Nested lists can be endless (a few lists that hold each other), so numpy is not asked to unfold them."""
+    if isinstance(values, (Tensor, np.ndarray)) and values.ndim != 1:
+        raise ValueError(f"indices or labels of shape {tuple(values.shape)}")
+    return [int(value) for value in values]
 
 
 def _stack(images: Sequence[Any], size: Size) -> Tensor:
     """Images held in the record (pickled PIL, uint8 arrays ``[H, W, C]``) as uint8 ``[N, C, H, W]``."""
-    decoded = [image.decode() if isinstance(image, PickledImage) else Image.fromarray(_bytes(image)) for image in images]
-    return torch.stack([to_pixels(image, size) for image in decoded]) if decoded else torch.empty(0, size[2], *size[:2])
+    pixels = room_for(len(images), size)
+    for row, image in enumerate(images):
+        pixels[row] = to_pixels(image.decode() if isinstance(image, PickledImage) else Image.fromarray(_bytes(image)), size)
+    return pixels
 
 
 def _bytes(image: Any) -> np.ndarray:
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise ValueError(f"an image of bd_test is a {type(image).__name__}")
     array = np.asarray(image)
     if np.issubdtype(array.dtype, np.floating):
         array = (array * 255).round().clip(0, 255)

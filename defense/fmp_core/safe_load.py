@@ -2,67 +2,189 @@
 
 from __future__ import annotations
 
-import re
+import io
+import math
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from .errors import UserError
-from .numpy_pickles import NUMPY_GLOBALS
+from .pickles import IMAGES, PLAIN, Callee, PickledImage, RefusedError, read_pickle
+
+__all__ = ["PickledImage", "load_torch_file"]
+
+LARGEST_FILE = 16 * 2**30  # bytes; sparse files may claim more at no cost
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch before 1.6
 
 
-class PickledImage:
-    """Stands where a pickle names a PIL image: it keeps the state and runs none of Pillow while the file is read."""
+class _StorageKind:
+    """Stands for a storage class of torch, such as ``torch.FloatStorage``."""
 
-    def __setstate__(self, state: list[Any]) -> None:
-        self.state = state
+    __slots__ = ("dtype",)
 
-    def decode(self) -> Image.Image:
-        """The image. Raises ValueError if the state is not that of a whole RGB or grey image."""
-        _, mode, size, _, data = self.state[:5]
-        channels = {"L": 1, "RGB": 3}.get(mode)
-        if channels is None or len(data) != size[0] * size[1] * channels:
-            raise ValueError(f"a pickled image of mode {mode} and size {size} does not fit its {len(data)} bytes")
-        return Image.frombytes(mode, tuple(size), bytes(data))
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
 
 
-def _no_bytes() -> bytes:
-    """Python 3 writes ``b""`` in protocol 2 as a call of bytes(); with an argument that call could claim any memory."""
-    return b""
+_STORAGES = {
+    "Float": torch.float32,
+    "Double": torch.float64,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+}
 
 
-_DTYPES = sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, key=lambda kind: kind.__name__)
-_ALLOWED: list[Any] = [
-    *((obj, f"{module}.{name}") for (module, name), obj in NUMPY_GLOBALS.items()),
-    *_DTYPES,
-    (_no_bytes, "builtins.bytes"),
-    (PickledImage, "PIL.Image.Image"),
-    (PickledImage, "PIL.PngImagePlugin.PngImageFile"),
-]
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_grad_hooks_metadata: Any) -> Tensor:
+    """A view of a storage. One that repeats elements, and so claims memory the file does not hold, is refused."""
+    if not isinstance(storage, Tensor) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
+        raise ValueError("a tensor without numbers")
+    if math.prod(size) > len(storage):
+        raise ValueError(f"a tensor of shape {tuple(size)[:8]} claims more numbers than the {len(storage)} that are stored")
+    return torch.empty(0, dtype=storage.dtype).set_(storage.untyped_storage(), offset, size, stride)  # torch checks bounds
+
+
+NAMES: dict[str, Any] = {
+    **PLAIN,
+    **IMAGES,
+    **{f"torch.{name}Storage": _StorageKind(dtype) for name, dtype in _STORAGES.items()},
+    "torch._utils._rebuild_tensor": Callee(_tensor),
+    "torch._utils._rebuild_tensor_v2": Callee(_tensor),
+    "torch._utils._rebuild_parameter": Callee(lambda data, *_grad_and_hooks: data),
+    "torch.Size": Callee(lambda sizes=(): tuple(sizes)),
+}
 
 
 def load_torch_file(path: Path) -> Any:
-    """``torch.load`` onto the CPU with ``weights_only=True`` and a narrow allow-list: numpy arrays, PIL images as data.
+    """What ``torch.load`` gives on the CPU, for files of tensors, numpy arrays, PIL images (as data) and plain values.
+
+    Reads the zip files of torch >= 1.6 and the pickles before. Memory stays within a small multiple of the file's size.
 
     Raises:
-        UserError: missing, truncated or damaged, or asks for a global outside the list (named).
+        UserError: missing, truncated or damaged, or asks for anything but data (named).
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; check --result_file and --record_root.")
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen unrelated types for a bad file
-        refused = re.search(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) (\S+)", str(error))
-        if refused:
-            name = refused[1].rstrip(".")
-            raise UserError(
-                f"{path} was refused: its pickle asks for {name}, and a record may hold data only; do not trust this file."
-            ) from None
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise ValueError(f"it is larger than {LARGEST_FILE // 2**30} GiB")
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                return _read_zip(file, size)
+            file.seek(0)
+            return _read_legacy(file, size)
+    except RefusedError as error:
         raise UserError(
-            f"{path} is not a whole torch file ({lines[0][:200].rstrip('.')}); it may be truncated: copy it again."
+            f"{path} was refused: its pickle asks for {error}, and a record may hold data only; do not trust this file."
         ) from None
+    except Exception as error:  # damaged bytes can fail anywhere below
+        detail = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"{path} is not a whole torch file ({detail[:200].rstrip('.')}); it may be truncated: copy it again."
+        ) from None
+
+
+def _read_zip(file: IO[bytes], size: int) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        parts = {part.filename: part for part in archive.infolist()}
+        # torch stores uncompressed. So no part can be larger than the file: neither a bomb nor a claim.
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts.values()):
+            raise ValueError("its parts are compressed")
+        if sum(part.file_size for part in archive.infolist()) > size:
+            raise ValueError("its parts claim more bytes than the file has")
+        roots = [name.removesuffix("data.pkl") for name in parts if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise ValueError("a zip file without one data.pkl")
+        if parts.get(f"{roots[0]}byteorder") and archive.read(f"{roots[0]}byteorder") != b"little":
+            raise ValueError("it was written on a big-endian machine")
+
+        def read_storage(dtype: torch.dtype, key: str, numbers: int) -> Tensor:
+            part = parts[f"{roots[0]}data/{key}"]
+            if numbers * dtype.itemsize != part.file_size:
+                raise ValueError(f"storage {key} claims {numbers} numbers, but has {part.file_size} bytes")
+            with archive.open(part) as source:
+                return _fill(torch.empty(numbers, dtype=dtype), source)
+
+        with archive.open(parts[f"{roots[0]}data.pkl"]) as source:
+            pickled = io.BytesIO(source.read())
+        return read_pickle(pickled, NAMES, _storages(read_storage, {}))
+
+
+def _read_legacy(file: IO[bytes], size: int) -> Any:
+    """Pickles of a magic number, a version, the machine's facts, the object and the storage keys; then the storages."""
+    with _refused_as_damage():
+        if read_pickle(file) != _LEGACY_MAGIC or read_pickle(file) != 1001:
+            raise ValueError("neither a zip file nor one of torch before 1.6")
+        if read_pickle(file).get("little_endian") is not True:
+            raise ValueError("it was written on a big-endian machine")
+    found: dict[str, Tensor] = {}
+    claimed = 0
+
+    def promise_storage(dtype: torch.dtype, key: str, numbers: int) -> Tensor:
+        nonlocal claimed
+        claimed += numbers * dtype.itemsize
+        if claimed > size:
+            raise ValueError("its storages claim more bytes than the file has")
+        return torch.empty(numbers, dtype=dtype)
+
+    content = read_pickle(file, NAMES, _storages(promise_storage, found))
+    keys = read_pickle(file)
+    if sorted(keys) != sorted(found):
+        raise ValueError("its storages are not those it lists")
+    for key in keys:
+        if int.from_bytes(file.read(8), "little") != len(found[key]):
+            raise ValueError(f"storage {key} is not as long as it says")
+        _fill(found[key], file)
+    return content
+
+
+@contextmanager
+def _refused_as_damage() -> Iterator[None]:
+    """A stray file is called damaged rather than dangerous, unless it asks for a function by name."""
+    try:
+        yield
+    except RefusedError as error:
+        if "." in str(error):
+            raise
+        raise ValueError("neither a zip file nor one of torch before 1.6") from None
+
+
+def _storages(make: Callable[[torch.dtype, str, int], Tensor], found: dict[str, Tensor]) -> Callable[[Any], Tensor]:
+    """Reads persistent ids ``("storage", kind, key, location, numbers, ...)``; ``found`` keeps the storages by key."""
+
+    def storage(identity: Any) -> Tensor:
+        word, kind, key, _location, numbers, *view = identity if type(identity) is tuple else [None] * 5
+        plain = word == "storage" and isinstance(kind, _StorageKind) and isinstance(key, str)
+        if not plain or type(numbers) is not int or numbers < 0 or view not in ([], [None]):
+            raise RefusedError("an unknown kind of storage")
+        if key not in found:
+            found[key] = make(kind.dtype, key, numbers)
+        if found[key].dtype != kind.dtype:
+            raise ValueError(f"storage {key} has two types")
+        return found[key]
+
+    return storage
+
+
+def _fill(tensor: Tensor, source: IO[bytes]) -> Tensor:
+    """Read the bytes of ``tensor``. Raises EOFError if there are too few."""
+    target = memoryview(tensor.view(torch.uint8).numpy()) if len(tensor) else memoryview(b"")
+    done = 0
+    while done < len(target):
+        chunk = source.read(min(2**22, len(target) - done))
+        if not chunk:
+            raise EOFError("its storages are cut off")
+        target[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    return tensor

@@ -58,9 +58,13 @@ def load_scores(folder: Path, key: str, layers: Sequence[ConvLayer]) -> Scores |
     try:
         content = load_torch_file(path)
         total = sum(layer.channels for layer in layers)
-        tensors = {name: content[name] for name in ("correct", "margin", "slimmest", "logits", "settled")}
-        if content["key"] != key or any(len(tensor) != total for tensor in tensors.values()):
+        real, whole = torch.float64, torch.int64
+        kinds = {"correct": whole, "margin": real, "slimmest": real, "logits": real, "settled": torch.bool}
+        tensors = {name: content[name] for name in kinds}
+        if content["key"] != key or any(tensors[name].dtype != kind for name, kind in kinds.items()):
+            return None
+        if any(tensor.shape[:1] != (total,) or tensor.dim() != 1 + (name == "logits") for name, tensor in tensors.items()):
             return None
         return Scores(tuple(layers), samples=int(content["samples"]), **tensors)
-    except (UserError, KeyError, TypeError, ValueError):
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return None

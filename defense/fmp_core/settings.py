@@ -14,6 +14,7 @@ import yaml
 
 from .errors import UserError
 
+LARGEST_YAML = 2**18  # bytes; ours have 3000
 DEFAULT_YAML = "./config/defense/fmp/config.yaml"
 PROJECT = Path(__file__).resolve().parents[2]  # holds config/, in a BackdoorBench checkout too
 
@@ -132,7 +133,7 @@ class Settings:
     dtype: str = _setting("fp32", _choice("fp32", "bf16", "auto"), "precision of ranking; auto: bf16 if in hardware")
     chunk: int | str = _setting("auto", _CHUNK, "images per batch of ranking")
     memory: int | None = _setting(None, _integer(64), "MiB that ranking may keep; lowers the chunk")
-    fresh: bool = _setting(False, _BOOLEAN, "rank again even if the scores of the same model, images and settings are cached")
+    fresh: bool = _setting(False, _BOOLEAN, "start afresh: use neither cached scores nor the state of an interrupted run")
 
     epochs: int = _setting(10, _integer(0), "fine-tuning epochs; 0 prunes and evaluates only")
     batch_size: int = _setting(256, _integer(2), "batch size of fine-tuning and evaluation")
@@ -150,6 +151,7 @@ class Settings:
     frequency_test: int = _setting(1, _integer(0), "test every n-th epoch; 0 tests after the last only")
     frequency_save: int = _setting(0, _integer(0), "save the model every n-th epoch into checkpoint/; 0 never")
 
+    wait: bool = _setting(False, _BOOLEAN, "wait while another run works in the same result folder, instead of ending")
     defense_name: str = _setting("fmp", _NAME, "the result folder's name below record/<record>/defense")
     log: str | None = _setting(None, _TEXT, "folder of the log (default: log/ in the result folder)")
     checkpoint_save: str | None = _setting(None, _TEXT, "folder of saved epochs (default: checkpoint/ in the result folder)")
@@ -200,6 +202,15 @@ def find_config(path: str) -> Path:
     raise UserError(f"--yaml_path {path} does not exist, neither in {Path.cwd()} nor in {PROJECT}.")
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few of them can stand for a value whose text fills any memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("settings need no *aliases")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file; blank values are left out, as BackdoorBench does.
 
@@ -207,8 +218,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: not readable YAML, not a mapping, an unknown key or an impossible value.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if path.stat().st_size > LARGEST_YAML:
+            raise OSError(f"it is larger than {LARGEST_YAML >> 10} KiB")
+        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"Settings file {path} cannot be read as YAML: {detail}.") from None
     if content is None:

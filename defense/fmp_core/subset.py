@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 from .errors import UserError
+
+LARGEST_FILE = 64 * 2**20  # bytes of an index file; ImageNet's 1.3 million indices take 10 MB
 
 
 def choose_subset(total: int, ratio: float, seed: int, index_file: str | None) -> list[int]:
@@ -25,8 +28,12 @@ def choose_subset(total: int, ratio: float, seed: int, index_file: str | None) -
 
 def _read_index(path: str, total: int) -> list[int]:
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = [(number, line.strip()) for number, line in enumerate(file, start=1) if line.strip()]
+        if not Path(path).is_file():
+            raise OSError(None, "not a file") if Path(path).exists() else FileNotFoundError(None, "no such file")
+        if Path(path).stat().st_size > LARGEST_FILE:
+            raise UserError(f"--index {path} is larger than {LARGEST_FILE >> 20} MiB, which no list of indices is.")
+        text = Path(path).read_text(encoding="utf-8")
+        lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--index {path} cannot be read ({getattr(error, 'strerror', None) or 'not a text file'}).") from None
     indices = []

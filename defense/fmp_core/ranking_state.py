@@ -1,0 +1,172 @@
+"""How far a ranking has come: what is counted so far, and its checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ranks
+from .checkpoint import Checkpoint
+from .errors import UserError
+
+EVERY = 20.0  # seconds between checkpoints; more where saving takes longer than a twentieth of that
+
+
+class Tally(NamedTuple):
+    """What is counted over images, for each map: see :class:`~fmp_core.ranking.Scores`, but sums where that has means."""
+
+    correct: Tensor
+    margin: Tensor
+    logits: Tensor
+    slimmest: Tensor
+
+    @staticmethod
+    def empty(total: int, classes: int, device: torch.device) -> Tally:
+        return Tally(
+            torch.zeros(total, dtype=torch.int64, device=device),
+            torch.zeros(total, dtype=torch.float64, device=device),
+            torch.zeros(total, classes, dtype=torch.float64, device=device),
+            torch.full((total,), torch.inf, dtype=torch.float64, device=device),
+        )
+
+    def put(self, where: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Set the maps at ``where`` ``[n]`` from their images' logits ``[n, B, K]``; ``labels`` ``[B]``."""
+        true = logits[:, torch.arange(len(labels)), labels]
+        others = logits.scatter(2, labels.expand(len(where), -1)[:, :, None], -torch.inf).amax(2)
+        hits, margins = logits.argmax(2) == labels, true - others
+        self.correct[where] = hits.sum(1)
+        self.margin[where] = margins.sum(1, dtype=torch.float64)
+        self.logits[where] = logits.sum(1, dtype=torch.float64)
+        self.slimmest[where] = torch.where(hits, margins.double(), torch.inf).amin(1)
+
+    def plus(self, other: Tally) -> Tally:
+        correct, margin, logits = self.correct + other.correct, self.margin + other.margin, self.logits + other.logits
+        return Tally(correct, margin, logits, torch.minimum(self.slimmest, other.slimmest))
+
+
+@dataclass
+class RankingState:
+    """A ranking between two groups of maps.
+
+    ``whole`` counts the first ``images`` images for all maps; ``part`` counts the next batch, at most ``rows`` images, for its
+    first ``groups`` groups of maps.
+    """
+
+    whole: Tally
+    part: Tally
+    images: int
+    rows: int
+    groups: int = 0
+
+    @staticmethod
+    def empty(total: int, classes: int, rows: int, device: torch.device) -> RankingState:
+        whole, part = (Tally.empty(total, classes, device) for _ in range(2))
+        return RankingState(whole, part, 0, rows)
+
+    def begin_batch(self, rows: int) -> None:
+        """Forget the batch under way, and take the next with ``rows`` images."""
+        self.part = Tally.empty(*self.part.logits.shape, self.part.logits.device)
+        self.rows, self.groups = rows, 0
+
+    def end_batch(self, images: int) -> None:
+        self.whole = self.whole.plus(self.part)
+        self.images += images
+        self.begin_batch(self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "whole": self.whole._asdict(), "part": self.part._asdict()}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on where ``saved`` ends.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not of a ranking of as many maps and classes.
+        """
+        tallies = []
+        for name in ("whole", "part"):
+            tally = Tally(**saved[name])
+            for own, theirs in zip(self.whole, tally, strict=True):
+                if own.shape != theirs.shape or own.dtype != theirs.dtype:
+                    raise ValueError("counts of another shape")
+            tallies.append(Tally(*(tensor.to(self.whole.margin.device) for tensor in tally)))
+        images, rows, groups = (int(saved[name]) for name in ("images", "rows", "groups"))
+        if images < 0 or rows < 1 or groups < 0:
+            raise ValueError("negative counts")
+        self.whole, self.images = tallies[0], images
+        if rows == self.rows:  # else another batch size is wanted now, and the batch under way starts again
+            self.part, self.groups = tallies[1], groups
+
+
+@dataclass
+class RankingCheckpoints:
+    """The files of one ranking below ``folder``: one for each call of the scoring function (racing makes several).
+
+    ``key`` is the :func:`~fmp_core.score_cache.content_key` of the question. ``fresh`` forgets what was saved before.
+    """
+
+    folder: Path
+    key: str
+    fresh: bool
+    made: list[Checkpoint] = field(default_factory=list)
+
+    def of(self, dtype: torch.dtype, wanted: Tensor | None) -> Checkpoint:
+        """For a call that scores the maps of the bool mask ``wanted`` ``[N]`` (None: all) in ``dtype``."""
+        bits = b"all" if wanted is None else wanted.numpy().tobytes()
+        call = hashlib.sha256(str(dtype).encode() + bits).hexdigest()[:8]
+        path = self.folder / f"ranking_{self.key[:16]}_{call}_{ranks.share_name()}.pt"
+        checkpoint = Checkpoint(path, {"key": self.key, "call": call, "share": ranks.share_name()})
+        if self.fresh:
+            checkpoint.remove()
+        self.made.append(checkpoint)
+        return checkpoint
+
+    def remove(self) -> None:
+        for checkpoint in self.made:
+            checkpoint.remove()
+
+
+class Keeper:
+    """Keeps a :class:`RankingState` in ``checkpoint``, if there is one."""
+
+    def __init__(self, checkpoint: Checkpoint | None):
+        self.checkpoint = checkpoint
+        self.due = time.monotonic() + EVERY
+
+    @contextmanager
+    def saving(self, fresh: RankingState) -> Iterator[RankingState]:
+        """The state to go on from: the saved one, else ``fresh``. It is saved at the end and on Ctrl-C too."""
+        saved = self.checkpoint.load() if self.checkpoint else None
+        if saved is not None:
+            assert self.checkpoint is not None
+            try:
+                fresh.restore(saved)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(f"{self.checkpoint.path} is not the state of this ranking ({error}); remove it.") from None
+            logging.getLogger("fmp_core").info("ranking goes on from %s (--fresh starts again)", self.checkpoint.path)
+        try:
+            yield fresh
+        except KeyboardInterrupt:
+            self.save(fresh)
+            raise
+        self.save(fresh)
+
+    def now_and_then(self, state: RankingState) -> None:
+        if time.monotonic() >= self.due:
+            self.save(state)
+
+    def save(self, state: RankingState) -> None:
+        if self.checkpoint is None:
+            return
+        started = time.monotonic()
+        self.checkpoint.save(state.as_dict())
+        now = time.monotonic()
+        self.due = now + max(EVERY, 20 * (now - started))

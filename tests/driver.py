@@ -1,0 +1,74 @@
+"""Runs of the command in processes of their own, forked from one that has torch imported already, for tests of kills."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from conftest import Ran
+
+PATIENCE = 1500.0  # seconds until a run must have come somewhere; a shared core may be fifty times slower than a free one
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["fmp", "fmp_core.ranking_state"])
+
+
+def _work(folder: str, flags: list[str], environment: dict[str, str], out: str) -> None:
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    import fmp
+    import torch
+    from fmp_core import ranking_state
+
+    torch.set_num_threads(1)
+    ranking_state.EVERY = 0.0  # a checkpoint after each group of maps
+    code = fmp.main(flags)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Run:
+    """The command with ``flags`` in ``folder``, started."""
+
+    made = 0
+
+    def __init__(self, folder: Path, *flags: str, environment: Mapping[str, str] | None = None):
+        Run.made += 1
+        self.out = folder.parent / f"run{Run.made}"
+        arguments = (str(folder), list(flags), dict(environment or {}), str(self.out))
+        self.process = CONTEXT.Process(target=_work, args=arguments)
+        self.process.start()
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def ends_within(self, seconds: float) -> bool:
+        self.process.join(seconds)
+        return self.process.exitcode is not None
+
+    def finish(self) -> Ran:
+        """Wait for the end. A negative code is the signal that killed it."""
+        assert self.ends_within(PATIENCE), f"still running after {PATIENCE} s"
+        assert self.process.exitcode is not None
+        texts = [Path(f"{self.out}.{name}") for name in ("out", "err")]
+        return Ran(self.process.exitcode, *(path.read_text() if path.exists() else "" for path in texts))
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until ``condition()`` holds; fails if the run ends first."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.is_alive(), self.finish()
+            assert time.monotonic() < deadline, "too slow"
+            time.sleep(0.01)

@@ -1,0 +1,534 @@
+"""A corpus of hostile inputs: each case damages a workplace (tests/conftest.py) and says what the refusal must name.
+
+Payloads that would run leave a file ``pwned`` in the current folder. Nothing here is dangerous beyond that.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import operator
+import os
+import pickle
+import pty
+import shutil
+import socket
+import struct
+import subprocess
+import tarfile
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+RECORD = "badnet_tiny"
+FILE = Path("record") / RECORD / "attack_result.pt"
+PNG = Path("record") / RECORD / "bd_test_dataset" / "3" / "3.png"
+TERA = 10**12
+TOUCH = "touch pwned"
+
+
+class Case(NamedTuple):
+    """``damage(root)`` spoils a fresh workplace; ``says`` must occur in the refusal; ``flags`` go to the command."""
+
+    damage: Callable[[Path], object]
+    says: str
+    flags: tuple[str, ...] = ()
+
+
+class Call:
+    """Pickles as a call of ``function(*arguments)``, with ``state`` for ``__setstate__`` if given."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any, state: Any = None):
+        self.call = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def torch_bytes(obj: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return buffer.getvalue()
+
+
+def content_of(root: Path) -> dict[str, Any]:
+    return torch.load(root / FILE, weights_only=False)  # our own file
+
+
+def edit(*path: Any, value: Any) -> Callable[[Path], object]:
+    """Save the record again with ``value`` (or what ``value()`` gives) at the key path."""
+
+    def damage(root: Path) -> None:
+        content = content_of(root)
+        target: Any = content
+        for key in path[:-1]:
+            target = target[key]
+        target[path[-1]] = value() if callable(value) else value
+        torch.save(content, root / FILE)
+
+    return damage
+
+
+def write(make: Callable[[], bytes]) -> Callable[[Path], object]:
+    return lambda root: (root / FILE).write_bytes(make())
+
+
+def torch_zip(pickled: bytes, storages: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A file as torch.save lays it out, around any pickle."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", b"little")
+        for key, data in (storages or {}).items():
+            archive.writestr(f"archive/data/{key}", data)
+    return buffer.getvalue()
+
+
+# --- pickles by hand ----------------------------------------------------------------------------------------------------------
+
+
+def text(value: str) -> bytes:
+    data = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def integer(value: int) -> bytes:
+    data = pickle.encode_long(value)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def name(module: str, attribute: str) -> bytes:
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def pickled(*parts: bytes) -> bytes:
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+def tensor(numbers: int, offset: int, size: list[int], stride: list[int]) -> bytes:
+    """``_rebuild_tensor_v2`` of a float storage ``0`` of ``numbers`` numbers."""
+    numbers_of = [b"(" + b"".join(map(integer, values)) + b"t" for values in (size, stride)]
+    storage = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + integer(numbers) + b"tQ"
+    hooks = name("collections", "OrderedDict") + b")R"
+    return (
+        name("torch._utils", "_rebuild_tensor_v2")
+        + b"("
+        + storage
+        + integer(offset)
+        + b"".join(numbers_of)
+        + b"\x89"
+        + hooks
+        + b"tR"
+    )
+
+
+def array(shape: int, told: int) -> bytes:
+    """A numpy array that is made with ``shape`` elements and then told to have ``told``."""
+    dtype = name("numpy", "dtype") + b"(" + text("f8") + b"\x89\x88tR"
+    dtype += b"(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    made = (
+        name("numpy.core.multiarray", "_reconstruct")
+        + b"("
+        + name("numpy", "ndarray")
+        + integer(shape)
+        + b"\x85"
+        + text("b")
+        + b"tR"
+    )
+    return made + b"(K\x01" + integer(told) + b"\x85" + dtype + b"\x89" + text("x") + b"tb"
+
+
+def codec_bomb(codec: str, times: int) -> bytes:
+    call = name("_codecs", "encode")
+    inner = call + text("a" * 9) + text("latin1") + b"\x86R"
+    for _ in range(times):
+        inner = call + inner + text(codec) + b"\x86R"
+    return inner
+
+
+def laughs(depth: int = 60, width: int = 10) -> list[Any]:
+    """Lists that hold the same list ten times, 60 deep: 600 references, whose text has 10**60 letters."""
+    inner: list[Any] = [0] * width
+    for _ in range(depth):
+        inner = [inner] * width
+    return inner
+
+
+# --- containers ---------------------------------------------------------------------------------------------------------------
+
+
+def keep(tenths: int) -> Callable[[Path], object]:
+    def damage(root: Path) -> None:
+        whole = (root / FILE).read_bytes()
+        (root / FILE).write_bytes(whole[: len(whole) * tenths // 10])
+
+    return damage
+
+
+def flip(find: Callable[[bytes], int]) -> Callable[[Path], object]:
+    """Flip bits of the byte at ``find(content)``."""
+
+    def damage(root: Path) -> None:
+        data = bytearray((root / FILE).read_bytes())
+        data[find(bytes(data))] ^= 0x5A
+        (root / FILE).write_bytes(data)
+
+    return damage
+
+
+def tar_file() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for part in ("storages", "tensors", "pickle", "../../pwned"):
+            data = pickle.dumps(Call(os.system, TOUCH), 2)
+            info = tarfile.TarInfo(part)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def named_zip(*names: str) -> Callable[[], bytes]:
+    def make() -> bytes:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for part in names:
+                archive.writestr(part, pickle.dumps({"model": 1}, 2))
+        return buffer.getvalue()
+
+    return make
+
+
+def overlapping_zip() -> bytes:
+    """Ten thousand entries that share the same megabyte (a zip bomb without compression)."""
+    whole = torch_zip(pickle.dumps({}, 2), {"0": bytes(2**20)})
+    end = whole.rindex(b"PK\x05\x06")
+    start = struct.unpack("<I", whole[end + 16 : end + 20])[0]
+    directory = whole[start:end]
+    last = directory[directory.rindex(b"PK\x01\x02") :]
+    entries = directory + last * 9_997
+    footer = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 10_000, 10_000, len(entries), start, 0)
+    return whole[:start] + entries + footer
+
+
+def claiming_zip() -> bytes:
+    """The directory says that a storage has four gigabytes."""
+    whole = bytearray(torch_zip(pickled(tensor(2**30 - 1, 0, [4], [1])), {"0": bytes(16)}))
+    last = whole.rindex(b"PK\x01\x02")
+    whole[last + 20 : last + 28] = struct.pack("<2L", 2**32 - 4, 2**32 - 4)
+    return bytes(whole)
+
+
+def encrypted_zip() -> bytes:
+    whole = bytearray(torch_zip(pickle.dumps({}, 2)))
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        whole[whole.index(signature) + offset] |= 1
+    return bytes(whole)
+
+
+def legacy(body: bytes, keys: list[str], data: bytes = b"") -> bytes:
+    """A file of torch before 1.6."""
+    facts = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    head = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, facts)]
+    return b"".join(head) + body + pickle.dumps(keys, 2) + data
+
+
+def legacy_claim() -> bytes:
+    storage = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + integer(TERA) + b"NtQ"
+    return legacy(pickled(storage), ["0"], struct.pack("<q", TERA))
+
+
+def sparse(size: int, file: Path = FILE) -> Callable[[Path], object]:
+    """A file that claims ``size`` bytes and takes none."""
+    return lambda root: os.truncate(root / file, size)
+
+
+# --- images -------------------------------------------------------------------------------------------------------------------
+
+
+def png(width: int, height: int, data: bytes, extra: bytes = b"") -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+def image(make: Callable[[], bytes]) -> Callable[[Path], object]:
+    return lambda root: (root / PNG).write_bytes(make())
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(%pipe%touch pwned) (w) file closefile\n%%EOF\n"
+
+
+def instead_of(path: Path, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def damage(root: Path) -> None:
+        target = root / path
+        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        make(target)
+
+    return damage
+
+
+def link(path: Path, to: str) -> Callable[[Path], object]:
+    return instead_of(path, lambda target: target.symlink_to(to))
+
+
+def many_large_images(root: Path) -> None:
+    """4096x4096 images of a dataset of folders; 20 000 entries name the same small file."""
+    content = content_of(root)
+    items = content["bd_test"]["bd_data_container"]["data_dict"]
+    content["bd_test"]["bd_data_container"]["data_dict"] = dict.fromkeys(range(20_000), items[3])
+    content["bd_test"]["poison_indicator"] = np.ones(20_000)
+    content["bd_test"]["original_index_array"] = np.arange(20_000)
+    content.update(clean_data="toys", img_size=(4096, 4096, 3))
+    torch.save(content, root / FILE)
+    for part in ("train", "test"):
+        for label in range(10):
+            file = root / "data" / "toys" / part / str(label) / "a.png"
+            file.parent.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(file)
+
+
+def v1(**changes: Any) -> Callable[[Path], object]:
+    state = {"x": torch.zeros(2, 3, 32, 32), "y": [0, 0], "original_targets": [1, 2], **changes}
+    return edit("bd_test", value=state)
+
+
+WEIGHT = ("model", "classifier.1.weight")
+ITEM = ("bd_test", "bd_data_container", "data_dict", 3)
+IS_DATA = "a record may hold data only"
+CALLS: dict[str, tuple[Callable[[], Any], str]] = {
+    "os.system": (lambda: Call(os.system, TOUCH), "posix.system"),
+    "eval": (lambda: Call(eval, "open('pwned', 'w')"), "builtins.eval"),
+    "exec": (lambda: Call(exec, "open('pwned', 'w')"), "builtins.exec"),
+    "import_module": (lambda: Call(importlib.import_module, "antigravity"), "importlib.import_module"),
+    "__import__": (lambda: Call(__import__, "antigravity"), "builtins.__import__"),
+    "partial": (lambda: functools.partial(os.system, TOUCH), "functools.partial"),
+    "a call of a partial": (lambda: Call(functools.partial(os.system, TOUCH)), "functools.partial"),
+    "Popen": (lambda: Call(subprocess.Popen, ["touch", "pwned"]), "subprocess.Popen"),
+    "check_output in a key": (lambda: {Call(subprocess.check_output, TOUCH): 1}, "subprocess.check_output"),
+    "execv": (lambda: Call(os.execv, "/bin/true", ["true"]), "posix.execv"),
+    "socket": (lambda: Call(socket.create_connection, ("127.0.0.1", 9)), "socket.create_connection"),
+    "pty": (lambda: Call(pty.spawn, "/bin/true"), "pty.spawn"),
+    "rmtree": (lambda: Call(shutil.rmtree, "record"), "shutil.rmtree"),
+    "open": (lambda: Call(open, "pwned", "w"), "io.open"),
+    "getattr": (lambda: Call(getattr, "", "join"), "builtins.getattr"),
+    "methodcaller": (lambda: operator.methodcaller("system", TOUCH), "operator.methodcaller"),
+    "state of a module": (lambda: torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+    "setstate": (lambda: Call(functools.partial, print, state=(os.system, (TOUCH,), {}, {})), "functools.partial"),
+    "torch.load": (lambda: Call(torch.load, "other.pt", None), "torch.serialization.load"),
+    "torch bytes": (
+        lambda: Call(torch.storage._load_from_bytes, torch_bytes(Call(os.system, TOUCH))),
+        "torch.storage._load_from_bytes",
+    ),
+    "torch.jit": (lambda: Call(torch.jit.load, "other.pt"), "torch.jit._serialization.load"),
+    "torch.hub": (lambda: Call(torch.hub.load, "a/b", "c"), "torch.hub.load"),
+    "np.load": (lambda: Call(np.load, "other.npy", None, True), "numpy.load"),
+    "np.savetxt": (lambda: Call(np.savetxt, "pwned", [1.0]), "numpy.savetxt"),
+    "np.memmap": (lambda: Call(np.memmap, "pwned", "u1", "w+", 0, (9,)), "numpy.memmap"),
+    "bytearray of a terabyte": (lambda: Call(bytearray, TERA), "builtins.bytearray"),
+    "storage of a terabyte": (lambda: Call(torch.UntypedStorage, TERA), "torch.storage.UntypedStorage"),
+    "sparse tensor": (lambda: torch.ones(2, 2).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
+    "meta tensor": (lambda: torch.empty(TERA, device="meta"), "torch._utils._rebuild_meta_tensor_no_storage"),
+    "quantised tensor": (lambda: Call(torch._utils._rebuild_qtensor, 0), "torch._utils._rebuild_qtensor"),
+    "tensor with attributes": (lambda: with_attribute(torch.ones(2)), "torch._tensor._rebuild_from_type_v2"),
+    "complex tensor": (lambda: torch.ones(2, dtype=torch.complex64), "torch.ComplexFloatStorage"),
+    "wrapper subclass": (
+        lambda: Call(torch._utils._rebuild_wrapper_subclass, torch.Tensor),
+        "torch._utils._rebuild_wrapper_subclass",
+    ),
+    "object array": (lambda: np.array([Call(os.system, TOUCH)], dtype=object), "a numpy array of O8"),
+    "object array of data": (lambda: np.array([{}, []], dtype=object), "a numpy array of O8"),
+    "set": (lambda: {1, 2}, "builtins.set"),
+}
+
+
+def with_attribute(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.gadget = OrderedDict()  # type: ignore[attr-defined]
+    return tensor
+
+
+MACHINE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "protocol 4": (lambda: pickle.dumps(Call(os.system, TOUCH), 4), "posix.system"),
+    "protocol 0": (lambda: pickle.dumps(Call(os.system, TOUCH), 0), "was refused"),
+    "Python 2's name": (lambda: pickled(name("__builtin__", "eval"), text("open('pwned', 'w')"), b"\x85R"), "builtins.eval"),
+    "INST": (lambda: pickled(b"(", text(TOUCH), b"iposix\nsystem\n"), "the instruction INST"),
+    "OBJ": (lambda: pickled(b"(", name("posix", "system"), text(TOUCH), b"o"), "posix.system"),
+    "EXT1": (lambda: pickled(b"\x82\x01"), "the instruction EXT1"),
+    "a call of a text": (lambda: pickled(text("system"), text(TOUCH), b"\x85R"), "a call of what is no function"),
+    "a call of a storage": (
+        lambda: pickled(name("torch", "FloatStorage"), integer(TERA), b"\x85R"),
+        "a call of what is no function",
+    ),
+    "attributes for a function": (
+        lambda: pickled(name("torch._utils", "_rebuild_tensor_v2"), b"}", text("__code__"), b"Nsb"),
+        "attributes for",
+    ),
+    "attributes for a dict": (lambda: pickled(b"}", b"}", b"b"), "attributes for a dict"),
+    "a damaged dtype": (
+        lambda: pickled(name("numpy", "dtype"), text("f8"), b"\x89\x88\x87R(K\x03", text("@"), b"NNNK\x63K\x63K\x3ftb"),
+        "byte order",
+    ),
+    "a dtype of a gigabyte": (
+        lambda: pickled(name("numpy", "dtype"), text("V1000000000"), b"\x89\x88\x87R"),
+        "numpy array of V1000000000",
+    ),
+    "hex of hex of hex": (lambda: pickled(codec_bomb("hex_codec", 40)), "_codecs.encode to hex_codec"),
+    "punycode": (
+        lambda: pickled(name("_codecs", "encode"), text("\u00e9" * 10**6), text("punycode"), b"\x86R"),
+        "_codecs.encode to punycode",
+    ),
+    "bytes of a terabyte": (lambda: pickled(name("__builtin__", "bytes"), integer(TERA), b"\x85R"), "not a whole torch file"),
+    "a tuple a million deep as a key": (lambda: pickled(b"}", b")" + b"\x85" * 10**6, b"Ns"), "a tuple as the key of a dict"),
+    "a list a million deep": (lambda: pickled(b"]" * 10**6, b"a" * (10**6 - 1)), "is not an attack record"),
+    "memo at two billion": (lambda: pickled(b"Nr\xff\xff\xff\x7f"), "is not an attack record"),
+    "a text of four gigabytes": (lambda: pickled(b"X\xff\xff\xff\xff" + b"abc"), "not a whole torch file"),
+    "no end": (lambda: pickled(b"N")[:-1], "not a whole torch file"),
+    "an empty stack": (lambda: pickled(), "not a whole torch file"),
+    "a persistent id of another kind": (lambda: pickled(text("file:///etc/passwd"), b"Q"), "an unknown kind of storage"),
+    "a storage of a terabyte": (lambda: pickled(tensor(TERA, 0, [4], [1])), "claims 1000000000000 numbers"),
+    "a tensor of terabytes": (lambda: pickled(tensor(4, 0, [10**4] * 3, [0] * 3)), "claims more numbers than the 4"),
+    "a tensor beyond its storage": (lambda: pickled(tensor(4, 3, [4], [1])), "not a whole torch file"),
+    "a tensor with an overflowing stride": (lambda: pickled(tensor(4, 0, [2, 2], [2**62, 2**62])), "not a whole torch file"),
+    "a tensor of negative size": (lambda: pickled(tensor(4, 0, [-4], [1])), "a tensor without numbers"),
+    "a tensor at a huge integer": (lambda: pickled(tensor(4, 2**400, [4], [1])), "not a whole torch file"),
+    "an array made of a terabyte": (lambda: pickled(array(TERA, 1)), "not a whole torch file"),
+    "an array told to be a terabyte": (lambda: pickled(array(0, TERA)), "not a whole torch file"),
+}
+FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    **{f"truncated to {tenths}0 %": (keep(tenths), "not a whole torch file") for tenths in range(10)},
+    "flipped in the pickle": (flip(lambda data: data.index(b"classifier.1.weight")), "not a whole torch file"),
+    "flipped in the weights": (flip(lambda data: len(data) // 2), "not a whole torch file"),
+    "flipped in the first header": (flip(lambda data: 0), "not a whole torch file"),
+    "flipped in the directory": (flip(lambda data: data.rindex(b"PK\x01\x02") + 1), "not a whole torch file"),
+    "flipped in the end": (flip(lambda data: data.rindex(b"PK\x05\x06") + 2), "not a whole torch file"),
+    "random bytes": (write(lambda: bytes(range(256)) * 8), "not a whole torch file"),
+    "a web page": (write(lambda: b"<!DOCTYPE html><html>404</html>"), "not a whole torch file"),
+    "a pointer of git lfs": (
+        write(lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "not a whole torch file",
+    ),
+    "a tar file": (write(tar_file), "not a whole torch file"),
+    "a bare pickle": (write(lambda: pickle.dumps(Call(os.system, TOUCH), 2)), "posix.system"),
+    "zip-slip names": (write(named_zip("../../pwned", "/tmp/pwned", "../../../data.pkl")), "without one data.pkl"),
+    "two pickles": (write(named_zip("a/data.pkl", "b/data.pkl")), "without one data.pkl"),
+    "a compressed bomb": (write(lambda: torch_zip(pickled(text("a" * 2**28)), compression=zipfile.ZIP_DEFLATED)), "compressed"),
+    "overlapping parts": (write(overlapping_zip), "claim more bytes than the file has"),
+    "a part of four gigabytes": (write(claiming_zip), "claim more bytes than the file has"),
+    "an encrypted part": (write(encrypted_zip), "not a whole torch file"),
+    "an old file of a terabyte": (write(legacy_claim), "claim more bytes than the file has"),
+    "an old file with other keys": (write(lambda: legacy(pickled(b"}"), ["7"])), "not those it lists"),
+    "an old file that calls": (write(lambda: legacy(pickle.dumps(Call(os.system, TOUCH), 2), [])), "posix.system"),
+    "a sparse terabyte": (sparse(2**40), "larger than 16 GiB"),
+    "a pipe": (instead_of(FILE, os.mkfifo), "holds no attack_result.pt"),
+    "a folder": (instead_of(FILE, Path.mkdir), "holds no attack_result.pt"),
+}
+CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "NaN weights": (edit(*WEIGHT, value=lambda: torch.full((10, 512, 1, 1), torch.nan)), "holds NaN"),
+    "infinite weights": (edit(*WEIGHT, value=lambda: torch.full((10, 512, 1, 1), -torch.inf)), "holds NaN"),
+    "weights beyond float32": (
+        edit(*WEIGHT, value=lambda: torch.full((10, 512, 1, 1), 1e300, dtype=torch.float64)),
+        "holds NaN",
+    ),
+    "integer weights": (edit(*WEIGHT, value=lambda: torch.ones(10, 512, 1, 1, dtype=torch.int64)), "wrong kind"),
+    "empty weights": (edit(*WEIGHT, value=lambda: torch.empty(0)), "has shape (0,)"),
+    "weights that are text": (edit(*WEIGHT, value="x" * 10**6), "holds no numbers"),
+    "a negative label": (edit(*ITEM, "other_info", value=[-1, 2]), "label of bd_test is outside"),
+    "a label too large": (edit(*ITEM, "other_info", value=[10, 2]), "label of bd_test is outside"),
+    "a huge label": (edit(*ITEM, "other_info", value=[2**70, 2]), "not as BackdoorBench writes it"),
+    "an index beyond the indicator": (edit("bd_test", "original_index_array", value=np.array([3, 99])), "outside 0..9"),
+    "an index below zero": (edit("bd_test", "original_index_array", value=np.array([-3])), "outside 0..9"),
+    "an indicator too short": (edit("bd_test", "poison_indicator", value=np.ones(2)), "outside 0..1"),
+    "an indicator of NaN": (edit("bd_test", "poison_indicator", value=np.full(10, np.nan)), "not as BackdoorBench writes it"),
+    "an indicator in two dimensions": (edit("bd_test", "poison_indicator", value=np.ones((10, 2))), "shape (10, 2)"),
+    "an index beyond the test set": (v1(original_index=[3, 4000]), "test set has images 0..9"),
+    "images of NaN": (v1(x=torch.full((2, 3, 32, 32), torch.nan)), "x holds NaN"),
+    "images of another shape": (v1(x=torch.zeros(2, 3, 32, 31)), "x has shape"),
+    "laughs for an indicator": (edit("bd_test", "poison_indicator", value=laughs()), "not as BackdoorBench writes it"),
+    "laughs for images": (v1(x=laughs()), "an image of bd_test is a list"),
+    "laughs for a dataset": (edit("clean_data", value=laughs()), "names no dataset"),
+    "laughs for a class count": (edit("num_classes", value=laughs()), "not as BackdoorBench writes it"),
+    "laughs for a model": (edit("model", value=laughs()), "not as BackdoorBench writes it"),
+    "a huge class count": (edit("num_classes", value=10**12), "num_classes is 10"),
+    "a class count of a thousand digits": (edit("num_classes", value=10**4000), "num_classes is"),
+    "a dataset that climbs": (edit("clean_data", value="../../etc"), "names no dataset"),
+    "a name with escape codes": (edit("model_name", value="resnet\x1b[2J\nfmp: all is well"), "not one of BackdoorBench's"),
+    "a name of ten megabytes": (edit("model_name", value="m" * 10**7), "not one of BackdoorBench's"),
+    "a path that climbs": (edit(*ITEM, "path", value="./record/x/../../../../../../etc/passwd"), "outside its folder"),
+    "a path that climbs in its last parts": (edit(*ITEM, "path", value="../../passwd"), "outside its folder"),
+    "an absolute path": (edit(*ITEM, "path", value="/etc/passwd"), "outside its folder"),
+    "a path with escape codes": (edit(*ITEM, "path", value="../\x1b[2J\n/../x"), "are missing"),
+    "a path with a zero byte": (edit(*ITEM, "path", value="a/b\0.png"), "not as BackdoorBench writes it"),
+    "an image link that leaves": (link(PNG, "/etc/passwd"), "outside its folder"),
+    "a folder link that leaves": (link(PNG.parent, "/etc"), "outside its folder"),
+    "a link to itself": (link(PNG, "3.png"), "not as BackdoorBench"),
+    "results linked elsewhere": (
+        lambda root: (root / FILE.parent / "defense").symlink_to(root / "data"),
+        "leads out of the record",
+    ),
+    "many large images": (many_large_images, "more than this machine's memory"),
+    "an image that is text": (image(lambda: b"no image"), "cannot be decoded"),
+    "an empty image": (image(lambda: b""), "cannot be decoded"),
+    "a PostScript program": (image(lambda: EPS), "cannot be decoded"),
+    "a vector image": (image(lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "cannot be decoded"),
+    "a decompression bomb": (image(lambda: png(12_000, 12_000, bytes(12_000 * 1501))), "has 12000x12000 pixels"),
+    "an image of claims": (image(lambda: png(2**31 - 1, 2**31 - 1, b"")), "cannot be decoded"),
+    "an image cut off": (image(lambda: png(2000, 2000, bytes(251) * 2000)[:300]), "cannot be decoded"),
+    "an image that is a pipe": (instead_of(PNG, os.mkfifo), "are missing"),
+    "an image that is a folder": (instead_of(PNG, Path.mkdir), "are missing"),
+}
+SETTINGS: dict[str, tuple[str, str]] = {
+    "a Python call": ("eps: !!python/object/apply:os.system ['touch pwned']", "cannot be read as YAML"),
+    "a Python object": ("eps: !!python/object:subprocess.Popen {}", "cannot be read as YAML"),
+    "a Python name": ("eps: !!python/name:os.system", "cannot be read as YAML"),
+    "laughing anchors": (
+        "a: &a [x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)),
+        "aliases",
+    ),
+    "an endless alias": ("eps: &a [*a]", "aliases"),
+    "a merge of itself": ("a: &a\n  <<: *a", "aliases"),
+    "nesting": ("eps: " + "[" * 50_000, "cannot be read as YAML"),
+    "a date that is none": ("eps: 2026-99-99", "cannot be read as YAML"),
+    "a megabyte": ("# " + "x" * 10**6, "larger than 256 KiB"),
+    "an unknown key with escape codes": ('"\\e[2J": 1', "unknown key"),
+    "a key that is a list": ("? [a]\n: 1", "cannot be read as YAML"),
+    "binary": ("eps: \x00\x01", "cannot be read as YAML"),
+    "infinity": ("eps: .inf", "must be a number"),
+}
+INDICES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a word": (lambda file: file.write_text("1\n__import__('os')\n"), "not an index"),
+    "below zero": (lambda file: file.write_text("-1\n"), "names image -1"),
+    "beyond the set": (lambda file: file.write_text("1\n50\n"), "names image 50"),
+    "twice": (lambda file: file.write_text("1\n1\n"), "twice"),
+    "infinite": (lambda file: file.write_text("1e999\n"), "not an index"),
+    "a million digits": (lambda file: file.write_text("9" * 10**6), "index"),
+    "bytes": (lambda file: file.write_bytes(b"\xff\xfe\x00"), "not a text file"),
+    "a sparse terabyte": (lambda file: (file.touch(), os.truncate(file, 2**40)), "larger than"),
+    "an endless device": (lambda file: file.symlink_to("/dev/zero"), "cannot be read"),
+    "a pipe": (os.mkfifo, "cannot be read"),
+}
+
+
+def corpus() -> dict[str, Case]:
+    cases = {f"call: {key}": Case(edit("model", "gadget", value=make), says) for key, (make, says) in CALLS.items()}
+    storages = {"0": bytes(16)}
+    for key, (make, says) in MACHINE.items():
+        cases[f"pickle: {key}"] = Case(write(lambda make=make: torch_zip(make(), storages)), says)
+    cases |= {f"file: {key}": Case(*rest) for key, rest in FILES.items()}
+    cases |= {f"record: {key}": Case(*rest) for key, rest in CONTENTS.items()}
+    for key, (yaml, says) in SETTINGS.items():
+        cases[f"settings: {key}"] = Case(
+            lambda root, yaml=yaml: (root / "bad.yaml").write_text(yaml), says, ("--yaml_path", "bad.yaml")
+        )
+    for key, (make, says) in INDICES.items():
+        cases[f"index: {key}"] = Case(lambda root, make=make: make(root / "bad.txt"), says, ("--index", "bad.txt"))
+    return cases

@@ -1,0 +1,293 @@
+"""A run that is killed, interrupted, starved or doubled loses nothing: run again, it ends with the same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RECORD, call_fmp
+from driver import PATIENCE, Run
+from fmp_core import ranking
+from fmp_core.feature_maps import trace_conv_layers
+from toy import Plain, SmallPreActResNet, needs_cuda, toy_case
+
+FLAGS = [
+    "--device",
+    "cpu",
+    "--result_file",
+    RECORD,
+    "--frg_samples",
+    "2",
+    "--epochs",
+    "3",
+    "--ratio",
+    "0.4",
+    "--batch_size",
+    "8",
+]
+FLAGS += ["--chunk", "64", "--amp", "False", "--frequency_save", "2"]
+RESULTS = Path("record") / RECORD / "defense" / "fmp"
+SLOW = bool(os.environ.get("FMP_SLOW_TESTS"))
+KILLS, LATEST = (25, 1.0) if SLOW else (3, 0.6)  # and when, at the latest: a share of the time of a whole run
+
+
+def start(root: Path, *flags: str) -> Run:
+    return Run(root, *FLAGS, *flags)
+
+
+def final(root: Path) -> dict[str, Any]:
+    """What a complete run leaves, without what may differ: times and the log's name."""
+    files: dict[str, Any] = {}
+    for path in sorted((root / RESULTS).rglob("*")):
+        name = path.relative_to(root / RESULTS).as_posix()
+        if path.is_file() and path.suffix != ".log":
+            files[name] = path.read_bytes()
+    metrics = json.loads(files["metrics.json"])
+    files["metrics.json"] = {key: value for key, value in metrics.items() if key != "seconds"}
+    for name in files:
+        if name.endswith(".pt"):  # a zip archive holds its own name, which was temporary
+            files[name] = torch.load(root / RESULTS / name, weights_only=True)
+    return files
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    return one == other
+
+
+@pytest.fixture(scope="module")
+def whole(workplace_template: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
+    """The files of a run that nothing disturbed, and its seconds."""
+    root = tmp_path_factory.mktemp("whole") / "workplace"
+    shutil.copytree(workplace_template, root)
+    started = time.monotonic()
+    ran = start(root).finish()
+    assert ran.code == 0, ran.err
+    return final(root), time.monotonic() - started
+
+
+def states(root: Path) -> list[Path]:
+    """Checkpoints of ranking and of fine-tuning."""
+    return [*(root / RESULTS / "cache").glob("ranking_*.pt"), *(root / RESULTS / "checkpoint").glob("interrupted.pt")]
+
+
+def test_killed_anywhere_a_run_ends_with_the_same_files(whole: tuple[dict[str, Any], float], workplace: Path):
+    """``kill -9`` at random moments, one after the other in the same folder until a run gets through, several times over."""
+    expected, seconds = whole
+    generator = random.Random(0)
+    kills = rounds = resumed = 0
+    while kills < KILLS:
+        shutil.rmtree(workplace / "record" / RECORD / "defense", ignore_errors=True)
+        rounds += 1
+        for _ in range(3):
+            process = start(workplace)
+            if not process.ends_within(generator.uniform(0.0, LATEST) * seconds):
+                process.signal(signal.SIGKILL)
+            ran = process.finish()
+            if ran.code == 0:
+                break
+            assert ran.code == -signal.SIGKILL, ran.err
+            kills += 1
+            resumed += bool(states(workplace))
+        ran = start(workplace).finish()
+        assert ran.code == 0, ran.err
+        found = final(workplace)
+        assert sorted(found) == sorted(expected)
+        assert [name for name in expected if not same(found[name], expected[name])] == []
+        assert not states(workplace)
+    print(f"{kills} kills in {rounds} runs, {resumed} of them with something to go on from: all ended with the same files")
+
+
+RANKING = ["--epochs", "0"]
+TRAINING = ["--selection", "none"]
+
+
+@pytest.mark.parametrize(
+    "flags, stop, code, word",
+    [(RANKING, signal.SIGINT, 130, "interrupted"), (TRAINING, signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_ends_a_run_with_a_message_and_the_next_goes_on(
+    flags: list[str], stop: signal.Signals, code: int, word: str, workplace: Path
+):
+    process = start(workplace, *flags)
+    process.until(lambda: bool(states(workplace)))
+    process.signal(stop)
+    ran = process.finish()
+    assert ran.code == code and "Traceback" not in ran.err
+    assert ran.err.splitlines()[-1].startswith(f"fmp: {word}; earlier results are unchanged. Run the same command again")
+    again = start(workplace, *flags).finish()
+    assert again.code == 0 and "goes on" in again.err
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_fresh_starts_again(workplace: Path):
+    process = start(workplace, *TRAINING)
+    process.until(lambda: bool(states(workplace)))
+    process.signal(signal.SIGKILL)
+    process.finish()
+    before = (workplace / RESULTS / "checkpoint" / "interrupted.pt").read_bytes()
+    ran = call_fmp(*FLAGS, *TRAINING, "--lr", "0.05")
+    assert ran.code == 2 and "interrupted.pt was made with lr 0.01 (now 0.05)" in ran.err
+    assert (workplace / RESULTS / "checkpoint" / "interrupted.pt").read_bytes() == before
+    assert call_fmp(*FLAGS, *TRAINING, "--lr", "0.05", "--fresh", "--epochs", "1").code == 0
+    assert not states(workplace)
+
+
+def test_a_second_run_is_told_of_the_first_or_waits_for_it(workplace: Path):
+    first = start(workplace, *TRAINING)
+    first.until(lambda: bool(states(workplace)))
+    first.signal(signal.SIGSTOP)
+    try:
+        second = start(workplace, *TRAINING).finish()
+        assert second.code == 2 and second.err.startswith("fmp: Another run works in record/badnet_tiny/defense/fmp; ")
+        assert second.err.count("\n") == 1
+        third = start(workplace, *TRAINING, "--wait")
+        assert not third.ends_within(2.0)
+    finally:
+        first.signal(signal.SIGKILL)  # no lock outlives its process
+    first.finish()
+    ran = third.finish()
+    assert ran.code == 0 and "goes on after epoch" in ran.err
+    assert not states(workplace)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 12 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("only root may mount")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path, leave: int) -> None:
+    free = shutil.disk_usage(disk).free
+    (disk / "ballast").write_bytes(bytes(max(0, free - leave)))
+
+
+SHORT = ["--device", "cpu", "--result_file", RECORD, "--selection", "random", "--epochs", "0"]
+
+
+def test_a_full_disk_is_one_sentence_and_earlier_results_stand(workplace: Path, small_disk: Path):
+    shutil.copytree(workplace / "record", small_disk / "record")
+    flags = [*SHORT, "--record_root", str(small_disk / "record")]
+    assert call_fmp(*flags).code == 0
+    results = small_disk / "record" / RECORD / "defense" / "fmp"
+    earlier = {path.name: path.read_bytes() for path in results.iterdir() if path.is_file()}
+    fill(small_disk, leave=300_000)  # the weights take 2.8 MB
+    ran = call_fmp(*flags, "--p", "32")
+    last = ran.err.splitlines()[-1]
+    assert ran.code == 2 and "Traceback" not in ran.err
+    assert last.startswith("fmp: ") and "defense_result.pt cannot be written (No space left on device)" in last
+    assert not list(results.rglob(".*.pt"))
+    assert (results / "defense_result.pt").read_bytes() == earlier["defense_result.pt"]
+    assert (results / "metrics.json").read_bytes() == earlier["metrics.json"]
+    (small_disk / "ballast").unlink()
+    assert call_fmp(*flags, "--p", "32").code == 0
+    assert (results / "defense_result.pt").read_bytes() != earlier["defense_result.pt"]
+
+
+def test_a_disk_without_any_room_is_one_sentence(workplace: Path, small_disk: Path):
+    shutil.copytree(workplace / "record", small_disk / "record")
+    fill(small_disk, leave=0)
+    ran = call_fmp(*SHORT, "--record_root", str(small_disk / "record"))
+    assert ran.code == 2 and "Traceback" not in ran.err
+    assert ran.err.splitlines()[-1].startswith("fmp: ") and "cannot be written (No space left on device)" in ran.err
+
+
+def test_a_read_only_disk_is_one_sentence(workplace: Path, small_disk: Path):
+    shutil.copytree(workplace / "record", small_disk / "record")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    ran = call_fmp(*SHORT, "--record_root", str(small_disk / "record"))
+    assert ran.code == 2 and ran.err.startswith("fmp: ") and ran.err.count("\n") == 1
+    assert f"{RECORD} is not writable" in ran.err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_one_sentence(workplace: Path):
+    (workplace / "record" / RECORD).chmod(0o555)
+    ran = call_fmp(*SHORT)
+    (workplace / "record" / RECORD).chmod(0o755)
+    assert ran.code == 2 and "is not writable" in ran.err
+
+
+def test_the_clock_may_jump(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    times = iter(range(10**9, 0, -10_000))
+    monkeypatch.setattr(time, "time", lambda: float(next(times)))
+    assert call_fmp(*SHORT).code == 0
+    assert min(json.loads((workplace / RESULTS / "metrics.json").read_text())["seconds"].values()) >= 0
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch: pytest.MonkeyPatch):
+    """An allocator that refuses more than 16 images at a time, as a small GPU would."""
+    seen: list[int] = []
+    genuine = ranking.SharedForward
+
+    def limited(model: Any, layers: Any, images: Any, start: Any, copies: int = 1, *more: Any) -> Any:
+        seen.append(len(images) * copies)
+        if seen[-1] > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return genuine(model, layers, images, start, copies, *more)
+
+    model, images, labels = toy_case(Plain, count=7)
+    layers = trace_conv_layers(model.network, images[:1])
+    expected = ranking.score_feature_maps(model, layers, images, labels, eps=0.1, rows=64)
+    monkeypatch.setattr(ranking, "SharedForward", limited)
+    found = ranking.score_feature_maps(model, layers, images, labels, eps=0.1, rows=64)
+    assert seen == [63, 28, 14]
+    assert torch.equal(found.correct, expected.correct) and torch.equal(found.margin, expected.margin)
+
+
+@needs_cuda
+def test_a_gpu_that_is_too_small_halves_the_batch_and_goes_on():
+    model, images, labels = toy_case(SmallPreActResNet, count=512)
+    layers = trace_conv_layers(model.network, images[:1])
+    expected = ranking.score_feature_maps(model, layers, images, labels, eps=0.1)
+    model, images, labels = model.cuda(), images.cuda(), labels.cuda()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(60e6 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        found = ranking.score_feature_maps(model, layers, images, labels, eps=0.1, rows=4096)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.testing.assert_close(found.margin, expected.margin, rtol=0, atol=1e-3)
+
+
+def test_memory_that_never_suffices_is_one_sentence(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuses(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ranking, "SharedForward", refuses)
+    ran = call_fmp(*SHORT, "--selection", "frg")
+    assert ran.code == 2 and ran.err.splitlines()[-1].startswith("fmp: out of memory; lower")
+
+
+def test_a_worker_that_dies_ends_the_others_with_a_message(workplace: Path):
+    """Two processes rank together; one is killed. The other ends by itself, soon, and says what happened."""
+    port = str(20_000 + os.getpid() % 20_000)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    places = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    workers = [Run(workplace, *FLAGS, environment=place) for place in places]
+    workers[1].until(lambda: any("1of2" in path.name for path in states(workplace)))
+    workers[1].signal(signal.SIGKILL)
+    workers[1].finish()
+    died = time.monotonic()
+    ran = workers[0].finish()
+    assert ran.code == 2 and "Traceback" not in ran.err
+    assert "Another process of torchrun ended early" in ran.err.splitlines()[-1]
+    assert time.monotonic() - died < PATIENCE
+    assert any("0of2" in path.name for path in states(workplace))  # what it scored is kept

@@ -1,0 +1,79 @@
+"""Nothing in a stranger's file runs; each is refused in one sentence, quickly, in bounded memory, leaving no file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostile import RECORD, Case, corpus
+
+CASES = corpus()
+GOOD = "a whole record and then a missing one"  # warms up: what is imported later was not imported for a good reason
+FLAGS = ["--device", "cpu", "--result_file", RECORD, "--epochs", "0", "--frg_samples", "1"]
+
+
+def listing(root: Path) -> dict[str, tuple[int, int]]:
+    found = {path: path.lstat() for path in root.rglob("*")}
+    return {str(path): (facts.st_mode, facts.st_size) for path, facts in found.items()}
+
+
+@pytest.fixture(scope="module")
+def reports(workplace_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All cases, run by one process: what the command said, and what it left behind."""
+    root = tmp_path_factory.mktemp("hostile")
+    todo, before = [], {}
+    for number, (name, case) in enumerate({GOOD: Case(lambda root: None, "", ("--p", "0")), **CASES}.items()):
+        place = root / str(number)
+        shutil.copytree(workplace_template, place)
+        case.damage(place)
+        before[name] = listing(place)
+        todo.append((name, str(place), [*FLAGS, *case.flags]))
+    (root / "cases.json").write_text(json.dumps(todo))
+    command = [sys.executable, str(Path(__file__).with_name("watched.py")), str(root / "cases.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    found = {report["name"]: report for report in map(json.loads, done.stdout.splitlines())}
+    assert len(found) == len(todo), f"the process ended ({done.returncode}) at {todo[len(found)][0]!r}: {done.stderr[-800:]}"
+    for name, place, _ in todo:
+        found[name]["changed"] = sorted(set(listing(Path(place)).items()) ^ set(before[name].items()))
+        shutil.rmtree(place)
+    return found
+
+
+def test_the_corpus_is_large():
+    assert len(CASES) >= 60
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_hostile_input_is_refused_in_one_sentence_and_nothing_happens(name: str, reports: dict[str, dict[str, Any]]):
+    report = reports[name]
+    assert report["code"] == 2, report
+    assert report["out"] == "" and report["err"].startswith("fmp: ") and report["err"].count("\n") == 1, report
+    assert report["err"].rstrip("\n").isprintable() and len(report["err"]) < 2000
+    assert CASES[name].says in report["err"]
+    assert report["events"] == [] and report["changed"] == [], report
+    assert {module.split(".")[0] for module in report["modules"]} <= {"PIL", "encodings"}
+    assert report["seconds"] < 5, report
+    assert report["kilobytes"] < 2**20  # one GiB, Python and torch included
+
+
+def test_the_corpus_is_hostile(workplace_template: Path, tmp_path: Path):
+    """Payloads do work where they are run; else their refusal would prove nothing."""
+    import torch
+
+    for name in ("call: os.system", "call: eval", "call: torch bytes", "call: Popen"):
+        shutil.copytree(workplace_template, tmp_path / name)
+        CASES[name].damage(tmp_path / name)
+        os.chdir(tmp_path / name)
+        assert not Path("pwned").exists()
+        torch.load("record/badnet_tiny/attack_result.pt", weights_only=False)
+        for _ in range(100):
+            if Path("pwned").exists():
+                break
+            __import__("time").sleep(0.1)
+        assert Path("pwned").exists(), name

@@ -1,0 +1,154 @@
+"""A ranking stopped after any group of maps, and begun again, has the bits of one that was not; other states are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fmp_core import ranking_state
+from fmp_core.checkpoint import Checkpoint
+from fmp_core.errors import UserError
+from fmp_core.feature_maps import trace_conv_layers
+from fmp_core.racing import race
+from fmp_core.ranking import Scores, score_feature_maps
+from fmp_core.ranking_state import RankingCheckpoints
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import Plain, SmallPreActResNet, toy_case
+
+EPS = 16 / 255
+FIELDS = ("correct", "margin", "slimmest", "logits")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+def stops_at(group: int, kind: type[BaseException]) -> Callable[[int], None]:
+    left = [group]
+
+    def progress(_pairs: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise kind
+
+    return progress
+
+
+def scorer(model_kind: type[torch.nn.Module], images_count: int = 7) -> Callable[..., Scores]:
+    model, images, labels = toy_case(model_kind, count=images_count)
+    layers = trace_conv_layers(model.network, images[:1])
+    return lambda **options: score_feature_maps(model, layers, images, labels, eps=EPS, **options)
+
+
+def equal(one: Scores, other: Scores) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in FIELDS)
+
+
+@pytest.mark.parametrize("kind", [Killed, KeyboardInterrupt])
+def test_stopped_after_each_group_a_ranking_ends_with_the_same_bits(
+    kind: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Seven images in batches of at most 3; each attempt comes one group further than the one before."""
+    monkeypatch.setattr(ranking_state, "EVERY", 0.0 if kind is Killed else 1e9)
+    score = scorer(Plain)
+    told: list[int] = []
+    expected = score(rows=3, progress=told.append)
+    checkpoint = Checkpoint(tmp_path / "ranking.pt", {"key": "a"})
+    stops = 0
+    for attempt in range(1, len(told) + 2):
+        try:
+            found = score(rows=3, progress=stops_at(attempt, kind), checkpoint=checkpoint)
+            break
+        except kind:
+            stops += 1
+    assert stops > 3 and equal(found, expected)
+
+
+def test_what_is_saved_is_not_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    score, checkpoint = scorer(Plain), Checkpoint(tmp_path / "ranking.pt", {})
+    first = score(rows=3, checkpoint=checkpoint)
+    monkeypatch.setattr(ranking_state.Tally, "put", lambda *_: pytest.fail("scored again"))
+    assert equal(score(rows=3, checkpoint=checkpoint), first)
+
+
+@settings(max_examples=8, deadline=None)
+@given(stop=st.integers(1, 12), rows=st.integers(2, 12), then=st.integers(2, 12), seed=st.integers(0, 2**32 - 1))
+def test_seeds_chunks_and_stops_change_no_bit(stop: int, rows: int, then: int, seed: int):
+    """Stopped after any group under one chunk size, continued under another: the bits of one go under a third."""
+    import tempfile
+
+    score = scorer(SmallPreActResNet, 5)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Checkpoint(Path(folder) / "ranking.pt", {"seed": seed})
+        try:
+            found = score(rows=rows, seed=seed, progress=stops_at(stop, KeyboardInterrupt), checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            found = score(rows=then, seed=seed, checkpoint=checkpoint)
+    assert equal(found, score(seed=seed))
+
+
+def test_a_race_goes_on_in_its_second_lap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranking_state, "EVERY", 0.0)
+    score = scorer(Plain)
+    maps = len(score().correct)
+    expected = race(lambda kind, wanted: score(dtype=kind, wanted=wanted), maps, 4, "global")
+    for lap in (1, 2):
+        checkpoints = RankingCheckpoints(tmp_path, "k" * 64, fresh=lap == 1)
+        calls: list[torch.dtype] = []
+
+        def lap_of(kind: torch.dtype, wanted: torch.Tensor, files=checkpoints, lap: int = lap, calls=calls) -> Scores:
+            calls.append(kind)
+            if lap == 1 and kind == torch.float32:
+                raise Killed
+            return score(dtype=kind, wanted=wanted, checkpoint=files.of(kind, wanted))
+
+        try:
+            found = race(lap_of, maps, 4, "global")
+        except Killed:
+            assert [path.name.count("ranking_kkkkkkkkkkkkkkkk_") for path in tmp_path.iterdir()] == [1]
+    assert equal(found, expected) and torch.equal(found.settled, expected.settled)
+    checkpoints.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def saved(score: Callable[..., Scores], path: Path) -> dict[str, Any]:
+    score(checkpoint=Checkpoint(path, {"key": "a"}))
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["made_with"].update(key="another record"),
+        lambda content: content.pop("state"),
+        lambda content: content.update(made_with=None),
+        lambda content: content["state"].pop("rows"),
+        lambda content: content["state"].update(images=-1),
+        lambda content: content["state"].update(whole=7),
+        lambda content: content["state"]["whole"].update(margin=torch.zeros(3)),
+        lambda content: content["state"]["whole"].update(margin="x"),
+        lambda content: content["state"]["part"].pop("logits"),
+    ],
+)
+def test_a_stale_or_forged_state_is_refused(change: Callable[[dict[str, Any]], Any], tmp_path: Path):
+    score, path = scorer(Plain), tmp_path / "ranking.pt"
+    content = saved(score, path)
+    change(content)
+    torch.save(content, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"ranking\.pt .*remove it"):
+        score(checkpoint=Checkpoint(path, {"key": "a"}))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 0.99])
+def test_a_truncated_state_is_refused(share: float, tmp_path: Path):
+    score, path = scorer(Plain), tmp_path / "ranking.pt"
+    saved(score, path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match=r"ranking\.pt is not a whole torch file .*remove it"):
+        score(checkpoint=Checkpoint(path, {"key": "a"}))
