@@ -39,7 +39,7 @@ from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
 from fmp_core.progress import Progress  # noqa: E402
 from fmp_core.pruning import prune_feature_maps  # noqa: E402
 from fmp_core.racing import race  # noqa: E402
-from fmp_core.ranking import Scores, choose, score_feature_maps  # noqa: E402
+from fmp_core.ranking import Choice, Scores, choose, choose_by_chance, score_feature_maps  # noqa: E402
 from fmp_core.records import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
 from fmp_core.score_cache import cache_file, content_key, load_scores, save_scores  # noqa: E402
 from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
@@ -103,7 +103,7 @@ class FMP(defense):
             )
             self.layers = self._trace(network, record)
         self.record, self.facts = record, facts
-        self.folder = record.folder / "defense" / "fmp"
+        self.folder = record.folder / "defense" / settings.defense_name
 
     def set_logger(self) -> None:
         """Log to the console and to ``log/<time>.log``, in BB's format; of several processes only the first speaks."""
@@ -131,16 +131,14 @@ class FMP(defense):
         """Rank, prune, fine-tune, evaluate, write. The poisoned test set is only ever evaluated on."""
         settings, logger = self.settings, self.logger
         make_deterministic()
-        scores = self._rank()
+        scores = self._rank() if settings.selection == "frg" else None
         if not ranks.leads():  # one process goes on from here
             return {"model": self.model.network, "metrics": {}}
         before = self._test("before")
-        choice = choose(scores, settings.p, settings.scope)
-        prune_feature_maps(scores.layers, choice.by_layer(scores))
-        pruned = int(choice.mask.sum())
-        logger.info(
-            "pruned %d of %d feature maps; %d tied at a cut, where the margin decided", pruned, scores.total, choice.ties
-        )
+        choice = self._choose(scores)
+        prune_feature_maps(self.layers, choice.by_layer(self.layers))
+        pruned, total = int(choice.mask.sum()), len(choice.mask)
+        logger.info("pruned %d of %d feature maps; %d tied at a cut, where the margin decided", pruned, total, choice.ties)
         history = self._fine_tune()
         after = history[-1][1]
         assert after is not None  # the last epoch is always tested
@@ -152,8 +150,8 @@ class FMP(defense):
             "dataset": self.record.dataset,
             "model": self.record.model_name,
             "clean_images": len(self.subset),
-            "frg_images": scores.samples,
-            "feature_maps": scores.total,
+            "frg_images": scores.samples if scores else 0,
+            "feature_maps": total,
             "pruned": pruned,
             "tied_at_cut": choice.ties,
             "seconds": self.seconds,
@@ -166,9 +164,8 @@ class FMP(defense):
         report.write_csv(self.folder / "fmp_df.csv", frame)
         report.write_csv(self.folder / "fmp_df_summary.csv", report.summary_frame(frame))
         report.write_plots(self.folder, frame)
-        report.write_csv(
-            self.folder / "feature_maps.csv", report.feature_map_frame(scores, choice, settings.scope), index=False
-        )
+        maps = report.feature_map_frame(self.layers, choice, scores, settings.scope)
+        report.write_csv(self.folder / "feature_maps.csv", maps, index=False)
         write_defense_result(self.folder / "defense_result.pt", *self._weights())
         report.write_json(self.folder / "metrics.json", metrics)
         logger.info("results are in %s", self.folder)
@@ -204,6 +201,14 @@ class FMP(defense):
             detail = " ".join(str(error).split())[:200]
             raise UserError(f"{record.model_name} cannot take the record's {record.image_size} images ({detail}).") from None
 
+    def _choose(self, scores: Scores | None) -> Choice:
+        settings = self.settings
+        if settings.selection == "none":
+            return Choice(torch.zeros(sum(layer.channels for layer in self.layers), dtype=torch.bool))
+        if scores is None:
+            return choose_by_chance(self.layers, settings.p, settings.scope, settings.random_seed)
+        return choose(scores, settings.p, settings.scope)
+
     def _rank(self) -> Scores:
         """The scores of all feature maps, from the cache if the same question was answered before."""
         settings = self.settings
@@ -218,9 +223,10 @@ class FMP(defense):
         racing = settings.ranking == "racing" and dtype == torch.float32
         rules = {"dtype": str(dtype)} | ({"racing": [settings.p, settings.scope]} if racing else {})
         key = content_key(self.model.network.state_dict(), images, labels, {**question, **rules})
-        scores = None if settings.fresh else load_scores(self.folder, key, layers)
+        beside = self.record.folder / "defense" / "fmp"  # shared by all --defense_name
+        scores = None if settings.fresh else load_scores(beside, key, layers)
         if scores is not None:
-            self.logger.info("scores of %d feature maps read from %s (--fresh ranks again)", maps, cache_file(self.folder, key))
+            self.logger.info("scores of %d feature maps read from %s (--fresh ranks again)", maps, cache_file(beside, key))
             return scores
         self.logger.info("ranking %d feature maps of %d layers on %d clean images in %s", maps, len(layers), count, dtype)
         with self._timed("ranking"), Progress("Ranking", maps * count, "map-images", self.logger) as bar:
@@ -240,7 +246,7 @@ class FMP(defense):
             else:
                 scores = score(dtype=dtype)
         if ranks.leads():
-            save_scores(self.folder, key, scores)
+            save_scores(beside, key, scores)
         return scores
 
     def _fine_tune(self) -> list[tuple[Epoch | None, Metrics | None]]:

@@ -174,7 +174,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
         def score(maps: Tensor) -> None:
             for first in range(0, len(images), rows):
                 part = slice(first, first + rows)
-                engine.score(images[part], start[part], labels[part], maps, max(1, rows // len(images[part])))
+                engine.score(images[part], start[part], labels[part], maps, 10, max(1, rows // len(images[part])))
 
         shared = seconds(lambda: score(nothing), device, 1)
         sampled = seconds(lambda: score(wanted), device, 1, warm_up=device.type == "cuda") - shared

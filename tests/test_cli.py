@@ -235,6 +235,18 @@ def test_epochs_0_prunes_and_evaluates(workplace: Path, run_fmp: Run):
     assert all(torch.equal(result[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize(("selection", "share"), [("random", 16), ("none", None)])
+def test_ablations_rank_nothing_and_lie_beside_the_result(selection: str, share: int | None, workplace: Path, run_fmp: Run):
+    ran = run_fmp(*QUICK, "--epochs", "0", "--selection", selection, "--defense_name", f"by_{selection}")
+    assert ran.code == 0 and "map-images" not in ran.err
+    folder = workplace / RESULTS.with_name(f"by_{selection}")
+    assert (folder / "defense_result.pt").is_file() and not (workplace / RESULTS).exists()
+    maps = pd.read_csv(folder / "feature_maps.csv")
+    assert list(maps.columns) == ["layer", "channel", "pruned"]
+    expected = sum(len(group) // share for _, group in maps.groupby("layer")) if share else 0
+    assert int(maps["pruned"].sum()) == expected
+
+
 def test_the_class_runs_from_python_on_another_place(
     workplace_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit_record: Edit
 ):

@@ -27,7 +27,7 @@ from fmp_core.feature_maps import trace_conv_layers
 from fmp_core.finetune import train
 from fmp_core.models import PixelModel, build_model
 from fmp_core.pruning import prune_feature_maps
-from fmp_core.ranking import score_feature_maps
+from fmp_core.ranking import score_feature_maps, slices
 from fmp_core.records import PoisonedImages, write_attack_record
 from fmp_core.settings import Settings
 from PIL import Image
@@ -279,7 +279,7 @@ def test_mistake_hooked_in_forward_order_but_zeroed_in_module_order() -> None:
         network.conv_a.weight[2] = 0
     clean = int((model(images).argmax(1) == labels).sum())
     scores = score_feature_maps(model, layers, images, labels, eps=16 / 255)
-    where = {layer.name: part for layer, part in scores.slices()}
+    where = {layer.name: part for layer, part in slices(scores.layers)}
     assert int(scores.correct[where["conv_a"]][2]) == clean
     network.load_state_dict(before)
     nothing = torch.zeros(6, dtype=torch.bool)

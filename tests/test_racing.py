@@ -1,5 +1,7 @@
 """Racing rescoring: the selection is that of the exact scores."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fmp_core.feature_maps import ConvLayer
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 def scores_of(correct: Tensor, margin: Tensor, widths: tuple[int, ...], slimmest: float = 1.0) -> Scores:
     layers = tuple(ConvLayer(f"c{i}", nn.Conv2d(1, width, 1)) for i, width in enumerate(widths))
-    return Scores(layers, correct, margin, torch.full((len(correct),), slimmest), 32)
+    return Scores(layers, correct, margin, torch.full((len(correct),), slimmest), torch.zeros(len(correct), 2), 32)
 
 
 def run(cheap: Scores, exact: Scores, p: int, scope: str) -> tuple[Scores, int]:
@@ -21,7 +23,7 @@ def run(cheap: Scores, exact: Scores, p: int, scope: str) -> tuple[Scores, int]:
             return cheap
         assert not (rescored & wanted).any(), "a map was scored twice"
         rescored.logical_or_(wanted)
-        return Scores(exact.layers, exact.correct * wanted, exact.margin * wanted, exact.slimmest, exact.samples)
+        return replace(exact, correct=exact.correct * wanted, margin=exact.margin * wanted)
 
     return race(score, cheap.total, p, scope), int(rescored.sum())
 

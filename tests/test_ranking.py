@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers
-from fmp_core.ranking import Scores, choose, score_feature_maps
+from fmp_core.ranking import Scores, choose, choose_by_chance, score_feature_maps, slices
 from reference import score
 from torch import Tensor, nn
 from toy import Normalised, OutOfOrder, Plain, SmallPreActResNet, footprint, needs_cuda, toy_case, weights
@@ -82,7 +82,8 @@ def test_alpha_defaults_to_two_and_a_half_eps_over_steps() -> None:
 
 def made_up(correct: list[int], margin: list[float], channels: tuple[int, ...]) -> Scores:
     layers = tuple(ConvLayer(f"conv{i}", nn.Conv2d(1, count, 1)) for i, count in enumerate(channels))
-    return Scores(layers, torch.tensor(correct), torch.tensor(margin, dtype=torch.float64), torch.ones(len(margin)), samples=10)
+    margins = torch.tensor(margin, dtype=torch.float64)
+    return Scores(layers, torch.tensor(correct), margins, torch.ones(len(margin)), torch.zeros(len(margin), 3), samples=10)
 
 
 def test_global_takes_the_lowest_of_all_and_layer_the_lowest_of_each() -> None:
@@ -90,11 +91,20 @@ def test_global_takes_the_lowest_of_all_and_layer_the_lowest_of_each() -> None:
     scores = made_up([5, 1, 2, 3, 9, 9, 8, 7], [0.0] * 8, (4, 4))
     assert choose(scores, 4, "global").mask.nonzero().flatten().tolist() == [1, 2]
     assert choose(scores, 4, "layer").mask.nonzero().flatten().tolist() == [1, 7]
-    by_layer = choose(scores, 4, "layer").by_layer(scores)
+    by_layer = choose(scores, 4, "layer").by_layer(scores.layers)
     assert {name: mask.tolist() for name, mask in by_layer.items()} == {
         "conv0": [False, True, False, False],
         "conv1": [False, False, False, True],
     }
+
+
+def test_chance_takes_as_many_of_each_layer_and_the_seed_decides_which() -> None:
+    layers = made_up([0] * 40, [0.0] * 40, (32, 8)).layers
+    chosen = choose_by_chance(layers, 4, "layer", 0)
+    assert [int(mask.sum()) for mask in chosen.by_layer(layers).values()] == [8, 2]
+    assert torch.equal(chosen.mask, choose_by_chance(layers, 4, "layer", 0).mask)
+    assert not torch.equal(chosen.mask, choose_by_chance(layers, 4, "layer", 1).mask)
+    assert int(choose_by_chance(layers, 4, "global", 0).mask.sum()) == 10
 
 
 @pytest.mark.parametrize(
@@ -103,13 +113,13 @@ def test_global_takes_the_lowest_of_all_and_layer_the_lowest_of_each() -> None:
 def test_the_number_is_rounded_down(p: int, of_all: int, of_7: int, of_3: int) -> None:
     scores = made_up(list(range(10)), [0.0] * 10, (7, 3))
     assert int(choose(scores, p, "global").mask.sum()) == of_all
-    by_layer = choose(scores, p, "layer").by_layer(scores)
+    by_layer = choose(scores, p, "layer").by_layer(scores.layers)
     assert [int(mask.sum()) for mask in by_layer.values()] == [of_7, of_3]
 
 
 def test_a_layer_smaller_than_p_loses_nothing() -> None:
     scores = made_up([0, 0, 0] + [9] * 8, [0.0] * 11, (3, 8))
-    choice = choose(scores, 8, "layer").by_layer(scores)
+    choice = choose(scores, 8, "layer").by_layer(scores.layers)
     assert int(choice["conv0"].sum()) == 0 and int(choice["conv1"].sum()) == 1
 
 
@@ -131,7 +141,7 @@ def test_ties_counts_the_maps_that_share_a_count_across_a_cut() -> None:
 
 def test_slices_give_each_layer_its_maps() -> None:
     scores = made_up([0] * 9, [0.0] * 9, (2, 3, 4))
-    assert [(layer.name, where) for layer, where in scores.slices()] == [
+    assert [(layer.name, where) for layer, where in slices(scores.layers)] == [
         ("conv0", slice(0, 2)),
         ("conv1", slice(2, 5)),
         ("conv2", slice(5, 9)),
@@ -254,8 +264,8 @@ def test_scores_belong_to_the_layer_of_that_name() -> None:
     model, images, labels = toy_case(OutOfOrder)
     layers = trace_conv_layers(model.network, images[:1])
     scores = score_feature_maps(model, layers, images, labels, eps=EPS)
-    assert [layer.name for layer, _ in scores.slices()] == ["conv_a", "conv_b", "shortcut"]
-    for layer, where in scores.slices():
+    assert [layer.name for layer, _ in slices(scores.layers)] == ["conv_a", "conv_b", "shortcut"]
+    for layer, where in slices(scores.layers):
         alone = score(model, [layer], images, labels, eps=EPS)
         torch.testing.assert_close(scores.margin[where], alone.margins.mean(1), rtol=1e-4, atol=1e-4)
 

@@ -98,11 +98,11 @@ def test_plots_are_pictures_of_bbs_size(tmp_path: Path, rows: list[tuple[Epoch |
 def scores() -> Scores:
     layers = (ConvLayer("b", nn.Conv2d(1, 4, 1)), ConvLayer("a", nn.Conv2d(1, 2, 1)))
     margin = torch.tensor([0.5, -1.0, 0.25, 0.125, 0.75, 0.5], dtype=torch.float64)
-    return Scores(layers, torch.tensor([7, 3, 3, 9, 8, 1]), margin, margin, samples=10)
+    return Scores(layers, torch.tensor([7, 3, 3, 9, 8, 1]), margin, margin, torch.zeros(6, 10), samples=10)
 
 
 def test_feature_maps_ranked_within_their_layer(tmp_path: Path) -> None:
-    frame = report.feature_map_frame(scores(), choose(scores(), 2, "layer"), "layer")
+    frame = report.feature_map_frame(scores().layers, choose(scores(), 2, "layer"), scores(), "layer")
     report.write_csv(tmp_path / "feature_maps.csv", frame, index=False)
     assert lines(tmp_path / "feature_maps.csv") == [
         "layer,channel,correct,samples,margin,rank,pruned",
@@ -116,14 +116,14 @@ def test_feature_maps_ranked_within_their_layer(tmp_path: Path) -> None:
 
 
 def test_feature_maps_ranked_all_together() -> None:
-    frame = report.feature_map_frame(scores(), choose(scores(), 3, "global"), "global")
+    frame = report.feature_map_frame(scores().layers, choose(scores(), 3, "global"), scores(), "global")
     assert frame["rank"].tolist() == [4, 2, 3, 6, 5, 1]
     assert frame["pruned"].tolist() == [False, True, False, False, False, True]
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_pruned_maps_are_those_of_the_lowest_ranks(scope: str) -> None:
-    frame = report.feature_map_frame(scores(), choose(scores(), 2, scope), scope)
+    frame = report.feature_map_frame(scores().layers, choose(scores(), 2, scope), scores(), scope)
     for _, group in frame.groupby("layer") if scope == "layer" else [("all", frame)]:
         assert group[group["pruned"]]["rank"].max() < group[~group["pruned"]]["rank"].min()
         assert sorted(group["rank"]) == list(range(1, len(group) + 1))

@@ -36,16 +36,17 @@ def test_another_question_has_another_key(changes: dict[str, object]):
 
 
 def test_scores_come_back(tmp_path: Path):
-    scores = Scores(LAYERS, torch.arange(4), torch.rand(4), torch.rand(4), 5, torch.tensor([True, True, False, True]))
+    settled = torch.tensor([True, True, False, True])
+    scores = Scores(LAYERS, torch.arange(4), torch.rand(4), torch.rand(4), torch.rand(4, 3), 5, settled)
     save_scores(tmp_path, key(), scores)
     again = load_scores(tmp_path, key(), LAYERS)
     assert again is not None and again.samples == 5
-    for name in ("correct", "margin", "slimmest", "settled"):
+    for name in ("correct", "margin", "slimmest", "logits", "settled"):
         assert torch.equal(getattr(again, name), getattr(scores, name))
 
 
 def test_a_damaged_or_foreign_file_is_no_answer(tmp_path: Path):
-    scores = Scores(LAYERS, torch.zeros(4, dtype=torch.int64), torch.zeros(4), torch.zeros(4), 5)
+    scores = Scores(LAYERS, torch.zeros(4, dtype=torch.int64), torch.zeros(4), torch.zeros(4), torch.zeros(4, 3), 5)
     assert load_scores(tmp_path, key(), LAYERS) is None
     save_scores(tmp_path, key(), scores)
     path = cache_file(tmp_path, key())

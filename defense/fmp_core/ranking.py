@@ -25,6 +25,7 @@ class Scores:
     ``correct`` int64 ``[N]``: how many of ``samples`` FRG images the whole model still classifies correctly.
     ``margin`` float64 ``[N]``: mean over the images of (logit of the true class - largest other logit).
     ``slimmest`` float64 ``[N]``: the smallest margin among the images classified correctly (inf if there are none).
+    ``logits`` float64 ``[N, K]``: mean logits over the images.
     ``settled`` bool ``[N]``: False for maps that racing dropped on their cheaper score; None if there are none.
     """
 
@@ -32,20 +33,13 @@ class Scores:
     correct: Tensor
     margin: Tensor
     slimmest: Tensor
+    logits: Tensor
     samples: int
     settled: Tensor | None = None
 
     @property
     def total(self) -> int:
         return len(self.correct)
-
-    def slices(self) -> list[tuple[ConvLayer, slice]]:
-        """Each layer with the positions of its maps."""
-        found, start = [], 0
-        for layer in self.layers:
-            found.append((layer, slice(start, start + layer.channels)))
-            start += layer.channels
-        return found
 
     def order(self) -> Tensor:
         """Positions, int64 ``[N]``, from the lowest score up; ties of ``correct`` by ``margin``, then by position.
@@ -61,10 +55,19 @@ class Choice:
     """The maps to prune: ``mask`` bool ``[N]``; ``ties`` counts maps whose ``correct`` equals that of a cut they straddle."""
 
     mask: Tensor
-    ties: int
+    ties: int = 0
 
-    def by_layer(self, scores: Scores) -> dict[str, Tensor]:
-        return {layer.name: self.mask[where] for layer, where in scores.slices()}
+    def by_layer(self, layers: Sequence[ConvLayer]) -> dict[str, Tensor]:
+        return {layer.name: self.mask[where] for layer, where in slices(layers)}
+
+
+def slices(layers: Sequence[ConvLayer]) -> list[tuple[ConvLayer, slice]]:
+    """Each layer with the positions of its maps among the maps of all layers."""
+    found, start = [], 0
+    for layer in layers:
+        found.append((layer, slice(start, start + layer.channels)))
+        start += layer.channels
+    return found
 
 
 def choose(scores: Scores, p: int, scope: str) -> Choice:
@@ -80,12 +83,24 @@ def choose(scores: Scores, p: int, scope: str) -> Choice:
     return Choice(mask, ties)
 
 
+def choose_by_chance(layers: Sequence[ConvLayer], p: int, scope: str, seed: int) -> Choice:
+    """As many maps as :func:`choose` takes, drawn without looking at the model: the control of FMP's ranking."""
+    generator = torch.Generator().manual_seed(seed)
+    wheres = [where for _, where in slices(layers)]
+    groups = [slice(0, wheres[-1].stop)] if scope == "global" else wheres
+    mask = torch.zeros(wheres[-1].stop, dtype=torch.bool)
+    for group in groups:
+        size = group.stop - group.start
+        mask[group.start + torch.randperm(size, generator=generator)[: size // p]] = True
+    return Choice(mask)
+
+
 def ordered_groups(scores: Scores, scope: str) -> list[Tensor]:
     """Positions of the maps that are compared with each other, each group from its lowest score up."""
     order = scores.order()
     if scope == "global":
         return [order]
-    return [order[(order >= where.start) & (order < where.stop)] for _, where in scores.slices()]
+    return [order[(order >= where.start) & (order < where.stop)] for _, where in slices(scores.layers)]
 
 
 def score_feature_maps(
@@ -97,6 +112,7 @@ def score_feature_maps(
     eps: float,
     steps: int = 1,
     alpha: float | None = None,
+    pixels: int = 0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     rows: int | None = None,
@@ -112,6 +128,7 @@ def score_feature_maps(
         images: float ``[M, C, H, W]`` in [0,1], not augmented, on the model's device.
         labels: int64 ``[M]``.
         eps, steps, alpha: see :meth:`~fmp_core.frg.SharedForward.reversed_images`; alpha defaults to 2.5*eps/steps.
+        pixels: if not 0, FRG images are :meth:`~fmp_core.frg.SharedForward.sparse_images`, and ``eps`` bounds the noise only.
         seed: of the start noise, one draw per image, shared by all maps.
         dtype: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
         rows: images per batch; the default suits the device. Scores do not depend on it from
@@ -123,11 +140,8 @@ def score_feature_maps(
     device = images.device
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     start = noisy_start(images, noise.to(device), eps)
-    attack = Attack(eps, steps, 2.5 * eps / steps if alpha is None else alpha)
+    attack = Attack(eps, steps, 2.5 * eps / steps if alpha is None else alpha, pixels)
     total = sum(layer.channels for layer in layers)
-    correct = torch.zeros(total, dtype=torch.int64, device=device)
-    margin = torch.zeros(total, dtype=torch.float64, device=device)
-    slimmest = torch.full((total,), torch.inf, dtype=torch.float64, device=device)
     # TF32 would blur the difference of two nearly equal maps; speed comes from dtype, not from it.
     with frozen(model), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         engine = Engine(model, lowered(model, layers[0].module, dtype), dtype, layers, attack, progress)
@@ -135,31 +149,66 @@ def score_feature_maps(
         if memory_mib is not None:
             rows = max(1, min(rows, memory_mib * 2**20 // engine.bytes_per_image(images[:1], start[:1])))
         mine = ranks.share(torch.ones(total, dtype=torch.bool) if wanted is None else wanted)
+        with torch.inference_mode():
+            classes = model(images[:1]).shape[1]
+        tally = Tally.empty(total, classes, device)
         first = 0
         while first < len(images):
             batch = math.ceil((len(images) - first) / math.ceil((len(images) - first) / rows))
             part = slice(first, first + batch)
             try:
-                hits, margins, slimmest_of_batch = engine.score(
-                    images[part], start[part], labels[part], mine, max(1, rows // batch)
-                )
+                scored = engine.score(images[part], start[part], labels[part], mine, classes, max(1, rows // batch))
             except RuntimeError as error:
                 if rows == 1 or not is_out_of_memory(error):
                     raise
                 rows //= 2
                 continue
-            correct += hits
-            margin += margins
-            slimmest = torch.minimum(slimmest, slimmest_of_batch)
+            tally = tally.plus(scored)
             first += batch
-    ranks.combine(correct, margin, slimmest)
-    return Scores(tuple(layers), correct.cpu(), margin.cpu() / len(images), slimmest.cpu(), len(images))
+    ranks.combine(*tally[:3], least=tally.slimmest)
+    correct, margin, logits, slimmest = (tensor.cpu() for tensor in tally)
+    return Scores(tuple(layers), correct, margin / len(images), slimmest, logits / len(images), len(images))
 
 
 class Attack(NamedTuple):
+    """How FRG images are made: dense (:meth:`SharedForward.reversed_images`), or sparse if ``pixels`` is not 0."""
+
     eps: float
     steps: int
     alpha: float
+    pixels: int = 0
+
+
+class Tally(NamedTuple):
+    """What is counted over images, for each map: see :class:`Scores`, but sums where that has means."""
+
+    correct: Tensor
+    margin: Tensor
+    logits: Tensor
+    slimmest: Tensor
+
+    @staticmethod
+    def empty(total: int, classes: int, device: torch.device) -> Tally:
+        return Tally(
+            torch.zeros(total, dtype=torch.int64, device=device),
+            torch.zeros(total, dtype=torch.float64, device=device),
+            torch.zeros(total, classes, dtype=torch.float64, device=device),
+            torch.full((total,), torch.inf, dtype=torch.float64, device=device),
+        )
+
+    def put(self, where: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Set the maps at ``where`` ``[n]`` from their images' logits ``[n, B, K]``; ``labels`` ``[B]``."""
+        true = logits[:, torch.arange(len(labels)), labels]
+        others = logits.scatter(2, labels.expand(len(where), -1)[:, :, None], -torch.inf).amax(2)
+        hits, margins = logits.argmax(2) == labels, true - others
+        self.correct[where] = hits.sum(1)
+        self.margin[where] = margins.sum(1, dtype=torch.float64)
+        self.logits[where] = logits.sum(1, dtype=torch.float64)
+        self.slimmest[where] = torch.where(hits, margins.double(), torch.inf).amin(1)
+
+    def plus(self, other: Tally) -> Tally:
+        correct, margin, logits = self.correct + other.correct, self.margin + other.margin, self.logits + other.logits
+        return Tally(correct, margin, logits, torch.minimum(self.slimmest, other.slimmest))
 
 
 class Engine(NamedTuple):
@@ -172,15 +221,10 @@ class Engine(NamedTuple):
     attack: Attack
     progress: Callable[[int], None]
 
-    def score(
-        self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, copies: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Correct FRG images (int64), summed and slimmest margins (float64) of each map that is ``wanted``, ``[N]``."""
+    def score(self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, classes: int, copies: int) -> Tally:
+        """The tally of one batch for each map that is ``wanted`` (bool ``[N]``), ``copies`` maps at a time."""
         shared = SharedForward(self.model, self.layers, images, start, copies, self.twin, self.dtype)
-        truth = labels.repeat(copies)
-        correct = torch.zeros(len(wanted), dtype=torch.int64, device=images.device)
-        margin = torch.zeros(len(wanted), dtype=torch.float64, device=images.device)
-        slimmest = torch.full((len(wanted),), torch.inf, dtype=torch.float64, device=images.device)
+        tally = Tally.empty(len(wanted), classes, images.device)
         position = 0
         for layer in self.layers:
             todo = wanted[position : position + layer.channels].nonzero().flatten().tolist()
@@ -189,15 +233,16 @@ class Engine(NamedTuple):
                 channels, where = todo[lead : lead + copies], places[lead : lead + copies]
                 # A short group is filled up: kernels are chosen by shape, and round differently.
                 filled = channels + [channels[-1]] * (copies - len(channels))
-                reverse = shared.reversed_images(layer, filled, *self.attack)
+                if self.attack.pixels:
+                    reverse = shared.sparse_images(layer, filled, self.attack.pixels)
+                else:
+                    reverse = shared.reversed_images(layer, filled, *self.attack[:3])
                 with torch.inference_mode(), FrozenOps(self.dtype):
-                    hits, margins = _judge(self.twin(reverse), truth)
-                correct[where] = hits.view(copies, -1).sum(1)[: len(channels)]
-                margin[where] = margins.view(copies, -1).sum(1, dtype=torch.float64)[: len(channels)]
-                slimmest[where] = torch.where(hits, margins.double(), torch.inf).view(copies, -1).amin(1)[: len(channels)]
+                    logits = self.twin(reverse).float().view(copies, len(images), -1)
+                    tally.put(where, logits[: len(channels)], labels)
                 self.progress(len(channels) * len(images))
             position += layer.channels
-        return correct, margin, slimmest
+        return tally
 
     def bytes_per_image(self, image: Tensor, start: Tensor) -> int:
         """Bytes that the shared forward passes of one image keep alive."""
@@ -212,11 +257,3 @@ class Engine(NamedTuple):
         weights = {p.data_ptr() for net in (self.model, self.twin) for p in net.parameters()}
         kept = sum(size for pointer, size in sizes.items() if pointer not in weights)
         return kept + sum(t.nbytes for t in (*shared.clean.values(), *shared.difference.values()))
-
-
-def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each row is classified correctly, and its true-class margin."""
-    logits = logits.float()
-    true = logits.gather(1, labels[:, None]).squeeze(1)
-    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-    return logits.argmax(1) == labels, true - others

@@ -41,12 +41,12 @@ def share(wanted: Tensor) -> Tensor:
     return wanted & (wanted.cumsum(0) % dist.get_world_size() == dist.get_rank())
 
 
-def combine(correct: Tensor, margin: Tensor, slimmest: Tensor) -> None:
-    """Give every process all scores, in place: exact, since a map is scored by one process and 0, 0, inf elsewhere."""
+def combine(*sums: Tensor, least: Tensor) -> None:
+    """Give every process all scores, in place: exact, since a map is scored by one process and 0 (``least``: inf) elsewhere."""
     if together():
-        dist.all_reduce(correct)
-        dist.all_reduce(margin)
-        dist.all_reduce(slimmest, dist.ReduceOp.MIN)
+        for tensor in sums:
+            dist.all_reduce(tensor)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
 
 
 def leave() -> None:

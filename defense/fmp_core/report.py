@@ -6,6 +6,7 @@ import dataclasses
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 
 from . import __version__
 from .evaluate import Metrics
+from .feature_maps import ConvLayer
 from .files import replacing, write_text
 from .finetune import Epoch
 from .ranking import Choice, Scores
@@ -55,22 +57,18 @@ def summary_frame(history: pd.DataFrame) -> pd.DataFrame:
     return history.apply(summarise)
 
 
-def feature_map_frame(scores: Scores, choice: Choice, scope: str) -> pd.DataFrame:
-    """One row per feature map; ``rank`` 1 is the lowest score among the maps that ``scope`` compares."""
-    rank = np.empty(scores.total, dtype=np.int64)
-    rank[scores.order().numpy()] = np.arange(1, scores.total + 1)
-    frame = pd.DataFrame(
-        {
-            "layer": [layer.name for layer in scores.layers for _ in range(layer.channels)],
-            "channel": [channel for layer in scores.layers for channel in range(layer.channels)],
-            "correct": scores.correct.numpy(),
-            "samples": scores.samples,
-            "margin": scores.margin.numpy(),
-            "rank": rank,
-            "pruned": choice.mask.numpy(),
-        }
-    )
-    if scope == "layer":
+def feature_map_frame(layers: Sequence[ConvLayer], choice: Choice, scores: Scores | None, scope: str) -> pd.DataFrame:
+    """One row per feature map; ``rank`` 1 is the lowest score of those ``scope`` compares. Without scores, no rank."""
+    columns: dict[str, Any] = {
+        "layer": [layer.name for layer in layers for _ in range(layer.channels)],
+        "channel": [channel for layer in layers for channel in range(layer.channels)],
+    }
+    if scores is not None:
+        rank = np.empty(scores.total, dtype=np.int64)
+        rank[scores.order().numpy()] = np.arange(1, scores.total + 1)
+        columns |= {"correct": scores.correct.numpy(), "samples": scores.samples, "margin": scores.margin.numpy(), "rank": rank}
+    frame = pd.DataFrame({**columns, "pruned": choice.mask.numpy()})
+    if scores is not None and scope == "layer":
         frame["rank"] = frame.groupby("layer", sort=False)["rank"].rank(method="first").astype(np.int64)
     return frame
 

@@ -43,6 +43,7 @@ def save_scores(folder: Path, key: str, scores: Scores) -> None:
         "correct": scores.correct,
         "margin": scores.margin,
         "slimmest": scores.slimmest,
+        "logits": scores.logits,
         "samples": scores.samples,
         "settled": settled,
     }
@@ -57,7 +58,7 @@ def load_scores(folder: Path, key: str, layers: Sequence[ConvLayer]) -> Scores |
     try:
         content = load_torch_file(path)
         total = sum(layer.channels for layer in layers)
-        tensors = {name: content[name] for name in ("correct", "margin", "slimmest", "settled")}
+        tensors = {name: content[name] for name in ("correct", "margin", "slimmest", "logits", "settled")}
         if content["key"] != key or any(len(tensor) != total for tensor in tensors.values()):
             return None
         return Scores(tuple(layers), samples=int(content["samples"]), **tensors)

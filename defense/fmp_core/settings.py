@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,12 @@ def _parse_text(value: Any) -> str:
     return str(value)
 
 
+def _parse_name(value: Any) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=-]{0,99}", str(value)):
+        raise ValueError
+    return str(value)
+
+
 def _parse_milestones(value: Any) -> tuple[int, ...]:
     parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
     return tuple(_integer(1).parse(part) for part in parts)
@@ -78,6 +85,7 @@ def _parse_milestones(value: Any) -> tuple[int, ...]:
 
 _BOOLEAN = Kind(_parse_boolean, "True or False")
 _TEXT = Kind(_parse_text, "a text")
+_NAME = Kind(_parse_name, "a folder name of letters, digits, '.', '_', '=' and '-'")
 _SAMPLES = Kind(lambda v: "all" if v == "all" else _integer(1).parse(v), "a whole number of at least 1, or all")
 _CHUNK = Kind(lambda v: "auto" if v == "auto" else _integer(1).parse(v), "a whole number of at least 1, or auto")
 _MILESTONES = Kind(_parse_milestones, "epochs separated by commas, such as 5,8")
@@ -114,6 +122,9 @@ class Settings:
     )
     frg_samples: int | str = _setting(32, _SAMPLES, "clean images each feature map is scored on, or all")
     scope: str = _setting("layer", _choice("layer", "global"), "choose N/p in each layer, or of all maps together")
+    selection: str = _setting(
+        "frg", _choice("frg", "random", "none"), "choose by FRG; the ablations choose as many by chance, or prune none"
+    )
 
     ranking: str = _setting(
         "exact", _choice("exact", "racing"), "score every map on every image, or drop maps early that will not be chosen"
@@ -139,6 +150,7 @@ class Settings:
     frequency_test: int = _setting(1, _integer(0), "test every n-th epoch; 0 tests after the last only")
     frequency_save: int = _setting(0, _integer(0), "save the model every n-th epoch into checkpoint/; 0 never")
 
+    defense_name: str = _setting("fmp", _NAME, "the result folder's name below record/<record>/defense")
     log: str | None = _setting(None, _TEXT, "folder of the log (default: log/ in the result folder)")
     checkpoint_save: str | None = _setting(None, _TEXT, "folder of saved epochs (default: checkpoint/ in the result folder)")
 
