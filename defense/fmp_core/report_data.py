@@ -56,6 +56,11 @@ class Run:
     def p(self) -> int:
         return int(self.metrics["settings"]["p"])
 
+    @property
+    def scored(self) -> bool:
+        """Whether maps were chosen by FRG; the ablations (--selection random, none) have no scores."""
+        return "rank" in self.maps
+
     def cuts(self, p: int) -> dict[str, int]:
         """How many maps of each layer would be pruned at ``p``: ranks count within the layer, or over all (scope global)."""
         by_layer = self.maps.groupby("layer", sort=False)
@@ -110,7 +115,8 @@ def read_run(folder: Path, record: AttackRecord, data: TestData, batch_size: int
     history = _read(folder / "fmp_df.csv", lambda path: pd.read_csv(path, index_col=0))
     try:
         metrics["settings"]["p"], metrics["settings"]["scope"], metrics["seconds"], metrics["versions"]
-        _ = maps[["layer", "channel", "correct", "samples", "margin", "rank", "pruned"]], history["train_acc"]
+        scores = ["correct", "samples", "margin", "rank"] if "rank" in maps else []
+        _ = maps[["layer", "channel", *scores, "pruned"]], history["train_acc"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder} holds no results of fmp that a report can be made from: {error} is missing.") from None
     path = folder / "predictions.csv"
@@ -163,7 +169,7 @@ def watch_trigger(record: AttackRecord, data: TestData, maps: pd.DataFrame) -> T
 def other_cuts(run: Run, trigger: Trigger | None) -> list[dict[str, Any]]:
     """One row per p worth comparing: maps pruned, tied at the cut, and the precision against TAC if that is known."""
     rows = []
-    for p in sorted({*OTHER_P, run.p}):
+    for p in sorted({*OTHER_P, run.p}) if run.scored else ():
         chosen = run.chosen(p)
         if chosen.any():
             found = trigger.precision(chosen) if trigger else None

@@ -78,8 +78,8 @@ def success_by_class(table: pd.DataFrame) -> str:
         return _svg(figure, "Attack success rate per true class, before and after")
 
 
-def training_curves(history: pd.DataFrame, columns: dict[str, tuple[str, str]], ylabel: str, percent: bool) -> str:
-    """Lines over epochs; ``columns`` maps a column to its (label, colour). Epochs without a test have a gap."""
+def training_curves(history: pd.DataFrame, columns: dict[str, tuple[str, str]], what: str, percent: bool) -> str:
+    """Lines over epochs; ``columns`` maps a column to its (label, colour). Untested epochs are passed over."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(WIDTH, 2.9)
         epochs = history["epoch"].to_numpy() + 1
@@ -87,12 +87,12 @@ def training_curves(history: pd.DataFrame, columns: dict[str, tuple[str, str]], 
             values = pd.to_numeric(history[name], errors="coerce").to_numpy(dtype=float) * (100 if percent else 1)
             there = np.isfinite(values)
             axes.plot(epochs[there], values[there], dash, marker="o", markersize=3.5, color=colour, label=label)
-        axes.set(xlabel="epoch", ylabel=ylabel)
-        axes.set_ylim(0, 102 if percent else None)
+        axes.set_xlabel("epoch")
+        axes.set_ylim(0, 102 if percent else 1.08 * axes.dataLim.y1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
         _legend(axes, len(columns))
-        return _svg(figure, f"{ylabel} over fine-tuning epochs")
+        return _svg(figure, f"{what} over fine-tuning epochs")
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
@@ -105,7 +105,13 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _legend(axes: Axes, columns: int) -> None:
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, borderpad=0, handlelength=1.6, columnspacing=1.4
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=columns,
+        borderaxespad=0.2,
+        borderpad=0,
+        handlelength=1.6,
+        columnspacing=1.4,
     )
 
 

@@ -46,22 +46,28 @@ def warnings(
     """What a reader should know before trusting the numbers: (what, why it matters) pairs."""
     found = []
     metrics = run.metrics
-    samples, clean = int(run.maps["samples"].max()), int(metrics.get("clean_images", 0))
-    tied, pruned = int(run.tied(run.p).sum()), int(run.maps["pruned"].sum())
-    if not pruned:
+    clean, pruned = int(metrics.get("clean_images", 0)), int(run.maps["pruned"].sum())
+    selection = metrics["settings"].get("selection", "frg")
+    if not run.scored:
+        found.append((f"This is an ablation (--selection {selection}).", "No feature map was scored by FRG."))
+    elif not pruned:
         found.append(("Nothing was pruned.", f"No layer has {run.p} feature maps or more, so N/p is 0; lower --p."))
+    tied = int(run.tied(run.p).sum()) if run.scored else 0
     if tied:
-        why = f"{pruned} were pruned. Among equal scores the mean margin decided; more --frg_samples or a larger --eps tell more."
+        why = (
+            f"{pruned} were pruned. Among equal scores the mean margin decided; more --frg_samples or a larger --eps tell more."
+        )
         found.append((f"{tied} feature maps are tied where the cut falls.", why))
-    if precision is not None and precision.chosen and precision.chance > CHANCE:
+    if run.scored and precision is not None and precision.chosen and precision.chance > CHANCE:
         why = (
             f"{precision.hits} of the {precision.chosen} pruned maps are among those the trigger moves most; a random choice "
-            f"does at least as well with probability {precision.chance:.2f}. What was gained came from fine-tuning."
+            f"does at least as well with probability {precision.chance:.2f}. Do not credit the ranking with the change in ASR."
         )
         found.append(("The ranking is no better than random on this record.", why))
     drop = before["test_acc"].value - after["test_acc"].value
     if drop > MUCH_ACCURACY:
         found.append((f"Accuracy fell by {100 * drop:.1f} points.", "More than 3 points is a high price; try a smaller --lr."))
+    samples = int(run.maps["samples"].max()) if run.scored else FEW_FRG_IMAGES
     if samples < FEW_FRG_IMAGES:
         why = f"Scores are multiples of 1/{samples}, so many feature maps share one; raise --frg_samples."
         found.append((f"Each feature map was scored on {samples} images only.", why))

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pandas as pd
 
 from . import report_figures as figures
 from .compare import read_defense
 from .evaluate import TestData
 from .files import write_text
-from .intervals import Interval, defense_effectiveness, wilson
+from .intervals import Interval, defense_effectiveness, difference, wilson
 from .predictions import confusion, success_by_class
 from .records import AttackRecord
 from .report_data import OTHER_P, Run, Trigger, other_cuts, read_run, watch_trigger
@@ -79,7 +80,6 @@ def page(run: Run, record: AttackRecord, trigger: Trigger | str, others: Mapping
         for poisoned in (False, True)
         for when in ("before", "after")
     ]
-    tuned = run.history["train_acc"].notna().any()
     head, sentence = verdict(before, after)
     facts = {
         "record": run.folder.parent.parent.name,
@@ -96,22 +96,21 @@ def page(run: Run, record: AttackRecord, trigger: Trigger | str, others: Mapping
         "many_classes": classes > figures.MOST_CLASSES,
         "cuts": cuts,
         "p": run.p,
-        "samples": int(run.maps["samples"].max()),
-        "strips": strips(run, known),
+        "samples": int(run.maps["samples"].max()) if run.scored else 0,
+        "strips": strips(run, known) if run.scored else None,
         "precision": precision,
         "no_trigger": trigger if isinstance(trigger, str) else "",
         "twins": len(known.labels) if known else 0,
         "pictures": pictures(run, known) if known else None,
-        "curves": [figures.training_curves(run.history, CURVES, "%", True)] if tuned else [],
+        "curves": curves(run) if run.history["train_acc"].notna().any() else [],
         "stages": _stages(run.metrics["seconds"]),
         "command": command(run.metrics["settings"]),
         "written": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
     }
-    if tuned:
-        facts["curves"].append(figures.training_curves(run.history, LOSSES, "loss", False))
     loader = jinja2.FileSystemLoader(PAGE)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = lambda share: f"{100 * share:.2f}"
+    environment.filters["points"] = lambda share: f"{100 * share:+.2f}".replace("-", "−")  # noqa: RUF001
     environment.filters["duration"] = duration
     return environment.get_template("report.html").render(facts)
 
@@ -145,6 +144,14 @@ def strips(run: Run, trigger: Trigger | None) -> dict[str, Any]:
     return {"samples": int(maps["samples"].max()), "p": run.p, "ps": ps, "scope": scope, "layers": layers}
 
 
+def curves(run: Run) -> list[str]:
+    """Fine-tuning as two charts; epoch 0 is the attacked model."""
+    start = pd.DataFrame([{"epoch": -1, **run.metrics["before"]}])
+    history = pd.concat([start, run.history], ignore_index=True)
+    shares = figures.training_curves(history, CURVES, "Accuracy and attack success", True)
+    return [shares, figures.training_curves(run.history, LOSSES, "Loss", False)]
+
+
 def duration(seconds: float) -> str:
     """``75.2`` -> ``1 min 15 s``."""
     if seconds < 60:
@@ -154,15 +161,8 @@ def duration(seconds: float) -> str:
 
 
 def _outcome(name: str, before: Interval, after: Interval) -> dict[str, Any]:
-    better = after.value < before.value if name == "test_asr" else after.value > before.value
-    return {
-        "name": METRICS[name],
-        "means": MEANS[name],
-        "before": before,
-        "after": after,
-        "change": 100 * (after.value - before.value),
-        "better": better,
-    }
+    parts = {"before": before, "after": after, "change": difference(after, before)}
+    return {"name": METRICS[name], "means": MEANS[name], **parts}
 
 
 def _others(

@@ -38,7 +38,8 @@ def pictures(run: Run, trigger: Trigger) -> dict[str, Any]:
     by_layer = maps.groupby("layer", sort=False)
     maps["tac_rank"] = by_layer["tac"].rank(ascending=False, method="first").astype(int)
     maps["loudness"] = maps["tac"] / by_layer["tac"].transform("median").clip(lower=1e-12)
-    lowest = maps[maps["pruned"].astype(bool)].sort_values(["correct", "margin"]).drop_duplicates("layer").head(SHOWN)
+    pruned = maps[maps["pruned"].astype(bool)]
+    lowest = (pruned.sort_values(["correct", "margin"]) if run.scored else pruned).drop_duplicates("layer").head(SHOWN)
     loudest = maps[maps["tac_rank"] == 1].sort_values("loudness", ascending=False).head(SHOWN)
     wanted = pd.concat([lowest, loudest]).drop_duplicates(["layer", "channel"])
     noise = reversed_changes(run, trigger, clean, wanted)
@@ -54,7 +55,7 @@ def pictures(run: Run, trigger: Trigger) -> dict[str, Any]:
                 {
                     "layer": one["layer"],
                     "channel": int(one["channel"]),
-                    "score": f"{one['correct']} of {one['samples']}",
+                    "score": f"{one['correct']} of {one['samples']} correct" if run.scored else "",
                     "pruned": bool(one["pruned"]),
                     "tac_rank": int(one["tac_rank"]),
                     "of": int(sizes[one["layer"]]),

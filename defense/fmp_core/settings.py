@@ -151,6 +151,7 @@ class Settings:
     frequency_save: int = _setting(0, _integer(0), "save the model every n-th epoch into checkpoint/; 0 never")
 
     defense_name: str = _setting("fmp", _NAME, "the result folder's name below record/<record>/defense")
+    report: bool = _setting(True, _BOOLEAN, "write report.html beside the results")
     log: str | None = _setting(None, _TEXT, "folder of the log (default: log/ in the result folder)")
     checkpoint_save: str | None = _setting(None, _TEXT, "folder of saved epochs (default: checkpoint/ in the result folder)")
 
