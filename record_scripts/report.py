@@ -41,9 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result_file", required=True, help="the attack record: a folder name below --record_root")
     parser.add_argument("--defense_name", default="fmp", help="the run: a folder name below <record>/defense (default fmp)")
-    parser.add_argument(
-        "--compare", nargs="+", default=[], metavar="NAME", help="other folders below <record>/defense to tabulate"
-    )
+    parser.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="other folders beside it, for a table")
     parser.add_argument("--record_root", default="./record")
     parser.add_argument("--dataset_path", default="./data")
     parser.add_argument("--device", default="auto")

@@ -16,8 +16,8 @@ COLUMNS = ["poisoned", "label", "target", "before", "after"]
 def prediction_frame(data: TestData, before: Predictions, after: Predictions) -> pd.DataFrame:
     """One row per test image, the clean ones first, then the poisoned.
 
-    ``label`` is what the image shows, ``target`` what the attacker wants (-1 for clean images); ``before`` and ``after`` are the
-    classes the model names.
+    ``label`` is what the image shows, ``target`` what the attacker wants (-1 for clean images); ``before`` and ``after`` are
+    the classes the model names.
     """
     parts = []
     for poisoned, labels, targets, first, last in (

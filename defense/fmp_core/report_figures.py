@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,7 +21,7 @@ MOST_OPAQUE = 0.6  # so that ink stays readable on the fullest cell
 WIDTH = 4.6  # inches; one column of the page, or the whole of a phone
 MOST_CLASSES = 30  # per-class bars
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fmp",
     "font.size": 9.5,
@@ -104,15 +105,8 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes, columns: int) -> None:
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=columns,
-        borderaxespad=0.2,
-        borderpad=0,
-        handlelength=1.6,
-        columnspacing=1.4,
-    )
+    spacing = {"borderaxespad": 0.2, "borderpad": 0, "handlelength": 1.6, "columnspacing": 1.4}
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **spacing)
 
 
 def _svg(figure: Figure, label: str) -> str:

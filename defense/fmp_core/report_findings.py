@@ -54,9 +54,7 @@ def warnings(
         found.append(("Nothing was pruned.", f"No layer has {run.p} feature maps or more, so N/p is 0; lower --p."))
     tied = int(run.tied(run.p).sum()) if run.scored else 0
     if tied:
-        why = (
-            f"{pruned} were pruned. Among equal scores the mean margin decided; more --frg_samples or a larger --eps tell more."
-        )
+        why = f"{pruned} were pruned. Among equal scores the mean margin decided; more --frg_samples tell them apart."
         found.append((f"{tied} feature maps are tied where the cut falls.", why))
     if run.scored and precision is not None and precision.chosen and precision.chance > CHANCE:
         why = (

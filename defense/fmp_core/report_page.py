@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import pandas as pd
 
 from . import report_figures as figures
@@ -112,6 +114,7 @@ def page(run: Run, record: AttackRecord, trigger: Trigger | str, others: Mapping
     environment.filters["percent"] = lambda share: f"{100 * share:.2f}"
     environment.filters["points"] = lambda share: f"{100 * share:+.2f}".replace("-", "−")  # noqa: RUF001
     environment.filters["duration"] = duration
+    environment.filters["flags"] = _flags
     return environment.get_template("report.html").render(facts)
 
 
@@ -158,6 +161,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _flags(text: str) -> markupsafe.Markup:
+    """Flags as code, so that no line breaks inside one."""
+    return markupsafe.Markup(re.sub(r"(--\w+( \d+)?)", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
 def _outcome(name: str, before: Interval, after: Interval) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def activations_of(trigger: Trigger, images: Tensor, wanted: pd.DataFrame) -> di
     finally:
         for handle in handles:
             handle.remove()
-    return {place: tuple(outputs[one["layer"]][:, int(one["channel"])]) for place, one in wanted.iterrows()}  # type: ignore[misc]
+    return {place: tuple(outputs[one["layer"]][:, int(one["channel"])]) for place, one in wanted.iterrows()}
 
 
 def _picture(pixels: Tensor) -> str:
