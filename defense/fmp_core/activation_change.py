@@ -1,8 +1,8 @@
 """Trigger activation change (TAC): how far the trigger moves each feature map, and whether a selection found those maps.
 
 TAC needs poisoned images beside their clean twins, which no defender has: reports and ablations may use it, the defense may
-not. After Zheng et al., "Data-free backdoor removal based on channel Lipschitzness" (ECCV 2022), with the mean absolute difference
-in place of the L2 norm.
+not. After Zheng et al., "Data-free backdoor removal based on channel Lipschitzness" (ECCV 2022), with the mean absolute
+difference in place of the L2 norm.
 """
 
 from __future__ import annotations

@@ -60,13 +60,12 @@ def write_report(record: AttackRecord, folder: Path, data: TestData, compare: Se
     others = {name: read_defense(folder.parent / name) for name in compare}
     run = read_run(folder, record, data)
     path = folder / "report.html"
-    write_text(path, page(run, record, watch_trigger(record, data, run.maps), others))
+    write_text(path, page(run, record.num_classes, watch_trigger(record, data, run.maps), others))
     return path
 
 
-def page(run: Run, record: AttackRecord, trigger: Trigger | str, others: Mapping[str, Mapping[str, float]]) -> str:
+def page(run: Run, classes: int, trigger: Trigger | str, others: Mapping[str, Mapping[str, float]]) -> str:
     """The page's HTML. ``trigger`` may be the sentence that says why nothing is known about it."""
-    classes = record.num_classes
     before, after = (run.intervals(when, classes) for when in ("before", "after"))
     known = trigger if isinstance(trigger, Trigger) else None
     cuts = other_cuts(run, known)
