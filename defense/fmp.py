@@ -39,6 +39,7 @@ from fmp_core.evaluate import (  # noqa: E402
     evaluate_and_keep,
     to_unit,
 )
+from fmp_core.event_log import summary_writer, write_events  # noqa: E402
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
 from fmp_core.files import make_folders, write_text  # noqa: E402
 from fmp_core.finetune import Epoch, train  # noqa: E402
@@ -87,6 +88,8 @@ class FMP(defense):
     def set_result(self, result_file: str) -> None:
         """Read the record, its model and all images; nothing is written yet, so bad input leaves no trace."""
         settings = self.settings
+        if settings.tensorboard:
+            summary_writer()  # refuse now rather than after an hour
         with self._timed("load"):
             record = read_attack_record(Path(settings.record_root) / result_file)
             self._check_against(record)
@@ -174,6 +177,8 @@ class FMP(defense):
         report.write_csv(self.folder / "fmp_df.csv", frame)
         report.write_csv(self.folder / "fmp_df_summary.csv", report.summary_frame(frame))
         report.write_plots(self.folder, frame)
+        if settings.tensorboard:
+            write_events(self.folder / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), frame)
         maps = report.feature_map_frame(self.layers, choice, scores, settings.scope)
         report.write_csv(self.folder / "feature_maps.csv", maps, index=False)
         predictions = prediction_frame(self.test_data, *self.predictions)

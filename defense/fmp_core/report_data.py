@@ -26,6 +26,8 @@ from .safe_load import load_torch_file
 
 TWINS = 256  # pairs of clean and poisoned images that TAC is averaged over
 OTHER_P = (8, 16, 32, 64, 128)
+# What the page names of metrics.json beside settings.
+NEEDED = ("before", "after", "model", "dataset", "feature_maps", "pruned", "clean_images", "frg_images", "seed", "device")
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def read_run(folder: Path, record: AttackRecord, data: TestData, batch_size: int
     maps = _read(folder / "feature_maps.csv", pd.read_csv)
     history = _read(folder / "fmp_df.csv", lambda path: pd.read_csv(path, index_col=0))
     try:
-        metrics["settings"]["p"], metrics["settings"]["scope"], metrics["seconds"], metrics["versions"]
+        _ = [metrics["settings"][name] for name in ("p", "scope", "eps", "frg_steps", "alpha")]
+        _ = [metrics[name] for name in (*NEEDED, "seconds", "versions")]
         scores = ["correct", "samples", "margin", "rank"] if "rank" in maps else []
         _ = maps[["layer", "channel", *scores, "pruned"]], history["train_acc"]
     except (KeyError, TypeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,13 +134,13 @@ def strips(run: Run, trigger: Trigger | None) -> dict[str, Any]:
             "name": name,
             "channel": ordered["channel"].tolist(),
             "correct": ordered["correct"].tolist(),
-            "margin": [float(f"{margin:.4g}") for margin in ordered["margin"]],
+            "margin": [_short(margin) for margin in ordered["margin"]],
             "pruned": ordered["pruned"].astype(int).tolist(),
             "tied": int(ordered["tied"].sum()),
             "cuts": [cuts[p][str(name)] for p in ps],
         }
         if trigger is not None:
-            layer["tac"] = [float(f"{tac:.3g}") for tac in ordered["tac"]]
+            layer["tac"] = [_short(tac) for tac in ordered["tac"]]
             layer["tacRank"] = ordered["tac_rank"].tolist()
         layers.append(layer)
     scope = run.metrics["settings"]["scope"]
@@ -160,6 +161,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _short(number: float) -> float | None:
+    """Four digits; None for NaN and infinity, which JSON does not have."""
+    return float(f"{number:.4g}") if math.isfinite(number) else None
 
 
 def _flags(text: str) -> markupsafe.Markup:
