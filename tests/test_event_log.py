@@ -26,9 +26,7 @@ def test_every_metric_is_a_scalar(run_fmp: Callable[..., Ran], workplace: Path):
         assert [point.value for point in log.Scalars(name)] == pytest.approx(table[name].tolist(), rel=1e-5)
 
 
-def test_without_tensorboard_nothing_is_begun(
-    run_fmp: Callable[..., Ran], workplace: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_without_tensorboard_nothing_is_begun(run_fmp: Callable[..., Ran], workplace: Path, monkeypatch: pytest.MonkeyPatch):
     real = builtins.__import__
 
     def absent(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -27,9 +27,9 @@ from .report_pictures import pictures
 PAGE = Path(__file__).parent / "page"  # template, style and script
 METRICS = {"test_acc": "Acc", "test_asr": "ASR", "test_ra": "RA"}
 MEANS = {
-    "test_acc": "clean test images classified correctly",
-    "test_asr": "triggered images classified as the attacker wants",
-    "test_ra": "triggered images classified as what they show",
+    "test_acc": "clean images, right class",
+    "test_asr": "triggered images, attacker's class",
+    "test_ra": "triggered images, true class",
 }
 CURVES = {
     "train_acc": ("train Acc", figures.BEFORE),
