@@ -19,6 +19,7 @@ from utils.choose_index import choose_index
 from utils.save_load_attack import load_attack_result
 from utils.trainer_cls import PureCleanModelTrainer
 
+SETS = ("clean_train", "clean_test", "bd_train", "bd_test")
 METRICS = ("clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch", "test_acc", "test_asr", "test_ra")
 
 
@@ -66,7 +67,7 @@ def main():
     subset = draw(len(clean), question, None)
     poisoned_items = [poisoned[i] for i in range(len(poisoned))]
     answer = {
-        "sizes": {key: None if data[key] is None else len(data[key]) for key in ("clean_train", "clean_test", "bd_train", "bd_test")},
+        "sizes": {key: None if data[key] is None else len(data[key]) for key in SETS},
         "seeded_subset": subset,
         "indexed_subset": draw(len(clean), question, question["index"]),
         "subset_pixels": pixels_sha256([clean[i][0] for i in subset], transform),

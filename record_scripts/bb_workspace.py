@@ -1,13 +1,14 @@
 """A folder in which BackdoorBench's scripts find a record, a dataset and BackdoorBench itself, wherever these lie.
 
-BackdoorBench reads ``./record``, ``./config`` and the poisoned images' paths from the current folder, and takes the dataset from
-beside the record's real path (``utils/save_load_attack.py``). A temporary folder of links satisfies it, so that neither the
-checkout nor the record has to be moved or changed; only ``record/<name>/defense`` is written through.
+BackdoorBench reads ``./record``, ``./config`` and the poisoned images' paths from the current folder, and takes the dataset
+from beside the record's real path (``utils/save_load_attack.py``). A temporary folder of links satisfies it, so that neither
+the checkout nor the record has to be moved or changed; only ``record/<name>/defense`` is written through.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,9 @@ def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="fmp_bb_")).resolve()
     try:
         if "record" in str(folder):
-            raise UserError(f"BackdoorBench misreads paths with 'record' in them, such as {folder}; set TMPDIR to another folder.")
+            raise UserError(
+                f"BackdoorBench misreads paths with 'record' in them, such as {folder}; set TMPDIR to another folder."
+            )
         for entry in job.checkout.iterdir():
             if entry.name not in OURS:
                 (folder / entry.name).symlink_to(entry)
@@ -169,7 +172,13 @@ def run_script(
     started, last_error = time.monotonic(), ""
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
         )
         assert process.stdout is not None
         try:
@@ -191,5 +200,4 @@ def run_script(
 
 def _reads_like_an_error(line: str) -> bool:
     """The last line of a traceback, or what argparse prints: ``SomeError: ...``, ``ft.py: error: ...``."""
-    head = line.split(":", 1)[0]
-    return ": error: " in line or (line[:1].isalpha() and " " not in head and head.endswith(("Error", "Exception", "Exit", "Interrupt")))
+    return ": error: " in line or re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)\b", line) is not None

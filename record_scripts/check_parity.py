@@ -4,9 +4,9 @@
     python defense/fmp.py --result_file badnet_cifar10                 # first: the check reads what FMP wrote
     python record_scripts/check_parity.py --backdoorbench ~/BackdoorBench --result_file badnet_cifar10
 
-BackdoorBench's own code runs in a process of its own (its ``load_attack_result``, ``choose_index``, ``test_current_model``, and one
-epoch of its ``ft.py``); no file of it and none of the record is changed. Exit code 0 if all agree, 1 if anything does not, 2 if the
-check cannot be made.
+BackdoorBench's own code runs in a process of its own (its ``load_attack_result``, ``choose_index``, ``test_current_model``,
+and one epoch of its ``ft.py``); no file of it and none of the record is changed. Exit code 0 if all agree, 1 if anything does
+not, 2 if the check cannot be made.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Check:
 
     def __str__(self) -> str:
         word = {True: "pass", False: "FAIL", None: "skip"}[self.passed]
-        return f"{word}  {self.name:<46}{self.detail}"
+        return f"{word}  {self.name:<50}{self.detail}"
 
 
 def ask_backdoorbench(job: Job, method: FMP, index: str, device: str, python: str, scratch: Path) -> dict[str, Any]:
@@ -212,7 +212,9 @@ def check_parity(job: Job, settings: dict[str, Any], python: str) -> list[Check]
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backdoorbench", default=str(ROOT), help="root of a BackdoorBench checkout (default: around this script)")
+    parser.add_argument(
+        "--backdoorbench", default=str(ROOT), help="root of a BackdoorBench checkout (default: around this script)"
+    )
     parser.add_argument("--result_file", required=True, help="the record: a folder below --record_root")
     parser.add_argument("--record_root", default="./record")
     parser.add_argument("--dataset_path", default="./data")

@@ -20,13 +20,13 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.append(str(PROJECT / "defense"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
 from bb_workspace import find_checkout
 from fmp_core.errors import UserError
 from fmp_core.files import write_text
 
+PROJECT = Path(__file__).resolve().parents[1]
 UNITS = ("defense/fmp.py", "defense/fmp_core", "config/defense/fmp", "record_scripts")
 OWN_FOLDER = ".fmp_install"
 
@@ -35,8 +35,8 @@ OWN_FOLDER = ".fmp_install"
 class Manifest:
     """What is ours in a checkout. Paths are relative to its root.
 
-    ``files`` gives the contents we may find (two while an update is under way), as :func:`fingerprint` says them. ``folders`` did
-    not exist before; neither did ``caches``, the folders of Python's compiled files.
+    ``files`` gives the contents we may find (two while an update is under way), as :func:`fingerprint` says them. ``folders``
+    did not exist before; neither did ``caches``, the folders of Python's compiled files.
     """
 
     link: bool

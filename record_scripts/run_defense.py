@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Run one of BackdoorBench's own defenses on a record, on today's torch and numpy; no file of BackdoorBench is touched.
 
-    python record_scripts/run_defense.py --backdoorbench ~/BackdoorBench --defense ft --result_file badnet_cifar10 -- --epochs 10
+    python record_scripts/run_defense.py --backdoorbench ~/BackdoorBench --defense ft --result_file badnet -- --epochs 10
 
-Dataset and model are taken from the record. What follows ``--`` is handed to BackdoorBench's script as it is. Results lie where
-BackdoorBench puts them, ``record/<name>/defense/<method>/``, with all that was printed in ``run_defense.log``. The exit code is the
-script's, or 2 if it could not be started.
+Dataset and model are taken from the record. What follows ``--`` is handed to BackdoorBench's script as it is. Results lie
+where BackdoorBench puts them, ``record/<name>/defense/<method>/``, with all that was printed in ``run_defense.log``. The exit
+code is the script's, or 2 if it could not be started.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def verdict(method: str, ended: Ended, results: Path, started: float) -> tuple[s
     result = results / "defense_result.pt"
     if ended.code:
         reason = f" ({ended.last_error})" if ended.last_error else ""
-        return f"BackdoorBench's {method} did not run to its end: exit code {ended.code}{reason}; see {results / LOG}", ended.code
+        said = f"exit code {ended.code}{reason}; see {results / LOG}"
+        return f"BackdoorBench's {method} did not run to its end: {said}", ended.code
     if not result.is_file() or result.stat().st_mtime < started:
         return f"BackdoorBench's {method} ended after {ended.seconds:.0f} s but wrote no {result}; see {results / LOG}", 1
     tables = ", ".join(sorted(str(path.relative_to(results)) for path in results.rglob("*.csv")))
@@ -64,7 +65,9 @@ def verdict(method: str, ended: Ended, results: Path, started: float) -> tuple[s
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backdoorbench", default=str(ROOT), help="root of a BackdoorBench checkout (default: around this script)")
+    parser.add_argument(
+        "--backdoorbench", default=str(ROOT), help="root of a BackdoorBench checkout (default: around this script)"
+    )
     parser.add_argument("--defense", required=True, help="ft, fp, clp, anp, nc, nad, rnp, ft-sam, i-bau, sau, npd, ...")
     parser.add_argument("--result_file", required=True, help="the record: a folder below --record_root")
     parser.add_argument("--record_root", default="./record")
