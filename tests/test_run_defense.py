@@ -42,6 +42,14 @@ if args.fail:
 torch.save({}, f"record/{args.result_file}/defense/echo/defense_result.pt")
 """
 
+ANALYSIS = """
+import os, sys
+print(*sys.argv)
+folder = "record/" + sys.argv[sys.argv.index("--result_file_defense") + 1]
+os.mkdir(folder + "/visual")
+open(folder + "/visual/plot.png", "w").close()
+"""
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
@@ -50,6 +58,7 @@ def checkout(tmp_path: Path) -> Path:
         "defense/base.py": "",
         "defense/echo.py": SCRIPT,
         "utils/save_load_attack.py": "",
+        "analysis/visual_names.py": ANALYSIS,
         "config/defense/echo.yaml": "x",
         "settings.py": "NAME = 'a name'",
         "record/other/attack_result.pt": "",
@@ -75,6 +84,9 @@ def test_a_defense_finds_record_and_data_and_leaves_only_its_results(
     assert "ran with cifar10 squeezenet1_0 a name" in log and log.endswith(" s\n") and "exit code 0" in log
     assert "echo ended after" in capsys.readouterr().out
     assert {path.name for path in results.iterdir()} == {"run_defense.log", "defense_result.pt"}
+    assert run(checkout, "--analysis", "names", record="renamed") == 0
+    assert "--result_file_defense renamed/defense/echo" in (results / "visual_names.log").read_text()
+    assert (results / "visual" / "plot.png").is_file()
     assert tree(checkout) == code
     assert {key: value for key, value in tree(renamed).items() if not key.startswith("defense")} == record
 
@@ -95,12 +107,16 @@ def test_what_backdoorbench_cannot_be_given_is_refused_before_it_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(checkout, "--defense", "nonsense") == 2
-    assert "--defense nonsense is not in" in capsys.readouterr().err
+    assert "has no nonsense.py to run; there are echo" in capsys.readouterr().err
+    assert run(checkout, "--analysis", "cm") == 2
+    assert "has no visual_cm.py to run; there are names" in capsys.readouterr().err
+    assert run(checkout, "--analysis", "names") == 2
+    assert "to analyse; run the defense echo first" in capsys.readouterr().err
+    assert run(tiny_record) == 2
+    assert "is not a BackdoorBench checkout" in capsys.readouterr().err
     edit_record(tiny_record, lambda content: content.update(extra=subprocess.Popen))  # BackdoorBench would unpickle anything
     assert run(checkout) == 2
     assert ".Popen, and a record may hold data only" in capsys.readouterr().err
-    assert run(tiny_record) == 2
-    assert "is not a BackdoorBench checkout" in capsys.readouterr().err
     assert not (tiny_record / "defense").exists()
 
 
@@ -115,13 +131,16 @@ def test_stored_dataset_paths_stay_inside_the_workspace(
 
 
 def test_a_killed_or_silent_defense_is_no_success(tmp_path: Path) -> None:
-    silent = run_defense.verdict("ft", bb_workspace.Ended(0, 1.0, ""), tmp_path, 0.0)
-    assert silent[1] == 1 and "wrote no" in silent[0]
-    torch.save({}, tmp_path / "defense_result.pt")
-    assert run_defense.verdict("ft", bb_workspace.Ended(0, 1.0, ""), tmp_path, 0.0)[1] == 0
-    stale = (tmp_path / "defense_result.pt").stat().st_mtime + 1
-    assert run_defense.verdict("ft", bb_workspace.Ended(0, 1.0, ""), tmp_path, stale)[1] == 1
-    assert run_defense.verdict("ft", bb_workspace.Ended(-9, 1.0, ""), tmp_path, 0.0)[1] == -9
+    def code(exit_code: int, started: float | None) -> int:
+        return run_defense.verdict("ft", bb_workspace.Ended(exit_code, 1.0, ""), tmp_path / "run_defense.log", started)[1]
+
+    assert code(0, 0.0) == 1  # nothing written
+    result = tmp_path / "defense_result.pt"
+    torch.save({}, result)
+    assert code(0, 0.0) == 0
+    assert code(0, result.stat().st_mtime + 1) == 1  # an earlier run's
+    assert code(-9, 0.0) == -9
+    assert code(0, None) == 0  # an analysis writes no such file
 
 
 def test_placeholders_stand_in_for_backdoorbench_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
