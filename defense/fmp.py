@@ -21,7 +21,7 @@ from pathlib import Path
 from pprint import pformat
 from typing import Any, NoReturn
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).absolute().parent  # not resolved: a link in a BackdoorBench checkout belongs there
 for folder in (HERE, HERE.parent):  # fmp_core lies beside this file; BackdoorBench's own packages lie one level up
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
