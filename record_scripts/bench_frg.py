@@ -41,6 +41,7 @@ from fmp_core.finetune import train
 from fmp_core.frozen_ops import lowered
 from fmp_core.models import PixelModel, build_model, load_model
 from fmp_core.ranking import Attack, Engine
+from fmp_core.ranking_state import Keeper, RankingState
 from fmp_core.records import read_attack_record
 from fmp_core.settings import Settings
 from torch import Tensor, nn
@@ -165,7 +166,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
     with frozen(model):
         twin = lowered(model, layers[0].module, dtype)
         attack = Attack(EPS, 1, EPS)
-        engine = Engine(model, twin, dtype, layers, attack, lambda pairs: None)
+        engine = Engine(model, twin, dtype, layers, attack, lambda pairs: None, Keeper(None))
         rows = args.chunk or compute.rows_per_batch(device)
         if args.memory:
             rows = max(1, min(rows, args.memory * 2**20 // engine.bytes_per_image(images[:1], start[:1])))
@@ -174,7 +175,8 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
         def score(maps: Tensor) -> None:
             for first in range(0, len(images), rows):
                 part = slice(first, first + rows)
-                engine.score(images[part], start[part], labels[part], maps, 10, max(1, rows // len(images[part])))
+                state = RankingState.empty(total, 10, rows, device)
+                engine.score(images[part], start[part], labels[part], maps, state, max(1, rows // len(images[part])))
 
         shared = seconds(lambda: score(nothing), device, 1)
         sampled = seconds(lambda: score(wanted), device, 1, warm_up=device.type == "cuda") - shared

@@ -128,6 +128,8 @@ def make_record(args: argparse.Namespace) -> Path:
     if args.fresh:
         shutil.rmtree(plan.unfinished, ignore_errors=True)
     make_folders(plan.unfinished)
+    for leftover in plan.unfinished.glob(".*"):  # of a run that was killed while it wrote a file
+        leftover.unlink()
     made_with = {"model": args.model, "dataset": args.dataset, **dataclasses.asdict(plan.attack)}
     made_with |= {name: getattr(settings, name) for name in TRAINING if name != "device"}
     made_with["training images"] = content_key({}, data.images, data.labels, {})[:16]

@@ -129,7 +129,8 @@ def sample_specific(images: Tensor, strength: float, seed: int) -> Tensor:
     """
     channels, height, width = images.shape[1:]
     draw = torch.Generator().manual_seed(seed)
-    code = torch.randn(1, 4, height, width, generator=draw)
+    code = torch.randn(1, 4, -(-height // 4), -(-width // 4), generator=draw)  # coarse, as the string's map in StegaStamp
+    code = F.interpolate(code, size=(height, width)) / 2
     first = torch.randn(16, channels + 4, 3, 3, generator=draw) / (9 * (channels + 4)) ** 0.5
     second = torch.randn(channels, 16, 3, 3, generator=draw)
     seen = torch.cat([images.float() / 127.5 - 1, code.expand(len(images), -1, -1, -1)], 1)

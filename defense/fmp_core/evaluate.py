@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .compute import rows_per_batch
 from .feature_maps import frozen
 from .frozen_ops import FrozenOps
+from .results import defense_effectiveness
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,7 @@ def evaluate(model: nn.Module, data: TestData, batch_size: int) -> Metrics:
 
 def defense_effectiveness_rating(before: Metrics, after: Metrics) -> float:
     """DER in [0,1]: half of (ASR drop - Acc drop + 1), gains counted as no drop (BB ``utils/metric.py``)."""
-    asr_drop = max(0.0, before.test_asr - after.test_asr)
-    acc_drop = max(0.0, before.test_acc - after.test_acc)
-    return (asr_drop - acc_drop + 1) / 2
+    return defense_effectiveness(before.headline(), after.headline())
 
 
 def _share(hits: Tensor) -> float:

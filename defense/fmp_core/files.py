@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .errors import UserError
 
 HOST = re.sub(r"\W", "_", platform.node())  # part of temporary names, since folders are shared between machines
@@ -145,6 +143,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_torch(path: str | Path, obj: Any) -> None:
     """``torch.save(obj)`` to ``path``, whole or not at all."""
+    import torch  # takes seconds, and most users of this file do without
+
     with replacing(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(obj, file)

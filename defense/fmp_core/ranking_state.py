@@ -74,7 +74,8 @@ class RankingState:
 
     def begin_batch(self, rows: int) -> None:
         """Forget the batch under way, and take the next with ``rows`` images."""
-        self.part = Tally.empty(*self.part.logits.shape, self.part.logits.device)
+        total, classes = self.part.logits.shape
+        self.part = Tally.empty(total, classes, self.part.logits.device)
         self.rows, self.groups = rows, 0
 
     def end_batch(self, images: int) -> None:

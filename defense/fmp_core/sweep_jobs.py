@@ -1,0 +1,244 @@
+"""One job of a sweep: is it done, run it, stamp its result. The same function runs on this machine and on a Slurm node."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .files import write_text
+from .results import STAMP, Result, UnreadableError, read_result
+
+ATTACK_FILE = "attack_result.pt"  # as in records.py, which imports torch: a sweep starts at once, and so do its nodes
+MARK = "FMP_SWEEP"  # environment variable of every process a sweep starts: the sweep's folder
+_running: dict[int, subprocess.Popen[bytes]] = {}
+_starting = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command and the folder its result appears in. ``settings`` is what decides the result."""
+
+    record: str
+    kind: str  # record, ours or backdoorbench
+    method: str  # the name of the result without its seed
+    seed: int | None
+    folder: Path
+    command: tuple[str, ...]
+    settings: Mapping[str, Any]
+    ranking: str | None = None  # jobs that share a ranking have the same key
+    writes: Path | None = None  # where a BB defense writes, whatever we call the result
+
+    @property
+    def name(self) -> str:
+        return f"{self.record}.{self.folder.name}" if self.kind != "record" else f"{self.record}.record"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``result`` is None for a record, and for a failure, where ``problem`` is one line."""
+
+    seconds: float
+    problem: str | None = None
+    result: Result | None = None
+    skipped: bool = False
+
+
+def settings_hash(job: Job) -> str:
+    """SHA-256 over what decides the result: the settings and, for a defense, the record's content."""
+    record = None if job.kind == "record" else _content_hash(job.folder.parents[1] / ATTACK_FILE)
+    about = {"kind": job.kind, "settings": dict(job.settings), "record": record}
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _content_hash(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    state = path.stat()
+    return _file_hash(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _file_hash(path: Path, size: int, time_ns: int) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_stamp(folder: Path) -> dict[str, Any]:
+    try:
+        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def finished(job: Job) -> Outcome | None:
+    """The outcome of a job that needs no run: its result is whole and was made with the same settings; else None.
+
+    A record that exists without a stamp was made by hand, and is taken as it is.
+    """
+    stamp = read_stamp(job.folder)
+    if job.kind == "record":
+        there = (job.folder / ATTACK_FILE).is_file()
+        return Outcome(float(stamp.get("seconds", 0)), skipped=True) if there else None
+    if stamp.get("hash") != settings_hash(job) or not (job.folder / "defense_result.pt").is_file():
+        return None
+    try:
+        return Outcome(float(stamp.get("seconds", 0)), result=read_result(job.folder), skipped=True)
+    except UnreadableError:
+        return None
+
+
+def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | None = None) -> Outcome:
+    """Run ``job`` unless it is done; what it prints goes to ``<sweep>/logs/<name>.log``. Never raises for a failing job.
+
+    Args:
+        sweep: the sweep's folder.
+        environment: variables added to this process's own, such as CUDA_VISIBLE_DEVICES.
+        timeout: seconds after which the job counts as failed.
+    """
+    with _locked(sweep / "locks" / f"{_lock_name(job)}.lock"):
+        done = finished(job)
+        if done:
+            return done
+        if job.kind != "record" and not (job.folder.parents[1] / ATTACK_FILE).is_file():
+            return Outcome(0, f"there is no attack record in {job.folder.parents[1]}")
+        started = time.monotonic()
+        log = sweep / "logs" / f"{job.name}.log"
+        try:
+            with _kept_apart(job, sweep / "failed" / job.name):
+                code = _execute(job, log, {MARK: str(sweep.resolve()), **environment}, timeout)
+                if code is None or code:
+                    why = f"stopped after {timeout:.0f} s" if code is None else f"exit code {code}"
+                    raise UnreadableError(f"{why}: {_last_line(log)} (log: {log})")
+                result = read_result(job.writes or job.folder) if job.kind != "record" else None
+                seconds = time.monotonic() - started
+                stamp: dict[str, Any] = {
+                    "hash": settings_hash(job),
+                    "method": job.method,
+                    "seed": job.seed,
+                    "seconds": round(seconds, 1),
+                }
+                stamp |= {"command": list(job.command), "settings": dict(job.settings)}
+                write_text((job.writes or job.folder) / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
+        except (UnreadableError, OSError) as error:
+            return Outcome(time.monotonic() - started, str(error))
+        return Outcome(seconds, result=result)
+
+
+def _lock_name(job: Job) -> str:
+    """BB's runs of one defense on one record write into one folder, so they share a lock."""
+    return f"{job.record}.{job.writes.name}.backdoorbench" if job.writes else job.name
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Nobody else, on this machine or another that shares the folder, is inside at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _kept_apart(job: Job, failed: Path) -> Iterator[None]:
+    """Take the stamp off the old result; put a BB result that stands in ``writes`` aside, and back unless it is replaced.
+
+    What a failing run of BB leaves, its log among it, goes to ``failed``.
+    """
+    (job.folder / STAMP).unlink(missing_ok=True)
+    if job.writes is None:
+        yield
+        return
+    aside = job.writes.with_name(f".{job.writes.name}.aside")
+    if aside.exists():  # a run was killed in here
+        shutil.rmtree(job.writes, ignore_errors=True)
+        aside.rename(job.writes)
+    if job.writes.exists():
+        job.writes.rename(aside)
+    try:
+        yield
+        if job.writes != job.folder:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            job.writes.rename(job.folder)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(failed, ignore_errors=True)
+        if job.writes.exists():
+            failed.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(job.writes, failed)
+        raise
+    finally:
+        if aside.exists():
+            aside.rename(job.writes)
+
+
+def _execute(job: Job, log: Path, environment: Mapping[str, str], timeout: float | None) -> int | None:
+    """The exit code, or None after ``timeout`` seconds."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as file:
+        file.write(f"$ {' '.join(job.command)}\n".encode())
+        file.flush()
+        with _starting:
+            process = subprocess.Popen(
+                job.command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                start_new_session=True,  # so that the job's own children can be stopped with it
+            )
+            _running[process.pid] = process
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _stop(process)
+        _running.pop(process.pid, None)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def stop_all() -> None:
+    """Stop every job that this process runs."""
+    for process in list(_running.values()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def stop_leftovers(sweep: Path) -> int:
+    """Stop what a killed sweep of this folder left running on this machine (found by its mark); how many there were."""
+    mark = f"{MARK}={sweep.resolve()}".encode()
+    found = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(process.name) != os.getpid() and mark in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
+                found += 1
+    return found
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    return next((" ".join(line.split())[:200] for line in reversed(lines) if line.strip()), "it printed nothing")

@@ -1,0 +1,148 @@
+"""The jobs of a sweep on this machine: one at a time per slot (a GPU, or a share of the CPU), in an order that pays once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from statistics import mean
+
+from .errors import UserError
+from .results import METRICS
+from .sweep_jobs import Job, Outcome, finished, run, stop_all
+
+Report = Callable[[Job, Outcome], None]
+
+
+def local_slots(device: str, workers: int) -> list[dict[str, str]]:
+    """One environment per job that may run at the same time: each visible GPU, or ``workers`` shares of the CPU.
+
+    Raises:
+        UserError: a CUDA device is wanted and there is none.
+    """
+    gpus = 0 if device == "cpu" else _count_gpus()
+    if device.startswith("cuda") and not gpus:
+        raise UserError(f"device is {device}, but no CUDA device is visible; set device: cpu.")
+    if not gpus:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = str(max(1, min(cores // workers, int(os.environ.get("OMP_NUM_THREADS") or cores))))
+        return [{"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} for _ in range(workers)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(gpus)]
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def may_start(job: Job, waiting: Sequence[Job], running: Sequence[Job], ranked: set[str]) -> bool:
+    """Whether nothing that ``job`` needs is still to come.
+
+    A record must be made before it is defended; one job of a ranking must be through before its siblings start, so that they
+    find its scores; and BackdoorBench's runs of one defense on one record write into one folder.
+    """
+    if job.kind == "record":
+        return True
+    if any(other.kind == "record" and other.record == job.record for other in (*waiting, *running)):
+        return False
+    if job.writes and any(other.writes == job.writes for other in running):
+        return False
+    return not (job.ranking and job.ranking not in ranked and any(other.ranking == job.ranking for other in running))
+
+
+def run_local(
+    jobs: Sequence[Job], sweep: Path, slots: Sequence[Mapping[str, str]], report: Report, timeout: float | None = None
+) -> None:
+    """Run all jobs; a failure stops none of the others. ``report`` is called in this thread as each job ends."""
+    waiting = list(jobs)
+    ranked: set[str] = set()
+    free = list(slots)
+    running: dict[Future[Outcome], tuple[Job, Mapping[str, str]]] = {}
+    with ThreadPoolExecutor(len(slots)) as pool:
+        try:
+            while waiting or running:
+                for job in list(waiting):
+                    now = [other for other, _ in running.values()]
+                    if free and may_start(job, waiting, now, ranked):
+                        waiting.remove(job)
+                        slot = free.pop()
+                        running[pool.submit(run, job, sweep, slot, timeout)] = (job, slot)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job, slot = running.pop(future)
+                    free.append(slot)
+                    outcome = future.result()
+                    if job.ranking and outcome.problem is None:
+                        ranked.add(job.ranking)
+                    report(job, outcome)
+        except BaseException:
+            stop_all()
+            raise
+
+
+class Board:
+    """Tells how a sweep goes: a line per job that ends, with what is left and about how long it takes."""
+
+    def __init__(self, jobs: Sequence[Job], workers: int):
+        self.total, self.workers = len(jobs), workers
+        self.left = list(jobs)
+        self.seconds: dict[str, list[float]] = {}
+        self.failed: list[tuple[Job, str]] = []
+        self.skipped = 0
+        self.started = time.monotonic()
+
+    def skip_finished(self) -> list[Job]:
+        """Count the jobs that need no run; returns the others."""
+        for job in list(self.left):
+            outcome = finished(job)
+            if outcome:
+                self.skipped += 1
+                self._count(job, outcome.seconds)
+        return list(self.left)
+
+    def report(self, job: Job, outcome: Outcome) -> None:
+        self._count(job, outcome.seconds)
+        if outcome.problem:
+            self.failed.append((job, outcome.problem))
+            ended = f"FAILED {outcome.problem}"
+        elif outcome.result:
+            acc, asr, ra = (100 * outcome.result.metrics[name] for name in METRICS)
+            ended = f"Acc {acc:.2f}  ASR {asr:.2f}  RA {ra:.2f}"
+        else:
+            ended = "made"
+        number = self.total - len(self.left)
+        left = f"  ({len(self.left)} left, about {readable(self.eta())})" if self.left else ""
+        print(f"[{number}/{self.total}] {job.name}  {readable(outcome.seconds)}  {ended}{left}", flush=True)
+
+    def eta(self) -> float:
+        """Seconds, from the mean time of ended jobs of the same method (of all jobs where there is none)."""
+        known = [second for values in self.seconds.values() for second in values]
+        if not known:
+            return float("nan")
+        return sum(mean(self.seconds.get(job.method) or known) for job in self.left) / min(self.workers, max(1, len(self.left)))
+
+    def summary(self) -> int:
+        """Print how it ended; returns the exit code."""
+        took = readable(time.monotonic() - self.started)
+        done = self.total - len(self.left) - len(self.failed)
+        print(f"{done} of {self.total} jobs done ({self.skipped} were done before), {len(self.failed)} failed, in {took}")
+        for job, problem in self.failed:
+            print(f"failed: {job.name}: {problem}", file=sys.stderr)
+        return 1 if self.failed or self.left else 0
+
+    def _count(self, job: Job, seconds: float) -> None:
+        self.left.remove(job)
+        if seconds:
+            self.seconds.setdefault(job.method, []).append(seconds)
+
+
+def readable(seconds: float) -> str:
+    if seconds != seconds:
+        return "an unknown time"
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,131 @@
+"""The jobs of a sweep on a Slurm cluster, through submitit: three arrays, each waiting for the one before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .settings import PROJECT
+from .sweep_jobs import Job, Outcome, run
+from .sweep_plan import Sweep
+from .sweep_queue import Report
+
+POLL = 5.0  # seconds between looks at the jobs' files
+_NAMES = {"partition": "slurm_partition", "account": "slurm_account", "qos": "slurm_qos", "constraint": "slurm_constraint"}
+_NAMES |= {"time": "timeout_min", "gpus": "gpus_per_node", "cpus": "cpus_per_task", "memory_gb": "mem_gb"}
+_NAMES |= {"setup": "slurm_setup", "at_once": "slurm_array_parallelism"}
+
+
+def waves(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Records; then all that needs no other job; then the jobs that read the scores which a job of the second wave saved."""
+    first: set[str] = set()
+    parts: list[list[Job]] = [[], [], []]
+    for job in jobs:
+        if job.kind == "record":
+            parts[0].append(job)
+        elif job.ranking in first:
+            parts[2].append(job)
+        else:
+            parts[1].append(job)
+            if job.ranking:
+                first.add(job.ranking)
+    return [part for part in parts if part]
+
+
+def run_submitit(jobs: Sequence[Job], sweep: Sweep, report: Report, cluster: str = "slurm", poll: float = POLL) -> None:
+    """Submit all jobs and report each as it ends. Killing this process leaves submitted jobs running; a rerun waits for them.
+
+    Args:
+        cluster: ``slurm``, or ``local`` for submitit's own processes on this machine.
+
+    Raises:
+        UserError: submitit is not installed, or Slurm is not there or refuses the jobs.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("--launcher slurm needs submitit; run: pip install submitit") from None
+    # Nodes unpickle functions of fmp_core, which need not be installed there.
+    paths = [str(PROJECT / "defense"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    before: Sequence[Any] = ()
+    submitted: list[tuple[Job, Any]] = []
+    for wave in waves(jobs):
+        try:
+            executor = submitit.AutoExecutor(folder=sweep.folder / "submitit", cluster=cluster)
+            executor.update_parameters(**_parameters(sweep, cluster, before))
+            with executor.batch():
+                handles = [executor.submit(_on_node, job, sweep) for job in wave]
+        except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
+            detail = " ".join(str(error).split())[:300]
+            raise UserError(f"The jobs could not be submitted ({detail}); check slurm: in the sweep file.") from None
+        submitted += zip(wave, handles, strict=True)
+        before = handles
+        if cluster != "slurm":  # no dependencies there
+            _watch(submitted, report, poll, lambda: None)
+            submitted = []
+    _watch(submitted, report, poll, _queued)
+
+
+def _on_node(job: Job, sweep: Sweep) -> Outcome:
+    """What a node runs: as many threads as Slurm gave CPUs."""
+    threads = os.environ.get("SLURM_CPUS_PER_TASK")
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if threads else {}
+    return run(job, sweep.folder, environment, 60 * sweep.timeout if sweep.timeout else None)
+
+
+def _parameters(sweep: Sweep, cluster: str, before: Sequence[Any]) -> dict[str, Any]:
+    given = {_NAMES[key]: value for key, value in sweep.slurm.items()}
+    given.setdefault("timeout_min", 600)
+    given["name"] = sweep.name
+    if cluster != "slurm":
+        return {key: value for key, value in given.items() if not key.startswith("slurm_")}
+    if before:
+        arrays = sorted({str(handle.job_id).split("_")[0] for handle in before})
+        given["slurm_additional_parameters"] = {"dependency": "afterany:" + ":".join(arrays)}
+    return given
+
+
+def _watch(
+    submitted: Sequence[tuple[Job, Any]], report: Report, poll: float, unfinished: Callable[[], set[str] | None]
+) -> None:
+    left = list(submitted)
+    gone: set[str] = set()  # in no queue when last looked at
+    while left:
+        queued = unfinished()
+        for job, handle in list(left):
+            number = str(handle.job_id)
+            if handle.done():
+                left.remove((job, handle))
+                report(job, _outcome(handle))
+            elif queued is not None and number not in queued:
+                if number in gone:  # twice, so that a result just written has had time to appear
+                    left.remove((job, handle))
+                    report(job, Outcome(0, f"Slurm ended it without a result (log: {handle.paths.stderr})"))
+                gone.add(number)
+        if left:
+            time.sleep(poll)
+
+
+def _queued() -> set[str] | None:
+    """Slurm's unfinished jobs; None if it does not say. Submitit asks sacct, which not every cluster has."""
+    try:
+        command = ["squeue", "--noheader", "--array", "--format=%i"]
+        return set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split())
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _outcome(handle: Any) -> Outcome:
+    try:
+        result = handle.result()
+    except Exception as error:  # submitit wraps what killed the job: time limit, out of memory, a node that died
+        line = next((text for text in reversed(str(error).splitlines()) if text.strip()), type(error).__name__)
+        return Outcome(0, f"{line[:200]} (log: {Path(handle.paths.stderr)})")
+    assert isinstance(result, Outcome)
+    return result

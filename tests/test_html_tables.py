@@ -1,0 +1,58 @@
+"""The page of tables in a real browser (Debian's chromium through playwright; skipped where either is absent)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fmp_core.html_tables import to_html
+from fmp_core.tables import Cell, Table
+from PIL import Image
+
+METHODS = ["no defense", "fmp", "ft", "nad (published)"]
+ACCURACIES = {"no defense": 92.0, "fmp": 91.0, "ft": 93.5, "nad (published)": 90.0}
+
+
+def page_file(folder: Path) -> Path:
+    cells = {(method, "badnet", "test_acc"): Cell(value, 0.5) for method, value in ACCURACIES.items()}
+    cells["fmp", "badnet", "test_asr"] = Cell(8.0)
+    table = Table("cifar10", METHODS, ["badnet"], cells, frozenset({("ft", "badnet", "test_acc")}))
+    file = folder / "tables.html"
+    file.write_text(to_html([table]), encoding="utf-8")
+    return file
+
+
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no chromium here")
+    file, complaints = page_file(tmp_path), []
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for scheme in ("light", "dark"):
+            page = browser.new_page(viewport={"width": 700, "height": 400}, color_scheme=scheme)
+            page.on("console", lambda message: complaints.append(message.text))
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.goto(file.as_uri())
+            names = page.locator("tbody td:first-child")
+            assert names.all_inner_texts() == METHODS
+            page.get_by_role("button", name="Acc").click()
+            assert names.all_inner_texts() == sorted(METHODS, key=lambda name: ACCURACIES[name])
+            page.get_by_role("button", name="Acc").click()
+            assert names.all_inner_texts() == sorted(METHODS, key=lambda name: -ACCURACIES[name])
+            page.get_by_role("button", name="ASR").click()
+            assert names.all_inner_texts()[0] == "fmp"  # empty cells stay below
+            page.screenshot(path=tmp_path / f"{scheme}.png")
+        browser.close()
+    assert complaints == []
+    brightness = {}
+    for scheme in ("light", "dark"):
+        with Image.open(tmp_path / f"{scheme}.png") as image:
+            pixels = np.asarray(image.convert("RGB"), dtype=int)
+        brightness[scheme] = pixels.mean()
+        red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+        assert ((green > red + 20) & (green > blue + 10)).sum() > 500  # the bars
+    assert brightness["light"] > 200 and brightness["dark"] < 60

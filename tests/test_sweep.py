@@ -1,0 +1,369 @@
+"""Sweeps: what a sweep file asks for, the queue's order, what is skipped, and what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sweep as script
+from conftest import RECORD
+from fmp_core.errors import UserError
+from fmp_core.sweep_jobs import Job, Outcome, finished, run, stop_leftovers
+from fmp_core.sweep_plan import Sweep, make_sweep, plan, read_sweep
+from fmp_core.sweep_queue import Board, local_slots, may_start, readable, run_local
+from fmp_core.sweep_slurm import run_submitit, waves
+
+DEFENSE = Path(__file__).resolve().parents[1] / "defense"
+# Stands for a defense: says when it began, takes a while, and leaves whole results.
+WORK = """
+import json, pathlib, sys, time
+folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+folder.mkdir(parents=True, exist_ok=True)
+with open("order.txt", "a") as file: file.write(folder.name + " begins\\n")
+time.sleep(seconds)
+after = {"test_acc": 0.9, "test_asr": 0.1, "test_ra": 0.8}
+(folder / "metrics.json").write_text(json.dumps({"after": after}))
+(folder / "defense_result.pt").write_bytes(b"")
+with open("order.txt", "a") as file: file.write(folder.name + " ends\\n")
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a record ``r`` (its model is never opened here)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "record" / "r").mkdir(parents=True)
+    (tmp_path / "record" / "r" / "attack_result.pt").write_bytes(b"model")
+    return tmp_path
+
+
+def sweep_of(**keys: Any) -> Sweep:
+    return make_sweep({"name": "s", "records": ["r"], "defenses": ["fmp"], "device": "cpu", **keys}, "test")
+
+
+def working(name: str, seconds: float = 0, code: str = WORK, **keys: Any) -> Job:
+    folder = Path("record/r/defense") / name
+    command = (sys.executable, "-c", code, str(folder), str(seconds))
+    settings = {"seconds": seconds}
+    return Job(record="r", kind="ours", method=name, seed=0, folder=folder, command=command, settings=settings, **keys)
+
+
+def order() -> list[str]:
+    return Path("order.txt").read_text().splitlines()
+
+
+def run_all(jobs: list[Job], workers: int = 2, timeout: float | None = None) -> dict[str, Outcome]:
+    ended: dict[str, Outcome] = {}
+    slots: list[Mapping[str, str]] = [{} for _ in range(workers)]
+    run_local(jobs, Path("sweeps/s"), slots, lambda job, outcome: ended.update({job.folder.name: outcome}), timeout)
+    return ended
+
+
+def test_the_matrix_and_its_names(place: Path) -> None:
+    entries = [
+        {"defense": "fmp", "p": [4, 8], "eps": ["1/255", "4/255"]},
+        "ft-only",
+        {"defense": "fmp", "name": "tuned", "lr": 0.1},
+    ]
+    jobs = plan(sweep_of(defenses=entries, seeds=[0, 3], ours={"epochs": 2}))
+    names = ["fmp-p4-eps1_255", "fmp-p4-eps4_255", "fmp-p8-eps1_255", "fmp-p8-eps4_255", "ft-only", "tuned"]
+    assert sorted(job.folder.name for job in jobs) == sorted([*names, *(f"{name}-s3" for name in names)])
+    by_name = {job.folder.name: job for job in jobs}
+    command = " ".join(by_name["fmp-p8-eps4_255-s3"].command)
+    for flag in ("--p 8", "--eps 4/255", "--random_seed 3", "--epochs 2", "--device cpu", "--defense_name fmp-p8-eps4_255-s3"):
+        assert flag in command
+    assert by_name["ft-only"].settings["selection"] == "none" and by_name["ft-only"].ranking is None
+    rankings = {name: job.ranking for name, job in by_name.items()}
+    assert rankings["fmp-p4-eps1_255"] == rankings["fmp-p8-eps1_255"] == rankings["tuned"]
+    assert len({rankings[name] for name in ("fmp-p4-eps1_255", "fmp-p4-eps4_255", "fmp-p4-eps1_255-s3")}) == 3
+
+
+def test_racing_depends_on_p(place: Path) -> None:
+    jobs = plan(sweep_of(defenses=[{"defense": "fmp", "ranking": "racing", "p": [4, 8]}]))
+    assert jobs[0].ranking != jobs[1].ranking
+
+
+def test_records_are_a_matrix_too(place: Path) -> None:
+    entry = {"dataset": "digits", "pratio": [0.1, 0.05], "epochs": 2}
+    jobs = plan(sweep_of(records=[entry, {"name": "my_{dataset}", "dataset": "digits"}, "r"]))
+    made = [job for job in jobs if job.kind == "record"]
+    assert [job.record for job in made] == ["badnet_digits-pratio0.1", "badnet_digits-pratio0.05", "my_digits"]
+    assert "--save_folder_name badnet_digits-pratio0.05" in " ".join(made[1].command)
+    assert [job.record for job in jobs if job.kind == "ours"] == [*(job.record for job in made), "r"]
+
+
+def test_processes_run_under_torchrun(place: Path) -> None:
+    (job,) = plan(sweep_of(processes=2))
+    assert job.command[1:5] == ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def test_a_defense_of_backdoorbench(place: Path) -> None:
+    (place / "bb" / "defense").mkdir(parents=True)
+    (place / "bb" / "defense" / "ft.py").touch()
+    jobs = plan(sweep_of(defenses=[{"defense": "ft", "epochs": 2}], backdoorbench="bb", seeds=[0, 1]))
+    assert [job.folder.name for job in jobs] == ["ft", "ft-s1"]
+    assert all(job.writes == Path("record/r/defense/ft") for job in jobs)
+    command = jobs[1].command
+    assert command[command.index("--") + 1 :] == ("--epochs", "2", "--random_seed", "1")
+    assert command[4:6] == ("--defense", "ft")
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"defences": []}, "unknown key 'defences'"),
+        ({"records": []}, "records must be a list"),
+        ({"records": "r"}, "records must be a list"),
+        ({"records": [3]}, "neither the name of a record"),
+        ({"records": [{"name": "{oops}"}]}, "may only use"),
+        ({"seeds": [-1]}, "whole numbers"),
+        ({"seeds": [True]}, "whole numbers"),
+        ({"workers": 0}, "workers is 0"),
+        ({"timeout": "x"}, "timeout is 'x'"),
+        ({"name": "a/b"}, "names a folder"),
+        ({"ours": 3}, "ours must hold"),
+        ({"slurm": {"partitio": "x"}}, "slurm has the unknown key 'partitio'"),
+        ({"defenses": [{"p": 3}]}, "neither the name of a defense"),
+        ({"defenses": [{"defense": "fmp", "name": "../x"}]}, "names a folder"),
+        ({"defenses": [{"defense": "fmp", "pp": 3}]}, "'pp' is not a setting"),
+        ({"defenses": [{"defense": "fmp", "device": "cpu"}]}, "'device' is not a setting of fmp that a sweep can give"),
+        ({"defenses": [{"defense": "fmp", "p": 0}]}, "--p is 0"),
+        ({"defenses": ["fmp", {"defense": "fmp", "lr": 0.1}]}, "Two jobs of the sweep would write record/r/defense/fmp"),
+        ({"defenses": ["ft"]}, "the sweep needs the key backdoorbench"),
+        ({"defenses": ["ft"], "backdoorbench": "/nowhere"}, "there is no /nowhere/defense/ft.py"),
+    ],
+)
+def test_a_bad_sweep_is_one_sentence(place: Path, keys: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "s.yaml").write_text(json.dumps({"records": ["r"], "defenses": ["fmp"], **keys}))
+    assert script.main(["s.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert not (place / "sweeps").exists()
+
+
+@pytest.mark.parametrize("text", ["[1]", "a: [", "\0"])
+def test_not_a_sweep_file(place: Path, text: str) -> None:
+    (place / "s.yaml").write_text(text)
+    with pytest.raises(UserError, match="Sweep file"):
+        read_sweep("s.yaml")
+
+
+def test_a_dry_run_runs_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "s.yaml").write_text("records: [r]\ndefenses: [fmp, ft-only]\n")
+    assert script.main(["s.yaml", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "# r.ft-only\n" in printed and "--selection none" in printed and "# 2 jobs" in printed
+    assert not (place / "sweeps").exists() and not (place / "record" / "r" / "defense").exists()
+
+
+def test_a_record_made_with_other_settings_stops_the_sweep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "s.yaml").write_text("records: [{name: r, dataset: digits}]\ndefenses: [fmp]\n")
+    (place / "record" / "r" / "sweep.json").write_text('{"hash": "other"}')
+    assert script.main(["s.yaml"]) == 2
+    assert "was made with other settings" in capsys.readouterr().err
+
+
+def test_a_failed_job_stops_no_other(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = [working("a"), working("b", code="import sys; print('something broke'); sys.exit(3)"), working("c")]
+    board = Board(jobs, 1)
+    run_local(board.skip_finished(), Path("sweeps/s"), [{}], board.report)
+    assert board.summary() == 1
+    printed = capsys.readouterr()
+    assert "2 of 3 jobs done (0 were done before), 1 failed" in printed.out
+    assert "failed: r.b: exit code 3: something broke (log: sweeps/s/logs/r.b.log)" in printed.err
+    assert "[2/3] r.b" in printed.out and "(2 left, about " in printed.out
+
+
+def test_what_is_done_is_skipped_and_what_changed_is_not(place: Path) -> None:
+    job = working("a")
+    assert finished(job) is None
+    assert run_all([job])["a"].result is not None
+    done = finished(job)
+    assert done is not None and done.skipped and done.result is not None and done.result.metrics["test_acc"] == 0.9
+    assert run_all([job])["a"].skipped and len(order()) == 2
+    assert finished(working("a", seconds=0.01)) is None  # other settings
+    (job.folder / "metrics.json").write_text("{")
+    assert finished(job) is None  # not whole
+    run_all([job])
+    (place / "record" / "r" / "attack_result.pt").write_bytes(b"another model")
+    assert finished(job) is None
+
+
+def test_a_job_that_leaves_no_result_has_failed(place: Path) -> None:
+    ended = run_all([working("a", code="pass"), working("b", code="import time; time.sleep(60)")], timeout=1)
+    assert "holds no metrics.json" in str(ended["a"].problem)
+    assert str(ended["b"].problem).startswith("stopped after 1 s: it printed nothing")
+
+
+def test_siblings_wait_for_the_ranking(place: Path) -> None:
+    jobs = [working("lead", 0.5, ranking="k"), working("x", ranking="k"), working("free"), working("y", ranking="k")]
+    run_all(jobs, workers=3)
+    log = order()
+    assert max(log.index("x begins"), log.index("y begins")) > log.index("lead ends")
+    assert log.index("free ends") < log.index("lead ends")  # it had no reason to wait
+
+
+def test_a_failed_leader_is_followed_by_another(place: Path) -> None:
+    jobs = [working("lead", code="raise SystemExit(1)", ranking="k"), working("x", 0.2, ranking="k"), working("y", ranking="k")]
+    ended = run_all(jobs)
+    assert ended["lead"].problem and not ended["x"].problem and not ended["y"].problem
+    assert order() == ["x begins", "x ends", "y begins", "y ends"]
+
+
+def test_defenses_wait_for_their_record(place: Path) -> None:
+    record = Job("r", "record", "record", None, Path("record/r"), ("make",), {})
+    job = working("a")
+    assert may_start(record, [job], [], set())
+    assert not may_start(job, [record], [], set()) and not may_start(job, [], [record], set()) and may_start(job, [], [], set())
+
+
+def test_a_record_that_could_not_be_made_fails_its_defenses(place: Path) -> None:
+    folder = Path("record/new")
+    record = Job("new", "record", "record", None, folder, (sys.executable, "-c", "raise SystemExit(2)"), {})
+    command = (sys.executable, "-c", WORK, str(folder / "defense" / "a"), "0")
+    job = Job("new", "ours", "a", 0, folder / "defense" / "a", command, {})
+    ended = run_all([record, job])
+    assert "exit code 2" in str(ended["new"].problem) and "no attack record in record/new" in str(ended["a"].problem)
+
+
+def test_results_of_backdoorbench_are_kept_apart_by_seed(place: Path) -> None:
+    """BB always writes defense/ft; a result that was there before survives a run under another name."""
+    writes = Path("record/r/defense/ft")
+    writes.mkdir(parents=True)
+    (writes / "mine.txt").touch()
+    command = (sys.executable, "-c", WORK, str(writes), "0.2")
+    results = {name: Path("record/r/defense") / name for name in ("ft-s1", "ft-s2", "ft")}
+    jobs = {
+        name: Job("r", "backdoorbench", "ft", seed, folder, command, {"seed": seed}, writes=writes)
+        for seed, (name, folder) in enumerate(results.items())
+    }
+    ended = run_all([jobs["ft-s1"], jobs["ft-s2"]], workers=2)
+    assert not any(outcome.problem for outcome in ended.values()) and order()[1] == "ft ends"  # one after the other
+    assert (writes / "mine.txt").exists() and not (writes / "metrics.json").exists()
+    assert all((results[name] / "metrics.json").exists() and finished(jobs[name]) for name in ("ft-s1", "ft-s2"))
+    code = "import sys, pathlib; pathlib.Path(sys.argv[1]).mkdir(); pathlib.Path(sys.argv[1], 'bb.log').touch(); sys.exit(1)"
+    failing = Job("r", "backdoorbench", "ft", 2, writes, (sys.executable, "-c", code, str(writes)), {}, writes=writes)
+    assert run_all([failing])["ft"].problem and (writes / "mine.txt").exists()
+    assert Path("sweeps/s/failed/r.ft/bb.log").exists() and not (writes / "bb.log").exists()
+    assert not run_all([jobs["ft"]])["ft"].problem and not (writes / "mine.txt").exists()  # now it was asked for
+    assert not list(writes.parent.glob(".*"))
+
+
+def test_a_killed_run_of_backdoorbench_is_cleared_away(place: Path) -> None:
+    writes, aside = Path("record/r/defense/ft"), Path("record/r/defense/.ft.aside")
+    for folder, name in ((writes, "half.txt"), (aside, "mine.txt")):
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+    command = (sys.executable, "-c", WORK, str(writes), "0")
+    outcome = run(Job("r", "backdoorbench", "ft", 1, writes.with_name("ft-s1"), command, {}, writes=writes), Path("s"), {})
+    assert outcome.problem is None and not aside.exists()
+    assert (writes / "mine.txt").exists() and not (writes / "half.txt").exists()
+
+
+KILLED = """
+import json, sys
+from pathlib import Path
+from fmp_core.sweep_jobs import Job
+from fmp_core.sweep_queue import run_local
+jobs = [Job(**{**job, "folder": Path(job["folder"])}) for job in json.loads(sys.argv[1])]
+run_local(jobs, Path("sweeps/s"), [{}], lambda job, outcome: print(job.name, flush=True))
+"""
+
+
+def test_kill_in_the_middle_and_run_again(place: Path) -> None:
+    jobs = [working("a"), working("b", 60), working("c")]
+    sent = json.dumps([vars(job) for job in jobs], default=str)
+    environment = {**os.environ, "PYTHONPATH": str(DEFENSE)}
+    with subprocess.Popen([sys.executable, "-c", KILLED, sent], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "r.a\n"
+        wait_for(lambda: "b begins" in order())
+        process.send_signal(signal.SIGKILL)
+    assert stop_leftovers(Path("sweeps/s")) == 1  # b, which nobody waits for any more
+    again = [working("a"), replace(working("b"), settings=jobs[1].settings), working("c")]  # the same jobs, b now quick
+    board = Board(again, 1)
+    todo = board.skip_finished()
+    assert [job.method for job in todo] == ["b", "c"] and board.skipped == 1
+    run_local(todo, Path("sweeps/s"), [{}], board.report)
+    assert board.summary() == 0 and order().count("a begins") == 1 and order().count("b ends") == 1
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_one_sweep_at_a_time(place: Path) -> None:
+    with script.alone(Path("sweeps/s")), pytest.raises(UserError, match="running already"), script.alone(Path("sweeps/s")):
+        pass
+    with script.alone(Path("sweeps/s")):
+        pass
+
+
+def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [slot["OMP_NUM_THREADS"] for slot in local_slots("cpu", 4)] == ["2"] * 4
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(UserError, match="no CUDA device"):
+        local_slots("cuda", 1)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local_slots("auto", 1)] == ["3", "5"]
+
+
+def test_a_sweep_starts_without_importing_torch() -> None:
+    code = "import sys, sweep; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": f"{DEFENSE}:{DEFENSE.parent / 'record_scripts'}"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_times_are_readable() -> None:
+    assert [readable(x) for x in (3.2, 99, 600, 36000)] == ["3 s", "99 s", "10 min", "10.0 h"]
+    assert readable(Board([], 1).eta()) == "an unknown time"
+
+
+def test_waves_for_slurm() -> None:
+    record = Job("n", "record", "record", None, Path("record/n"), ("make",), {})
+    jobs = [record, working("lead", ranking="k"), working("x", ranking="k"), working("free")]
+    assert [[job.folder.name for job in wave] for wave in waves(jobs)] == [["n"], ["lead", "free"], ["x"]]
+
+
+def test_submitits_own_processes_run_a_sweep(place: Path) -> None:
+    pytest.importorskip("submitit")
+    ended: dict[str, Outcome] = {}
+    jobs = [working("a", ranking="k"), working("b", code="raise SystemExit(4)"), working("x", ranking="k")]
+    sweep = sweep_of(slurm={"partition": "debug", "time": 5, "cpus": 1})
+    run_submitit(jobs, sweep, lambda job, outcome: ended.update({job.folder.name: outcome}), "local", poll=0.2)
+    assert set(ended) == {"a", "b", "x"} and "exit code 4" in str(ended["b"].problem)
+    assert finished(jobs[0]) and finished(jobs[2]) and order() == ["a begins", "a ends", "x begins", "x ends"]
+
+
+def test_a_real_sweep_ranks_once(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "s.yaml").write_text(
+        textwrap.dedent(f"""
+        records: [{RECORD}]
+        defenses: [{{defense: fmp, p: [32, 64]}}]
+        ours: {{epochs: 0, frg_samples: 1, ratio: 0.2}}
+        device: cpu
+        """)
+    )
+    assert script.main(["s.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 jobs done" in printed
+    logs = [(workplace / "sweeps" / "s" / "logs" / f"{RECORD}.fmp-p{p}.log").read_text() for p in (32, 64)]
+    assert sum("] ranking 2986 feature maps" in log for log in logs) == 1
+    assert sum("feature maps read from" in log for log in logs) == 1
+    assert script.main(["s.yaml"]) == 0
+    assert "(2 were done before)" in capsys.readouterr().out
