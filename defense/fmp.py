@@ -115,6 +115,7 @@ class FMP(defense):
             if settings.epochs and len(self.subset) < 2:
                 raise UserError("Fine-tuning needs at least 2 clean images, not 1; raise --ratio or add to --index.")
             device = self.compute.device
+            poisoned = record.bd_test.pixels(record.image_size).to(device)  # first: their size is a stranger's claim
             network = load_model(record.model_name, record.num_classes, record.state)
             self.model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
             self.clean_images = train_set.read(self.subset).to(device)
@@ -122,7 +123,7 @@ class FMP(defense):
             self.test_data = TestData(
                 test_set.read(range(len(test_set))).to(device),
                 test_set.labels.to(device),
-                record.bd_test.pixels(record.image_size).to(device),
+                poisoned,
                 record.bd_test.targets.to(device),
                 record.bd_test.true_labels(test_set).to(device),
             )

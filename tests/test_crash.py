@@ -46,14 +46,14 @@ def start(root: Path, *flags: str) -> Run:
 
 
 def final(root: Path) -> dict[str, Any]:
-    """What a complete run leaves, without what may differ: times and the log's name."""
+    """What a complete run leaves, without what may differ: times, the commit, the log's name."""
     files: dict[str, Any] = {}
     for path in sorted((root / RESULTS).rglob("*")):
         name = path.relative_to(root / RESULTS).as_posix()
         if path.is_file() and path.suffix != ".log":
             files[name] = path.read_bytes()
     metrics = json.loads(files["metrics.json"])
-    files["metrics.json"] = {key: value for key, value in metrics.items() if key != "seconds"}
+    files["metrics.json"] = {key: value for key, value in metrics.items() if key not in ("seconds", "versions")}
     for name in files:
         if name.endswith(".pt"):  # a zip archive holds its own name, which was temporary
             files[name] = torch.load(root / RESULTS / name, weights_only=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fmp_core.results import UnreadableError, read_record
 from hostile import RECORD, Case, corpus
 
 CASES = corpus()
@@ -60,6 +61,19 @@ def test_a_hostile_input_is_refused_in_one_sentence_and_nothing_happens(name: st
     assert {module.split(".")[0] for module in report["modules"]} <= {"PIL", "encodings"}
     assert report["seconds"] < 5, report
     assert report["kilobytes"] < 2**20  # one GiB, Python and torch included
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("call: ", "pickle: "))])
+def test_collecting_reads_a_hostile_info_pickle_as_unreadable(name: str, workplace_template: Path, tmp_path: Path):
+    """``collect.py`` reads the attack's settings with the same reader: one warning, and the other records go on."""
+    (tmp_path / "record" / RECORD).mkdir(parents=True)
+    shutil.copy(workplace_template / "record" / RECORD / "attack_result.pt", tmp_path / "record" / RECORD)
+    CASES[name].damage(tmp_path)
+    (tmp_path / "record" / RECORD / "attack_result.pt").rename(tmp_path / "record" / RECORD / "info.pickle")
+    with pytest.raises(UnreadableError, match=r"info\.pickle") as caught:
+        read_record(tmp_path / "record" / RECORD)
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "pwned").exists() and not Path("pwned").exists()
 
 
 def test_the_corpus_is_hostile(workplace_template: Path, tmp_path: Path):

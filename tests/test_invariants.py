@@ -7,9 +7,11 @@ the workplace of ``conftest.py`` is used, whose dataset is ``cifar10``.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from fmp_core.pruning import prune_feature_maps
 from fmp_core.ranking import score_feature_maps, slices
 from fmp_core.records import PoisonedImages, write_attack_record
 from fmp_core.settings import Settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from reference import score
 from torch import Tensor, nn
@@ -157,6 +161,42 @@ def test_shuffled_and_relabelled_poisoned_images_change_no_weight(base: Path, fr
     assert same(saved_weights(base), saved_weights(other))
     assert metrics(base)["after"]["test_acc"] == metrics(other)["after"]["test_acc"]
     assert metrics(base)["before"] != metrics(other)["before"]  # they really were relabelled
+
+
+@settings(max_examples=10 if os.environ.get("FMP_SLOW_TESTS") else 2, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), chunk=st.sampled_from([8, 32, 64]), other=st.integers(0, 2**32 - 1))
+def test_any_poisoned_test_set_gives_the_same_weights(template: Path, seed: int, chunk: int, other: int) -> None:
+    """Hypothesis draws the seed; the second run has another poisoned test set, another chunk, and tests less often."""
+    flags = ["--random_seed", str(seed), "--frg_samples", "1", "--epochs", "2", "--p", "8"]
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(template, Path(folder) / "one")
+        shutil.copytree(template, Path(folder) / "two")
+        draw = np.random.default_rng(other)
+        path = Path(folder) / "two" / "record" / NAME / "attack_result.pt"
+        content = torch.load(path, weights_only=False)  # our own file
+        bd_test = content["bd_test"]
+        victims = bd_test["original_index_array"]
+        bd_test["original_index_array"] = draw.permutation(victims)[: draw.integers(1, len(victims) + 1)]
+        for item in bd_test["bd_data_container"]["data_dict"].values():
+            item["other_info"] = draw.integers(0, CLASSES, 2).tolist()
+        torch.save(content, path)
+        for file in (path.parent / "bd_test_dataset").rglob("*.png"):
+            Image.fromarray(draw.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(file)
+        one = run(Path(folder) / "one", *flags)
+        two = run(Path(folder) / "two", *flags, "--chunk", str(chunk), "--frequency_test", "0")
+        assert same(saved_weights(one), saved_weights(two))
+        assert (one / "feature_maps.csv").read_bytes() == (two / "feature_maps.csv").read_bytes()
+        assert metrics(one)["before"]["test_acc"] == metrics(two)["before"]["test_acc"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(order=st.permutations(range(12)), batch=st.integers(1, 13))
+def test_order_and_batches_of_the_test_sets_change_no_rate(order: list[int], batch: int) -> None:
+    model, images, labels = toy_case(Plain, count=12)
+    pixels, targets, true = (images * 255).to(torch.uint8), (labels + 1) % 3, labels
+    first = evaluate(model, Data(pixels, labels, pixels, targets, true), 5)
+    second = evaluate(model, Data(pixels[order], labels[order], pixels[order], targets[order], true[order]), batch)
+    assert first.headline() == second.headline()
 
 
 def test_testing_more_or_less_often_changes_no_weight(fresh: Path) -> None:

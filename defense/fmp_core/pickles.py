@@ -158,6 +158,7 @@ def read_pickle(file: IO[bytes], names: Mapping[str, Any] = PLAIN, persistent: C
     stack: list[Any] = []
     marks: list[list[Any]] = []
     memo: dict[int, Any] = {}
+    arg: Any
     for count, (op, arg, _) in enumerate(pickletools.genops(file)):
         if count == MOST_INSTRUCTIONS:
             raise RefusedError(f"more than {MOST_INSTRUCTIONS} objects")
@@ -196,9 +197,9 @@ def read_pickle(file: IO[bytes], names: Mapping[str, Any] = PLAIN, persistent: C
             del stack[-2:]
             _as_dict(stack[-1])[_key(key)] = value
         elif name == "GLOBAL":
-            stack.append(_named(*arg.split(" ", 1), names))
+            stack.append(_named(names, *arg.split(" ", 1)))
         elif name == "STACK_GLOBAL":
-            stack[-2:] = [_named(*stack[-2:], names)]
+            stack[-2:] = [_named(names, *stack[-2:])]
         elif name in ("REDUCE", "NEWOBJ"):
             arguments = stack.pop()
             if not isinstance(stack[-1], Callee) or type(arguments) is not tuple:
@@ -216,7 +217,7 @@ def read_pickle(file: IO[bytes], names: Mapping[str, Any] = PLAIN, persistent: C
     raise EOFError("the pickle has no end")
 
 
-def _named(module: Any, name: Any, names: Mapping[str, Any]) -> Any:
+def _named(names: Mapping[str, Any], module: Any, name: Any) -> Any:
     if not (isinstance(module, str) and isinstance(name, str)):
         raise RefusedError("a name that is no text")
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # those of Python 2

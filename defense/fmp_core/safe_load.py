@@ -164,7 +164,8 @@ def _storages(make: Callable[[torch.dtype, str, int], Tensor], found: dict[str, 
     """Reads persistent ids ``("storage", kind, key, location, numbers, ...)``; ``found`` keeps the storages by key."""
 
     def storage(identity: Any) -> Tensor:
-        word, kind, key, _location, numbers, *view = identity if type(identity) is tuple else [None] * 5
+        fields: list[Any] = list(identity) if type(identity) is tuple else [None] * 5
+        word, kind, key, _location, numbers, *view = fields
         plain = word == "storage" and isinstance(kind, _StorageKind) and isinstance(key, str)
         if not plain or type(numbers) is not int or numbers < 0 or view not in ([], [None]):
             raise RefusedError("an unknown kind of storage")
@@ -179,7 +180,7 @@ def _storages(make: Callable[[torch.dtype, str, int], Tensor], found: dict[str, 
 
 def _fill(tensor: Tensor, source: IO[bytes]) -> Tensor:
     """Read the bytes of ``tensor``. Raises EOFError if there are too few."""
-    target = memoryview(tensor.view(torch.uint8).numpy()) if len(tensor) else memoryview(b"")
+    target = memoryview(tensor.view(torch.uint8).numpy().data) if len(tensor) else memoryview(b"")
     done = 0
     while done < len(target):
         chunk = source.read(min(2**22, len(target) - done))
