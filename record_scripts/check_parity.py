@@ -141,7 +141,9 @@ def compare_tables(theirs: Path, ours: Path) -> list[Check]:
     ]
     if columns:
         odd = [c for c in expected if not _kinds(found[c]) - {"nothing", "nan_value"} <= _kinds(expected[c])]
-        checks.append(Check(f"{ours.name}: value formats", not odd, f"unlike in {', '.join(odd)}" if odd else "alike"))
+        checks.append(
+            Check(f"{ours.name}: value formats", not odd, f"unlike in {', '.join(map(str, odd))}" if odd else "alike")
+        )
     return checks
 
 
