@@ -249,23 +249,6 @@ def test_ablations_rank_nothing_and_lie_beside_the_result(selection: str, share:
     assert int(maps["pruned"].sum()) == expected
 
 
-def test_masked_maps_stay_at_zero_while_fine_tuning(workplace: Path, run_fmp: Run):
-    for name, masked in (("kept", "True"), ("free", "False")):
-        flags = (*QUICK, "--selection", "random", "--epochs", "1", "--masked", masked, "--defense_name", name)
-        assert run_fmp(*flags).code == 0
-    zeros = {}
-    for name in ("kept", "free"):
-        folder = workplace / RESULTS.with_name(name)
-        state = torch.load(folder / "defense_result.pt", weights_only=True)["model"]
-        maps = pd.read_csv(folder / "feature_maps.csv")
-        chosen = maps[maps["pruned"]]
-        zeros[name] = [
-            not state[f"{layer}.weight"][channel].any()
-            for layer, channel in zip(chosen["layer"], chosen["channel"], strict=True)
-        ]
-    assert len(zeros["kept"]) > 0 and all(zeros["kept"]) and not all(zeros["free"])
-
-
 def test_the_strong_preset_gives_a_verdict_and_flags_override_it(workplace: Path, run_fmp: Run):
     ran = run_fmp(*QUICK, "--preset", "strong", "--epochs", "0", "--dtype", "fp32")
     assert ran.code == 0

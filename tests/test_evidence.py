@@ -6,9 +6,10 @@ import pytest
 import torch
 from fmp_core.evidence import choose_within_budget, weigh
 from fmp_core.feature_maps import ConvLayer, frozen, trace_conv_layers
-from fmp_core.frg import SPARSE_PIXELS, Attack, SharedForward
+from fmp_core.frg import SPARSE_PIXELS, Attack, SharedForward, upward_images
 from fmp_core.pruning import accuracy_without
 from fmp_core.ranking import Scores
+from fmp_core.unlearning import unlearning_images
 from torch import Tensor, nn
 from toy import SmallPreActResNet, footprint, same, toy_case, weights
 
@@ -90,3 +91,20 @@ def test_accuracy_without_leaves_the_model_as_it_was():
     blind, seeing = (accuracy_without(model, layers, chosen, pixels, labels) for chosen in (everything, nothing))
     assert blind < seeing
     assert same(before, weights(model)) and footprint(model) == print_before
+
+
+def test_unlearning_images_are_made_by_the_chosen_maps_only():
+    model, images, _ = toy_case(SmallPreActResNet)
+    layers = trace_conv_layers(model.network, images[:1])
+    pixels = (images * 255).round().to(torch.uint8)
+    chosen = torch.zeros(sum(layer.channels for layer in layers), dtype=torch.bool)
+    position = layers[0].channels + layers[1].channels + 1  # map 1 of the third layer; no other layer has any
+    chosen[position] = True
+    attack = Attack(8 / 255, family="sparse")
+    before = footprint(model)
+    made = unlearning_images(model, layers, chosen, pixels, attack, seed=0)
+    with frozen(model):
+        alone = upward_images(model, layers[2], torch.ones(len(pixels), dtype=torch.int64), pixels / 255, attack)
+    assert torch.equal(made, (alone * 255).round().to(torch.uint8))
+    assert (made != pixels).any(1).flatten(1).any(1).all()
+    assert footprint(model) == before

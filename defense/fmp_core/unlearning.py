@@ -39,7 +39,7 @@ def unlearning_images(
     with frozen(model):
         for layer, where in slices(layers):
             rows = ((drawn >= where.start) & (drawn < where.stop)).nonzero().flatten()
-            for part in rows.split(rows_per_batch(images.device)):
+            for part in rows.split(rows_per_batch(images.device)) if len(rows) else ():
                 channels = (drawn[part] - where.start).to(images.device)
                 pixels = upward_images(model, layer, channels, to_unit(images[part.to(images.device)]), attack)
                 made[part.to(images.device)] = pixels.mul(255).round().to(torch.uint8)
