@@ -70,7 +70,7 @@ except ImportError:  # no BackdoorBench around us
     from fmp_core.base import defense
 
 HELD_OUT = 1000  # clean images, the last of the subset, that tell how many maps the budget allows
-TRAINING = ("batch_size", "lr", "lr_scheduler", "steplr_stepsize", "steplr_gamma", "steplr_milestones")
+TRAINING: tuple[str, ...] = ("batch_size", "lr", "lr_scheduler", "steplr_stepsize", "steplr_gamma", "steplr_milestones")
 TRAINING += ("sgd_momentum", "wd", "amp", "epochs")
 INTERRUPTED = "interrupted.pt"  # the state of fine-tuning, until a run is complete
 LOG_FORMAT = logging.Formatter("%(asctime)s [%(levelname)-8s] [%(filename)s:%(lineno)d] %(message)s", "%Y-%m-%d:%H:%M:%S")
