@@ -21,7 +21,7 @@ from pathlib import Path
 from pprint import pformat
 from typing import Any, NoReturn
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).absolute().parent  # not resolved: a link in a BackdoorBench checkout belongs there
 for folder in (HERE, HERE.parent):  # fmp_core lies beside this file; BackdoorBench's own packages lie one level up
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
@@ -32,7 +32,15 @@ from fmp_core.checkpoint import Checkpoint  # noqa: E402
 from fmp_core.compute import choose_compute, choose_dtype, is_out_of_memory, make_deterministic  # noqa: E402
 from fmp_core.datasets import Split, dataset_facts, open_split  # noqa: E402
 from fmp_core.errors import UserError  # noqa: E402
-from fmp_core.evaluate import Metrics, TestData, defense_effectiveness_rating, evaluate, to_unit  # noqa: E402
+from fmp_core.evaluate import (  # noqa: E402
+    Metrics,
+    Predictions,
+    TestData,
+    defense_effectiveness_rating,
+    evaluate_and_keep,
+    to_unit,
+)
+from fmp_core.event_log import summary_writer, write_events  # noqa: E402
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
 from fmp_core.files import check_folders, make_folders, refuse_links_out_of, write_text, writing  # noqa: E402
 from fmp_core.finetune import Epoch, train  # noqa: E402
@@ -40,12 +48,14 @@ from fmp_core.interrupts import Terminated, stopping_gently  # noqa: E402
 from fmp_core.lock import locked  # noqa: E402
 from fmp_core.log_file import LogFile  # noqa: E402
 from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
+from fmp_core.predictions import prediction_frame  # noqa: E402
 from fmp_core.progress import Progress  # noqa: E402
 from fmp_core.pruning import prune_feature_maps  # noqa: E402
 from fmp_core.racing import race  # noqa: E402
 from fmp_core.ranking import Choice, Scores, choose, choose_by_chance, score_feature_maps  # noqa: E402
 from fmp_core.ranking_state import RankingCheckpoints  # noqa: E402
 from fmp_core.records import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
+from fmp_core.report_page import write_report  # noqa: E402
 from fmp_core.score_cache import cache_file, content_key, load_scores, save_scores  # noqa: E402
 from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
 from fmp_core.subset import choose_subset  # noqa: E402
@@ -84,6 +94,8 @@ class FMP(defense):
     def set_result(self, result_file: str) -> None:
         """Read the record, its model and all images; nothing is written yet, so bad input leaves no trace."""
         settings = self.settings
+        if settings.tensorboard:
+            summary_writer()  # refuse now rather than after an hour
         with self._timed("load"):
             record = read_attack_record(Path(settings.record_root) / result_file)
             self._check_against(record)
@@ -109,6 +121,7 @@ class FMP(defense):
                 record.bd_test.true_labels(test_set).to(device),
             )
             self.layers = self._trace(network, record)
+        self.predictions: list[Predictions] = []  # before, and of the latest test
         self.record, self.facts = record, facts
         self.folder = record.folder / "defense" / settings.defense_name
         self.log_folder = Path(settings.log or self.folder / "log")
@@ -177,12 +190,20 @@ class FMP(defense):
         report.write_csv(self.folder / "fmp_df.csv", frame)
         report.write_csv(self.folder / "fmp_df_summary.csv", report.summary_frame(frame))
         report.write_plots(self.folder, frame)
+        if settings.tensorboard:
+            write_events(self.folder / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), frame)
         maps = report.feature_map_frame(self.layers, choice, scores, settings.scope)
         report.write_csv(self.folder / "feature_maps.csv", maps, index=False)
+        predictions = prediction_frame(self.test_data, *self.predictions)
+        report.write_csv(self.folder / "predictions.csv", predictions, index=False)
         write_defense_result(self.folder / "defense_result.pt", *self._weights())
         report.write_json(self.folder / "metrics.json", metrics)
         (self.checkpoints / INTERRUPTED).unlink(missing_ok=True)
         logger.info("results are in %s", self.folder)
+        if settings.report:
+            started = time.perf_counter()
+            path = write_report(self.record, self.folder, self.test_data)
+            logger.info("%s written in %.1f s", path, time.perf_counter() - started)
         return {"model": self.model.network, "metrics": metrics}
 
     def defense(self, result_file: str) -> dict[str, Any]:
@@ -324,7 +345,8 @@ class FMP(defense):
 
     def _test(self, when: str) -> Metrics:
         with self._timed("testing"):
-            metrics = evaluate(self.model, self.test_data, self.settings.batch_size)
+            metrics, predictions = evaluate_and_keep(self.model, self.test_data, self.settings.batch_size)
+        self.predictions = [*self.predictions[:1], predictions]
         self.logger.info("%s: Acc %.4f  ASR %.4f  RA %.4f", when, metrics.test_acc, metrics.test_asr, metrics.test_ra)
         return metrics
 

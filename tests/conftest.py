@@ -99,8 +99,8 @@ def tiny_record(workplace: Path) -> Path:
 
 @pytest.fixture
 def run_fmp(workplace: Path) -> Callable[..., Ran]:
-    """``run_fmp("--p", "8", ...)`` is the command in a fresh workplace, in this process, on the CPU."""
-    return lambda *flags: call_fmp("--device", "cpu", *flags)
+    """``run_fmp("--p", "8", ...)`` is the command in a fresh workplace, in this process, on the CPU, without a report."""
+    return lambda *flags: call_fmp("--device", "cpu", "--report", "False", *flags)
 
 
 @pytest.fixture

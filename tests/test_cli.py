@@ -99,6 +99,7 @@ def test_a_run_leaves_every_file_of_bbs_and_ours(finished: Finished):
         ".lock",
         "defense_result.pt", "fmp_df.csv", "fmp_df_summary.csv", "loss_metric_plots.png", "acc_like_metric_plots.png",
         "log/index.txt", "index.txt", "feature_maps.csv", "metrics.json",
+        "predictions.csv", "report.html",
         "checkpoint/fmp_epoch_0.pt", "checkpoint/fmp_epoch_1.pt",
     }  # fmt: skip
 

@@ -42,6 +42,14 @@ class Metrics:
         return {"test_acc": self.test_acc, "test_asr": self.test_asr, "test_ra": self.test_ra}
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """Predicted classes of both test sets, int64 ``[N]`` each."""
+
+    clean: Tensor
+    poisoned: Tensor
+
+
 def to_unit(pixels: Tensor) -> Tensor:
     """uint8 pixels -> float32 in [0,1], as torchvision's ToTensor."""
     return pixels.float().div(255)
@@ -62,15 +70,21 @@ def predict(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -
 
 def evaluate(model: nn.Module, data: TestData, batch_size: int) -> Metrics:
     """Acc on the clean test set; ASR and RA on the poisoned one (the same predictions against both labels)."""
+    return evaluate_and_keep(model, data, batch_size)[0]
+
+
+def evaluate_and_keep(model: nn.Module, data: TestData, batch_size: int) -> tuple[Metrics, Predictions]:
+    """As :func:`evaluate`, and the predictions it counted."""
     clean, clean_loss = predict(model, data.clean_images, data.clean_labels, batch_size)
     poisoned, poisoned_loss = predict(model, data.poisoned_images, data.targets, batch_size)
-    return Metrics(
+    metrics = Metrics(
         test_acc=_share(clean == data.clean_labels),
         test_asr=_share(poisoned == data.targets),
         test_ra=_share(poisoned == data.originals),
         clean_test_loss_avg_over_batch=clean_loss,
         bd_test_loss_avg_over_batch=poisoned_loss,
     )
+    return metrics, Predictions(clean, poisoned)
 
 
 def defense_effectiveness_rating(before: Metrics, after: Metrics) -> float:

@@ -153,6 +153,8 @@ class Settings:
 
     wait: bool = _setting(False, _BOOLEAN, "wait while another run works in the same result folder, instead of ending")
     defense_name: str = _setting("fmp", _NAME, "the result folder's name below record/<record>/defense")
+    report: bool = _setting(True, _BOOLEAN, "write report.html beside the results")
+    tensorboard: bool = _setting(False, _BOOLEAN, "also write TensorBoard event files into tensorboard/")
     log: str | None = _setting(None, _TEXT, "folder of the log (default: log/ in the result folder)")
     checkpoint_save: str | None = _setting(None, _TEXT, "folder of saved epochs (default: checkpoint/ in the result folder)")
 

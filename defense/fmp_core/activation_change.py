@@ -1,0 +1,111 @@
+"""Trigger activation change (TAC): how far the trigger moves each feature map, and whether a selection found those maps.
+
+TAC needs poisoned images beside their clean twins, which no defender has: reports and ablations may use it, the defense may
+not. After Zheng et al., "Data-free backdoor removal based on channel Lipschitzness" (ECCV 2022), with the mean absolute
+difference in place of the L2 norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .compute import rows_per_batch
+from .feature_maps import ConvLayer, frozen
+
+
+def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], clean: Tensor, poisoned: Tensor) -> Tensor:
+    """Mean over images and positions of |map on the poisoned image - map on its clean twin|, float64 ``[N_maps]`` on the CPU.
+
+    Maps are the convolutions' outputs, layers in the order given (execution order), channels within them.
+
+    Args:
+        model: takes pixels in [0,1]; left as it was found (mode, gradient flags, hooks).
+        layers: from :func:`~fmp_core.feature_maps.trace_conv_layers`.
+        clean, poisoned: float ``[N, C, H, W]`` in [0,1] on the model's device; row ``i`` of both shows the same image.
+
+    Raises:
+        ValueError: the two differ in shape, or there are no images.
+    """
+    if clean.shape != poisoned.shape or not len(clean):
+        raise ValueError(f"clean images {tuple(clean.shape)} and poisoned ones {tuple(poisoned.shape)} are no pairs")
+    sums = {layer.name: torch.zeros(layer.channels, dtype=torch.float64, device=clean.device) for layer in layers}
+    handles = []
+    try:
+        for layer in layers:
+
+            def add(_module: nn.Module, _inputs: object, out: Tensor, name: str = layer.name) -> None:
+                half = len(out) // 2
+                sums[name] += (out[half:] - out[:half]).abs().mean((2, 3), dtype=torch.float64).sum(0)
+
+            handles.append(layer.module.register_forward_hook(add))
+        rows = max(1, rows_per_batch(clean.device) // 2)
+        with frozen(model), torch.inference_mode():
+            for pair in zip(clean.split(rows), poisoned.split(rows), strict=True):
+                model(torch.cat(pair).contiguous(memory_format=torch.channels_last))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat([sums[layer.name] for layer in layers]).cpu() / len(clean)
+
+
+class Precision(NamedTuple):
+    """How many of the chosen maps are among those the trigger moves most.
+
+    ``hits`` of ``chosen`` maps are among the k maps of highest TAC in their layer, k being the number chosen there.
+    ``random`` is the precision a random choice of the same sizes has on average; ``chance`` is the probability that such a
+    choice hits at least as often. ``percentile`` is the chosen maps' mean TAC percentile within their layers: 0.5 for a random
+    choice, near 1 where the maps the trigger moves most were chosen. All but the counts are NaN if nothing is chosen.
+    """
+
+    hits: int
+    chosen: int
+    random: float
+    chance: float
+    percentile: float
+
+    @property
+    def value(self) -> float:
+        """The precision, in [0,1]."""
+        return self.hits / self.chosen if self.chosen else math.nan
+
+
+def precision_at(chosen: Tensor, tac: Tensor, layers: Sequence[ConvLayer]) -> Precision:
+    """Compare a selection with TAC, layer by layer (TAC has no common scale across layers).
+
+    Args:
+        chosen: bool ``[N_maps]``, such as :attr:`fmp_core.ranking.Choice.mask`.
+        tac: ``[N_maps]`` from :func:`trigger_activation_change`; equal values count by position.
+        layers: the layers both are ordered by.
+    """
+    hits, expected, percentiles = 0, 0.0, 0.0
+    distribution = np.ones(1)  # of the hits of a random choice, layer after layer
+    start = 0
+    for layer in layers:
+        where = slice(start, start + layer.channels)
+        start += layer.channels
+        k = int(chosen[where].sum())
+        if not k:
+            continue
+        order = torch.argsort(tac[where], descending=True, stable=True)
+        hits += int(chosen[where][order[:k]].sum())
+        expected += k * k / layer.channels
+        places = torch.empty(layer.channels, dtype=torch.float64)
+        places[order] = torch.arange(layer.channels, 0, -1, dtype=torch.float64)
+        percentiles += float(((places[chosen[where]] - 0.5) / layer.channels).sum())
+        distribution = np.convolve(distribution, _hypergeometric(k, layer.channels))
+    total = int(chosen.sum())
+    if not total:
+        return Precision(0, 0, math.nan, math.nan, math.nan)
+    chance = min(1.0, float(distribution[hits:].sum()))
+    return Precision(hits, total, expected / total, chance, percentiles / total)
+
+
+def _hypergeometric(k: int, n: int) -> np.ndarray:
+    """Probabilities that 0..k of ``k`` maps drawn from ``n`` are among ``k`` given ones."""
+    return np.array([math.comb(k, h) * math.comb(n - k, k - h) / math.comb(n, k) for h in range(k + 1)])

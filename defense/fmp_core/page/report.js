@@ -1,0 +1,208 @@
+"use strict";
+// One canvas per layer: thousands of maps draw in milliseconds, and colours come from the style sheet.
+const data = JSON.parse(document.getElementById("maps").textContent);
+const tip = document.getElementById("tip");
+const HEIGHT = 46, TOP = 5, BOTTOM = 12, RADIUS = 2.2, HAS_TAC = Boolean(data.layers[0].tac);
+const largest = Math.max(...data.layers.map(layer => layer.channel.length));
+let low = Infinity, high = 0, p = data.p, spread = true;
+for (const layer of data.layers) for (const correct of layer.correct) { low = Math.min(low, correct); high = Math.max(high, correct); }
+const percent = correct => (100 * correct / data.samples).toFixed(correct * 100 % data.samples ? 1 : 0) + " %";
+
+const shareAt = x => spread ? Math.pow(2 * largest, x - 1) : x;
+const place = share => spread ? 1 + Math.log(share) / Math.log(2 * largest) : share;
+const at = (layer, position) => place((position + .5) / layer.channel.length);
+const heightOf = correct => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (high > low ? (correct - low) / (high - low) : .5);
+
+// What p prunes: the flags of the run itself, or the lowest ranks for another p.
+const cutOf = layer => layer.cuts[data.ps.indexOf(p)];
+const isPruned = (layer, position) => p === data.p ? layer.pruned[position] === 1 : position < cutOf(layer);
+function tiedValues() {  // per layer, the score that both sides of the cut share, or null
+  const straddled = layers => {
+    const inside = Math.max(...layers.map(l => cutOf(l) ? l.correct[cutOf(l) - 1] : -1));
+    const outside = Math.min(...layers.map(l => cutOf(l) < l.correct.length ? l.correct[cutOf(l)] : Infinity));
+    return inside === outside ? inside : null;
+  };
+  if (data.scope === "global") { const value = straddled(data.layers); return data.layers.map(() => value); }
+  return data.layers.map(layer => cutOf(layer) ? straddled([layer]) : null);
+}
+
+function sized(canvas, height) {
+  const ratio = window.devicePixelRatio || 1, width = canvas.clientWidth;
+  canvas.width = Math.round(width * ratio);
+  canvas.height = Math.round(height * ratio);
+  const pen = canvas.getContext("2d");
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.clearRect(0, 0, width, height);
+  return [pen, width];
+}
+
+function drawStrip(layer, row, colour, tied) {
+  const [pen, width] = sized(row.canvas, HEIGHT), n = layer.channel.length, cut = cutOf(layer);
+  const x = position => 4 + (width - 8) * at(layer, position);
+  const line = (count, style, thick) => {
+    const middle = 4 + (width - 8) * place(count / n);
+    pen.fillStyle = style;
+    pen.fillRect(Math.round(middle - thick / 2), 0, thick, HEIGHT - BOTTOM + 4);
+  };
+  if (tied !== null) {
+    const first = layer.correct.indexOf(tied), last = layer.correct.lastIndexOf(tied);
+    pen.fillStyle = colour.band;
+    if (first >= 0) pen.fillRect(x(first) - 3, heightOf(tied) - 5, x(last) - x(first) + 6, 10);
+  }
+  for (const count of layer.cuts) if (count && count !== cut) line(count, colour.rule, 1);
+  if (cut) line(cut, colour.after, 2);
+  for (const pruned of [false, true]) {
+    pen.fillStyle = pruned ? colour.after : colour.before;
+    for (let position = 0; position < n; position++) {
+      if (isPruned(layer, position) !== pruned) continue;
+      pen.beginPath();
+      pen.arc(x(position), heightOf(layer.correct[position]), pruned ? RADIUS + .6 : RADIUS, 0, 7);
+      pen.fill();
+    }
+  }
+  let pruned = 0, found = 0;
+  pen.fillStyle = colour.trigger;
+  const wanted = p === data.p ? layer.pruned.reduce((sum, flag) => sum + flag, 0) : cut;
+  for (let position = 0; position < n; position++) {
+    pruned += isPruned(layer, position);
+    if (!HAS_TAC || layer.tacRank[position] > wanted) continue;
+    found += isPruned(layer, position);
+    pen.fillRect(x(position) - 1, HEIGHT - 9, 2, 8);
+  }
+  if (row.active !== undefined) {
+    pen.strokeStyle = colour.ink;
+    pen.lineWidth = 1.5;
+    pen.beginPath();
+    pen.arc(x(row.active), heightOf(layer.correct[row.active]), RADIUS + 3, 0, 7);
+    pen.stroke();
+  }
+  const ties = tied === null ? 0 : layer.correct.filter(correct => correct === tied).length;
+  [pruned, ties, found].forEach((count, i) => {
+    if (!row.counts[i]) return;
+    row.counts[i].firstChild.textContent = count;
+    row.counts[i].classList.toggle("zero", !count);
+  });
+}
+
+function drawHead(canvas, colour) {
+  const [pen, width] = sized(canvas, 20);
+  pen.font = "12px " + getComputedStyle(document.body).fontFamily;
+  pen.textAlign = "center";
+  if (data.scope === "global") return;
+  let free = -Infinity;
+  for (const value of [...data.ps].sort((a, b) => (b === p) - (a === p) || b - a)) {
+    const x = 4 + (width - 8) * place(1 / value), text = "p " + value, half = pen.measureText(text).width / 2;
+    if (value !== p && (x - half < free || Math.abs(x - 4 - (width - 8) * place(1 / p)) < 2 * half + 4)) continue;
+    pen.fillStyle = value === p ? colour.after : colour.soft;
+    pen.fillText(text, Math.max(x, half), 14);
+    if (value !== p) free = x + half + 6;
+  }
+}
+
+function element(tag, kind, parent, text) {
+  const made = document.createElement(tag);
+  if (kind) made.className = kind;
+  if (text !== undefined) made.textContent = text;
+  parent.append(made);
+  return made;
+}
+
+const box = document.getElementById("strips");
+const units = HAS_TAC ? ["pruned", "tied", "found"] : ["pruned", "tied"];
+box.style.setProperty("--counts", units.length);
+const head = element("div", "strip head", box);
+element("span", "name", head, "layer");
+const headCanvas = element("canvas", "", head);
+for (const unit of units) element("span", "", head, unit);
+const rows = data.layers.map(layer => {
+  const row = element("div", "strip", box), name = element("span", "name", row);
+  element("code", "", name, layer.name);
+  element("small", "", name, layer.channel.length + " maps");
+  const canvas = element("canvas", "", row);
+  canvas.tabIndex = 0;
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `${layer.name}: ${layer.channel.length} feature maps; arrow keys step through them`);
+  const counts = units.map(unit => {
+    const cell = element("span", "", row);
+    cell.append("");
+    element("span", "unit", cell, " " + unit);
+    return cell;
+  });
+  return { canvas, counts, active: undefined };
+});
+
+let colours;
+function draw(only) {
+  const style = getComputedStyle(document.documentElement);
+  colours = Object.fromEntries(["ink", "soft", "rule", "before", "after", "trigger", "band"].map(k => [k, style.getPropertyValue("--" + k).trim()]));
+  const tied = tiedValues();
+  if (only === undefined) drawHead(headCanvas, colours);
+  data.layers.forEach((layer, i) => { if (only === undefined || only === i) drawStrip(layer, rows[i], colours, tied[i]); });
+}
+
+function show(i, position, x, y) {
+  const layer = data.layers[i];
+  rows[i].active = position;
+  draw(i);
+  tip.replaceChildren();
+  element("b", "", tip, `${layer.name}, channel ${layer.channel[position]}`);
+  const add = text => { tip.append(document.createElement("br"), text); };
+  add(`rank ${position + 1} of ${layer.channel.length}${isPruned(layer, position) ? ", pruned" : ""}`);
+  add(`${layer.correct[position]} of ${data.samples} correct (${percent(layer.correct[position])}), margin ${layer.margin[position]}`);
+  if (HAS_TAC) add(`TAC ${layer.tac[position]}, rank ${layer.tacRank[position]}`);
+  tip.hidden = false;
+  const size = tip.getBoundingClientRect();
+  tip.style.left = Math.max(8, Math.min(x + 14, innerWidth - size.width - 8)) + "px";
+  tip.style.top = (y + 20 + size.height > innerHeight ? y - size.height - 12 : y + 20) + "px";
+}
+function hide(i) {
+  rows[i].active = undefined;
+  tip.hidden = true;
+  draw(i);
+}
+// The nearest map to the pointer: among those near its column, the one whose dot is closest.
+function nearest(layer, canvas, x, y) {
+  const width = canvas.clientWidth - 8, n = layer.channel.length;
+  const guess = Math.round(shareAt(Math.min(1, Math.max(0, (x - 4) / width))) * n - .5);
+  let best = 0, distance = Infinity;
+  for (let position = Math.max(0, guess - 40); position <= Math.min(n - 1, guess + 40); position++) {
+    const away = Math.hypot(4 + width * at(layer, position) - x, (heightOf(layer.correct[position]) - y) / 3);
+    if (away < distance) { distance = away; best = position; }
+  }
+  return best;
+}
+rows.forEach((row, i) => {
+  const follow = event => {
+    const frame = row.canvas.getBoundingClientRect();
+    show(i, nearest(data.layers[i], row.canvas, event.clientX - frame.left, event.clientY - frame.top), event.clientX, event.clientY);
+  };
+  row.canvas.addEventListener("pointermove", follow);
+  row.canvas.addEventListener("pointerdown", follow);
+  row.canvas.addEventListener("pointerleave", () => hide(i));
+  row.canvas.addEventListener("blur", () => hide(i));
+  row.canvas.addEventListener("keydown", event => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const last = data.layers[i].channel.length - 1, frame = row.canvas.getBoundingClientRect();
+    const position = row.active === undefined ? 0 : Math.max(0, Math.min(last, row.active + step));
+    show(i, position, frame.left + 4 + (frame.width - 8) * at(data.layers[i], position), frame.top + HEIGHT / 2);
+  });
+});
+
+for (const value of data.ps) {
+  const label = element("label", "", document.getElementById("ps")), input = element("input", "", label);
+  Object.assign(input, { type: "radio", name: "p", value, checked: value === p });
+  element("span", "", label, value);
+}
+document.getElementById("controls").addEventListener("change", event => {
+  if (event.target.name === "p") p = Number(event.target.value);
+  else spread = event.target.value === "spread";
+  draw();
+});
+document.getElementById("range").textContent = `heights run from ${percent(low)} to ${percent(high)} correct`;
+const started = performance.now();
+draw();
+document.documentElement.dataset.drawn = (performance.now() - started).toFixed(1);
+new ResizeObserver(() => draw()).observe(box);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());

@@ -1,0 +1,66 @@
+"""What a model says about every test image, before and after the defense, as a small table on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .errors import UserError
+from .evaluate import Predictions, TestData
+
+COLUMNS = ["poisoned", "label", "target", "before", "after"]
+
+
+def prediction_frame(data: TestData, before: Predictions, after: Predictions) -> pd.DataFrame:
+    """One row per test image, the clean ones first, then the poisoned.
+
+    ``label`` is what the image shows, ``target`` what the attacker wants (-1 for clean images); ``before`` and ``after`` are
+    the classes the model names.
+    """
+    parts = []
+    for poisoned, labels, targets, first, last in (
+        (False, data.clean_labels, None, before.clean, after.clean),
+        (True, data.originals, data.targets, before.poisoned, after.poisoned),
+    ):
+        columns = {"label": labels, "target": targets, "before": first, "after": last}
+        rows = {name: -1 if column is None else column.cpu().numpy() for name, column in columns.items()}
+        parts.append(pd.DataFrame({"poisoned": poisoned, **rows}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def read_predictions(path: Path, data: TestData, num_classes: int) -> pd.DataFrame | None:
+    """The table at ``path``; None if there is none, or if it is about another test set.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        frame = pd.read_csv(path)
+        classes = frame[COLUMNS[1:]].to_numpy()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a table of predictions ({error}); delete it, and it is made again.") from None
+    if not np.issubdtype(classes.dtype, np.integer) or classes.min() < -1 or classes.max() >= num_classes:
+        raise UserError(f"{path} names classes outside 0..{num_classes - 1}; delete it, and it is made again.")
+    labels = np.concatenate([data.clean_labels.cpu().numpy(), data.originals.cpu().numpy()])
+    same = len(frame) == len(labels) and bool((frame["label"].to_numpy() == labels).all())
+    return frame if same else None
+
+
+def confusion(frame: pd.DataFrame, when: str, poisoned: bool, num_classes: int) -> np.ndarray:
+    """Counts, int64 ``[num_classes, num_classes]``: rows are what images show, columns what the model says ``when``."""
+    rows = frame[frame["poisoned"].astype(bool) == poisoned]
+    cells = rows["label"].to_numpy() * num_classes + rows[when].to_numpy()
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def success_by_class(frame: pd.DataFrame) -> pd.DataFrame:
+    """Attack success per true class: index ``label``; columns ``before``, ``after`` (shares), ``images``."""
+    rows = frame[frame["poisoned"].astype(bool)]
+    hits = pd.DataFrame({when: rows[when] == rows["target"] for when in ("before", "after")})
+    table = hits.groupby(rows["label"]).mean()
+    table["images"] = rows.groupby("label").size()
+    return table

@@ -1,0 +1,123 @@
+"""The report's charts: matplotlib drawings as inline SVG whose colours follow the page (light or dark)."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Drawn in these colours, shown in the style sheet's variables: an SVG cannot name a CSS variable through matplotlib.
+INK, SOFT, RULE, BEFORE, AFTER, TRIGGER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
+VARIABLES = {INK: "--ink", SOFT: "--soft", RULE: "--rule", BEFORE: "--before", AFTER: "--after", TRIGGER: "--trigger"}
+CELL = (0.0, 0.45, 0.70)  # blue on any ground: only its opacity varies
+MOST_OPAQUE = 0.6  # so that ink stays readable on the fullest cell
+WIDTH = 4.6  # inches; one column of the page, or the whole of a phone
+MOST_CLASSES = 30  # per-class bars
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fmp",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": RULE,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def confusion_matrix(counts: np.ndarray, label: str) -> str:
+    """Rows (true classes) as shares; numbers are percent, written where there is room for them and at least 1."""
+    classes = len(counts)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    with matplotlib.rc_context({**STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
+        figure, axes = _axes(WIDTH, WIDTH * 0.94)
+        cells = np.empty((classes, classes, 4))
+        cells[..., :3], cells[..., 3] = CELL, MOST_OPAQUE * shares
+        axes.imshow(cells, interpolation="none", aspect="auto")
+        if classes <= 12:
+            for row, column in np.argwhere(shares >= 0.01):
+                share = f"{100 * shares[row, column]:.0f}"
+                axes.text(column, row, share, ha="center", va="center", fontsize=9, color=INK)
+            axes.set_xticks(range(classes))
+            axes.set_yticks(range(classes))
+        axes.set_xlabel("the model says class")
+        axes.set_ylabel("the image shows class")
+        return _svg(figure, label)
+
+
+def success_by_class(table: pd.DataFrame) -> str:
+    """ASR of each true class before and after; of many classes, those of highest ASR after."""
+    shown = table.sort_values("after", ascending=False).head(MOST_CLASSES).sort_index()
+    with matplotlib.rc_context({**STYLE, "axes.spines.left": False}):
+        figure, axes = _axes(WIDTH, 0.75 + 0.27 * len(shown))
+        rows = np.arange(len(shown))
+        axes.hlines(rows, 100 * shown["after"], 100 * shown["before"], color=RULE, linewidth=3)
+        axes.plot(100 * shown["before"], rows, "o", color=BEFORE, markersize=6, label="before")
+        axes.plot(100 * shown["after"], rows, "o", color=AFTER, markersize=6, label="after")
+        axes.set_yticks(rows, [str(label) for label in shown.index])
+        axes.set(xlim=(-2, 102), ylim=(len(shown) - 0.5, -0.5), xlabel="ASR, %", ylabel="true class")
+        axes.grid(axis="x")
+        _legend(axes, 2)
+        return _svg(figure, "Attack success rate per true class, before and after")
+
+
+def training_curves(history: pd.DataFrame, columns: dict[str, tuple[str, str]], what: str, percent: bool) -> str:
+    """Lines over epochs; ``columns`` maps a column to its (label, colour). Untested epochs are passed over."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(WIDTH, 2.9)
+        epochs = history["epoch"].to_numpy() + 1
+        for (name, (label, colour)), dash in zip(columns.items(), ("-", "--", "-.", ":"), strict=False):
+            values = pd.to_numeric(history[name], errors="coerce").to_numpy(dtype=float) * (100 if percent else 1)
+            there = np.isfinite(values)
+            axes.plot(epochs[there], values[there], dash, marker="o", markersize=3.5, color=colour, label=label)
+        axes.set_xlabel("epoch")
+        axes.set_ylim(0, 102 if percent else 1.08 * axes.dataLim.y1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+        _legend(axes, len(columns))
+        return _svg(figure, f"{what} over fine-tuning epochs")
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot(111)
+    axes.patch.set_alpha(0)
+    return figure, axes
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    spacing = {"borderaxespad": 0.2, "borderpad": 0, "handlelength": 1.6, "columnspacing": 1.4}
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **spacing)
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The drawing as one ``<svg>`` element, ``label`` its text for screen readers; ``label`` must be plain."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    return text

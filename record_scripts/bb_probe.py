@@ -1,0 +1,86 @@
+"""What BackdoorBench's own code makes of a record: ``check_parity`` runs this inside BackdoorBench, through ``bb_shims``.
+
+    python bb_shims.py bb_probe.py QUESTION.json ANSWER.json
+
+Only BackdoorBench's functions load, transform and measure here; nothing of FMP is imported. Python 3.8 suffices.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+
+import torch
+from torchvision import transforms
+from utils.aggregate_block.dataset_and_transform_generate import get_transform
+from utils.aggregate_block.fix_random import fix_random
+from utils.aggregate_block.model_trainer_generate import generate_cls_model
+from utils.choose_index import choose_index
+from utils.save_load_attack import load_attack_result
+from utils.trainer_cls import PureCleanModelTrainer
+
+SETS = ("clean_train", "clean_test", "bd_train", "bd_test")
+METRICS = ("clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch", "test_acc", "test_asr", "test_ra")
+
+
+def measure(model_name, num_classes, state, data, question):
+    """BackdoorBench's figures for ``state``, strictly loaded."""
+    model = generate_cls_model(model_name, num_classes)
+    model.load_state_dict(state)
+    trainer = PureCleanModelTrainer(model)
+    trainer.criterion, trainer.device, trainer.non_blocking = torch.nn.CrossEntropyLoss(), question["device"], False
+    loaders = {
+        key + "_dataloader": torch.utils.data.DataLoader(data[key], batch_size=question["batch_size"], shuffle=False)
+        for key in ("clean_test", "bd_test")
+    }
+    return dict(zip(METRICS, trainer.test_current_model(loaders)))  # noqa: B905 - Python 3.8
+
+
+def pixels_sha256(images, transform):
+    """SHA-256 of the uint8 pixels ``[N, C, H, W]`` that BackdoorBench's test transform makes, its normalisation undone."""
+    normalise = next((t for t in transform.transforms if isinstance(t, transforms.Normalize)), None)
+    digest = hashlib.sha256()
+    for image in images:
+        tensor = transform(image)
+        if normalise is not None:
+            mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (normalise.mean, normalise.std))
+            tensor = tensor * std + mean
+        digest.update((tensor * 255).round().to(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def draw(total, question, index):
+    fix_random(question["seed"])
+    chosen = choose_index(argparse.Namespace(ratio=question["ratio"], index=index), total)
+    return [int(i) for i in chosen]
+
+
+def main():
+    with open(sys.argv[1], encoding="utf-8") as file:
+        question = json.load(file)
+    folder = "record/" + question["result_file"]
+    data = load_attack_result(folder + "/attack_result.pt")
+    clean, poisoned = data["clean_train"].wrapped_dataset, data["bd_test"].wrapped_dataset
+    transform = get_transform(question["dataset"], *question["size"], train=False)
+    for key in ("clean_test", "bd_test"):
+        data[key].wrap_img_transform = transform
+    subset = draw(len(clean), question, None)
+    poisoned_items = [poisoned[i] for i in range(len(poisoned))]
+    answer = {
+        "sizes": {key: None if data[key] is None else len(data[key]) for key in SETS},
+        "seeded_subset": subset,
+        "indexed_subset": draw(len(clean), question, question["index"]),
+        "subset_pixels": pixels_sha256([clean[i][0] for i in subset], transform),
+        "subset_labels": [int(clean[i][1]) for i in subset],
+        "poisoned_pixels": pixels_sha256([item[0] for item in poisoned_items], transform),
+        "poisoned_targets": [int(item[1]) for item in poisoned_items],
+        "poisoned_originals": [int(item[4]) for item in poisoned_items],
+        "attacked": measure(data["model_name"], question["num_classes"], data["model"], data, question),
+    }
+    result = load_attack_result(folder + "/defense/fmp/defense_result.pt")  # as the scripts in analysis/ read it
+    answer["defended"] = measure(data["model_name"], question["num_classes"], result["model"], data, question)
+    with open(sys.argv[2], "w", encoding="utf-8") as file:
+        json.dump(answer, file)
+
+
+main()

@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Run a script of BackdoorBench on today's Python, torch and numpy; no file of BackdoorBench is touched.
+
+    python bb_shims.py SCRIPT [ARGUMENTS...]
+
+The current folder stands for BackdoorBench's root (``bb_workspace`` makes one). What BackdoorBench expects and newer libraries
+took away is put back in this process, then SCRIPT runs as if Python had been given it. On BackdoorBench's own pins (Python 3.8,
+torch 1.11) nothing is missing and nothing is changed, so this file keeps to Python 3.8 and imports nothing of FMP.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import runpy
+import sys
+import types
+import warnings
+
+# Packages that BackdoorBench imports at the top of files which mostly do without them -> what pip calls them.
+OPTIONAL = {
+    "cv2": "opencv-python-headless",
+    "kornia": "kornia",
+    "pytorch_wavelets": "pytorch_wavelets",
+    "imageio": "imageio",
+    "seaborn": "seaborn",
+    "umap": "umap-learn",
+    "sklearn": "scikit-learn",
+    "scipy": "scipy",
+    "skimage": "scikit-image",
+}
+FACTORIES = ("zeros", "ones", "full", "empty", "rand", "randn", "randint", "arange", "eye", "tensor", "as_tensor", "linspace")
+LIKES = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+
+
+def apply(root: str) -> list[str]:
+    """Put back what is missing; returns what was done, in words. ``root`` is the folder whose files may import placeholders."""
+    done = []
+    for shim in (_numpy_aliases, _whole_pickles, _pkg_resources, _dataset_files_as_they_are, _cuda_calls_on_cpu):
+        done += shim()
+    sys.meta_path.append(_Placeholders(root))
+    return done
+
+
+def _numpy_aliases() -> list[str]:
+    """numpy 1.24 and 2.0 dropped aliases of plain Python and numpy objects."""
+    import numpy as np
+
+    aliases = {"infty": np.inf, "Inf": np.inf, "NaN": np.nan, "float": float, "int": int, "object": object, "complex": complex}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy 1.20 to 1.23 still have them, and warn
+        missing = {name: value for name, value in aliases.items() if not hasattr(np, name)}
+    for name, value in missing.items():
+        setattr(np, name, value)
+    return ["np." + ", np.".join(missing)] if missing else []
+
+
+def _whole_pickles() -> list[str]:
+    """torch 2.6 reads tensors only unless told otherwise; records hold numpy arrays too."""
+    import inspect
+
+    import torch
+
+    if "weights_only" not in inspect.signature(torch.load).parameters:
+        return []
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+    return ["torch.load reads whole pickles"]
+
+
+def _pkg_resources() -> list[str]:
+    """setuptools 82 dropped pkg_resources, of which pytorch_wavelets uses one function."""
+    if importlib.util.find_spec("pkg_resources") is not None:
+        return []
+
+    def resource_stream(package: str, name: str) -> object:
+        folder = os.path.dirname(str(sys.modules[package.partition(".")[0]].__file__))
+        return open(os.path.join(folder, *package.split(".")[1:-1], name), "rb")
+
+    module = types.ModuleType("pkg_resources")
+    module.resource_stream = resource_stream  # type: ignore[attr-defined]
+    sys.modules["pkg_resources"] = module
+    return ["pkg_resources.resource_stream"]
+
+
+def _dataset_files_as_they_are() -> list[str]:
+    """torchvision downloads CIFAR again if a file's md5 is not the original's; here a file that exists is taken as it is."""
+    from torchvision.datasets import cifar
+
+    cifar.check_integrity = lambda path, md5=None: os.path.isfile(path)
+    return ["CIFAR files are read whatever their md5"]
+
+
+def _cuda_calls_on_cpu() -> list[str]:
+    """Some scripts name CUDA whatever ``--device`` says; without a GPU those calls mean the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return []
+
+    def on_cpu(value: object) -> object:
+        is_device = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+        return torch.device("cpu") if is_device else value
+
+    def without_cuda(function):  # type: ignore[no-untyped-def]
+        def call(*args, **kwargs):  # type: ignore[no-untyped-def]
+            return function(*map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()})
+
+        return call
+
+    for name in FACTORIES + LIKES:
+        setattr(torch, name, without_cuda(getattr(torch, name)))
+    for kind in (torch.Tensor, torch.nn.Module):
+        kind.to = without_cuda(kind.to)
+        kind.cuda = lambda self, *args, **kwargs: self
+    return ["CUDA calls mean the CPU"]
+
+
+class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Lets BackdoorBench's files import an absent optional package; the first use of it says what to install.
+
+    Only for files below ``root``: other packages probe for optional ones and must learn that they are absent.
+    """
+
+    def __init__(self, root: str):
+        self.root = os.path.join(root, "")
+
+    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        if name.partition(".")[0] not in OPTIONAL or not self._wanted_by_backdoorbench():
+            return None
+        print(f"bb_shims: {name} is not installed; a placeholder stands in.", flush=True)
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def _wanted_by_backdoorbench(self) -> bool:
+        frame = sys._getframe(1)
+        while frame.f_back is not None and ("importlib" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+            frame = frame.f_back
+        return os.path.abspath(frame.f_code.co_filename).startswith(self.root)
+
+    def create_module(self, spec):  # type: ignore[no-untyped-def]
+        return None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        package = module.__name__.partition(".")[0]
+
+        class Absent(type):
+            def __getattr__(cls, name: str) -> object:
+                raise ImportError(f"BackdoorBench needs {package} here: pip install {OPTIONAL[package]}")
+
+            def __call__(cls, *args: object, **kwargs: object) -> object:
+                return cls.anything
+
+        def anything(name: str) -> object:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return Absent(name, (), {})
+
+        module.__getattr__ = anything  # type: ignore[method-assign]
+
+
+def main() -> None:
+    script, root = sys.argv[1], os.getcwd()
+    sys.argv = sys.argv[1:]
+    # As if Python had been given the script. BackdoorBench's utils, models and dataset are namespace packages, over which
+    # installed packages of these names would win if the root came last, where BackdoorBench puts it.
+    sys.path[:1] = [os.path.dirname(os.path.abspath(script)), root]
+    done = apply(root)
+    if done:
+        print("bb_shims: " + "; ".join(done), flush=True)
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
