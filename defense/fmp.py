@@ -38,19 +38,22 @@ from fmp_core.evaluate import (  # noqa: E402
     TestData,
     defense_effectiveness_rating,
     evaluate_and_keep,
+    predict,
     to_unit,
 )
 from fmp_core.event_log import summary_writer, write_events  # noqa: E402
+from fmp_core.evidence import FAMILIES, Evidence, choose_within_budget, weigh  # noqa: E402
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
 from fmp_core.files import check_folders, make_folders, refuse_links_out_of, write_text, writing  # noqa: E402
 from fmp_core.finetune import Epoch, train  # noqa: E402
+from fmp_core.frg import Attack  # noqa: E402
 from fmp_core.interrupts import Terminated, stopping_gently  # noqa: E402
 from fmp_core.lock import locked  # noqa: E402
 from fmp_core.log_file import LogFile  # noqa: E402
 from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
 from fmp_core.predictions import prediction_frame  # noqa: E402
 from fmp_core.progress import Progress  # noqa: E402
-from fmp_core.pruning import prune_feature_maps  # noqa: E402
+from fmp_core.pruning import accuracy_without, prune_feature_maps  # noqa: E402
 from fmp_core.racing import race  # noqa: E402
 from fmp_core.ranking import Choice, Scores, choose, choose_by_chance, score_feature_maps  # noqa: E402
 from fmp_core.ranking_state import RankingCheckpoints  # noqa: E402
@@ -59,12 +62,16 @@ from fmp_core.report_page import write_report  # noqa: E402
 from fmp_core.score_cache import cache_file, content_key, load_scores, save_scores  # noqa: E402
 from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
 from fmp_core.subset import choose_subset  # noqa: E402
+from fmp_core.unlearning import unlearning_images  # noqa: E402
 
 try:
     from defense.base import defense
 except ImportError:  # no BackdoorBench around us
     from fmp_core.base import defense
 
+HELD_OUT = 1000  # clean images, the last of the subset, that tell how many maps the budget allows
+TRAINING: tuple[str, ...] = ("batch_size", "lr", "lr_scheduler", "steplr_stepsize", "steplr_gamma", "steplr_milestones")
+TRAINING += ("sgd_momentum", "wd", "amp", "epochs")
 INTERRUPTED = "interrupted.pt"  # the state of fine-tuning, until a run is complete
 LOG_FORMAT = logging.Formatter("%(asctime)s [%(levelname)-8s] [%(filename)s:%(lineno)d] %(message)s", "%Y-%m-%d:%H:%M:%S")
 
@@ -157,15 +164,18 @@ class FMP(defense):
         """Rank, prune, fine-tune, evaluate, write. The poisoned test set is only ever evaluated on."""
         settings, logger = self.settings, self.logger
         make_deterministic()
-        scores = self._rank() if settings.selection == "frg" else None
+        scores, evidence = self._look()
         if not ranks.leads():  # one process goes on from here
             return {"model": self.model.network, "metrics": {}}
         before = self._test("before")
-        choice = self._choose(scores)
+        choice = self._choose(scores, evidence)
+        twins = self._unlearning_images(choice, evidence)
         prune_feature_maps(self.layers, choice.by_layer(self.layers))
         pruned, total = int(choice.mask.sum()), len(choice.mask)
         logger.info("pruned %d of %d feature maps; %d tied at a cut, where the margin decided", pruned, total, choice.ties)
-        history = self._fine_tune()
+        history = self._fine_tune(choice if settings.masked else None, twins)
+        if len(self.predictions) == 1:  # the last epoch was tested before an interruption
+            self._test("after")
         after = history[-1][1]
         assert after is not None  # the last epoch is always tested
         metrics = {
@@ -180,6 +190,7 @@ class FMP(defense):
             "feature_maps": total,
             "pruned": pruned,
             "tied_at_cut": choice.ties,
+            "verdict": evidence.as_dict() if evidence else None,
             "seconds": self.seconds,
             "seed": settings.random_seed,
             "device": f"{self.compute.device} ({self.compute.name})",
@@ -192,7 +203,7 @@ class FMP(defense):
         report.write_plots(self.folder, frame)
         if settings.tensorboard:
             write_events(self.folder / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), frame)
-        maps = report.feature_map_frame(self.layers, choice, scores, settings.scope)
+        maps = report.feature_map_frame(self.layers, choice, scores, settings.scope, evidence)
         report.write_csv(self.folder / "feature_maps.csv", maps, index=False)
         predictions = prediction_frame(self.test_data, *self.predictions)
         report.write_csv(self.folder / "predictions.csv", predictions, index=False)
@@ -238,15 +249,39 @@ class FMP(defense):
             detail = " ".join(str(error).split())[:200]
             raise UserError(f"{record.model_name} cannot take the record's {record.image_size} images ({detail}).") from None
 
-    def _choose(self, scores: Scores | None) -> Choice:
+    def _look(self) -> tuple[Scores | None, Evidence | None]:
+        """The scores that decide, and the first evidence of a backdoor, else the last; without any, the paper's scores."""
+        settings, evidence = self.settings, None
+        if settings.selection not in ("frg", "shift"):
+            return None, None
+        if settings.selection == "shift":
+            for family in FAMILIES:
+                scores = self._rank(family)
+                images, labels = self.clean_images[: scores.samples], self.clean_labels[: scores.samples]
+                right = predict(self.model, images, labels, settings.batch_size)[0] == labels
+                evidence = weigh(family, scores, float(right.double().mean()))
+                self.logger.info("%s perturbations: %s", family, pformat(evidence.as_dict(), compact=True))
+                if evidence.backdoored:
+                    return scores, evidence
+            self.logger.info("the model is not shown to be backdoored; the feature maps are chosen by the paper's count")
+        return self._rank(), evidence
+
+    def _choose(self, scores: Scores | None, evidence: Evidence | None) -> Choice:
         settings = self.settings
+        if evidence is not None and evidence.backdoored:
+            images, labels = self.clean_images[-HELD_OUT:], self.clean_labels[-HELD_OUT:]
+            with self._timed("budget"):
+                accuracy = partial(accuracy_without, self.model, self.layers, images=images, labels=labels)
+                return choose_within_budget(
+                    evidence.push, settings.budget, lambda mask: accuracy(chosen=Choice(mask).by_layer(self.layers))
+                )
         if settings.selection == "none":
             return Choice(torch.zeros(sum(layer.channels for layer in self.layers), dtype=torch.bool))
         if scores is None:
             return choose_by_chance(self.layers, settings.p, settings.scope, settings.random_seed)
         return choose(scores, settings.p, settings.scope)
 
-    def _rank(self) -> Scores:
+    def _rank(self, family: str = "paper") -> Scores:
         """The scores of all feature maps, from the cache if the same question was answered before."""
         settings = self.settings
         count = len(self.subset) if settings.frg_samples == "all" else min(int(settings.frg_samples), len(self.subset))
@@ -256,8 +291,10 @@ class FMP(defense):
         maps = sum(layer.channels for layer in layers)
         dtype = choose_dtype(settings.dtype, self.compute.device)
         question: dict[str, Any] = {"eps": settings.eps, "steps": settings.frg_steps, "alpha": settings.alpha}
-        question |= {"seed": settings.random_seed}
-        racing = settings.ranking == "racing" and dtype == torch.float32
+        if family != "paper":
+            question = {"eps": FAMILIES[family], "steps": 1, "alpha": None}
+        question |= {"seed": settings.random_seed, "family": family}
+        racing = settings.ranking == "racing" and dtype == torch.float32 and family == "paper"
         rules = {"dtype": str(dtype)} | ({"racing": [settings.p, settings.scope]} if racing else {})
         key = content_key(self.model.network.state_dict(), images, labels, {**question, **rules})
         scores = None if settings.fresh else load_scores(self.shared.parent, key, layers)
@@ -291,7 +328,15 @@ class FMP(defense):
         checkpoints.remove()
         return scores
 
-    def _fine_tune(self) -> list[tuple[Epoch | None, Metrics | None]]:
+    def _unlearning_images(self, choice: Choice, evidence: Evidence | None) -> torch.Tensor | None:
+        """uint8 twins of the clean images, made by the maps to prune; None if nothing is to be unlearnt."""
+        if not self.settings.unlearn or evidence is None or not evidence.backdoored or not choice.mask.any():
+            return None
+        attack = Attack(FAMILIES[evidence.family], family=evidence.family)
+        with self._timed("unlearning images"):
+            return unlearning_images(self.model, self.layers, choice.mask, self.clean_images, attack, self.settings.random_seed)
+
+    def _fine_tune(self, masked: Choice | None, twins: torch.Tensor | None) -> list[tuple[Epoch | None, Metrics | None]]:
         """Per-epoch results; without epochs, one row that holds the pruned model's metrics."""
         settings = self.settings
         history: list[tuple[Epoch | None, Metrics | None]] = []
@@ -313,6 +358,11 @@ class FMP(defense):
             plain = [(dataclasses.asdict(done), tested and dataclasses.asdict(tested)) for done, tested in history if done]
             state.notes["history"] = plain
 
+        def after_batch() -> None:
+            if masked is not None:
+                prune_feature_maps(self.layers, masked.by_layer(self.layers))
+            bar.add()
+
         batches = -(-len(self.subset) // settings.batch_size) * (settings.epochs - len(history))
         tested = self.seconds.get("testing", 0.0)
         with self._timed("fine-tuning"), Progress("Fine-tuning", batches, "batches", self.logger) as bar:
@@ -323,8 +373,9 @@ class FMP(defense):
                 settings,
                 self.compute,
                 facts=self.facts,
+                twins=twins,
                 after_epoch=after_epoch,
-                after_batch=bar.add,
+                after_batch=after_batch,
                 checkpoint=state,
             )
         self.seconds["fine-tuning"] -= self.seconds["testing"] - tested
@@ -333,10 +384,8 @@ class FMP(defense):
     def _training_state(self) -> Checkpoint:
         """The state of fine-tuning after its last whole epoch; removed when all results are written."""
         settings = self.settings
-        names = (
-            "batch_size lr lr_scheduler steplr_stepsize steplr_gamma steplr_milestones sgd_momentum wd amp epochs random_seed"
-        )
-        made_with = {name: str(getattr(settings, name)) for name in (*names.split(), "frequency_test", "frequency_save")}
+        names = [*TRAINING, "random_seed", "masked", "unlearn", "frequency_test", "frequency_save"]
+        made_with = {name: str(getattr(settings, name)) for name in names}
         pruned = content_key(self.model.network.state_dict(), self.clean_images, self.clean_labels, {"by": str(self.compute)})
         checkpoint = Checkpoint(self.checkpoints / INTERRUPTED, {**made_with, "model, images or versions": pruned[:16]})
         if settings.fresh:

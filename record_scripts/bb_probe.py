@@ -5,10 +5,14 @@
 Only BackdoorBench's functions load, transform and measure here; nothing of FMP is imported. Python 3.8 suffices.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torchvision import transforms
@@ -23,9 +27,9 @@ SETS = ("clean_train", "clean_test", "bd_train", "bd_test")
 METRICS = ("clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch", "test_acc", "test_asr", "test_ra")
 
 
-def measure(model_name, num_classes, state, data, question):
+def measure(model_name: str, state: dict[str, Any], data: dict[str, Any], question: dict[str, Any]) -> dict[str, float]:
     """BackdoorBench's figures for ``state``, strictly loaded."""
-    model = generate_cls_model(model_name, num_classes)
+    model = generate_cls_model(model_name, question["num_classes"])
     model.load_state_dict(state)
     trainer = PureCleanModelTrainer(model)
     trainer.criterion, trainer.device, trainer.non_blocking = torch.nn.CrossEntropyLoss(), question["device"], False
@@ -36,7 +40,7 @@ def measure(model_name, num_classes, state, data, question):
     return dict(zip(METRICS, trainer.test_current_model(loaders)))  # noqa: B905 - Python 3.8
 
 
-def pixels_sha256(images, transform):
+def pixels_sha256(images: Iterable[Any], transform: Any) -> str:
     """SHA-256 of the uint8 pixels ``[N, C, H, W]`` that BackdoorBench's test transform makes, its normalisation undone."""
     normalise = next((t for t in transform.transforms if isinstance(t, transforms.Normalize)), None)
     digest = hashlib.sha256()
@@ -49,13 +53,13 @@ def pixels_sha256(images, transform):
     return digest.hexdigest()
 
 
-def draw(total, question, index):
+def draw(total: int, question: dict[str, Any], index: str | None) -> list[int]:
     fix_random(question["seed"])
     chosen = choose_index(argparse.Namespace(ratio=question["ratio"], index=index), total)
     return [int(i) for i in chosen]
 
 
-def main():
+def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         question = json.load(file)
     folder = "record/" + question["result_file"]
@@ -75,10 +79,10 @@ def main():
         "poisoned_pixels": pixels_sha256([item[0] for item in poisoned_items], transform),
         "poisoned_targets": [int(item[1]) for item in poisoned_items],
         "poisoned_originals": [int(item[4]) for item in poisoned_items],
-        "attacked": measure(data["model_name"], question["num_classes"], data["model"], data, question),
+        "attacked": measure(data["model_name"], data["model"], data, question),
     }
     result = load_attack_result(folder + "/defense/fmp/defense_result.pt")  # as the scripts in analysis/ read it
-    answer["defended"] = measure(data["model_name"], question["num_classes"], result["model"], data, question)
+    answer["defended"] = measure(data["model_name"], result["model"], data, question)
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(answer, file)
 

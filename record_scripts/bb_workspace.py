@@ -163,12 +163,18 @@ def run_script(
     """Run ``script`` (relative to the checkout) in workspace ``folder``; everything it prints goes to ``log`` as it comes.
 
     ``device`` cpu hides all GPUs from it, because some scripts use one whatever ``--device`` says.
+
+    Raises:
+        UserError: ``python`` is no program.
     """
+    program = shutil.which(python)
+    if program is None:
+        raise UserError(f"--python {python} is not a program; name the Python that BackdoorBench runs on.")
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
     environment.pop("PYTHONPATH", None)  # ours would shadow BackdoorBench's modules
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [python, str(SHIMS), script, *arguments]
+    command = [os.path.abspath(program), str(SHIMS), script, *arguments]
     started, last_error = time.monotonic(), ""
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(

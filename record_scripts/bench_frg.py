@@ -38,10 +38,8 @@ from fmp_core.errors import UserError
 from fmp_core.evaluate import predict, to_unit
 from fmp_core.feature_maps import ConvLayer, frozen, trace_conv_layers
 from fmp_core.finetune import train
-from fmp_core.frozen_ops import lowered
 from fmp_core.models import PixelModel, build_model, load_model
-from fmp_core.ranking import Attack, Engine
-from fmp_core.ranking_state import Keeper, RankingState
+from fmp_core.ranking import score_feature_maps
 from fmp_core.records import read_attack_record
 from fmp_core.settings import Settings
 from torch import Tensor, nn
@@ -163,25 +161,13 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
     total = sum(layer.channels for layer in layers)
     wanted = sample_maps(layers, args.maps)
     figures: dict[str, float] = {}
+    score = partial(
+        score_feature_maps, model, layers, images, labels, eps=EPS, dtype=dtype, rows=args.chunk, memory_mib=args.memory
+    )
     with frozen(model):
-        twin = lowered(model, layers[0].module, dtype)
-        attack = Attack(EPS, 1, EPS)
-        engine = Engine(model, twin, dtype, layers, attack, lambda pairs: None, Keeper(None))
-        rows = args.chunk or compute.rows_per_batch(device)
-        if args.memory:
-            rows = max(1, min(rows, args.memory * 2**20 // engine.bytes_per_image(images[:1], start[:1])))
-        nothing = torch.zeros_like(wanted)
-
-        def score(maps: Tensor) -> None:
-            for first in range(0, len(images), rows):
-                part = slice(first, first + rows)
-                state = RankingState.empty(total, 10, rows, device)
-                engine.score(images[part], start[part], labels[part], maps, state, max(1, rows // len(images[part])))
-
-        shared = seconds(lambda: score(nothing), device, 1)
-        sampled = seconds(lambda: score(wanted), device, 1, warm_up=device.type == "cuda") - shared
+        shared = seconds(lambda: score(wanted=torch.zeros_like(wanted)), device, 1)
+        sampled = seconds(lambda: score(wanted=wanted), device, 1, warm_up=device.type == "cuda") - shared
         full = shared + sampled * total / int(wanted.sum())
-        figures["rows_per_batch"] = rows
         figures["engine_map_images_per_s"] = total * len(images) / full
         figures["peak_memory_mib"] = peak_memory_mib(device)
         if args.against == "released":

@@ -134,13 +134,16 @@ def compare_tables(theirs: Path, ours: Path) -> list[Check]:
     summary = "summary" in ours.name
     labels = list(expected.index) if summary else [str(row) for row in range(len(found))]
     columns = list(expected.columns) == list(found.columns)
+    rows = [str(label) for label in found.index]
     checks = [
-        Check(f"{ours.name}: columns", columns, ",".join(found.columns)),
-        Check(f"{ours.name}: row labels", [str(label) for label in found.index] == labels, ",".join(map(str, found.index))),
+        Check(f"{ours.name}: columns", columns, ",".join(map(str, found.columns))),
+        Check(f"{ours.name}: row labels", rows == labels, ",".join(rows)),
     ]
     if columns:
         odd = [c for c in expected if not _kinds(found[c]) - {"nothing", "nan_value"} <= _kinds(expected[c])]
-        checks.append(Check(f"{ours.name}: value formats", not odd, f"unlike in {', '.join(odd)}" if odd else "alike"))
+        checks.append(
+            Check(f"{ours.name}: value formats", not odd, f"unlike in {', '.join(map(str, odd))}" if odd else "alike")
+        )
     return checks
 
 

@@ -193,11 +193,11 @@ def _remove_caches(root: Path, manifest: Manifest) -> None:
         for compiled in (root / cache).glob("*.pyc"):
             compiled.unlink()
     for place in map(Path, manifest.files):
-        for compiled in (root / place.parent / "__pycache__").glob(f"{place.stem}.*.pyc"):
+        folder = root / place.parent / "__pycache__"
+        for compiled in folder.glob(f"{place.stem}.*.pyc"):
             compiled.unlink()
-        cache = root / place.parent / "__pycache__"
-        if cache.is_dir() and not any(cache.iterdir()):
-            cache.rmdir()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -249,6 +249,17 @@ def test_ablations_rank_nothing_and_lie_beside_the_result(selection: str, share:
     assert int(maps["pruned"].sum()) == expected
 
 
+def test_the_strong_preset_gives_a_verdict_and_flags_override_it(workplace: Path, run_fmp: Run):
+    ran = run_fmp(*QUICK, "--preset", "strong", "--epochs", "0", "--dtype", "fp32")
+    assert ran.code == 0
+    found = json.loads((workplace / RESULTS / "metrics.json").read_text())
+    assert found["settings"]["selection"] == "shift" and found["settings"]["masked"] and found["settings"]["dtype"] == "fp32"
+    assert found["settings"]["frg_samples"] == 2  # a flag
+    verdict = found["verdict"]
+    assert sum(verdict["votes"]) > 0 and verdict["family"] in ("sparse", "dense")
+    assert verdict["share"] == max(verdict["votes"]) / sum(verdict["votes"])
+
+
 def test_the_class_runs_from_python_on_another_place(
     workplace_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit_record: Edit
 ):

@@ -50,7 +50,7 @@ def final(root: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in sorted((root / RESULTS).rglob("*")):
         name = path.relative_to(root / RESULTS).as_posix()
-        if path.is_file() and path.suffix != ".log":
+        if path.is_file() and path.suffix != ".log" and name != "report.html":  # the page shows the times
             files[name] = path.read_bytes()
     metrics = json.loads(files["metrics.json"])
     files["metrics.json"] = {key: value for key, value in metrics.items() if key not in ("seconds", "versions")}

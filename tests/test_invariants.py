@@ -186,7 +186,10 @@ def test_any_poisoned_test_set_gives_the_same_weights(template: Path, seed: int,
         one = run(Path(folder) / "one", *flags)
         two = run(Path(folder) / "two", *flags, "--chunk", str(chunk), "--frequency_test", "0")
         assert same(saved_weights(one), saved_weights(two))
-        assert (one / "feature_maps.csv").read_bytes() == (two / "feature_maps.csv").read_bytes()
+        # Another chunk may round a margin differently; the selection stays.
+        maps = [pd.read_csv(folder / "feature_maps.csv") for folder in (one, two)]
+        pd.testing.assert_frame_equal(*maps, rtol=1e-4, atol=1e-4)
+        assert maps[0]["pruned"].equals(maps[1]["pruned"])
         assert metrics(one)["before"]["test_acc"] == metrics(two)["before"]["test_acc"]
 
 

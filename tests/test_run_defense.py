@@ -112,6 +112,10 @@ def test_what_backdoorbench_cannot_be_given_is_refused_before_it_starts(
     assert "has no visual_cm.py to run; there are names" in capsys.readouterr().err
     assert run(checkout, "--analysis", "names") == 2
     assert "to analyse; run the defense echo first" in capsys.readouterr().err
+    assert run(checkout, "--python", "no/such/python") == 2
+    assert "--python no/such/python is not a program" in capsys.readouterr().err
+    (tiny_record / "defense" / "echo").rmdir()
+    (tiny_record / "defense").rmdir()
     assert run(tiny_record) == 2
     assert "is not a BackdoorBench checkout" in capsys.readouterr().err
     edit_record(tiny_record, lambda content: content.update(extra=subprocess.Popen))  # BackdoorBench would unpickle anything

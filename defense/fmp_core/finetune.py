@@ -64,6 +64,7 @@ def train(
     facts: DatasetFacts,
     after_epoch: Callable[[Epoch], None],
     after_batch: Callable[[], None] = lambda: None,
+    twins: Tensor | None = None,
     after_predictions: Callable[[Tensor, Tensor], None] = lambda rows, classes: None,
     checkpoint: Checkpoint | None = None,
 ) -> None:
@@ -77,6 +78,7 @@ def train(
         images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]``; both on the device.
         settings: batch_size, lr, lr_scheduler, sgd_momentum, wd, amp, epochs, random_seed.
         facts: of the dataset; they shape the training transform.
+        twins: uint8 like ``images``; each image is replaced by its twin every other time, by chance.
         after_epoch: called after each epoch; must leave the model as it found it.
         after_predictions: called with the positions of a batch and the classes predicted in training mode, both int64 ``[B]``.
 
@@ -102,7 +104,11 @@ def train(
             losses, hits, seen = [], torch.zeros((), dtype=torch.int64, device=images.device), 0
             for batch in batches_of(len(images), settings.batch_size, generator):
                 batch = batch.to(images.device)
-                pixels = augment(images[batch], generator, facts)
+                pixels = images[batch]
+                if twins is not None:
+                    coin = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
+                    pixels = torch.where(coin.to(images.device), twins[batch], pixels)
+                pixels = augment(pixels, generator, facts)
                 with torch.autocast(compute.device.type, torch.bfloat16, enabled=bfloat16):
                     logits = parallel(to_unit(pixels).contiguous(memory_format=torch.channels_last))
                     loss = F.cross_entropy(logits, labels[batch])

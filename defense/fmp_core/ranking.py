@@ -15,7 +15,7 @@ from . import ranks
 from .checkpoint import Checkpoint
 from .compute import is_out_of_memory, rows_per_batch
 from .feature_maps import ConvLayer, frozen
-from .frg import SharedForward, noisy_start
+from .frg import Attack, SharedForward, noisy_start
 from .frozen_ops import FrozenOps, lowered
 from .ranking_state import Keeper, RankingState
 
@@ -114,7 +114,7 @@ def score_feature_maps(
     eps: float,
     steps: int = 1,
     alpha: float | None = None,
-    pixels: int = 0,
+    family: str = "paper",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     rows: int | None = None,
@@ -134,7 +134,7 @@ def score_feature_maps(
         images: float ``[M, C, H, W]`` in [0,1], not augmented, on the model's device.
         labels: int64 ``[M]``.
         eps, steps, alpha: see :meth:`~fmp_core.frg.SharedForward.reversed_images`; alpha defaults to 2.5*eps/steps.
-        pixels: if not 0, FRG images are :meth:`~fmp_core.frg.SharedForward.sparse_images`, and ``eps`` bounds the noise only.
+        family: of the perturbation, see :class:`~fmp_core.frg.Attack`.
         seed: of the start noise, one draw per image, shared by all maps.
         dtype: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
         rows: images per batch; the default suits the device. Scores do not depend on it from
@@ -149,7 +149,7 @@ def score_feature_maps(
     device = images.device
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     start = noisy_start(images, noise.to(device), eps)
-    attack = Attack(eps, steps, 2.5 * eps / steps if alpha is None else alpha, pixels)
+    attack = Attack(eps, steps, 2.5 * eps / steps if alpha is None else alpha, family)
     total = sum(layer.channels for layer in layers)
     # TF32 would blur the difference of two nearly equal maps; speed comes from dtype, not from it.
     with frozen(model), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
@@ -182,15 +182,6 @@ def score_feature_maps(
     return Scores(tuple(layers), correct, margin / len(images), slimmest, logits / len(images), len(images))
 
 
-class Attack(NamedTuple):
-    """How FRG images are made: dense (:meth:`SharedForward.reversed_images`), or sparse if ``pixels`` is not 0."""
-
-    eps: float
-    steps: int
-    alpha: float
-    pixels: int = 0
-
-
 class Engine(NamedTuple):
     """What scoring one batch of images needs: the float32 model, its twin of ``dtype``, and what to do with them."""
 
@@ -220,10 +211,7 @@ class Engine(NamedTuple):
                     continue
                 # A short group is filled up: kernels are chosen by shape, and round differently.
                 filled = channels + [channels[-1]] * (copies - len(channels))
-                if self.attack.pixels:
-                    reverse = shared.sparse_images(layer, filled, self.attack.pixels)
-                else:
-                    reverse = shared.reversed_images(layer, filled, *self.attack[:3])
+                reverse = shared.images_of(layer, filled, self.attack)
                 with torch.inference_mode(), FrozenOps(self.dtype):
                     logits = self.twin(reverse).float().view(copies, len(images), -1)
                     state.part.put(where, logits[: len(channels)], labels)

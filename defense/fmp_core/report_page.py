@@ -14,7 +14,7 @@ import markupsafe
 import pandas as pd
 
 from . import report_figures as figures
-from .compare import read_defense
+from .errors import UserError
 from .evaluate import TestData
 from .files import write_text
 from .intervals import Interval, defense_effectiveness, difference, wilson
@@ -23,6 +23,7 @@ from .records import AttackRecord
 from .report_data import OTHER_P, Run, Trigger, other_cuts, read_run, watch_trigger
 from .report_findings import command, verdict, warnings
 from .report_pictures import pictures
+from .results import UnreadableError, read_result
 
 PAGE = Path(__file__).parent / "page"  # template, style and script
 METRICS = {"test_acc": "Acc", "test_asr": "ASR", "test_ra": "RA"}
@@ -58,11 +59,20 @@ def write_report(record: AttackRecord, folder: Path, data: TestData, compare: Se
     Raises:
         UserError: a file is missing or damaged; nothing is written.
     """
-    others = {name: read_defense(folder.parent / name) for name in compare}
+    others = {name: _other(folder.parent / name) for name in compare}
     run = read_run(folder, record, data)
     path = folder / "report.html"
     write_text(path, page(run, record.num_classes, watch_trigger(record, data, run.maps), others))
     return path
+
+
+def _other(folder: Path) -> Mapping[str, float]:
+    if not folder.is_dir():
+        raise UserError(f"--compare {folder.name}: {folder} does not exist; run that defense first.")
+    try:
+        return read_result(folder).metrics
+    except UnreadableError as error:
+        raise UserError(f"--compare {folder.name}: {error}; that defense may not have ended.") from None
 
 
 def page(run: Run, classes: int, trigger: Trigger | str, others: Mapping[str, Mapping[str, float]]) -> str:

@@ -103,6 +103,7 @@ class Settings:
     Names are BackdoorBench's wherever BB has the flag (``defense/ft.py``, ``defense/fp.py``).
     """
 
+    preset: str = _setting("paper", _choice("paper", "strong"), "strong: see docs/strong.md; flags override it")
     result_file: str | None = _setting(None, _TEXT, "the attack record: a folder name below --record_root")
     record_root: str = _setting("./record", _TEXT, "the folder of attack records")
     dataset_path: str = _setting("./data", _TEXT, "the folder of datasets; the dataset's name is appended")
@@ -124,8 +125,13 @@ class Settings:
     frg_samples: int | str = _setting(32, _SAMPLES, "clean images each feature map is scored on, or all")
     scope: str = _setting("layer", _choice("layer", "global"), "choose N/p in each layer, or of all maps together")
     selection: str = _setting(
-        "frg", _choice("frg", "random", "none"), "choose by FRG; the ablations choose as many by chance, or prune none"
+        "frg",
+        _choice("frg", "shift", "random", "none"),
+        "choose by FRG's count, or by the class maps push to (strong); the ablations choose as many by chance, or prune none",
     )
+    budget: float = _setting(0.1, _number(0, 1), "with selection shift: accuracy on clean images that pruning may cost")
+    unlearn: bool = _setting(False, _BOOLEAN, "with selection shift: fine-tune on images that pruned maps respond to, too")
+    masked: bool = _setting(False, _BOOLEAN, "keep pruned feature maps at zero while fine-tuning")
 
     ranking: str = _setting(
         "exact", _choice("exact", "racing"), "score every map on every image, or drop maps early that will not be chosen"
@@ -165,6 +171,11 @@ class Settings:
     checkpoint_load: str | None = _setting(None, _TEXT, "no effect (BackdoorBench's flag)")
 
 
+# What a preset sets, over the YAML file; a flag overrides it.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "strong": {"selection": "shift", "masked": True, "unlearn": True, "dtype": "auto", "frg_samples": 16},
+}
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 
 
@@ -237,7 +248,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def load_settings(flags: Mapping[str, Any]) -> Settings:
-    """Merge defaults, the YAML file named by ``flags['yaml_path']`` (or the default one) and ``flags``; None means not given.
+    """Merge defaults, the YAML file named by ``flags['yaml_path']`` (or the default one), the preset, and ``flags``.
 
     Raises:
         UserError: an unknown key or an impossible value anywhere.
@@ -248,5 +259,6 @@ def load_settings(flags: Mapping[str, Any]) -> Settings:
         if key not in FIELDS:
             raise UserError(f"{key!r} is not a setting of FMP; known settings: {', '.join(FIELDS)}.")
     values = read_yaml(find_config(str(yaml_path)))
-    values.update({key: parse_value(key, value, f"--{key}") for key, value in given.items()})
+    chosen = {key: parse_value(key, value, f"--{key}") for key, value in given.items()}
+    values |= PRESETS[chosen.get("preset") or values.get("preset") or "paper"] | chosen
     return Settings(**values)
