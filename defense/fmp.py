@@ -209,12 +209,12 @@ class FMP(defense):
         report.write_csv(self.folder / "predictions.csv", predictions, index=False)
         write_defense_result(self.folder / "defense_result.pt", *self._weights())
         report.write_json(self.folder / "metrics.json", metrics)
-        (self.checkpoints / INTERRUPTED).unlink(missing_ok=True)
         logger.info("results are in %s", self.folder)
         if settings.report:
             started = time.perf_counter()
             path = write_report(self.record, self.folder, self.test_data)
             logger.info("%s written in %.1f s", path, time.perf_counter() - started)
+        (self.checkpoints / INTERRUPTED).unlink(missing_ok=True)
         return {"model": self.model.network, "metrics": metrics}
 
     def defense(self, result_file: str) -> dict[str, Any]:
@@ -348,6 +348,8 @@ class FMP(defense):
             history = [(Epoch(**epoch), tested and Metrics(**tested)) for epoch, tested in state.notes["history"]]
             self.logger.info("fine-tuning goes on after epoch %d of %d (--fresh starts again)", len(history), settings.epochs)
 
+        resumed = len(history)
+
         def after_epoch(epoch: Epoch) -> None:
             number = epoch.epoch + 1
             last = number == settings.epochs
@@ -363,7 +365,7 @@ class FMP(defense):
                 prune_feature_maps(self.layers, masked.by_layer(self.layers))
             bar.add()
 
-        batches = -(-len(self.subset) // settings.batch_size) * (settings.epochs - len(history))
+        batches = -(-len(self.subset) // settings.batch_size) * (settings.epochs - resumed)
         tested = self.seconds.get("testing", 0.0)
         with self._timed("fine-tuning"), Progress("Fine-tuning", batches, "batches", self.logger) as bar:
             train(
@@ -378,6 +380,8 @@ class FMP(defense):
                 after_batch=after_batch,
                 checkpoint=state,
             )
+            if resumed == settings.epochs:  # the numbers are known, the single predictions are not
+                self._test("after fine-tuning")
         self.seconds["fine-tuning"] -= self.seconds["testing"] - tested
         return history
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fmp
 import pytest
 import torch
 from conftest import RECORD, call_fmp
@@ -35,7 +36,7 @@ FLAGS = [
     "--batch_size",
     "8",
 ]
-FLAGS += ["--chunk", "64", "--amp", "False", "--frequency_save", "2"]
+FLAGS += ["--chunk", "64", "--amp", "False", "--frequency_save", "2", "--report", "False"]
 RESULTS = Path("record") / RECORD / "defense" / "fmp"
 SLOW = bool(os.environ.get("FMP_SLOW_TESTS"))
 KILLS, LATEST = (25, 1.0) if SLOW else (3, 0.6)  # and when, at the latest: a share of the time of a whole run
@@ -132,6 +133,23 @@ def test_a_signal_ends_a_run_with_a_message_and_the_next_goes_on(
     assert again.code == 0 and "goes on" in again.err
 
 
+def test_killed_after_the_last_epoch_a_run_has_its_predictions_too(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert call_fmp(*FLAGS, *TRAINING).code == 0
+    expected = final(workplace)
+    shutil.rmtree(workplace / RESULTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(fmp, "write_defense_result", killed)
+        assert call_fmp(*FLAGS, *TRAINING, "--frequency_save", "0").code == 130
+    assert [path.name for path in states(workplace)] == ["interrupted.pt"]
+    assert call_fmp(*FLAGS, *TRAINING, "--frequency_save", "0").code == 0
+    found = final(workplace)
+    compared = {"predictions.csv", "fmp_df.csv", "feature_maps.csv", "defense_result.pt"}
+    assert compared <= set(found) and all(same(found[name], expected[name]) for name in compared)
+
+
 def test_a_checkpoint_of_other_settings_is_refused_and_fresh_starts_again(workplace: Path):
     process = start(workplace, *TRAINING)
     process.until(lambda: bool(states(workplace)))
@@ -179,7 +197,7 @@ def fill(disk: Path, leave: int) -> None:
     (disk / "ballast").write_bytes(bytes(max(0, free - leave)))
 
 
-SHORT = ["--device", "cpu", "--result_file", RECORD, "--selection", "random", "--epochs", "0"]
+SHORT = ["--device", "cpu", "--result_file", RECORD, "--selection", "random", "--epochs", "0", "--report", "False"]
 
 
 def test_a_full_disk_is_one_sentence_and_earlier_results_stand(workplace: Path, small_disk: Path):
