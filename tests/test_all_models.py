@@ -44,9 +44,9 @@ def test_gradients_and_logits_are_those_of_the_plain_model(name: str):
         for layer in {layers[0].name: layers[0], middle.name: middle, layers[-1].name: layers[-1]}.values():
             channel = layer.channels // 3
             pair = shared.gradient(layer, [channel]), gradient(model, layer.module, channel, images, noisy)
-            # Gradients of fresh deep nets are as small as 1e-24; only their direction counts.
-            ours, plain = (grad.flatten().double() / grad.abs().max() for grad in pair)
-            assert F.cosine_similarity(ours, plain, dim=0) > 0.999, layer.name
+            # Gradients of fresh deep nets are as small as 1e-24 (maps differ by rounding); only each image's direction counts.
+            ours, plain = (grad.flatten(1).double() / grad.abs().amax((1, 2, 3))[:, None] for grad in pair)
+            assert F.cosine_similarity(ours, plain, dim=1).min() > 0.999, layer.name
         with torch.inference_mode(), FrozenOps():
             logits = model(images)
         torch.testing.assert_close(logits, model(images), rtol=1e-3, atol=1e-4)

@@ -117,3 +117,17 @@ def test_a_lowered_copy_keeps_pixels_norms_and_logits_exact(network: nn.Module):
 
 def test_float32_needs_no_copy(network: nn.Module):
     assert lowered(network, network.first, torch.float32) is network
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 48), (5, 3, 3, 48)])
+def test_linear_layers_and_smooth_activations_do_not_depend_on_the_number_of_rows(dtype: torch.dtype, shape: tuple[int, ...]):
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 10, dtype=dtype).eval()
+    few = torch.randn(shape, dtype=dtype)
+    many = few.repeat(40, *[1] * (len(shape) - 1))
+    for function in (linear, nn.SiLU(inplace=True), nn.GELU(approximate="tanh"), nn.Sigmoid()):
+        with torch.inference_mode(), FrozenOps(dtype):
+            ours, all_rows = function(few.clone()), function(many.clone())
+        assert torch.equal(ours, all_rows[:5])
+        torch.testing.assert_close(ours, function(few.clone()))

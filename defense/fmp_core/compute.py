@@ -65,6 +65,11 @@ def rows_per_batch(device: torch.device) -> int:
     return 512 if device.type == "cuda" else 64
 
 
+def least_rows(device: torch.device) -> int:
+    """Batches are multiples of this: oneDNN splits a convolution's rows over the threads, and rounds odd shares otherwise."""
+    return max(2, torch.get_num_threads()) if device.type == "cpu" else 1
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether torch ran out of GPU or CPU memory (the CPU allocator has no exception type of its own)."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

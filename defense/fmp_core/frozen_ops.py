@@ -9,6 +9,10 @@ Ranking runs thousands of backward passes through one retained graph, so what is
 * with a low-precision ``dtype``, the first convolution stays in float32, because bfloat16 cannot hold a pixel plus 1/255, and
   ReLUs can replay the masks of a float32 pass: with those a bfloat16 gradient keeps the sign of 99.9 % of its float32 pixels,
   without them of 85-96 %.
+
+And two that cost a little, on a CPU. Matrix products run in tiles of one fixed size: MKL and oneDNN choose a kernel by the
+number of rows, and kernels round differently. Smooth activations run on whole vectors: what is left over at the end of a tensor
+rounds differently. Otherwise the chunk would decide near ties between feature maps.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 FEW_POSITIONS = 16  # output positions up to which a matrix product beats oneDNN's convolution
+TILE, IMAGE_TILE = 256, 64  # rows of a matrix product where a row is one of an image's positions, or a whole image
+VECTOR = 64  # numbers; more than a CPU's widest vector holds
 
 
 class ConvCall(NamedTuple):
@@ -65,12 +71,15 @@ class FrozenOps(TorchFunctionMode):
         args = [_current(arg) for arg in args]
         if func is torch.conv2d:
             return self._conv2d(*args, **kwargs)
-        if func is F.linear and args[0].dtype != args[1].dtype:
-            return F.linear(args[0].to(args[1].dtype), *args[1:], **kwargs)
+        if func is F.linear:
+            return _linear(*args, **kwargs)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         if func is F.relu:
             return self._relu(*args, **kwargs)
+        if func in _SMOOTH and args[0].device.type == "cpu" and args[0].numel() % VECTOR:
+            kwargs = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
+            return _padded(lambda whole: func(whole, *args[1:], **kwargs), args[0])
         if func in (torch.relu, Tensor.relu):
             return self._relu(args[0])
         if func in (torch.relu_, Tensor.relu_):
@@ -160,11 +169,33 @@ def _convolve(call: ConvCall, bias: Tensor | None) -> Tensor:
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, p, d, k, s in zip(input.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
     ]
-    few = out_size[0] * out_size[1] <= FEW_POSITIONS and weight.shape[2] * weight.shape[3] > 1
+    few = out_size[0] * out_size[1] <= FEW_POSITIONS
     if few and groups == 1 and dilation == (1, 1) and input.device.type == "cpu":
         out = _MatrixConv.apply(input, weight, stride, padding)
         return out if bias is None else out + bias.view(1, -1, 1, 1)
     return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+
+
+_SMOOTH = (F.silu, F.gelu, torch.sigmoid, torch.tanh)
+
+
+def _padded(function: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    flat = input.flatten()
+    return function(F.pad(flat, (0, -len(flat) % VECTOR)))[: len(flat)].view(input.shape)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    input = input.to(weight.dtype)
+    if input.device.type != "cpu":
+        return F.linear(input, weight, bias)
+    out = _in_tiles(input.flatten(0, -2), lambda rows: F.linear(rows, weight, bias), TILE if input.dim() > 2 else IMAGE_TILE)
+    return out.view(*input.shape[:-1], -1)
+
+
+def _in_tiles(rows: Tensor, product: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """``product(rows)`` of a matrix ``rows``, ``size`` rows at a time; the last tile is filled up with zeros."""
+    tiles = F.pad(rows, (0, 0, 0, -len(rows) % size)).split(size)
+    return torch.cat([product(tile) for tile in tiles])[: len(rows)]
 
 
 class _MatrixConv(torch.autograd.Function):
@@ -181,7 +212,7 @@ class _MatrixConv(torch.autograd.Function):
         matrix = weight.permute(0, 2, 3, 1).reshape(outputs, -1)
         ctx.save_for_backward(weight)
         ctx.geometry = (padded.shape, stride, padding)
-        product = F.linear(patches.reshape(count * oh * ow, -1), matrix)
+        product = _in_tiles(patches.reshape(count * oh * ow, -1), lambda rows: F.linear(rows, matrix), TILE)
         return product.view(count, oh, ow, outputs).permute(0, 3, 1, 2)
 
     @staticmethod
@@ -192,7 +223,8 @@ class _MatrixConv(torch.autograd.Function):
         grad = grads[0].permute(0, 2, 3, 1)
         count, oh, ow, _ = grad.shape
         matrix = weight.permute(0, 2, 3, 1).reshape(outputs, -1)
-        patches = (grad.reshape(-1, outputs) @ matrix).view(count, oh, ow, kh, kw, channels)
+        product = _in_tiles(grad.reshape(-1, outputs), lambda rows: rows @ matrix, TILE)
+        patches = product.view(count, oh, ow, kh, kw, channels)
         padded = grad.new_zeros(shape)
         for y in range(kh):
             for x in range(kw):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import ranks
 from .checkpoint import Checkpoint
-from .compute import is_out_of_memory, rows_per_batch
+from .compute import is_out_of_memory, least_rows, rows_per_batch
 from .feature_maps import ConvLayer, frozen
 from .frg import Attack, SharedForward, noisy_start
 from .frozen_ops import FrozenOps, lowered
@@ -137,8 +137,8 @@ def score_feature_maps(
         family: of the perturbation, see :class:`~fmp_core.frg.Attack`.
         seed: of the start noise, one draw per image, shared by all maps.
         dtype: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
-        rows: images per batch; the default suits the device. Scores do not depend on it from
-            2 on (one row rounds differently). Halved when memory runs out.
+        rows: images per batch; the default suits the device. On a CPU scores do not depend on it. Halved when memory runs
+            out, down to :func:`~fmp_core.compute.least_rows`.
         memory_mib: lowers ``rows`` so that the retained graph fits (an estimate from one image).
         wanted: bool ``[N]``, the maps to score (default all); the others get 0.
         progress: called with the number of (map, image) pairs just scored.
@@ -157,7 +157,8 @@ def score_feature_maps(
         engine = Engine(model, lowered(model, layers[0].module, dtype), dtype, layers, attack, progress, keeper)
         rows = rows or rows_per_batch(device)
         if memory_mib is not None:
-            rows = max(1, min(rows, memory_mib * 2**20 // engine.bytes_per_image(images[:1], start[:1])))
+            rows = min(rows, memory_mib * 2**20 // engine.bytes_per_image(images[:1], start[:1]))
+        rows = max(least_rows(device), rows)
         mine = ranks.share(torch.ones(total, dtype=torch.bool) if wanted is None else wanted)
         with torch.inference_mode():
             classes = model(images[:1]).shape[1]
@@ -169,11 +170,11 @@ def score_feature_maps(
                 batch = math.ceil(left / math.ceil(left / state.rows))
                 part = slice(state.images, state.images + batch)
                 try:
-                    engine.score(images[part], start[part], labels[part], mine, state, max(1, state.rows // batch))
+                    engine.score(images[part], start[part], labels[part], mine, state)
                 except RuntimeError as error:
-                    if state.rows == 1 or not is_out_of_memory(error):
+                    if state.rows == least_rows(device) or not is_out_of_memory(error):
                         raise
-                    state.begin_batch(state.rows // 2)
+                    state.begin_batch(max(least_rows(device), state.rows // 2))
                     continue
                 state.end_batch(batch)
     tally = state.whole
@@ -193,11 +194,15 @@ class Engine(NamedTuple):
     progress: Callable[[int], None]
     keeper: Keeper
 
-    def score(self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, state: RankingState, copies: int) -> None:
-        """Put the tally of one batch into ``state.part``, for each map ``wanted`` (bool ``[N]``), ``copies`` maps at a time.
+    def score(self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, state: RankingState) -> None:
+        """Put the tally of one batch into ``state.part``, for each map ``wanted`` (bool ``[N]``).
 
-        Groups of maps that ``state`` has already are not scored again.
+        As many maps at a time as fill ``state.rows``. Groups of maps that ``state`` has already are not scored again.
         """
+        count, least = len(images), least_rows(images.device)
+        filling = [0] * (-count % least)
+        images, start = torch.cat([images, images[filling]]), torch.cat([start, start[filling]])
+        copies = max(1, state.rows // len(images))
         shared = SharedForward(self.model, self.layers, images, start, copies, self.twin, self.dtype)
         position = group = 0
         for layer in self.layers:
@@ -207,17 +212,17 @@ class Engine(NamedTuple):
                 channels, where = todo[lead : lead + copies], places[lead : lead + copies]
                 group += 1
                 if group <= state.groups:
-                    self.progress(len(channels) * len(images))
+                    self.progress(len(channels) * count)
                     continue
                 # A short group is filled up: kernels are chosen by shape, and round differently.
                 filled = channels + [channels[-1]] * (copies - len(channels))
                 reverse = shared.images_of(layer, filled, self.attack)
                 with torch.inference_mode(), FrozenOps(self.dtype):
                     logits = self.twin(reverse).float().view(copies, len(images), -1)
-                    state.part.put(where, logits[: len(channels)], labels)
+                    state.part.put(where, logits[: len(channels), :count], labels)
                 state.groups = group
                 self.keeper.now_and_then(state)
-                self.progress(len(channels) * len(images))
+                self.progress(len(channels) * count)
             position += layer.channels
 
     def bytes_per_image(self, image: Tensor, start: Tensor) -> int:
