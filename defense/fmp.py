@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from pprint import pformat
 from typing import Any, NoReturn
@@ -29,7 +28,7 @@ for folder in (HERE, HERE.parent):  # fmp_core lies beside this file; BackdoorBe
 import torch  # noqa: E402
 from fmp_core import ranks, report  # noqa: E402
 from fmp_core.checkpoint import Checkpoint  # noqa: E402
-from fmp_core.compute import choose_compute, choose_dtype, is_out_of_memory, make_deterministic  # noqa: E402
+from fmp_core.compute import choose_compute, is_out_of_memory, make_deterministic  # noqa: E402
 from fmp_core.datasets import Split, dataset_facts, open_split  # noqa: E402
 from fmp_core.errors import UserError  # noqa: E402
 from fmp_core.evaluate import (  # noqa: E402
@@ -38,11 +37,10 @@ from fmp_core.evaluate import (  # noqa: E402
     TestData,
     defense_effectiveness_rating,
     evaluate_and_keep,
-    predict,
     to_unit,
 )
 from fmp_core.event_log import summary_writer, write_events  # noqa: E402
-from fmp_core.evidence import FAMILIES, Evidence, choose_within_budget, weigh  # noqa: E402
+from fmp_core.evidence import FAMILIES, Evidence  # noqa: E402
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
 from fmp_core.files import check_folders, make_folders, refuse_links_out_of, write_text, writing  # noqa: E402
 from fmp_core.finetune import Epoch, train  # noqa: E402
@@ -53,13 +51,12 @@ from fmp_core.log_file import LogFile  # noqa: E402
 from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
 from fmp_core.predictions import prediction_frame  # noqa: E402
 from fmp_core.progress import Progress  # noqa: E402
-from fmp_core.pruning import accuracy_without, prune_feature_maps  # noqa: E402
-from fmp_core.racing import race  # noqa: E402
-from fmp_core.ranking import Choice, Scores, choose, choose_by_chance, score_feature_maps  # noqa: E402
-from fmp_core.ranking_state import RankingCheckpoints  # noqa: E402
+from fmp_core.pruning import prune_feature_maps  # noqa: E402
+from fmp_core.ranking import Choice  # noqa: E402
 from fmp_core.records import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
 from fmp_core.report_page import write_report  # noqa: E402
-from fmp_core.score_cache import cache_file, content_key, load_scores, save_scores  # noqa: E402
+from fmp_core.score_cache import content_key  # noqa: E402
+from fmp_core.selection import Selector  # noqa: E402
 from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
 from fmp_core.subset import choose_subset  # noqa: E402
 from fmp_core.unlearning import unlearning_images  # noqa: E402
@@ -69,7 +66,6 @@ try:
 except ImportError:  # no BackdoorBench around us
     from fmp_core.base import defense
 
-HELD_OUT = 1000  # clean images, the last of the subset, that tell how many maps the budget allows
 TRAINING: tuple[str, ...] = ("batch_size", "lr", "lr_scheduler", "steplr_stepsize", "steplr_gamma", "steplr_milestones")
 TRAINING += ("sgd_momentum", "wd", "amp", "epochs")
 INTERRUPTED = "interrupted.pt"  # the state of fine-tuning, until a run is complete
@@ -133,8 +129,8 @@ class FMP(defense):
         self.folder = record.folder / "defense" / settings.defense_name
         self.log_folder = Path(settings.log or self.folder / "log")
         self.checkpoints = Path(settings.checkpoint_save or self.folder / "checkpoint")
-        self.shared = record.folder / "defense" / "fmp" / "cache"  # scores, for all --defense_name
-        refuse_links_out_of(record.folder, self.folder / "log", self.folder / "checkpoint", self.shared)
+        self.shared = record.folder / "defense" / "fmp"  # its cache of scores serves all --defense_name
+        refuse_links_out_of(record.folder, self.folder / "log", self.folder / "checkpoint", self.shared / "cache")
 
     def set_logger(self) -> None:
         """Log to the console and to ``log/<time>.log``, in BB's format; of several processes only the first speaks."""
@@ -164,11 +160,12 @@ class FMP(defense):
         """Rank, prune, fine-tune, evaluate, write. The poisoned test set is only ever evaluated on."""
         settings, logger = self.settings, self.logger
         make_deterministic()
-        scores, evidence = self._look()
+        selector = self._selector()
+        scores, evidence = selector.look()
         if not ranks.leads():  # one process goes on from here
             return {"model": self.model.network, "metrics": {}}
         before = self._test("before")
-        choice = self._choose(scores, evidence)
+        choice = selector.choose(scores, evidence)
         twins = self._unlearning_images(choice, evidence)
         prune_feature_maps(self.layers, choice.by_layer(self.layers))
         pruned, total = int(choice.mask.sum()), len(choice.mask)
@@ -249,84 +246,9 @@ class FMP(defense):
             detail = " ".join(str(error).split())[:200]
             raise UserError(f"{record.model_name} cannot take the record's {record.image_size} images ({detail}).") from None
 
-    def _look(self) -> tuple[Scores | None, Evidence | None]:
-        """The scores that decide, and the first evidence of a backdoor, else the last; without any, the paper's scores."""
-        settings, evidence = self.settings, None
-        if settings.selection not in ("frg", "shift"):
-            return None, None
-        if settings.selection == "shift":
-            for family in FAMILIES:
-                scores = self._rank(family)
-                images, labels = self.clean_images[: scores.samples], self.clean_labels[: scores.samples]
-                right = predict(self.model, images, labels, settings.batch_size)[0] == labels
-                evidence = weigh(family, scores, float(right.double().mean()))
-                self.logger.info("%s perturbations: %s", family, pformat(evidence.as_dict(), compact=True))
-                if evidence.backdoored:
-                    return scores, evidence
-            self.logger.info("the model is not shown to be backdoored; the feature maps are chosen by the paper's count")
-        return self._rank(), evidence
-
-    def _choose(self, scores: Scores | None, evidence: Evidence | None) -> Choice:
-        settings = self.settings
-        if evidence is not None and evidence.backdoored:
-            images, labels = self.clean_images[-HELD_OUT:], self.clean_labels[-HELD_OUT:]
-            with self._timed("budget"):
-                accuracy = partial(accuracy_without, self.model, self.layers, images=images, labels=labels)
-                return choose_within_budget(
-                    evidence.push, settings.budget, lambda mask: accuracy(chosen=Choice(mask).by_layer(self.layers))
-                )
-        if settings.selection == "none":
-            return Choice(torch.zeros(sum(layer.channels for layer in self.layers), dtype=torch.bool))
-        if scores is None:
-            return choose_by_chance(self.layers, settings.p, settings.scope, settings.random_seed)
-        return choose(scores, settings.p, settings.scope)
-
-    def _rank(self, family: str = "paper") -> Scores:
-        """The scores of all feature maps, from the cache if the same question was answered before."""
-        settings = self.settings
-        count = len(self.subset) if settings.frg_samples == "all" else min(int(settings.frg_samples), len(self.subset))
-        images = to_unit(self.clean_images[:count]).contiguous(memory_format=torch.channels_last)
-        labels = self.clean_labels[:count]
-        layers = self.layers
-        maps = sum(layer.channels for layer in layers)
-        dtype = choose_dtype(settings.dtype, self.compute.device)
-        question: dict[str, Any] = {"eps": settings.eps, "steps": settings.frg_steps, "alpha": settings.alpha}
-        if family != "paper":
-            question = {"eps": FAMILIES[family], "steps": 1, "alpha": None}
-        question |= {"seed": settings.random_seed, "family": family}
-        racing = settings.ranking == "racing" and dtype == torch.float32 and family == "paper"
-        rules = {"dtype": str(dtype)} | ({"racing": [settings.p, settings.scope]} if racing else {})
-        key = content_key(self.model.network.state_dict(), images, labels, {**question, **rules})
-        scores = None if settings.fresh else load_scores(self.shared.parent, key, layers)
-        if scores is not None:
-            found = cache_file(self.shared.parent, key)
-            self.logger.info("scores of %d feature maps read from %s (--fresh ranks again)", maps, found)
-            return scores
-        self.logger.info("ranking %d feature maps of %d layers on %d clean images in %s", maps, len(layers), count, dtype)
-        with self._timed("ranking"), Progress("Ranking", maps * count, "map-images", self.logger) as bar:
-            score = partial(
-                score_feature_maps,
-                self.model,
-                layers,
-                images,
-                labels,
-                **question,
-                rows=None if settings.chunk == "auto" else int(settings.chunk),
-                memory_mib=settings.memory,
-                progress=bar.add,
-            )
-            checkpoints = RankingCheckpoints(self.shared, key, settings.fresh)
-            if racing:
-                scores = race(
-                    lambda kind, wanted: score(dtype=kind, wanted=wanted, checkpoint=checkpoints.of(kind, wanted)),
-                    maps, settings.p, settings.scope,
-                )  # fmt: skip
-            else:
-                scores = score(dtype=dtype, checkpoint=checkpoints.of(dtype, None))
-        if ranks.leads():
-            save_scores(self.shared.parent, key, scores)
-        checkpoints.remove()
-        return scores
+    def _selector(self) -> Selector:
+        """What finds the maps to prune: it is given clean images only."""
+        return Selector(self.model, self.layers, self.clean_images, self.clean_labels, self.settings, self.shared, self._timed)
 
     def _unlearning_images(self, choice: Choice, evidence: Evidence | None) -> torch.Tensor | None:
         """uint8 twins of the clean images, made by the maps to prune; None if nothing is to be unlearnt."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core, so one thread each; before torch reads it
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import fmp
 import numpy as np

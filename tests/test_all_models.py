@@ -31,10 +31,12 @@ MODELS = [
 def test_gradients_and_logits_are_those_of_the_plain_model(name: str):
     torch.manual_seed(0)
     model = build_model(name, 10)
-    for module in model.modules():  # fresh batch norms are identities, which hide mistakes
+    for module in model.modules():  # fresh batch norms are identities, which hide mistakes and let signals die away
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.rand(16, 3, 32, 32))
+    model.eval()
     images = torch.rand(2, 3, 32, 32)
     noisy = start(images, EPS, 0)
     layers = trace_conv_layers(model, images[:1])
@@ -44,7 +46,7 @@ def test_gradients_and_logits_are_those_of_the_plain_model(name: str):
         for layer in {layers[0].name: layers[0], middle.name: middle, layers[-1].name: layers[-1]}.values():
             channel = layer.channels // 3
             pair = shared.gradient(layer, [channel]), gradient(model, layer.module, channel, images, noisy)
-            # Gradients of fresh deep nets are as small as 1e-24 (maps differ by rounding); only each image's direction counts.
+            # Gradients of fresh deep nets may be tiny; only each image's direction counts.
             ours, plain = (grad.flatten(1).double() / grad.abs().amax((1, 2, 3))[:, None] for grad in pair)
             assert F.cosine_similarity(ours, plain, dim=1).min() > 0.999, layer.name
         with torch.inference_mode(), FrozenOps():

@@ -206,7 +206,7 @@ def test_testing_more_or_less_often_changes_no_weight(fresh: Path) -> None:
     results = run(fresh, *flags)
     often, table = saved_weights(results), (results / "feature_maps.csv").read_bytes()
     shutil.rmtree(fresh / "record" / NAME / "defense")
-    results = run(fresh, *flags, "--frequency_test", "0", "--chunk", "16")
+    results = run(fresh, *flags, "--frequency_test", "0", "--chunk", "40")
     assert same(often, saved_weights(results))
     assert (results / "feature_maps.csv").read_bytes() == table
     assert pd.read_csv(results / "fmp_df.csv")["test_acc"].isna().tolist() == [True, False]  # it really was tested less

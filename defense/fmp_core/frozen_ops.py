@@ -18,6 +18,7 @@ rounds differently. Otherwise the chunk would decide near ties between feature m
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 FEW_POSITIONS = 16  # output positions up to which a matrix product beats oneDNN's convolution
-TILE, IMAGE_TILE = 256, 64  # rows of a matrix product where a row is one of an image's positions, or a whole image
+TILE, IMAGE_TILE = 256, 64  # most rows of a matrix product, and images that they come from
 VECTOR = 64  # numbers; more than a CPU's widest vector holds
 
 
@@ -188,12 +189,16 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     input = input.to(weight.dtype)
     if input.device.type != "cpu":
         return F.linear(input, weight, bias)
-    out = _in_tiles(input.flatten(0, -2), lambda rows: F.linear(rows, weight, bias), TILE if input.dim() > 2 else IMAGE_TILE)
+    out = _in_tiles(input.flatten(0, -2), lambda rows: F.linear(rows, weight, bias), math.prod(input.shape[1:-1]))
     return out.view(*input.shape[:-1], -1)
 
 
-def _in_tiles(rows: Tensor, product: Callable[[Tensor], Tensor], size: int) -> Tensor:
-    """``product(rows)`` of a matrix ``rows``, ``size`` rows at a time; the last tile is filled up with zeros."""
+def _in_tiles(rows: Tensor, product: Callable[[Tensor], Tensor], per_image: int) -> Tensor:
+    """``product(rows)`` of a matrix ``rows``, some at a time; the last tile is filled up with zeros.
+
+    How many depends on the rows ``per_image``, not on the number of images.
+    """
+    size = min(TILE, IMAGE_TILE * per_image)
     tiles = F.pad(rows, (0, 0, 0, -len(rows) % size)).split(size)
     return torch.cat([product(tile) for tile in tiles])[: len(rows)]
 
@@ -212,7 +217,7 @@ class _MatrixConv(torch.autograd.Function):
         matrix = weight.permute(0, 2, 3, 1).reshape(outputs, -1)
         ctx.save_for_backward(weight)
         ctx.geometry = (padded.shape, stride, padding)
-        product = _in_tiles(patches.reshape(count * oh * ow, -1), lambda rows: F.linear(rows, matrix), TILE)
+        product = _in_tiles(patches.reshape(count * oh * ow, -1), lambda rows: F.linear(rows, matrix), oh * ow)
         return product.view(count, oh, ow, outputs).permute(0, 3, 1, 2)
 
     @staticmethod
@@ -223,7 +228,7 @@ class _MatrixConv(torch.autograd.Function):
         grad = grads[0].permute(0, 2, 3, 1)
         count, oh, ow, _ = grad.shape
         matrix = weight.permute(0, 2, 3, 1).reshape(outputs, -1)
-        product = _in_tiles(grad.reshape(-1, outputs), lambda rows: rows @ matrix, TILE)
+        product = _in_tiles(grad.reshape(-1, outputs), lambda rows: rows @ matrix, oh * ow)
         patches = product.view(count, oh, ow, kh, kw, channels)
         padded = grad.new_zeros(shape)
         for y in range(kh):

@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""What does each part of FMP do? The same clean subset and fine-tuning after different choices of the maps to prune.
+
+    python record_scripts/ablate.py --result_file badnet_cifar10 blended_cifar10 --frequency_test 0
+    python record_scripts/ablate.py --result_file badnet_cifar10 --rows ft layer oracle --epochs 3 --frequency_test 0
+    python record_scripts/ablate.py --result_file blended_cifar10 --overlap --maps 1200
+
+Rows: ``ft`` fine-tuning only; ``random-1..3`` as many maps per layer as ``layer``, by chance; ``layer`` FMP as released;
+``global`` FMP as in the paper's text; ``layer-pruned`` without fine-tuning; ``oracle`` the maps the trigger moves most (it
+looks at the poisoned test set, so it is no defense); ``oracle-pruned``; ``strong``, ``strong-pruned`` our preset. Other flags
+are FMP's. Each row is an FMP run in ``record/<name>/defense/ablate-<row>``; rows done with the same flags are not run again.
+
+``--overlap`` ranks only: how well the paper's count and the class shift find the maps the trigger moves most (TAC), by images,
+eps, steps and family, on an even sample of maps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
+
+import numpy as np
+import pandas as pd
+import torch
+from fmp import FMP
+from fmp_core.activation_change import precision_at, trigger_activation_change
+from fmp_core.compute import choose_dtype
+from fmp_core.errors import UserError
+from fmp_core.evaluate import to_unit
+from fmp_core.evidence import FAMILIES
+from fmp_core.files import replacing
+from fmp_core.ranking import Choice, Scores, choose_by_chance, score_feature_maps, slices
+from fmp_core.selection import Selector
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+TAC_IMAGES = 512
+Chooser = Callable[["Ablated"], Tensor]
+
+
+def by_chance(number: int) -> Chooser:
+    return lambda run: choose_by_chance(run.layers, run.settings.p, run.settings.scope, number).mask
+
+
+def by_trigger(run: Ablated) -> Tensor:
+    """The N/p maps of each layer that the trigger moves most."""
+    tac = activation_change(run)
+    mask = torch.zeros(len(tac), dtype=torch.bool)
+    for layer, where in slices(run.layers):
+        mask[tac[where].topk(layer.channels // run.settings.p).indices + where.start] = True
+    return mask
+
+
+ROWS: dict[str, tuple[dict[str, Any], Chooser | None]] = {
+    "ft": ({"selection": "none"}, None),
+    **{f"random-{number}": ({"selection": "none"}, by_chance(number)) for number in (1, 2, 3)},
+    "layer": ({"scope": "layer"}, None),
+    "global": ({"scope": "global"}, None),
+    "layer-pruned": ({"scope": "layer", "epochs": 0}, None),
+    "oracle": ({"selection": "none"}, by_trigger),
+    "oracle-pruned": ({"selection": "none", "epochs": 0}, by_trigger),
+    "strong": ({"preset": "strong"}, None),
+    "strong-pruned": ({"preset": "strong", "epochs": 0}, None),
+}
+
+
+class Ablated(FMP):
+    """FMP with another choice of maps."""
+
+    def __init__(self, args: dict[str, Any], chooser: Chooser | None = None):
+        super().__init__(args)
+        self.chooser = chooser
+
+    def _selector(self) -> Selector:
+        usual = super()._selector()
+        if self.chooser is None:
+            return usual
+        return Told(**{field.name: getattr(usual, field.name) for field in dataclasses.fields(usual)}, mask=self.chooser(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Told(Selector):
+    """Prunes what it is told to."""
+
+    mask: Tensor
+
+    def choose(self, scores: Scores | None, evidence: object) -> Choice:
+        return Choice(self.mask)
+
+
+def activation_change(run: FMP) -> Tensor:
+    """TAC of all maps on an even sample of poisoned test images and their clean twins, float64 ``[N]``."""
+    indices, data = run.record.bd_test.indices, run.test_data
+    if indices is None:
+        raise UserError(f"{run.record.folder} does not say which clean image each poisoned one was made from; no oracle.")
+    rows = torch.linspace(0, len(indices) - 1, min(TAC_IMAGES, len(indices))).round().long()
+    twins = data.clean_images[indices[rows].to(data.clean_images.device)]
+    poisoned = data.poisoned_images[rows.to(twins.device)]
+    return trigger_activation_change(run.model, run.layers, to_unit(twins), to_unit(poisoned))
+
+
+def ablate(record: str, rows: Sequence[str], flags: dict[str, Any]) -> pd.DataFrame:
+    """One row each for the attacked model and every choice of maps, in percent; ``precision`` is against TAC."""
+    found: list[dict[str, Any]] = []
+    attacked = FMP({**flags, "result_file": record})
+    attacked.set_result(record)
+    tac = activation_change(attacked)
+    for row in rows:
+        settings, chooser = ROWS[row]
+        run = Ablated({"report": False, **flags, **settings, "result_file": record, "defense_name": f"ablate-{row}"}, chooser)
+        folder = Path(run.settings.record_root) / record / "defense" / f"ablate-{row}"
+        metrics = _done(folder, run) or run.defense(record)["metrics"]
+        if not found:
+            found.append({"row": "(attacked)", **_percent(metrics["before"])})
+        mask = torch.tensor(pd.read_csv(folder / "feature_maps.csv")["pruned"].tolist())
+        found.append(
+            {
+                "row": row,
+                "maps": metrics["pruned"],
+                **_percent(metrics["after"]),
+                "precision": round(precision_at(mask, tac, attacked.layers).value, 2),
+            }
+        )
+        print(_table(pd.DataFrame(found)), flush=True)
+    return pd.DataFrame(found)
+
+
+def _done(folder: Path, run: FMP) -> dict[str, Any] | None:
+    """The metrics of an earlier run with the same settings."""
+    path = folder / "metrics.json"
+    if run.settings.fresh or not path.is_file():
+        return None
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(dataclasses.asdict(run.settings)))
+    return metrics if metrics["settings"] == wanted else None
+
+
+def _percent(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: round(100 * metrics[f"test_{name.lower()}"], 2) for name in ("Acc", "ASR", "RA")}
+
+
+class Look(NamedTuple):
+    """One way to look at feature maps: a family of perturbations (``paper`` or of ours), its size, and how often."""
+
+    family: str
+    eps: float
+    steps: int
+    images: int
+
+
+LOOKS = [Look("paper", 1 / 255, 1, images) for images in (8, 16, 32, 64)]
+LOOKS += [Look("paper", eps / 255, 1, 16) for eps in (4, 8, 16)] + [Look("paper", 4 / 255, 3, 16)]
+LOOKS += [Look(family, eps, 1, images) for family, eps in FAMILIES.items() for images in (8, 16, 32)]
+
+
+def overlap(record: str, maps: int, p: int, flags: dict[str, Any]) -> pd.DataFrame:
+    """Per look: precision at N/p and AUC (maps of highest TAC, 1/p of each layer, against the rest) of three scores.
+
+    The scores are the paper's count (ties by margin), the largest class's shift, and the shift towards the class voted for.
+    """
+    run = FMP({**flags, "result_file": record})
+    run.set_result(record)
+    tac = activation_change(run)
+    wanted = torch.zeros(len(tac), dtype=torch.bool)
+    wanted[torch.linspace(0, len(tac) - 1, min(maps, len(tac))).round().long()] = True
+    dtype = choose_dtype(run.settings.dtype, run.compute.device)
+    found = []
+    for look in LOOKS:
+        scores = score_feature_maps(
+            run.model,
+            run.layers,
+            to_unit(run.clean_images[: look.images]),
+            run.clean_labels[: look.images],
+            eps=look.eps,
+            steps=look.steps,
+            family=look.family,
+            seed=run.settings.random_seed,
+            dtype=dtype,
+            wanted=wanted,
+        )
+        row: dict[str, Any] = {**look._asdict(), "eps": f"{255 * look.eps:.0f}/255"}
+        row |= _compare(scores, wanted, tac, p)
+        found.append(row)
+        print(_table(pd.DataFrame(found)), flush=True)
+    return pd.DataFrame(found)
+
+
+def _compare(scores: Scores, wanted: Tensor, tac: Tensor, p: int) -> dict[str, Any]:
+    """Mean over layers; a layer with fewer than ``p`` of the sampled maps is left out."""
+    parts = [where.start + wanted[where].nonzero().flatten() for _, where in slices(scores.layers)]
+    shifts = [scores.logits[part] - scores.logits[part].mean(0) for part in parts]
+    leaders = [shift.max(1).values.topk(max(1, len(shift) // p)).indices for shift in shifts if len(shift)]
+    votes = torch.cat([shift.argmax(1)[lead] for shift, lead in zip([s for s in shifts if len(s)], leaders, strict=True)])
+    target, number = int(votes.mode().values), len(votes)
+    results: dict[str, list[tuple[float, float]]] = {"count": [], "shift": [], "shift to voted": []}
+    for part, shift in zip(parts, shifts, strict=True):
+        k = len(part) // p
+        if not k:
+            continue
+        moved = torch.zeros(len(part), dtype=torch.bool)
+        moved[tac[part].topk(k).indices] = True
+        order = torch.from_numpy(np.lexsort((scores.margin[part].numpy(), scores.correct[part].numpy())))
+        suspicion = torch.empty(len(part), dtype=torch.float64)
+        suspicion[order] = torch.arange(len(part), 0, -1, dtype=torch.float64)
+        for name, values in zip(results, (suspicion, shift.max(1).values, shift[:, target]), strict=True):
+            precision = float(moved[values.topk(k).indices].double().mean())
+            results[name].append((precision, float(roc_auc_score(moved.numpy(), values.numpy()))))
+    row: dict[str, Any] = {}
+    for name, pairs in results.items():
+        row[f"{name} precision"], row[f"{name} AUC"] = (round(float(np.mean(column)), 2) for column in zip(*pairs, strict=True))
+    return {**row, "voted": target, "votes": f"{int((votes == target).sum())}/{number}"}
+
+
+def _table(frame: pd.DataFrame) -> str:
+    return frame.to_string(index=False, na_rep="")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"ablate: {message}; --help lists the flags.\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--result_file", nargs="+", required=True, metavar="RECORD")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--overlap", action="store_true", help="rank only, and compare scores with TAC")
+    parser.add_argument("--maps", type=int, default=1200, help="with --overlap: size of the even sample of feature maps (1200)")
+    parser.add_argument("--csv", type=Path, help="write the tables of all records there")
+    args, rest = parser.parse_known_args(argv)
+    fmp_parser = _Parser(prog="ablate", allow_abbrev=False)
+    FMP.add_arguments(fmp_parser)
+    flags = {key: value for key, value in vars(fmp_parser.parse_args(rest)).items() if value is not None}
+    tables = []
+    try:
+        for record in args.result_file:
+            frame = overlap(record, args.maps, 16, flags) if args.overlap else ablate(record, args.rows, flags)
+            frame.insert(0, "record", record)
+            tables.append(frame)
+        whole = pd.concat(tables)
+        if args.csv:
+            with replacing(args.csv) as temporary:
+                whole.to_csv(temporary, index=False)
+    except UserError as error:
+        print(f"ablate: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{_table(whole)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""record_scripts/ablate.py on a tiny record: every row is a real run, and the oracle's maps are those the trigger moves most."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ablate
+import pandas as pd
+import pytest
+
+RECORD = "badnet_tiny"
+FLAGS = ["--frg_samples", "1", "--epochs", "1", "--batch_size", "25", "--ratio", "1", "--device", "cpu", "--random_seed", "3"]
+
+
+def test_rows_are_runs_and_are_not_repeated(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ["ft", "random-1", "layer", "oracle", "oracle-pruned"]
+    command = ["--result_file", RECORD, "--rows", *rows, "--csv", "rows.csv", *FLAGS]
+    assert ablate.main(command) == 0
+    frame = pd.read_csv("rows.csv").set_index("row")
+    assert list(frame.index) == ["(attacked)", *rows]
+    maps = frame["maps"].dropna().astype(int).to_dict()
+    assert maps["ft"] == 0 and maps["random-1"] == maps["layer"] == maps["oracle"] == maps["oracle-pruned"] > 0
+    assert frame["precision"]["oracle"] == frame["precision"]["oracle-pruned"] == 1
+    assert frame["precision"]["random-1"] < 0.5 and frame["precision"]["layer"] < 1
+    folder = workplace / "record" / RECORD / "defense"
+    for row in rows:
+        assert json.loads((folder / f"ablate-{row}" / "metrics.json").read_text())["pruned"] == maps[row]
+        assert (folder / f"ablate-{row}" / "index.txt").read_text() == (folder / "ablate-ft" / "index.txt").read_text()
+    stamps = {row: (folder / f"ablate-{row}" / "metrics.json").stat().st_mtime_ns for row in rows}
+    assert ablate.main(command) == 0
+    assert stamps == {row: (folder / f"ablate-{row}" / "metrics.json").stat().st_mtime_ns for row in rows}
+    assert "oracle-pruned" in capsys.readouterr().out
+
+
+def test_overlap_compares_scores_with_the_trigger(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = [ablate.Look("paper", 1 / 255, 1, 2), ablate.Look("sparse", 1 / 255, 1, 2)]
+    monkeypatch.setattr(ablate, "LOOKS", looks)
+    assert ablate.main(["--result_file", RECORD, "--overlap", "--maps", "900", "--csv", "overlap.csv", *FLAGS]) == 0
+    frame = pd.read_csv("overlap.csv")
+    assert list(frame["family"]) == ["paper", "sparse"] and set(frame["eps"]) == {"1/255"}
+    numbers = frame.filter(regex="precision|AUC")
+    assert numbers.shape == (2, 6) and numbers.notna().all(axis=None) and ((numbers >= 0) & (numbers <= 1)).all(axis=None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--result_file", "absent"], "absent"),
+        (["--result_file", RECORD, "--rows", "nothing"], "--rows"),
+        (["--result_file", RECORD, "--eps", "x"], "eps"),
+    ],
+)
+def test_bad_input_is_one_sentence(workplace: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
+    try:
+        code = ablate.main(flags)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    err = capsys.readouterr().err
+    assert code == 2 and said in err and len(err.strip().splitlines()) == 1
