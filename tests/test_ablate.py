@@ -1,4 +1,4 @@
-"""record_scripts/ablate.py on a tiny record: every row is a real run, and the oracle's maps are those the trigger moves most."""
+"""record_scripts/ablate.py on a tiny record: rows are real runs, and the oracle takes the maps the trigger moves most."""
 
 from __future__ import annotations
 
