@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -67,7 +68,8 @@ except ImportError:  # no BackdoorBench around us
     from fmp_core.base import defense
 
 TRAINING: tuple[str, ...] = ("batch_size", "lr", "lr_scheduler", "steplr_stepsize", "steplr_gamma", "steplr_milestones")
-TRAINING += ("sgd_momentum", "wd", "amp", "epochs")
+TRAINING += ("sgd_momentum", "wd", "amp", "epochs", "random_seed", "masked", "unlearn", "frequency_test", "frequency_save")
+CHOOSING = ("ratio", "selection", "p", "scope", "budget", "eps", "frg_steps", "alpha", "frg_samples", "dtype")
 INTERRUPTED = "interrupted.pt"  # the state of fine-tuning, until a run is complete
 LOG_FORMAT = logging.Formatter("%(asctime)s [%(levelname)-8s] [%(filename)s:%(lineno)d] %(message)s", "%Y-%m-%d:%H:%M:%S")
 
@@ -97,6 +99,7 @@ class FMP(defense):
     def set_result(self, result_file: str) -> None:
         """Read the record, its model and all images; nothing is written yet, so bad input leaves no trace."""
         settings = self.settings
+        self.seconds = {}  # an FMP may defend several records
         if settings.tensorboard:
             summary_writer()  # refuse now rather than after an hour
         with self._timed("load"):
@@ -130,7 +133,8 @@ class FMP(defense):
         self.log_folder = Path(settings.log or self.folder / "log")
         self.checkpoints = Path(settings.checkpoint_save or self.folder / "checkpoint")
         self.shared = record.folder / "defense" / "fmp"  # its cache of scores serves all --defense_name
-        refuse_links_out_of(record.folder, self.folder / "log", self.folder / "checkpoint", self.shared / "cache")
+        own = [self.folder / name for name in ("log", "checkpoint", "tensorboard")]
+        refuse_links_out_of(record.folder, *own, self.shared / "cache")
 
     def set_logger(self) -> None:
         """Log to the console and to ``log/<time>.log``, in BB's format; of several processes only the first speaks."""
@@ -171,8 +175,6 @@ class FMP(defense):
         pruned, total = int(choice.mask.sum()), len(choice.mask)
         logger.info("pruned %d of %d feature maps; %d tied at a cut, where the margin decided", pruned, total, choice.ties)
         history = self._fine_tune(choice if settings.masked else None, twins)
-        if len(self.predictions) == 1:  # the last epoch was tested before an interruption
-            self._test("after")
         after = history[-1][1]
         assert after is not None  # the last epoch is always tested
         metrics = {
@@ -211,7 +213,8 @@ class FMP(defense):
             started = time.perf_counter()
             path = write_report(self.record, self.folder, self.test_data)
             logger.info("%s written in %.1f s", path, time.perf_counter() - started)
-        (self.checkpoints / INTERRUPTED).unlink(missing_ok=True)
+        if settings.epochs:  # without, the state of another, interrupted run may lie there
+            (self.checkpoints / INTERRUPTED).unlink(missing_ok=True)
         return {"model": self.model.network, "metrics": metrics}
 
     def defense(self, result_file: str) -> dict[str, Any]:
@@ -274,6 +277,8 @@ class FMP(defense):
 
         def after_epoch(epoch: Epoch) -> None:
             number = epoch.epoch + 1
+            if not math.isfinite(epoch.train_epoch_loss_avg_over_batch):
+                self.logger.warning("the loss of epoch %d is not a number; try a smaller --lr", number)
             last = number == settings.epochs
             due = last or (settings.frequency_test and number % settings.frequency_test == 0)
             history.append((epoch, self._test(f"epoch {number} of {settings.epochs}") if due else None))
@@ -310,8 +315,7 @@ class FMP(defense):
     def _training_state(self) -> Checkpoint:
         """The state of fine-tuning after its last whole epoch; removed when all results are written."""
         settings = self.settings
-        names = [*TRAINING, "random_seed", "masked", "unlearn", "frequency_test", "frequency_save"]
-        made_with = {name: str(getattr(settings, name)) for name in names}
+        made_with = {name: str(getattr(settings, name)) for name in (*TRAINING, *CHOOSING)}
         pruned = content_key(self.model.network.state_dict(), self.clean_images, self.clean_labels, {"by": str(self.compute)})
         checkpoint = Checkpoint(self.checkpoints / INTERRUPTED, {**made_with, "model, images or versions": pruned[:16]})
         if settings.fresh:

@@ -474,6 +474,13 @@ CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda root: (root / FILE.parent / "defense").symlink_to(root / "data"),
         "leads out of the record",
     ),
+    "event files linked elsewhere": (
+        lambda root: (
+            (root / FILE.parent / "defense" / "fmp").mkdir(parents=True),
+            (root / FILE.parent / "defense" / "fmp" / "tensorboard").symlink_to(root / "data"),
+        ),
+        "leads out of the record",
+    ),
     "many large images": (many_large_images, "more than this machine's memory"),
     "an image that is text": (image(lambda: b"no image"), "cannot be decoded"),
     "an empty image": (image(lambda: b""), "cannot be decoded"),

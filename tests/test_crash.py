@@ -159,6 +159,10 @@ def test_a_checkpoint_of_other_settings_is_refused_and_fresh_starts_again(workpl
     ran = call_fmp(*FLAGS, *TRAINING, "--lr", "0.05")
     assert ran.code == 2 and "interrupted.pt was made with lr 0.01 (now 0.05)" in ran.err
     assert (workplace / RESULTS / "checkpoint" / "interrupted.pt").read_bytes() == before
+    ran = call_fmp(*FLAGS, *TRAINING, "--p", "8")
+    assert ran.code == 2 and "made with p " in ran.err and "(now 8)" in ran.err
+    assert call_fmp(*FLAGS, "--epochs", "0").code == 0  # trains nothing, so it loses nothing
+    assert (workplace / RESULTS / "checkpoint" / "interrupted.pt").read_bytes() == before
     assert call_fmp(*FLAGS, *TRAINING, "--lr", "0.05", "--fresh", "--epochs", "1").code == 0
     assert not states(workplace)
 

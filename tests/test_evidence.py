@@ -37,6 +37,15 @@ def test_maps_that_push_to_one_class_name_it_and_stand_out():
     assert evidence.push[7] > 20
 
 
+def test_a_layer_of_dead_maps_pushes_nothing():
+    """Where nearly all maps do nothing the deviation is 0, and the least numerical noise would stand out of it."""
+    dead = scores((7, 64, 191), torch.tensor([3, 3, 3]), correct=2)
+    dead.logits[:64] = 0
+    dead.logits[5] = 1e-9
+    push = weigh("sparse", dead, clean_accuracy=0.95).push
+    assert push[:64].abs().max() < 1e-6 and push[64] > 20
+
+
 def test_scattered_votes_are_no_evidence():
     evidence = weigh("sparse", scores((7, 64, 191), torch.tensor([3, 1, 2]), correct=2), clean_accuracy=0.95)
     assert evidence.share == pytest.approx(1 / 3) and not evidence.backdoored

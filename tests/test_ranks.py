@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from fmp_core import ranks
+from fmp_core.compute import Compute
 
 WORKER = """
 import json, sys, torch
@@ -38,6 +41,14 @@ def run(*command: str) -> list:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_cluster_that_sets_only_some_variables_is_no_torchrun(monkeypatch: pytest.MonkeyPatch):
+    for name in ranks.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    alone = Compute(torch.device("cpu"))
+    assert ranks.join(alone) is alone and not ranks.together()
 
 
 def test_two_processes_score_to_the_bits_of_one(worker: Path):

@@ -18,6 +18,7 @@ from conftest import RECORD, Ran, call_fmp
 from fmp_core.activation_change import Precision
 from fmp_core.intervals import Interval, wilson
 from fmp_core.report_data import Run
+from fmp_core.report_figures import training_curves
 from fmp_core.report_findings import command, verdict, warnings
 
 QUICK = ("--result_file", RECORD, "--frg_samples", "2", "--p", "16", "--device", "cpu")
@@ -212,6 +213,50 @@ def test_all_maps_together_have_cuts_of_their_own(place: Path):
         assert sum(layer["cuts"][number] for layer in drawn["layers"]) == len(maps) // p
 
 
+# Maps chosen by their push towards a class (--preset strong).
+
+VERDICT = {"backdoored": True, "target": 3, "family": "sparse", "votes": [0, 0, 0, 9], "share": 0.9, "lost": 0.5}
+
+
+def as_pushed(folder: Path) -> pd.DataFrame:
+    """The run in ``folder`` as one whose maps were chosen by their push, among them the last of each layer."""
+    maps = pd.read_csv(folder / "feature_maps.csv")
+    maps["push"] = -maps["channel"].astype(float)
+    maps["pruned"] = maps["channel"] < 2
+    maps.to_csv(folder / "feature_maps.csv", index=False)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["verdict"] = VERDICT
+    metrics["settings"] |= {"preset": "strong", "selection": "shift"}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return maps
+
+
+def test_maps_chosen_by_push_have_no_cut_and_no_ties(place: Path):
+    maps = as_pushed(place / RESULTS)
+    assert make() == 0
+    text = page(place)
+    drawn = strips(text)
+    assert drawn["ps"] == [] and all(layer["tied"] == 0 and layer["cuts"] == [] for layer in drawn["layers"])
+    assert drawn["layers"][0]["channel"] == sorted(drawn["layers"][0]["channel"])
+    assert drawn["layers"][0]["push"] == [-float(channel) for channel in drawn["layers"][0]["channel"]]
+    assert sum(sum(layer["pruned"]) for layer in drawn["layers"]) == int(maps["pruned"].sum())
+    assert "What another p would prune" not in text and "blue line" not in text and 'id="ps"' not in text
+    assert "backdoored, towards class 3 (90 % of the votes" in text and "under sparse perturbations" in text
+
+
+def test_a_budget_that_allows_nothing_is_named():
+    run = a_run([1, 2, 8, 9], [False] * 4)
+    run.metrics["settings"] |= {"selection": "shift", "budget": 0.02}
+    run.maps["push"] = 0.0
+    found = dict(warnings(run, metrics_of(0.9, 0.9), metrics_of(0.9, 0.1), None))
+    assert "--budget 0.02" in found["Nothing was pruned."]
+
+
+def test_curves_without_a_finite_loss_are_drawn():
+    history = pd.DataFrame({"epoch": [0, 1], "loss": [float("nan"), float("nan")]})
+    assert "<svg" in training_curves(history, {"loss": ("train", "#010101")}, "Loss", False)
+
+
 # The words.
 
 
@@ -264,10 +309,12 @@ def test_each_warning_has_its_cause():
     assert "Nothing was pruned" in said(a_run([1, 2, 8, 9], [False] * 4))
 
 
-def test_the_command_repeats_the_run():
-    settings = fmp.load_settings({"result_file": "a b", "p": "32", "eps": "8/255", "steplr_milestones": "3,4"})
+@pytest.mark.parametrize("preset", [{}, {"preset": "strong"}, {"preset": "strong", "masked": "False", "frg_samples": "32"}])
+def test_the_command_repeats_the_run(preset: dict[str, str]):
+    settings = fmp.load_settings({"result_file": "a b", "p": "32", "eps": "8/255", "steplr_milestones": "3,4", **preset})
     words = command(json.loads(json.dumps(vars(settings))))
-    assert words.startswith("python defense/fmp.py --result_file 'a b'") and "--lr" not in words
+    assert "--result_file 'a b'" in words and "--lr" not in words and "--selection" not in words
+    assert ("--preset strong" in words) == bool(preset) and ("--masked False" in words) == ("masked" in preset)
     import shlex
 
     parser = fmp.argparse.ArgumentParser()

@@ -91,6 +91,23 @@ def test_seeds_chunks_and_stops_change_no_bit(stop: int, rows: int, then: int, s
     assert equal(found, score(seed=seed))
 
 
+def test_a_ranking_goes_on_with_another_number_of_threads(tmp_path: Path):
+    """Threads decide how batches are filled up, so how many maps share one; a map passed over would keep the count 0."""
+    score, threads = scorer(Plain, 5), torch.get_num_threads()
+    checkpoint = Checkpoint(tmp_path / "ranking.pt", {})
+    try:
+        torch.set_num_threads(4)
+        expected = score(rows=32)
+        torch.set_num_threads(1)
+        with pytest.raises(KeyboardInterrupt):
+            score(rows=32, progress=stops_at(2, KeyboardInterrupt), checkpoint=checkpoint)
+        torch.set_num_threads(4)
+        found = score(rows=32, checkpoint=checkpoint)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found.correct, expected.correct) and torch.allclose(found.margin, expected.margin)
+
+
 def test_a_race_goes_on_in_its_second_lap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ranking_state, "EVERY", 0.0)
     score = scorer(Plain)

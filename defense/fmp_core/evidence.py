@@ -66,15 +66,20 @@ def weigh(family: str, scores: Scores, clean_accuracy: float) -> Evidence:
     chosen = torch.cat(voters)
     votes = torch.bincount(towards[chosen], minlength=shift.shape[1])
     target = int(votes.argmax())
-    push = torch.cat([_standing_out(shift[where, target]) for _, where in slices(scores.layers)])
+    push = _standing_out([shift[where, target] for _, where in slices(scores.layers)])
     still_correct = float(scores.correct[chosen].double().mean()) / scores.samples
     return Evidence(family, target, votes, float(votes[target]) / len(chosen), clean_accuracy - still_correct, push)
 
 
-def _standing_out(values: Tensor) -> Tensor:
-    """Distances from the median in robust standard deviations (1.4826 times the median absolute deviation)."""
-    distance = values - values.median()
-    return distance / (1.4826 * distance.abs().median() + 1e-12)
+def _standing_out(layers: list[Tensor]) -> Tensor:
+    """Distances from each layer's median in robust standard deviations (1.4826 times the median absolute deviation).
+
+    Where most maps of a layer do nothing that deviation is 0 or nearly so; it counts as a tenth of the typical layer's at least.
+    """
+    distances = [values - values.median() for values in layers]
+    deviations = torch.stack([1.4826 * distance.abs().median() for distance in distances])
+    floor = 0.1 * float(deviations.quantile(0.5)) + 1e-12
+    return torch.cat([distance / max(float(spread), floor) for distance, spread in zip(distances, deviations, strict=True)])
 
 
 def choose_within_budget(push: Tensor, budget: float, accuracy: Callable[[Tensor], float]) -> Choice:

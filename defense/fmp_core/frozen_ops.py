@@ -127,6 +127,7 @@ def lowered(model: nn.Module, first_conv: nn.Module, dtype: torch.dtype) -> nn.M
     """A copy of ``model`` with weights in ``dtype``; ``model`` itself if that is float32.
 
     The first convolution, batch norms, the last linear layer and the model's own buffers (its normalisation) stay float32.
+    A model that ends in a convolution (SqueezeNet) has logits in ``dtype``.
     """
     if dtype == torch.float32:
         return model
@@ -171,7 +172,8 @@ def _convolve(call: ConvCall, bias: Tensor | None) -> Tensor:
         for n, p, d, k, s in zip(input.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
     ]
     few = out_size[0] * out_size[1] <= FEW_POSITIONS
-    if few and groups == 1 and dilation == (1, 1) and input.device.type == "cpu":
+    pays = weight.dtype == torch.bfloat16 or torch.cpu._is_amx_tile_supported() or weight[0, 0].numel() == 1
+    if few and pays and groups == 1 and dilation == (1, 1) and input.device.type == "cpu":
         out = _MatrixConv.apply(input, weight, stride, padding)
         return out if bias is None else out + bias.view(1, -1, 1, 1)
     return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, (0, 0), groups)

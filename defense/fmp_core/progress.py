@@ -26,6 +26,8 @@ class Progress:
 
     def add(self, amount: int = 1) -> None:
         self.done += amount
+        if self.done > self.total:  # a race's second lap: how long it is shows only then
+            self.bar.total = self.total = self.done
         self.bar.update(amount)
         now = time.monotonic()
         if self.bar.disable and now - self.spoken > LINE_EVERY:

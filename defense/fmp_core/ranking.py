@@ -203,6 +203,7 @@ class Engine(NamedTuple):
         filling = [0] * (-count % least)
         images, start = torch.cat([images, images[filling]]), torch.cat([start, start[filling]])
         copies = max(1, state.rows // len(images))
+        state.group_by(copies)
         shared = SharedForward(self.model, self.layers, images, start, copies, self.twin, self.dtype)
         position = group = 0
         for layer in self.layers:

@@ -58,7 +58,7 @@ class RankingState:
     """A ranking between two groups of maps.
 
     ``whole`` counts the first ``images`` images for all maps; ``part`` counts the next batch, at most ``rows`` images, for its
-    first ``groups`` groups of maps.
+    first ``groups`` groups of ``copies`` maps (0: not known yet).
     """
 
     whole: Tally
@@ -66,6 +66,7 @@ class RankingState:
     images: int
     rows: int
     groups: int = 0
+    copies: int = 0
 
     @staticmethod
     def empty(total: int, classes: int, rows: int, device: torch.device) -> RankingState:
@@ -76,7 +77,13 @@ class RankingState:
         """Forget the batch under way, and take the next with ``rows`` images."""
         total, classes = self.part.logits.shape
         self.part = Tally.empty(total, classes, self.part.logits.device)
-        self.rows, self.groups = rows, 0
+        self.rows, self.groups, self.copies = rows, 0, 0
+
+    def group_by(self, copies: int) -> None:
+        """The batch under way is scored ``copies`` maps at a time; groups of another size are forgotten."""
+        if self.copies != copies:
+            self.begin_batch(self.rows)
+            self.copies = copies
 
     def end_batch(self, images: int) -> None:
         self.whole = self.whole.plus(self.part)
@@ -99,12 +106,12 @@ class RankingState:
                 if own.shape != theirs.shape or own.dtype != theirs.dtype:
                     raise ValueError("counts of another shape")
             tallies.append(Tally(*(tensor.to(self.whole.margin.device) for tensor in tally)))
-        images, rows, groups = (int(saved[name]) for name in ("images", "rows", "groups"))
-        if images < 0 or rows < 1 or groups < 0:
+        images, rows, groups, copies = (int(saved[name]) for name in ("images", "rows", "groups", "copies"))
+        if images < 0 or rows < 1 or groups < 0 or copies < 0:
             raise ValueError("negative counts")
         self.whole, self.images = tallies[0], images
         if rows == self.rows:  # else another batch size is wanted now, and the batch under way starts again
-            self.part, self.groups = tallies[1], groups
+            self.part, self.groups, self.copies = tallies[1], groups, copies
 
 
 @dataclass

@@ -11,14 +11,20 @@ from torch import Tensor
 from .compute import Compute
 from .errors import UserError
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets; clusters set some of these too
+
 
 def join(compute: Compute) -> Compute:
-    """Join the processes torchrun started, if it did: nccl on CUDA (one GPU each), gloo on CPU. Returns this one's share."""
-    if "RANK" not in os.environ:
+    """Join the processes torchrun started, if it did: nccl on CUDA, gloo on CPU. Returns this one's share.
+
+    On CUDA each takes one of the GPUs that ``--device`` names, or of all if it names none or one.
+    """
+    if not all(name in os.environ for name in TORCHRUN):
         return compute
     device = compute.device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        gpus = compute.device_ids or range(torch.cuda.device_count())
+        device = torch.device("cuda", gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)])
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -89,7 +89,8 @@ def training_curves(history: pd.DataFrame, columns: dict[str, tuple[str, str]], 
             there = np.isfinite(values)
             axes.plot(epochs[there], values[there], dash, marker="o", markersize=3.5, color=colour, label=label)
         axes.set_xlabel("epoch")
-        axes.set_ylim(0, 102 if percent else 1.08 * axes.dataLim.y1)
+        highest = axes.dataLim.y1  # infinite if no value is finite
+        axes.set_ylim(0, 102 if percent else 1.08 * highest if np.isfinite(highest) and highest > 0 else 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
         _legend(axes, len(columns))

@@ -10,7 +10,7 @@ from typing import Any
 from .activation_change import Precision
 from .intervals import Interval
 from .report_data import Run
-from .settings import Settings
+from .settings import PRESETS, Settings
 
 REMOVED = 0.10  # ASR below which a backdoor counts as removed, as backdoor papers have it
 WEAKENED = 0.5  # of the ASR before
@@ -51,7 +51,9 @@ def warnings(
     if not run.scored:
         found.append((f"This is an ablation (--selection {selection}).", "No feature map was scored by FRG."))
     elif not pruned:
-        found.append(("Nothing was pruned.", f"No layer has {run.p} feature maps or more, so N/p is 0; lower --p."))
+        by_p = f"No layer has {run.p} feature maps or more, so N/p is 0; lower --p."
+        by_push = f"Pruning any costs more clean accuracy than --budget {metrics['settings'].get('budget')} allows."
+        found.append(("Nothing was pruned.", by_push if run.by_push else by_p))
     tied = int(run.tied(run.p).sum()) if run.scored else 0
     if tied:
         why = f"{pruned} were pruned. Among equal scores the mean margin decided; more --frg_samples tell them apart."
@@ -79,8 +81,8 @@ def warnings(
 
 
 def command(settings: Mapping[str, Any]) -> str:
-    """The command of a run with these settings; what equals the default of the program is left out."""
-    defaults = dataclasses.asdict(Settings())
+    """The command of a run with these settings; what equals the default of the program or of the preset is left out."""
+    defaults = dataclasses.asdict(Settings()) | PRESETS.get(settings.get("preset", "paper"), {}) | {"preset": "paper"}
     words = ["python", "defense/fmp.py"]
     for name, value in settings.items():
         default = defaults.get(name)

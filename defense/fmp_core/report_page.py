@@ -108,6 +108,8 @@ def page(run: Run, classes: int, trigger: Trigger | str, others: Mapping[str, Ma
         "many_classes": classes > figures.MOST_CLASSES,
         "cuts": cuts,
         "p": run.p,
+        "by_push": run.by_push,
+        "evidence": run.metrics.get("verdict"),
         "samples": int(run.maps["samples"].max()) if run.scored else 0,
         "strips": strips(run, known) if run.scored else None,
         "precision": precision,
@@ -135,11 +137,11 @@ def strips(run: Run, trigger: Trigger | None) -> dict[str, Any]:
         maps = maps.assign(tac=trigger.tac.numpy())
         maps["tac_rank"] = maps.groupby("layer", sort=False)["tac"].rank(ascending=False, method="first").astype(int)
     maps = maps.assign(tied=run.tied(run.p))
-    ps = sorted({*OTHER_P, run.p})
+    ps = [] if run.by_push else sorted({*OTHER_P, run.p})
     cuts = {p: run.cuts(p) for p in ps}
     layers = []
     for name, group in maps.groupby("layer", sort=False):
-        ordered = group.sort_values("rank")
+        ordered = group.sort_values("push", ascending=False) if run.by_push else group.sort_values("rank")
         layer: dict[str, Any] = {
             "name": name,
             "channel": ordered["channel"].tolist(),
@@ -149,6 +151,8 @@ def strips(run: Run, trigger: Trigger | None) -> dict[str, Any]:
             "tied": int(ordered["tied"].sum()),
             "cuts": [cuts[p][str(name)] for p in ps],
         }
+        if run.by_push:
+            layer["push"] = [_short(push) for push in ordered["push"]]
         if trigger is not None:
             layer["tac"] = [_short(tac) for tac in ordered["tac"]]
             layer["tacRank"] = ordered["tac_rank"].tolist()

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from .evaluate import to_unit
+from .evidence import FAMILIES
 from .feature_maps import ConvLayer, frozen
-from .frg import SharedForward, noisy_start
+from .frg import Attack, SharedForward, noisy_start
 from .report_data import Run, Trigger
 
 SHOWN = 6  # feature maps per row of pictures
@@ -39,7 +40,11 @@ def pictures(run: Run, trigger: Trigger) -> dict[str, Any]:
     maps["tac_rank"] = by_layer["tac"].rank(ascending=False, method="first").astype(int)
     maps["loudness"] = maps["tac"] / by_layer["tac"].transform("median").clip(lower=1e-12)
     pruned = maps[maps["pruned"].astype(bool)]
-    lowest = (pruned.sort_values(["correct", "margin"]) if run.scored else pruned).drop_duplicates("layer").head(SHOWN)
+    if run.by_push:
+        pruned = pruned.sort_values("push", ascending=False)
+    elif run.scored:
+        pruned = pruned.sort_values(["correct", "margin"])
+    lowest = pruned.drop_duplicates("layer").head(SHOWN)
     loudest = maps[maps["tac_rank"] == 1].sort_values("loudness", ascending=False).head(SHOWN)
     wanted = pd.concat([lowest, loudest]).drop_duplicates(["layer", "channel"])
     noise = reversed_changes(run, trigger, clean, wanted)
@@ -66,14 +71,24 @@ def pictures(run: Run, trigger: Trigger) -> dict[str, Any]:
             )
         return cards
 
-    return {"example": example, "lowest": row(lowest), "loudest": row(loudest)}
+    return {"example": example, "lowest": row(lowest), "loudest": row(loudest), "frg": _legend(run)}
+
+
+def _legend(run: Run) -> str:
+    if not run.by_push:
+        return "the reversed change of the clean image, from -eps (dark) to +eps"
+    return f"what the {run.metrics['verdict']['family']} perturbation changes in the clean image, from darkest to brightest"
 
 
 def reversed_changes(run: Run, trigger: Trigger, image: Tensor, wanted: pd.DataFrame) -> dict[Any, Tensor]:
-    """FRG's change of ``image`` ``[1, C, H, W]`` for each map, ``[C, H, W]`` in units of eps (-1..1)."""
+    """FRG's change of ``image`` ``[1, C, H, W]`` for each map, ``[C, H, W]`` in units of the largest change allowed (-1..1)."""
     settings = run.metrics["settings"]
     eps, steps = float(settings["eps"]), int(settings["frg_steps"])
-    alpha = float(settings["alpha"] or 2.5 * eps / steps)
+    attack = Attack(eps, steps, float(settings["alpha"] or 2.5 * eps / steps))
+    if run.by_push:
+        family = run.metrics["verdict"]["family"]
+        attack = Attack(FAMILIES[family], family=family)
+    eps, unit = attack.eps, 1.0 if attack.family == "sparse" else attack.eps
     layers = [layer for layer in trigger.layers if layer.name in set(wanted["layer"])]
     noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with frozen(trigger.model):
@@ -81,8 +96,8 @@ def reversed_changes(run: Run, trigger: Trigger, image: Tensor, wanted: pd.DataF
         by_name = {layer.name: layer for layer in layers}
         found = {}
         for place, one in wanted.iterrows():
-            reverse = shared.reversed_images(by_name[one["layer"]], [int(one["channel"])], eps, steps, alpha)
-            found[place] = ((reverse - image) / eps)[0].detach().cpu()
+            reverse = shared.images_of(by_name[one["layer"]], [int(one["channel"])], attack)
+            found[place] = ((reverse - image) / unit)[0].detach().cpu()
     return found
 
 

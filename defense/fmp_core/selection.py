@@ -57,7 +57,7 @@ class Selector:
         """The scores that decide, and the first evidence of a backdoor, else the last; without any, the paper's scores.
 
         Raises:
-            UserError: a cache or checkpoint is damaged; a process of torchrun ended early.
+            UserError: a ranking checkpoint is damaged; a process of torchrun ended early.
         """
         evidence = None
         if self.settings.selection not in ("frg", "shift"):
@@ -103,6 +103,8 @@ class Selector:
             question = {"eps": FAMILIES[family], "steps": 1, "alpha": None}
         question |= {"seed": settings.random_seed, "family": family}
         racing = settings.ranking == "racing" and dtype == torch.float32 and family == "paper"
+        if settings.ranking == "racing" and not racing:
+            self.logger.warning("--ranking racing is for the paper's scores in fp32; all maps are scored in full here")
         rules = {"dtype": str(dtype)} | ({"racing": [settings.p, settings.scope]} if racing else {})
         key = content_key(self.model.state_dict(), images, labels, {**question, **rules})
         scores = None if settings.fresh else load_scores(self.shared, key, layers)
@@ -112,7 +114,8 @@ class Selector:
             return scores
         self.logger.info("ranking %d feature maps of %d layers on %d clean images in %s", maps, len(layers), count, dtype)
         checkpoints = RankingCheckpoints(self.shared / "cache", key, settings.fresh)
-        with self.timed("ranking"), Progress("Ranking", maps * count, "map-images", self.logger) as bar:
+        mine = int(ranks.share(torch.ones(maps, dtype=torch.bool)).sum())
+        with self.timed("ranking"), Progress("Ranking", mine * count, "map-images", self.logger) as bar:
             score = partial(
                 score_feature_maps,
                 self.model,

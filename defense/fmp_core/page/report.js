@@ -14,9 +14,11 @@ const at = (layer, position) => place((position + .5) / layer.channel.length);
 const heightOf = correct => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (high > low ? (correct - low) / (high - low) : .5);
 
 // What p prunes: the flags of the run itself, or the lowest ranks for another p.
-const cutOf = layer => layer.cuts[data.ps.indexOf(p)];
+// Maps chosen by their push have no p: the order is that of the push, and the flags are all there is.
+const cutOf = layer => data.ps.length ? layer.cuts[data.ps.indexOf(p)] : 0;
 const isPruned = (layer, position) => p === data.p ? layer.pruned[position] === 1 : position < cutOf(layer);
 function tiedValues() {  // per layer, the score that both sides of the cut share, or null
+  if (!data.ps.length) return data.layers.map(() => null);
   const straddled = layers => {
     const inside = Math.max(...layers.map(l => cutOf(l) ? l.correct[cutOf(l) - 1] : -1));
     const outside = Math.min(...layers.map(l => cutOf(l) < l.correct.length ? l.correct[cutOf(l)] : Infinity));
@@ -149,6 +151,7 @@ function show(i, position, x, y) {
   const add = text => { tip.append(document.createElement("br"), text); };
   add(`rank ${position + 1} of ${layer.channel.length}${isPruned(layer, position) ? ", pruned" : ""}`);
   add(`${layer.correct[position]} of ${data.samples} correct (${percent(layer.correct[position])}), margin ${layer.margin[position]}`);
+  if (layer.push) add(`push ${layer.push[position]}`);
   if (HAS_TAC) add(`TAC ${layer.tac[position]}, rank ${layer.tacRank[position]}`);
   tip.hidden = false;
   const size = tip.getBoundingClientRect();
