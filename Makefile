@@ -12,6 +12,7 @@ BIN := .venv/bin
 demo: .venv/ready
 	@test -d record/badnet_digits || $(BIN)/python record_scripts/make_record.py
 	$(BIN)/python defense/fmp.py --result_file badnet_digits --yaml_path ./config/defense/fmp/digits.yaml
+	@echo "the report: $(CURDIR)/record/badnet_digits/defense/fmp/report.html"
 	@echo "pictures: $(CURDIR)/record/badnet_digits/defense/fmp/acc_like_metric_plots.png and loss_metric_plots.png"
 
 test: .venv/ready

@@ -64,6 +64,12 @@ TRAINING = (
     "random_seed",
     "device",
 )
+HELP = {  # where fmp.py's words do not fit
+    "epochs": "training epochs",
+    "batch_size": "batch size of training and evaluation",
+    "amp": "train under bfloat16 autocast where the device has it in hardware",
+    "random_seed": "seed of the poisoned images and of training",
+}
 LOGGER = logging.getLogger("fmp_core")
 
 
@@ -239,7 +245,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_attack_arguments(parser.add_argument_group("attack"))
     group = parser.add_argument_group("training (epochs, batch size and rate default to the dataset's recipe)")
     for name in TRAINING:
-        group.add_argument(f"--{name}", metavar="VALUE", help=FIELDS[name].metadata["help"])
+        group.add_argument(f"--{name}", metavar="VALUE", help=HELP.get(name, FIELDS[name].metadata["help"]))
     return parser.parse_args(argv)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -46,12 +47,19 @@ def choose_compute(text: str) -> Compute:
     return Compute(torch.device("cuda", ids[0]), ids if len(ids) > 1 else ())
 
 
+@cache
+def has_amx() -> bool:
+    """Whether this CPU has Intel's matrix instructions."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return probe is not None and bool(probe())
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(probe() for probe in probes if probe is not None)
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return has_amx() or (probe is not None and bool(probe()))
 
 
 def choose_dtype(text: str, device: torch.device) -> torch.dtype:

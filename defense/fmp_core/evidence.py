@@ -74,7 +74,7 @@ def weigh(family: str, scores: Scores, clean_accuracy: float) -> Evidence:
 def _standing_out(layers: list[Tensor]) -> Tensor:
     """Distances from each layer's median in robust standard deviations (1.4826 times the median absolute deviation).
 
-    Where most maps of a layer do nothing that deviation is 0 or nearly so; it counts as a tenth of the typical layer's at least.
+    Where most maps of a layer do nothing that deviation is 0 or nearly so; at least a tenth of the median layer's counts.
     """
     distances = [values - values.median() for values in layers]
     deviations = torch.stack([1.4826 * distance.abs().median() for distance in distances])

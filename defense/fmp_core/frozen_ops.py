@@ -5,7 +5,8 @@ Ranking runs thousands of backward passes through one retained graph, so what is
 
 * batch norm in evaluation mode is one multiplication and addition, and a ReLU after it only masks: both together are a single
   multiplication on the way back;
-* on a CPU, oneDNN's convolutions are 2-3 times slower than a matrix product where the output has few positions (4x4);
+* on a CPU, oneDNN's convolutions are 2-3 times slower than a matrix product where the output has few positions (4x4): in
+  bfloat16, and on CPUs with AMX in float32 too (on an AMD EPYC float32 is the other way round);
 * with a low-precision ``dtype``, the first convolution stays in float32, because bfloat16 cannot hold a pixel plus 1/255, and
   ReLUs can replay the masks of a float32 pass: with those a bfloat16 gradient keeps the sign of 99.9 % of its float32 pixels,
   without them of 85-96 %.
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+
+from .compute import has_amx
 
 FEW_POSITIONS = 16  # output positions up to which a matrix product beats oneDNN's convolution
 TILE, IMAGE_TILE = 256, 64  # most rows of a matrix product, and images that they come from
@@ -172,7 +175,7 @@ def _convolve(call: ConvCall, bias: Tensor | None) -> Tensor:
         for n, p, d, k, s in zip(input.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
     ]
     few = out_size[0] * out_size[1] <= FEW_POSITIONS
-    pays = weight.dtype == torch.bfloat16 or torch.cpu._is_amx_tile_supported() or weight[0, 0].numel() == 1
+    pays = weight.dtype == torch.bfloat16 or has_amx() or weight[0, 0].numel() == 1
     if few and pays and groups == 1 and dilation == (1, 1) and input.device.type == "cpu":
         out = _MatrixConv.apply(input, weight, stride, padding)
         return out if bias is None else out + bias.view(1, -1, 1, 1)
