@@ -255,6 +255,8 @@ class FMP(defense):
 
     def _unlearning_images(self, choice: Choice, evidence: Evidence | None) -> torch.Tensor | None:
         """uint8 twins of the clean images, made by the maps to prune; None if nothing is to be unlearnt."""
+        if self.settings.unlearn and self.settings.selection != "shift":
+            self.logger.warning("--unlearn has no effect without --selection shift, which finds the class to unlearn")
         if not self.settings.unlearn or evidence is None or not evidence.backdoored or not choice.mask.any():
             return None
         attack = Attack(FAMILIES[evidence.family], family=evidence.family)
