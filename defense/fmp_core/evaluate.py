@@ -58,9 +58,9 @@ def to_unit(pixels: Tensor) -> Tensor:
 def predict(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, float]:
     """Predicted classes, int64 ``[N]``, and the mean over batches of the cross-entropy against ``labels``.
 
-    ``images`` are uint8; ``model`` takes pixels in [0,1] and is left as it was found. float32 (TF32 where torch allows it, as in
-    BB); no random number is drawn.
-    ``batch_size`` shapes the loss only; the forward passes have the size that suits the device.
+    ``images`` are uint8; ``model`` takes pixels in [0,1] and is left as it was found. float32 (TF32 where torch allows it, as
+    in BB); no random number is drawn. ``batch_size`` shapes the loss only; forward passes have the size that suits the
+    device.
     """
     with frozen(model), torch.inference_mode(), FrozenOps():
         rows = rows_per_batch(images.device)
