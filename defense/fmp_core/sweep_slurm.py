@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import time
@@ -50,6 +51,7 @@ def run_submitit(jobs: Sequence[Job], sweep: Sweep, report: Report, cluster: str
         import submitit
     except ImportError:
         raise UserError("--launcher slurm needs submitit; run: pip install submitit") from None
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # where there is no sacct it warns at every look; squeue tells too
     # Nodes unpickle functions of fmp_core, which need not be installed there.
     paths = [str(PROJECT / "defense"), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
