@@ -32,7 +32,20 @@ def many_maps() -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run with 4800 feature maps."""
-    folder = tmp_path_factory.mktemp("page") / "record" / "badnet_x" / "defense" / "fmp"
+    return written(tmp_path_factory.mktemp("page"), many_maps(), {})
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run whose maps were chosen by their push towards a class."""
+    maps = many_maps()
+    maps["push"] = -maps["channel"].astype(float)
+    verdict = {"backdoored": True, "target": 3, "family": "sparse", "share": 0.9, "lost": 0.5}
+    return written(tmp_path_factory.mktemp("pushed"), maps.assign(pruned=maps["channel"] < 2), {"verdict": verdict})
+
+
+def written(root: Path, maps: pd.DataFrame, more: dict[str, Any]) -> Path:
+    folder = root / "record" / "badnet_x" / "defense" / "fmp"
     folder.mkdir(parents=True)
     labels = np.arange(200) % 10
     frames = [
@@ -46,12 +59,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "seconds": {"ranking": 90.0, "testing": 3.0},
         "settings": {"p": 64, "scope": "layer"},
         "versions": {"torch": "2"},
+        **more,
     }
     history = pd.DataFrame(
         {"epoch": [0, 1], "train_acc": [0.5, 0.6], "train_epoch_loss_avg_over_batch": [1.0, 0.9], "test_acc": [None, 0.9]}
     ).reindex(columns=["epoch", "train_acc", "train_epoch_loss_avg_over_batch", "test_acc", "test_asr", "test_ra",
                        "clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch"])  # fmt: skip
-    run = Run(folder, metrics, many_maps(), history, pd.concat(frames, ignore_index=True))
+    run = Run(folder, metrics, maps, history, pd.concat(frames, ignore_index=True))
     text = page(run, 10, "No twins here.", {})
     assert len(text.encode()) < 5_000_000
     (folder / "report.html").write_text(text, encoding="utf-8")
@@ -119,6 +133,18 @@ def test_another_p_shows_what_would_change(browser: Any, report: Path):
     assert pruned.inner_text().startswith("30")
     tab.locator("input[name=axis][value=even]").check(force=True)
     assert noise == []
+
+
+def test_maps_chosen_by_push_stand_in_its_order(browser: Any, pushed: Path):
+    noise: list[str] = []
+    tab = opened(browser, pushed, noise)
+    strip = tab.locator(".strip canvas").nth(4)
+    strip.focus()
+    tab.keyboard.press("ArrowRight")
+    assert "layer3.conv, channel 0" in tab.locator("#tip").inner_text() and "push 0" in tab.locator("#tip").inner_text()
+    assert tab.locator(".strip").nth(1).locator("span").nth(1).inner_text().startswith("2")
+    tab.locator("input[name=axis][value=even]").check(force=True)
+    assert tab.locator("input[name=p]").count() == 0 and noise == []
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1200, "dark")])
