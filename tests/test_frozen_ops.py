@@ -3,8 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fmp_core import frozen_ops
 from fmp_core.frozen_ops import ConvCall, FrozenOps, lowered
 from torch import Tensor, nn
+
+
+@pytest.fixture(autouse=True, params=["matrix products", "convolutions"])
+def hardware(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of the two runs depends on the CPU; both must be right on any."""
+    monkeypatch.setattr(frozen_ops, "has_amx", lambda: request.param == "matrix products")
 
 
 class Mixed(nn.Module):
