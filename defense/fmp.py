@@ -90,6 +90,7 @@ class FMP(defense):
         self.settings = load_settings(given)
         self.compute = ranks.join(choose_compute(self.settings.device))
         self.seconds: dict[str, float] = {}
+        self.chosen_by: str | None = None  # what chose the maps, where it is not FMP (ablations)
         self.logger = logging.getLogger("fmp_core")
 
     @staticmethod
@@ -190,6 +191,7 @@ class FMP(defense):
             "pruned": pruned,
             "tied_at_cut": choice.ties,
             "verdict": evidence.as_dict() if evidence else None,
+            "chosen_by": self.chosen_by,
             "seconds": self.seconds,
             "seed": settings.random_seed,
             "device": f"{self.compute.device} ({self.compute.name})",

@@ -36,7 +36,9 @@ from fmp_core.errors import UserError
 from fmp_core.evaluate import to_unit
 from fmp_core.evidence import FAMILIES
 from fmp_core.files import replacing
+from fmp_core.interrupts import Terminated, stopping_gently
 from fmp_core.ranking import Choice, Scores, choose_by_chance, score_feature_maps, slices
+from fmp_core.report_data import twins
 from fmp_core.selection import Selector
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -58,14 +60,16 @@ def by_trigger(run: Ablated) -> Tensor:
     return mask
 
 
+PAPER = {"preset": "paper", "selection": "frg", "scope": "layer", "masked": False, "unlearn": False}
+NONE = {**PAPER, "selection": "none"}  # by FMP itself; a chooser says what is pruned instead
 ROWS: dict[str, tuple[dict[str, Any], Chooser | None]] = {
-    "ft": ({"selection": "none"}, None),
-    **{f"random-{number}": ({"selection": "none"}, by_chance(number)) for number in (1, 2, 3)},
-    "layer": ({"scope": "layer"}, None),
-    "global": ({"scope": "global"}, None),
-    "layer-pruned": ({"scope": "layer", "epochs": 0}, None),
-    "oracle": ({"selection": "none"}, by_trigger),
-    "oracle-pruned": ({"selection": "none", "epochs": 0}, by_trigger),
+    "ft": (NONE, None),
+    **{f"random-{number}": (NONE, by_chance(number)) for number in (1, 2, 3)},
+    "layer": (PAPER, None),
+    "global": ({**PAPER, "scope": "global"}, None),
+    "layer-pruned": ({**PAPER, "epochs": 0}, None),
+    "oracle": (NONE, by_trigger),
+    "oracle-pruned": ({**NONE, "epochs": 0}, by_trigger),
     "strong": ({"preset": "strong"}, None),
     "strong-pruned": ({"preset": "strong", "epochs": 0}, None),
 }
@@ -77,6 +81,7 @@ class Ablated(FMP):
     def __init__(self, args: dict[str, Any], chooser: Chooser | None = None):
         super().__init__(args)
         self.chooser = chooser
+        self.chosen_by = args["defense_name"] if chooser else None
 
     def _selector(self) -> Selector:
         usual = super()._selector()
@@ -97,13 +102,8 @@ class Told(Selector):
 
 def activation_change(run: FMP) -> Tensor:
     """TAC of all maps on an even sample of poisoned test images and their clean twins, float64 ``[N]``."""
-    indices, data = run.record.bd_test.indices, run.test_data
-    if indices is None:
-        raise UserError(f"{run.record.folder} does not say which clean image each poisoned one was made from; no oracle.")
-    rows = torch.linspace(0, len(indices) - 1, min(TAC_IMAGES, len(indices))).round().long()
-    twins = data.clean_images[indices[rows].to(data.clean_images.device)]
-    poisoned = data.poisoned_images[rows.to(twins.device)]
-    return trigger_activation_change(run.model, run.layers, to_unit(twins), to_unit(poisoned))
+    clean, poisoned, _ = twins(run.record, run.test_data, TAC_IMAGES)
+    return trigger_activation_change(run.model, run.layers, to_unit(clean), to_unit(poisoned))
 
 
 def ablate(record: str, rows: Sequence[str], flags: dict[str, Any]) -> pd.DataFrame:
@@ -112,6 +112,9 @@ def ablate(record: str, rows: Sequence[str], flags: dict[str, Any]) -> pd.DataFr
     attacked = FMP({**flags, "result_file": record})
     attacked.set_result(record)
     tac = activation_change(attacked)
+    for name in ("preset", "selection", "scope", "masked", "unlearn", "defense_name"):
+        if name in flags:
+            raise UserError(f"--{name} is what the rows differ in; leave it out.")
     for row in rows:
         settings, chooser = ROWS[row]
         run = Ablated({"report": False, **flags, **settings, "result_file": record, "defense_name": f"ablate-{row}"}, chooser)
@@ -139,7 +142,7 @@ def _done(folder: Path, run: FMP) -> dict[str, Any] | None:
         return None
     metrics = json.loads(path.read_text(encoding="utf-8"))
     wanted = json.loads(json.dumps(dataclasses.asdict(run.settings)))
-    return metrics if metrics["settings"] == wanted else None
+    return metrics if metrics["settings"] == wanted and metrics["chosen_by"] == run.chosen_by else None
 
 
 def _percent(metrics: dict[str, float]) -> dict[str, float]:
@@ -170,6 +173,8 @@ def overlap(record: str, maps: int, p: int, flags: dict[str, Any]) -> pd.DataFra
     tac = activation_change(run)
     wanted = torch.zeros(len(tac), dtype=torch.bool)
     wanted[torch.linspace(0, len(tac) - 1, min(maps, len(tac))).round().long()] = True
+    if all(int(wanted[where].sum()) < p for _, where in slices(run.layers)):
+        raise UserError(f"--maps {maps} takes fewer than {p} maps of every layer, too few to compare; take more.")
     dtype = choose_dtype(run.settings.dtype, run.compute.device)
     found = []
     for look in LOOKS:
@@ -241,7 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     tables = []
     try:
         for record in args.result_file:
-            frame = overlap(record, args.maps, 16, flags) if args.overlap else ablate(record, args.rows, flags)
+            with stopping_gently():
+                frame = overlap(record, args.maps, 16, flags) if args.overlap else ablate(record, args.rows, flags)
             frame.insert(0, "record", record)
             tables.append(frame)
         whole = pd.concat(tables)
@@ -251,6 +257,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"ablate: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print("ablate: stopped; run the same command again to go on.", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
     print(f"\n{_table(whole)}")
     return 0
 

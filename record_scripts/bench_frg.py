@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
         figures["engine_map_images_per_s"] = total * len(images) / full
         figures["peak_memory_mib"] = peak_memory_mib(device)
         if args.against == "released":
-            plain = PixelModel(network, facts).to(memory_format=torch.contiguous_format)
+            plain = PixelModel(network, facts).to(device).to(memory_format=torch.contiguous_format)
             batch = [t[:RELEASED_BATCH].contiguous() for t in (images, labels, start)]
             picks = [(layer, layer.channels // 2) for layer in layers]
             times = [seconds(lambda p=p: released_scheme(plain, *p, *batch), device, 1) for p in picks]  # type: ignore[misc]

@@ -34,7 +34,7 @@ from fmp_core.safe_load import load_torch_file
 from torch import Tensor
 
 PROBE = Path(__file__).resolve().with_name("bb_probe.py")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).absolute().parents[1]
 FRACTIONS = ("test_acc", "test_asr", "test_ra")
 LOSSES = ("clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch")
 LOSS_TOLERANCE = 1e-4  # relative; batches of another size and memory layout round differently

@@ -19,6 +19,7 @@ from fmp_core.compute import choose_compute
 from fmp_core.datasets import open_split
 from fmp_core.errors import UserError
 from fmp_core.evaluate import TestData
+from fmp_core.files import refuse_links_out_of
 from fmp_core.records import AttackRecord, read_attack_record
 from fmp_core.report_page import write_report
 
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = record.folder / "defense" / args.defense_name
         if not folder.is_dir():
             raise UserError(f"{folder} does not exist; run the defense first, or check --defense_name.")
+        refuse_links_out_of(record.folder, folder)
         path = write_report(record, folder, read_test_data(record, args.dataset_path, args.device), args.compare)
     except UserError as error:
         print(f"report: {error}", file=sys.stderr)

@@ -23,9 +23,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 from bb_workspace import Ended, Job, open_job, run_script, workspace
 from fmp_core.compute import choose_compute
 from fmp_core.errors import UserError
-from fmp_core.files import make_folders
+from fmp_core.files import make_folders, refuse_links_out_of
 
-ROOT = Path(__file__).resolve().parents[1]  # a BackdoorBench checkout, if install.py put this script there
+ROOT = Path(__file__).absolute().parents[1]  # a BackdoorBench checkout, if install.py put this script there
 NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
 RESULT = "defense_result.pt"
 
@@ -67,6 +67,7 @@ def _run(
     job: Job, script: str, method: str, log: str, names: list[str], device: str, python: str, extra: list[str]
 ) -> tuple[Ended, Path]:
     results = job.record.folder / "defense" / method
+    refuse_links_out_of(job.record.folder, results, results / log)
     facts = ["--dataset", job.record.dataset, "--model", job.record.model_name, "--device", device]
     with workspace(job) as folder:
         make_folders(results)

@@ -8,6 +8,7 @@ from pathlib import Path
 import ablate
 import pandas as pd
 import pytest
+from fmp_core.report_findings import command as report_command
 
 RECORD = "badnet_tiny"
 FLAGS = ["--frg_samples", "1", "--epochs", "1", "--batch_size", "25", "--ratio", "1", "--device", "cpu", "--random_seed", "3"]
@@ -31,6 +32,8 @@ def test_rows_are_runs_and_are_not_repeated(workplace: Path, capsys: pytest.Capt
     assert ablate.main(command) == 0
     assert stamps == {row: (folder / f"ablate-{row}" / "metrics.json").stat().st_mtime_ns for row in rows}
     assert "oracle-pruned" in capsys.readouterr().out
+    metrics = json.loads((folder / "ablate-oracle" / "metrics.json").read_text())
+    assert "record_scripts/ablate.py --rows oracle " in report_command(metrics["settings"], metrics["chosen_by"])
 
 
 def test_overlap_compares_scores_with_the_trigger(
@@ -51,6 +54,8 @@ def test_overlap_compares_scores_with_the_trigger(
         (["--result_file", "absent"], "absent"),
         (["--result_file", RECORD, "--rows", "nothing"], "--rows"),
         (["--result_file", RECORD, "--eps", "x"], "eps"),
+        (["--result_file", RECORD, "--scope", "global"], "--scope is what the rows differ in"),
+        (["--result_file", RECORD, "--overlap", "--maps", "20", "--device", "cpu"], "--maps 20"),
     ],
 )
 def test_bad_input_is_one_sentence(workplace: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:

@@ -159,6 +159,16 @@ def test_what_is_missing_is_named(place: Path, flags: list[str], says: str, caps
     assert page(place) == before
 
 
+def test_a_result_folder_that_is_a_link_out_of_the_record_is_refused(place: Path, capsys: pytest.CaptureFixture[str]):
+    elsewhere = place / "elsewhere"
+    shutil.move(place / RESULTS, elsewhere)
+    (place / RESULTS).symlink_to(elsewhere)
+    before = (elsewhere / "report.html").stat().st_mtime_ns
+    assert make() == 2
+    assert "leads out of the record" in capsys.readouterr().err
+    assert (elsewhere / "report.html").stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize("name", ["metrics.json", "feature_maps.csv", "fmp_df.csv"])
 @pytest.mark.parametrize("content", [None, "", "{}", "a,b\n1,2\n"])
 def test_a_damaged_result_is_one_line(place: Path, name: str, content: str | None, capsys: pytest.CaptureFixture[str]):

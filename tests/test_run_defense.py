@@ -134,6 +134,16 @@ def test_stored_dataset_paths_stay_inside_the_workspace(
         pass
 
 
+def test_a_log_that_is_a_link_out_of_the_record_is_refused(
+    checkout: Path, tiny_record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny_record / "defense" / "echo").mkdir(parents=True)
+    (tmp_path / "diary").write_text("dear")
+    (tiny_record / "defense" / "echo" / "run_defense.log").symlink_to(tmp_path / "diary")
+    assert run(checkout) == 2
+    assert "leads out of the record" in capsys.readouterr().err and (tmp_path / "diary").read_text() == "dear"
+
+
 def test_a_killed_or_silent_defense_is_no_success(tmp_path: Path) -> None:
     def code(exit_code: int, started: float | None) -> int:
         return run_defense.verdict("ft", bb_workspace.Ended(exit_code, 1.0, ""), tmp_path / "run_defense.log", started)[1]

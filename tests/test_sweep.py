@@ -88,6 +88,12 @@ def test_the_matrix_and_its_names(place: Path) -> None:
     assert len({rankings[name] for name in ("fmp-p4-eps1_255", "fmp-p4-eps4_255", "fmp-p4-eps1_255-s3")}) == 3
 
 
+def test_a_list_is_one_flag(place: Path) -> None:
+    """As a setting's value; as an entry of ``defenses`` it would be one run per item."""
+    command = " ".join(plan(sweep_of(ours={"lr_scheduler": "MultiStepLR", "steplr_milestones": [5, 8]}))[0].command)
+    assert "--steplr_milestones 5,8" in command
+
+
 def test_racing_depends_on_p(place: Path) -> None:
     jobs = plan(sweep_of(defenses=[{"defense": "fmp", "ranking": "racing", "p": [4, 8]}]))
     assert jobs[0].ranking != jobs[1].ranking

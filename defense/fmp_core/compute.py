@@ -69,13 +69,18 @@ def choose_dtype(text: str, device: torch.device) -> torch.dtype:
 
 
 def rows_per_batch(device: torch.device) -> int:
-    """Images per forward pass: as many as keep activations in a CPU's cache, or a GPU busy."""
-    return 512 if device.type == "cuda" else 64
+    """Images per forward pass: as many as keep activations in a CPU's cache and all its threads busy, or a GPU."""
+    return 512 if device.type == "cuda" else max(64, 2 * torch.get_num_threads())
 
 
 def least_rows(device: torch.device) -> int:
     """Batches are multiples of this: oneDNN splits a convolution's rows over the threads, and rounds odd shares otherwise."""
     return max(2, torch.get_num_threads()) if device.type == "cpu" else 1
+
+
+def fewest_rows(device: torch.device) -> int:
+    """What a batch is halved down to when memory runs out; below :func:`least_rows` near ties may fall otherwise."""
+    return 2 if device.type == "cpu" else 1
 
 
 def is_out_of_memory(error: Exception) -> bool:

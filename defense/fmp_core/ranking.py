@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import ranks
 from .checkpoint import Checkpoint
-from .compute import is_out_of_memory, least_rows, rows_per_batch
+from .compute import fewest_rows, is_out_of_memory, least_rows, rows_per_batch
 from .feature_maps import ConvLayer, frozen
 from .frg import Attack, SharedForward, noisy_start
 from .frozen_ops import FrozenOps, lowered
@@ -138,7 +138,7 @@ def score_feature_maps(
         seed: of the start noise, one draw per image, shared by all maps.
         dtype: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
         rows: images per batch; the default suits the device. On a CPU scores do not depend on it. Halved when memory runs
-            out, down to :func:`~fmp_core.compute.least_rows`.
+            out, down to :func:`~fmp_core.compute.fewest_rows`.
         memory_mib: lowers ``rows`` so that the retained graph fits (an estimate from one image).
         wanted: bool ``[N]``, the maps to score (default all); the others get 0.
         progress: called with the number of (map, image) pairs just scored.
@@ -155,10 +155,10 @@ def score_feature_maps(
     with frozen(model), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         keeper = Keeper(checkpoint)
         engine = Engine(model, lowered(model, layers[0].module, dtype), dtype, layers, attack, progress, keeper)
-        rows = rows or rows_per_batch(device)
+        rows = max(least_rows(device), rows or rows_per_batch(device))
         if memory_mib is not None:
-            rows = min(rows, memory_mib * 2**20 // engine.bytes_per_image(images[:1], start[:1]))
-        rows = max(least_rows(device), rows)
+            fitting = memory_mib * 2**20 // engine.bytes_per_image(images[:1], start[:1])
+            rows = max(fewest_rows(device), min(rows, fitting))
         mine = ranks.share(torch.ones(total, dtype=torch.bool) if wanted is None else wanted)
         with torch.inference_mode():
             classes = model(images[:1]).shape[1]
@@ -172,9 +172,9 @@ def score_feature_maps(
                 try:
                     engine.score(images[part], start[part], labels[part], mine, state)
                 except RuntimeError as error:
-                    if state.rows == least_rows(device) or not is_out_of_memory(error):
+                    if state.rows == fewest_rows(device) or not is_out_of_memory(error):
                         raise
-                    state.begin_batch(max(least_rows(device), state.rows // 2))
+                    state.begin_batch(max(fewest_rows(device), state.rows // 2))
                     continue
                 state.end_batch(batch)
     tally = state.whole
@@ -199,8 +199,8 @@ class Engine(NamedTuple):
 
         As many maps at a time as fill ``state.rows``. Groups of maps that ``state`` has already are not scored again.
         """
-        count, least = len(images), least_rows(images.device)
-        filling = [0] * (-count % least)
+        count, least = len(images), min(least_rows(images.device), state.rows)
+        filling = [0] * (-count % least)  # each map's images, not the batch: where an image lies in it can round otherwise
         images, start = torch.cat([images, images[filling]]), torch.cat([start, start[filling]])
         copies = max(1, state.rows // len(images))
         state.group_by(copies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,8 @@ def join(compute: Compute) -> Compute:
         device = torch.device("cuda", gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)])
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Long, because the others wait where the first one waits for a lock (--wait).
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     return Compute(device)
 
 
@@ -39,6 +41,19 @@ def together() -> bool:
 def leads() -> bool:
     """Whether this is the process that fine-tunes, evaluates and writes."""
     return not together() or dist.get_rank() == 0
+
+
+def leader_says(answer: bool) -> bool:
+    """The first process's ``answer``, for all: they must not part ways over what each saw on disk, and when."""
+    if not together():
+        return answer
+    said = torch.tensor([int(answer)], device=torch.device("cuda", torch.cuda.current_device()) if on_gpus() else None)
+    dist.broadcast(said, 0)
+    return bool(said.item())
+
+
+def on_gpus() -> bool:
+    return dist.get_backend() == "nccl"
 
 
 def share(wanted: Tensor) -> Tensor:

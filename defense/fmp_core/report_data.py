@@ -159,21 +159,36 @@ def attacked_model(record: AttackRecord, state: Any, data: TestData) -> PixelMod
 
 def watch_trigger(record: AttackRecord, data: TestData, maps: pd.DataFrame) -> Trigger | str:
     """TAC of the attacked model on an even sample of poisoned images, or one sentence saying why there is none."""
-    indices = record.bd_test.indices
-    if indices is None or int(indices.min()) < 0 or int(indices.max()) >= len(data.clean_labels):
-        return "The record does not say which clean test image each poisoned one was made from."
-    indices = indices.to(data.clean_labels.device)
-    if not bool((data.clean_labels[indices] == data.originals).all()):
-        return "The clean test set on disk is in another order than the attack's, so poisoned images have no clean twins."
-    rows = torch.linspace(0, len(indices) - 1, min(TWINS, len(indices))).round().long().to(indices.device)
-    clean, poisoned = data.clean_images[indices[rows]], data.poisoned_images[rows]
+    try:
+        clean, poisoned, labels = twins(record, data, TWINS)
+    except UserError as error:
+        return str(error)
     model = attacked_model(record, record.state, data)
     layers = trace_conv_layers(model.network, to_unit(clean[:1]))
     expected = [(layer.name, channel) for layer in layers for channel in range(layer.channels)]
     if list(zip(maps["layer"], maps["channel"], strict=True)) != expected:
         raise UserError("feature_maps.csv is not about the record's model; run the defense again.")
     tac = trigger_activation_change(model, layers, to_unit(clean), to_unit(poisoned))
-    return Trigger(model, layers, clean, poisoned, data.originals[rows], tac)
+    return Trigger(model, layers, clean, poisoned, labels, tac)
+
+
+def twins(record: AttackRecord, data: TestData, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """At most ``count`` pairs, evenly over the poisoned test set: clean images, the poisoned ones made from them (uint8
+    ``[n, C, H, W]``), and their true classes (int64 ``[n]``).
+
+    Raises:
+        UserError: it is not known which clean image belongs to a poisoned one.
+    """
+    indices = record.bd_test.indices
+    if indices is None or int(indices.min()) < 0 or int(indices.max()) >= len(data.clean_labels):
+        raise UserError("The record does not say which clean test image each poisoned one was made from.")
+    indices = indices.to(data.clean_labels.device)
+    if not bool((data.clean_labels[indices] == data.originals).all()):
+        raise UserError(
+            "The clean test set on disk is in another order than the attack's, so poisoned images have no clean twins."
+        )
+    rows = torch.linspace(0, len(indices) - 1, min(count, len(indices))).round().long().to(indices.device)
+    return data.clean_images[indices[rows]], data.poisoned_images[rows], data.originals[rows]
 
 
 def other_cuts(run: Run, trigger: Trigger | None) -> list[dict[str, Any]]:

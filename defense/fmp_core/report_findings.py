@@ -49,7 +49,8 @@ def warnings(
     clean, pruned = int(metrics.get("clean_images", 0)), int(run.maps["pruned"].sum())
     selection = metrics["settings"].get("selection", "frg")
     if not run.scored:
-        found.append((f"This is an ablation (--selection {selection}).", "No feature map was scored by FRG."))
+        by = run.metrics.get("chosen_by") or f"--selection {selection}"
+        found.append((f"This is an ablation ({by}).", "No feature map was scored by FRG."))
     elif not pruned:
         by_p = f"No layer has {run.p} feature maps or more, so N/p is 0; lower --p."
         by_push = f"Pruning any costs more clean accuracy than --budget {metrics['settings'].get('budget')} allows."
@@ -80,10 +81,16 @@ def warnings(
     return found
 
 
-def command(settings: Mapping[str, Any]) -> str:
-    """The command of a run with these settings; what equals the default of the program or of the preset is left out."""
+def command(settings: Mapping[str, Any], chosen_by: str | None = None) -> str:
+    """The command of a run with these settings; what equals the default of the program or of the preset is left out.
+
+    ``chosen_by`` names the row of ``ablate.py`` that the run is, if it is one that FMP alone cannot repeat.
+    """
     defaults = dataclasses.asdict(Settings()) | PRESETS.get(settings.get("preset", "paper"), {}) | {"preset": "paper"}
     words = ["python", "defense/fmp.py"]
+    if chosen_by:
+        words = ["python", "record_scripts/ablate.py", "--rows", chosen_by.removeprefix("ablate-")]
+        settings = {name: value for name, value in settings.items() if name not in ("selection", "defense_name")}
     for name, value in settings.items():
         default = defaults.get(name)
         same = list(value) == list(default) if isinstance(default, tuple) and value is not None else value == default

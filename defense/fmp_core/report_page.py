@@ -118,7 +118,7 @@ def page(run: Run, classes: int, trigger: Trigger | str, others: Mapping[str, Ma
         "pictures": pictures(run, known) if known else None,
         "curves": curves(run) if run.history["train_acc"].notna().any() else [],
         "stages": _stages(run.metrics["seconds"]),
-        "command": command(run.metrics["settings"]),
+        "command": command(run.metrics["settings"], run.metrics.get("chosen_by")),
         "written": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
     }
     loader = jinja2.FileSystemLoader(PAGE)

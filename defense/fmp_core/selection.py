@@ -108,6 +108,10 @@ class Selector:
         rules = {"dtype": str(dtype)} | ({"racing": [settings.p, settings.scope]} if racing else {})
         key = content_key(self.model.state_dict(), images, labels, {**question, **rules})
         scores = None if settings.fresh else load_scores(self.shared, key, layers)
+        if not ranks.leader_says(scores is not None):
+            scores = None
+        elif scores is None:  # saved since this process looked
+            scores = load_scores(self.shared, key, layers)
         if scores is not None:
             found = cache_file(self.shared, key)
             self.logger.info("scores of %d feature maps read from %s (--fresh ranks again)", maps, found)

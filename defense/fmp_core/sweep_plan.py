@@ -240,4 +240,6 @@ def _seed_suffix(seed: int) -> str:
 
 
 def _flags(values: Mapping[str, Any]) -> list[str]:
-    return [text for key, value in values.items() if value is not None for text in (f"--{key}", str(value))]
+    given = {key: value for key, value in values.items() if value is not None}
+    texts = {key: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value) for key, value in given.items()}
+    return [text for key, value in texts.items() for text in (f"--{key}", value)]

@@ -79,10 +79,10 @@ function drawStrip(layer, row, colour, tied) {
     pen.stroke();
   }
   const ties = tied === null ? 0 : layer.correct.filter(correct => correct === tied).length;
-  [pruned, ties, found].forEach((count, i) => {
-    if (!row.counts[i]) return;
-    row.counts[i].firstChild.textContent = count;
-    row.counts[i].classList.toggle("zero", !count);
+  const counted = { pruned, tied: ties, found };
+  units.forEach((unit, i) => {
+    row.counts[i].firstChild.textContent = counted[unit];
+    row.counts[i].classList.toggle("zero", !counted[unit]);
   });
 }
 
@@ -110,7 +110,7 @@ function element(tag, kind, parent, text) {
 }
 
 const box = document.getElementById("strips");
-const units = HAS_TAC ? ["pruned", "tied", "found"] : ["pruned", "tied"];
+const units = ["pruned", ...(data.ps.length ? ["tied"] : []), ...(HAS_TAC ? ["found"] : [])];
 box.style.setProperty("--counts", units.length);
 const head = element("div", "strip head", box);
 element("span", "name", head, "layer");
