@@ -53,10 +53,9 @@ def by_chance(number: int) -> Chooser:
 
 def by_trigger(run: Ablated) -> Tensor:
     """The N/p maps of each layer that the trigger moves most."""
-    tac = activation_change(run)
-    mask = torch.zeros(len(tac), dtype=torch.bool)
+    mask = torch.zeros(len(run.tac), dtype=torch.bool)
     for layer, where in slices(run.layers):
-        mask[tac[where].topk(layer.channels // run.settings.p).indices + where.start] = True
+        mask[run.tac[where].topk(layer.channels // run.settings.p).indices + where.start] = True
     return mask
 
 
@@ -76,11 +75,11 @@ ROWS: dict[str, tuple[dict[str, Any], Chooser | None]] = {
 
 
 class Ablated(FMP):
-    """FMP with another choice of maps."""
+    """FMP with another choice of maps; ``tac`` float64 ``[N]`` is :func:`activation_change` of the record, for the oracle."""
 
-    def __init__(self, args: dict[str, Any], chooser: Chooser | None = None):
+    def __init__(self, args: dict[str, Any], chooser: Chooser | None, tac: Tensor):
         super().__init__(args)
-        self.chooser = chooser
+        self.chooser, self.tac = chooser, tac
         self.chosen_by = args["defense_name"] if chooser else None
 
     def _selector(self) -> Selector:
@@ -108,16 +107,17 @@ def activation_change(run: FMP) -> Tensor:
 
 def ablate(record: str, rows: Sequence[str], flags: dict[str, Any]) -> pd.DataFrame:
     """One row each for the attacked model and every choice of maps, in percent; ``precision`` is against TAC."""
+    for name in ("preset", "selection", "scope", "masked", "unlearn", "defense_name"):
+        if name in flags:
+            raise UserError(f"--{name} is what the rows differ in; leave it out.")
     found: list[dict[str, Any]] = []
     attacked = FMP({**flags, "result_file": record})
     attacked.set_result(record)
     tac = activation_change(attacked)
-    for name in ("preset", "selection", "scope", "masked", "unlearn", "defense_name"):
-        if name in flags:
-            raise UserError(f"--{name} is what the rows differ in; leave it out.")
     for row in rows:
         settings, chooser = ROWS[row]
-        run = Ablated({"report": False, **flags, **settings, "result_file": record, "defense_name": f"ablate-{row}"}, chooser)
+        args = {"report": False, **flags, **settings, "result_file": record, "defense_name": f"ablate-{row}"}
+        run = Ablated(args, chooser, tac)
         folder = Path(run.settings.record_root) / record / "defense" / f"ablate-{row}"
         metrics = _done(folder, run) or run.defense(record)["metrics"]
         if not found:
@@ -204,6 +204,8 @@ def _compare(scores: Scores, wanted: Tensor, tac: Tensor, p: int) -> dict[str, A
     leaders = [shift.max(1).values.topk(max(1, len(shift) // p)).indices for shift in shifts if len(shift)]
     votes = torch.cat([shift.argmax(1)[lead] for shift, lead in zip([s for s in shifts if len(s)], leaders, strict=True)])
     target, number = int(votes.mode().values), len(votes)
+    suspicion = torch.empty(scores.total, dtype=torch.float64)
+    suspicion[scores.order()] = torch.arange(scores.total, 0, -1, dtype=torch.float64)
     results: dict[str, list[tuple[float, float]]] = {"count": [], "shift": [], "shift to voted": []}
     for part, shift in zip(parts, shifts, strict=True):
         k = len(part) // p
@@ -211,10 +213,7 @@ def _compare(scores: Scores, wanted: Tensor, tac: Tensor, p: int) -> dict[str, A
             continue
         moved = torch.zeros(len(part), dtype=torch.bool)
         moved[tac[part].topk(k).indices] = True
-        order = torch.from_numpy(np.lexsort((scores.margin[part].numpy(), scores.correct[part].numpy())))
-        suspicion = torch.empty(len(part), dtype=torch.float64)
-        suspicion[order] = torch.arange(len(part), 0, -1, dtype=torch.float64)
-        for name, values in zip(results, (suspicion, shift.max(1).values, shift[:, target]), strict=True):
+        for name, values in zip(results, (suspicion[part], shift.max(1).values, shift[:, target]), strict=True):
             precision = float(moved[values.topk(k).indices].double().mean())
             results[name].append((precision, float(roc_auc_score(moved.numpy(), values.numpy()))))
     row: dict[str, Any] = {}

@@ -47,13 +47,9 @@ def leader_says(answer: bool) -> bool:
     """The first process's ``answer``, for all: they must not part ways over what each saw on disk, and when."""
     if not together():
         return answer
-    said = torch.tensor([int(answer)], device=torch.device("cuda", torch.cuda.current_device()) if on_gpus() else None)
+    said = torch.tensor([int(answer)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.broadcast(said, 0)
     return bool(said.item())
-
-
-def on_gpus() -> bool:
-    return dist.get_backend() == "nccl"
 
 
 def share(wanted: Tensor) -> Tensor:
