@@ -93,4 +93,5 @@ def add_attack_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def attack_settings(args: argparse.Namespace) -> AttackSettings:
+    """The flags of :func:`add_attack_arguments` as settings; :meth:`AttackSettings.check` says whether they are possible."""
     return AttackSettings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(AttackSettings)})

@@ -80,6 +80,7 @@ def _file_hash(path: Path, size: int, time_ns: int) -> str:
 
 
 def read_stamp(folder: Path) -> dict[str, Any]:
+    """What a sweep noted beside a result or record; empty if there is no such file or it is unreadable."""
     try:
         stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):

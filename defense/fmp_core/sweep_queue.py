@@ -142,6 +142,7 @@ class Board:
 
 
 def readable(seconds: float) -> str:
+    """``75`` -> ``75 s``, ``600`` -> ``10 min``, from 100 minutes on in hours; NaN is an unknown time."""
     if seconds != seconds:
         return "an unknown time"
     minutes = seconds / 60

@@ -124,6 +124,7 @@ def printable(text: object) -> str:
 
 
 def attack_title(name: str) -> str:
+    """An attack's name as papers write it; an unknown one as it is, without control characters."""
     return printable(ATTACK_TITLES.get(name, name))
 
 
@@ -155,6 +156,8 @@ def to_text(table: Table, width: int = 128) -> str:
 
 
 def to_markdown(table: Table) -> str:
+    """One wide table; the best of a column is bold. Names are escaped: they come from records."""
+
     def plain(text: str) -> str:
         return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", printable(text))
 
@@ -201,6 +204,7 @@ def to_latex(table: Table) -> str:
 
 
 def latex(text: str) -> str:
+    """``text`` with LaTeX's special characters escaped."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(special.get(char, rf"\{char}" if char in "&%$#_{}" else char) for char in text)
 
