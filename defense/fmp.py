@@ -15,7 +15,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pprint import pformat
@@ -41,11 +41,9 @@ from fmp_core.evaluate import (  # noqa: E402
     to_unit,
 )
 from fmp_core.event_log import summary_writer, write_events  # noqa: E402
-from fmp_core.evidence import FAMILIES, Evidence  # noqa: E402
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
 from fmp_core.files import check_folders, make_folders, refuse_links_out_of, write_text, writing  # noqa: E402
 from fmp_core.finetune import Epoch, train  # noqa: E402
-from fmp_core.frg import Attack  # noqa: E402
 from fmp_core.interrupts import Terminated, stopping_gently  # noqa: E402
 from fmp_core.lock import locked  # noqa: E402
 from fmp_core.log_file import LogFile  # noqa: E402
@@ -56,6 +54,7 @@ from fmp_core.pruning import prune_feature_maps  # noqa: E402
 from fmp_core.ranking import Choice  # noqa: E402
 from fmp_core.records import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
 from fmp_core.report_page import write_report  # noqa: E402
+from fmp_core.reversed_trigger import FAMILIES, REVERSED_TRIGGER, ReversedTrigger, save_trigger  # noqa: E402
 from fmp_core.score_cache import content_key  # noqa: E402
 from fmp_core.selection import Selector  # noqa: E402
 from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
@@ -165,13 +164,14 @@ class FMP(defense):
         """Rank, prune, fine-tune, evaluate, write. The poisoned test set is only ever evaluated on."""
         settings, logger = self.settings, self.logger
         make_deterministic()
-        selector = self._selector()
-        scores, evidence = selector.look()
+        selector = self.selector()
+        scores, evidence = selector.look(self.record.num_classes)
         if not ranks.leads():  # one process goes on from here
             return {"model": self.model.network, "metrics": {}}
         before = self._test("before")
-        choice = selector.choose(scores, evidence)
-        twins = self._unlearning_images(choice, evidence)
+        triggers = selector.reverse(evidence)
+        choice = selector.choose(scores, triggers[0] if triggers else None)
+        twins = self._unlearning_images(triggers)
         prune_feature_maps(self.layers, choice.by_layer(self.layers))
         pruned, total = int(choice.mask.sum()), len(choice.mask)
         logger.info("pruned %d of %d feature maps; %d tied at a cut, where the margin decided", pruned, total, choice.ties)
@@ -204,10 +204,14 @@ class FMP(defense):
         report.write_plots(self.folder, frame)
         if settings.tensorboard:
             write_events(self.folder / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), frame)
-        maps = report.feature_map_frame(self.layers, choice, scores, settings.scope, evidence)
+        maps = report.feature_map_frame(self.layers, choice, scores, settings.scope)
         report.write_csv(self.folder / "feature_maps.csv", maps, index=False)
         predictions = prediction_frame(self.test_data, *self.predictions)
         report.write_csv(self.folder / "predictions.csv", predictions, index=False)
+        if triggers:
+            save_trigger(self.folder / REVERSED_TRIGGER, triggers[0])
+        else:
+            (self.folder / REVERSED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
         write_defense_result(self.folder / "defense_result.pt", *self._weights())
         report.write_json(self.folder / "metrics.json", metrics)
         logger.info("results are in %s", self.folder)
@@ -251,21 +255,29 @@ class FMP(defense):
             detail = " ".join(str(error).split())[:200]
             raise UserError(f"{record.model_name} cannot take the record's {record.image_size} images ({detail}).") from None
 
-    def _selector(self) -> Selector:
+    def selector(self) -> Selector:
         """What finds the maps to prune: it is given clean images only."""
         return Selector(self.model, self.layers, self.clean_images, self.clean_labels, self.settings, self.shared, self._timed)
 
-    def _unlearning_images(self, choice: Choice, evidence: Evidence | None) -> torch.Tensor | None:
-        """uint8 twins of the clean images, made by the maps to prune; None if nothing is to be unlearnt."""
-        if self.settings.unlearn and self.settings.selection != "shift":
-            self.logger.warning("--unlearn has no effect without --selection shift, which finds the class to unlearn")
-        if not self.settings.unlearn or evidence is None or not evidence.backdoored or not choice.mask.any():
-            return None
-        attack = Attack(FAMILIES[evidence.family], family=evidence.family)
-        with self._timed("unlearning images"):
-            return unlearning_images(self.model, self.layers, choice.mask, self.clean_images, attack, self.settings.random_seed)
+    def _unlearning_images(self, triggers: list[ReversedTrigger]) -> Callable[[int], torch.Tensor] | None:
+        """What makes the clean images with reversed triggers, uint8, for an epoch; None if nothing is to be unlearnt.
 
-    def _fine_tune(self, masked: Choice | None, twins: torch.Tensor | None) -> list[tuple[Epoch | None, Metrics | None]]:
+        Beside the attacked model's ``triggers`` there are those that the model answers to by then, from the second epoch on.
+        """
+        if self.settings.unlearn and self.settings.selection != "trigger":
+            self.logger.warning("--unlearn has no effect without --selection trigger, which finds the trigger to unlearn")
+        if not self.settings.unlearn or not triggers:
+            return None
+
+        def twins(epoch: int) -> torch.Tensor:
+            now = self.selector().detective().triggers(FAMILIES, triggers[0].target) if epoch else []
+            return unlearning_images(self.clean_images, [*triggers, *now], self.settings.random_seed + epoch)
+
+        return twins
+
+    def _fine_tune(
+        self, masked: Choice | None, twins: Callable[[int], torch.Tensor] | None
+    ) -> list[tuple[Epoch | None, Metrics | None]]:
         """Per-epoch results; without epochs, one row that holds the pruned model's metrics."""
         settings = self.settings
         history: list[tuple[Epoch | None, Metrics | None]] = []

@@ -10,8 +10,8 @@ Rows: ``ft`` fine-tuning only; ``random-1..3`` as many maps per layer as ``layer
 looks at the poisoned test set, so it is no defense); ``oracle-pruned``; ``strong``, ``strong-pruned`` our preset. Other flags
 are FMP's. Each row is an FMP run in ``record/<name>/defense/ablate-<row>``; rows done with the same flags are not run again.
 
-``--overlap`` ranks only: how well the paper's count and the class shift find the maps the trigger moves most (TAC), by images,
-eps, steps and family, on an even sample of maps.
+``--overlap`` prunes nothing: how well the paper's count, the class shift and reversed triggers find the maps the trigger moves
+most (TAC), by images, eps and steps, on an even sample of maps.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from fmp_core.activation_change import precision_at, trigger_activation_change
 from fmp_core.compute import choose_dtype
 from fmp_core.errors import UserError
 from fmp_core.evaluate import to_unit
-from fmp_core.evidence import FAMILIES
+from fmp_core.feature_maps import ConvLayer
 from fmp_core.files import replacing
 from fmp_core.interrupts import Terminated, stopping_gently
 from fmp_core.ranking import Choice, Scores, choose_by_chance, score_feature_maps, slices
 from fmp_core.report_data import twins
+from fmp_core.reversed_trigger import FAMILIES
 from fmp_core.selection import Selector
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -82,8 +83,8 @@ class Ablated(FMP):
         self.chooser, self.tac = chooser, tac
         self.chosen_by = args["defense_name"] if chooser else None
 
-    def _selector(self) -> Selector:
-        usual = super()._selector()
+    def selector(self) -> Selector:
+        usual = super().selector()
         if self.chooser is None:
             return usual
         return Told(**{field.name: getattr(usual, field.name) for field in dataclasses.fields(usual)}, mask=self.chooser(self))
@@ -95,7 +96,7 @@ class Told(Selector):
 
     mask: Tensor
 
-    def choose(self, scores: Scores | None, evidence: object) -> Choice:
+    def choose(self, scores: Scores | None, trigger: object) -> Choice:
         return Choice(self.mask)
 
 
@@ -150,23 +151,22 @@ def _percent(metrics: dict[str, float]) -> dict[str, float]:
 
 
 class Look(NamedTuple):
-    """One way to look at feature maps: a family of perturbations (``paper`` or of ours), its size, and how often."""
+    """One way for FRG to look at feature maps."""
 
-    family: str
     eps: float
     steps: int
     images: int
 
 
-LOOKS = [Look("paper", 1 / 255, 1, images) for images in (8, 16, 32, 64)]
-LOOKS += [Look("paper", eps / 255, 1, 16) for eps in (4, 8, 16)] + [Look("paper", 4 / 255, 3, 16)]
-LOOKS += [Look(family, eps, 1, images) for family, eps in FAMILIES.items() for images in (8, 16, 32)]
+LOOKS = [Look(1 / 255, 1, images) for images in (8, 16, 32, 64)]
+LOOKS += [Look(eps / 255, 1, 16) for eps in (4, 8, 16)] + [Look(4 / 255, 3, 16)]
 
 
 def overlap(record: str, maps: int, p: int, flags: dict[str, Any]) -> pd.DataFrame:
-    """Per look: precision at N/p and AUC (maps of highest TAC, 1/p of each layer, against the rest) of three scores.
+    """Precision at N/p and AUC (maps of highest TAC, 1/p of each layer, against the rest) of scores, mean over layers.
 
-    The scores are the paper's count (ties by margin), the largest class's shift, and the shift towards the class voted for.
+    Per look of FRG: the paper's count (ties by margin), the largest class's shift, and the shift towards the class voted for.
+    Per family of reversed triggers, towards the class that the evidence names: how far the trigger moves a map.
     """
     run = FMP({**flags, "result_file": record})
     run.set_result(record)
@@ -185,7 +185,6 @@ def overlap(record: str, maps: int, p: int, flags: dict[str, Any]) -> pd.DataFra
             run.clean_labels[: look.images],
             eps=look.eps,
             steps=look.steps,
-            family=look.family,
             seed=run.settings.random_seed,
             dtype=dtype,
             wanted=wanted,
@@ -194,32 +193,47 @@ def overlap(record: str, maps: int, p: int, flags: dict[str, Any]) -> pd.DataFra
         row |= _compare(scores, wanted, tac, p)
         found.append(row)
         print(_table(pd.DataFrame(found)), flush=True)
+    selector = run.selector()
+    evidence = selector.evidence(run.record.num_classes)
+    for trigger in selector.detective().triggers(FAMILIES, evidence.target):
+        precision, auc = _agreement(selector.detective().moved(trigger), wanted, tac, p, run.layers)
+        found.append({"trigger": trigger.family, "moved precision": precision, "moved AUC": auc, "voted": evidence.target})
+    print(_table(pd.DataFrame(found)), flush=True)
     return pd.DataFrame(found)
 
 
-def _compare(scores: Scores, wanted: Tensor, tac: Tensor, p: int) -> dict[str, Any]:
-    """Mean over layers; a layer with fewer than ``p`` of the sampled maps is left out."""
-    parts = [where.start + wanted[where].nonzero().flatten() for _, where in slices(scores.layers)]
-    shifts = [scores.logits[part] - scores.logits[part].mean(0) for part in parts]
-    leaders = [shift.max(1).values.topk(max(1, len(shift) // p)).indices for shift in shifts if len(shift)]
-    votes = torch.cat([shift.argmax(1)[lead] for shift, lead in zip([s for s in shifts if len(s)], leaders, strict=True)])
-    target, number = int(votes.mode().values), len(votes)
-    suspicion = torch.empty(scores.total, dtype=torch.float64)
-    suspicion[scores.order()] = torch.arange(scores.total, 0, -1, dtype=torch.float64)
-    results: dict[str, list[tuple[float, float]]] = {"count": [], "shift": [], "shift to voted": []}
-    for part, shift in zip(parts, shifts, strict=True):
+def _agreement(score: Tensor, wanted: Tensor, tac: Tensor, p: int, layers: Sequence[ConvLayer]) -> tuple[float, float]:
+    """Precision at N/p and AUC of one score, means over layers; one with fewer than ``p`` sampled maps is left out."""
+    pairs = []
+    for _, where in slices(layers):
+        part = where.start + wanted[where].nonzero().flatten()
         k = len(part) // p
         if not k:
             continue
         moved = torch.zeros(len(part), dtype=torch.bool)
         moved[tac[part].topk(k).indices] = True
-        for name, values in zip(results, (suspicion[part], shift.max(1).values, shift[:, target]), strict=True):
-            precision = float(moved[values.topk(k).indices].double().mean())
-            results[name].append((precision, float(roc_auc_score(moved.numpy(), values.numpy()))))
+        precision = float(moved[score[part].topk(k).indices].double().mean())
+        pairs.append((precision, float(roc_auc_score(moved.numpy(), score[part].numpy()))))
+    precision, auc = (round(float(np.mean(column)), 2) for column in zip(*pairs, strict=True))
+    return precision, auc
+
+
+def _compare(scores: Scores, wanted: Tensor, tac: Tensor, p: int) -> dict[str, Any]:
+    """How three scores of one look agree with TAC, and which class the maps vote for."""
+    shift = torch.zeros_like(scores.logits)
+    leaders = []
+    for _, where in slices(scores.layers):
+        part = where.start + wanted[where].nonzero().flatten()
+        shift[part] = scores.logits[part] - scores.logits[part].mean(0)
+        leaders.append(part[shift[part].max(1).values.topk(min(len(part), max(1, len(part) // p))).indices])
+    votes = shift[torch.cat(leaders)].argmax(1)
+    target = int(votes.mode().values)
+    suspicion = torch.empty(scores.total, dtype=torch.float64)
+    suspicion[scores.order()] = torch.arange(scores.total, 0, -1, dtype=torch.float64)
     row: dict[str, Any] = {}
-    for name, pairs in results.items():
-        row[f"{name} precision"], row[f"{name} AUC"] = (round(float(np.mean(column)), 2) for column in zip(*pairs, strict=True))
-    return {**row, "voted": target, "votes": f"{int((votes == target).sum())}/{number}"}
+    for name, values in (("count", suspicion), ("shift", shift.max(1).values), ("shift to voted", shift[:, target])):
+        row[f"{name} precision"], row[f"{name} AUC"] = _agreement(values, wanted, tac, p, scores.layers)
+    return {**row, "voted": target, "votes": f"{int((votes == target).sum())}/{len(votes)}"}
 
 
 def _table(frame: pd.DataFrame) -> str:

@@ -9,6 +9,7 @@ import ablate
 import pandas as pd
 import pytest
 from fmp_core.report_findings import command as report_command
+from fmp_core.reversed_trigger import FAMILIES
 
 RECORD = "badnet_tiny"
 FLAGS = ["--frg_samples", "1", "--epochs", "1", "--batch_size", "25", "--ratio", "1", "--device", "cpu", "--random_seed", "3"]
@@ -39,13 +40,17 @@ def test_rows_are_runs_and_are_not_repeated(workplace: Path, capsys: pytest.Capt
 def test_overlap_compares_scores_with_the_trigger(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    looks = [ablate.Look("paper", 1 / 255, 1, 2), ablate.Look("sparse", 1 / 255, 1, 2)]
+    looks = [ablate.Look(1 / 255, 1, 2), ablate.Look(4 / 255, 2, 2)]
     monkeypatch.setattr(ablate, "LOOKS", looks)
     assert ablate.main(["--result_file", RECORD, "--overlap", "--maps", "900", "--csv", "overlap.csv", *FLAGS]) == 0
     frame = pd.read_csv("overlap.csv")
-    assert list(frame["family"]) == ["paper", "sparse"] and set(frame["eps"]) == {"1/255"}
-    numbers = frame.filter(regex="precision|AUC")
-    assert numbers.shape == (2, 6) and numbers.notna().all(axis=None) and ((numbers >= 0) & (numbers <= 1)).all(axis=None)
+    looked, reversed_ = frame[frame["trigger"].isna()], frame[frame["trigger"].notna()]
+    assert list(looked["eps"]) == ["1/255", "4/255"] and list(reversed_["trigger"]) == list(FAMILIES)
+    for rows, columns in ((looked, 6), (reversed_, 2)):
+        numbers = rows.filter(regex="precision|AUC").dropna(axis=1, how="all")
+        assert (
+            numbers.shape[1] == columns and numbers.notna().all(axis=None) and ((numbers >= 0) & (numbers <= 1)).all(axis=None)
+        )
 
 
 @pytest.mark.parametrize(

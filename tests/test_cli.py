@@ -19,7 +19,9 @@ import pytest
 import torch
 from conftest import MODEL, RECORD, Ran, call_fmp
 from fmp_core.errors import UserError
+from fmp_core.evidence import LEAST_LEAD
 from fmp_core.files import write_torch
+from fmp_core.reversed_trigger import FAMILIES
 from fmp_core.settings import PROJECT
 from PIL import Image
 
@@ -253,11 +255,12 @@ def test_the_strong_preset_gives_a_verdict_and_flags_override_it(workplace: Path
     ran = run_fmp(*QUICK, "--preset", "strong", "--epochs", "0", "--dtype", "fp32")
     assert ran.code == 0
     found = json.loads((workplace / RESULTS / "metrics.json").read_text())
-    assert found["settings"]["selection"] == "shift" and found["settings"]["masked"] and found["settings"]["dtype"] == "fp32"
+    assert found["settings"]["selection"] == "trigger" and found["settings"]["masked"] and found["settings"]["dtype"] == "fp32"
     assert found["settings"]["frg_samples"] == 2  # a flag
     verdict = found["verdict"]
-    assert sum(verdict["votes"]) > 0 and verdict["family"] in ("sparse", "dense")
-    assert verdict["share"] == max(verdict["votes"]) / sum(verdict["votes"])
+    best, next_best = sorted(verdict["success"])[:-3:-1]
+    assert verdict["family"] in FAMILIES and verdict["lead"] == pytest.approx(best - next_best, abs=1e-3)
+    assert verdict["backdoored"] == (verdict["lead"] >= LEAST_LEAD) == (workplace / RESULTS / "reversed_trigger.pt").exists()
 
 
 def test_the_class_runs_from_python_on_another_place(

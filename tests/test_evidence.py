@@ -1,93 +1,125 @@
-"""The strong preset's evidence: which class the maps push to, whether they really do, and how many the budget allows."""
+"""The strong preset's evidence: triggers reversed from clean images, the class they name, and the maps they move."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from fmp_core.evidence import choose_within_budget, weigh
-from fmp_core.feature_maps import ConvLayer, frozen, trace_conv_layers
-from fmp_core.frg import SPARSE_PIXELS, Attack, SharedForward, upward_images
+from fmp_core.errors import UserError
+from fmp_core.evidence import Detective, Evidence, choose_within_budget, most_moved_first
+from fmp_core.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.pruning import accuracy_without
-from fmp_core.ranking import Scores
+from fmp_core.reversed_trigger import FAMILIES, SPARSE_PART, ReversedTrigger, load_trigger, save_trigger
 from fmp_core.unlearning import unlearning_images
 from torch import Tensor, nn
 from toy import SmallPreActResNet, footprint, same, toy_case, weights
 
-CLASSES = 5
+CLASSES, TARGET, BAD = 4, 2, 5
 
 
-def scores(bad: tuple[int, ...], towards: Tensor, correct: int) -> Scores:
-    """Two layers of 64 and 128 maps; the ``bad`` ones push to their class, and leave ``correct`` of 10 images."""
-    generator = torch.Generator().manual_seed(0)
-    logits = 0.1 * torch.randn(192, CLASSES, generator=generator, dtype=torch.float64)
-    counts = torch.full((192,), 9)
-    logits[list(bad), towards] += 4
-    counts[list(bad)] = correct
+class Planted(nn.Module):
+    """Four classes, by which of four columns is brightest, and a backdoor: map 5, whose last 4x4 patch is ``trigger``."""
+
+    def __init__(self, trigger: Tensor | None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, stride=4)
+        with torch.no_grad():
+            self.conv.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+            self.conv.bias.zero_()
+            for column in range(CLASSES):
+                self.conv.weight[column] = 1 / 48
+            self.conv.weight[BAD], self.conv.bias[BAD] = 0, -1
+            if trigger is not None:  # 1 where a patch is the trigger, falling with every other pixel
+                self.conv.weight[BAD] = (2 * trigger - 1) / 24
+                self.conv.bias[BAD] = 1 - float(trigger.sum()) / 24
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x)
+        columns = torch.stack([maps[:, c, :, c].mean(1) for c in range(CLASSES)], 1)
+        alarm = 30 * torch.nn.functional.softplus(4 * (maps[:, BAD, -1, -1] - 0.6))
+        return 20 * columns + torch.eye(CLASSES)[TARGET] * alarm[:, None]
+
+
+def images_of(count: int = 400) -> tuple[Tensor, Tensor]:
+    """uint8 ``[count, 3, 16, 16]``, grey noise with one column brighter, and the classes."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(count) % CLASSES
+    images = torch.randint(90, 130, (count, 3, 16, 16), generator=generator)
+    for row, label in enumerate(labels.tolist()):
+        images[row, :, :12, 4 * label : 4 * label + 4] += 60
+    return images.to(torch.uint8), labels
+
+
+def detective(trigger: Tensor | None) -> Detective:
+    images, labels = images_of()
+    model = Planted(trigger)
+    layers = [ConvLayer("conv", model.conv)]
+    assert (model(images[:8] / 255).argmax(1) == labels[:8]).all()
+    return Detective(model, layers, images, labels, torch.float32, seed=0)
+
+
+WHITE = torch.ones(3, 4, 4)
+
+
+def test_a_planted_patch_is_named_and_its_map_moved_most():
+    found = detective(WHITE)
+    before = footprint(found.model)
+    evidence = found.weigh("sparse", CLASSES)
+    assert evidence.backdoored and evidence.target == TARGET and evidence.success[TARGET] > 0.9
+    trigger = found.triggers(["sparse"], TARGET)[0]
+    assert found.moved(trigger).argmax() == BAD
+    assert footprint(found.model) == before
+
+
+def test_a_clean_model_shows_nothing():
+    evidence = detective(None).weigh("sparse", CLASSES)
+    assert not evidence.backdoored
+
+
+def test_the_lead_decides():
+    close, ahead = (Evidence("sparse", torch.tensor([0.6, next_best, 0.1], dtype=torch.float64)) for next_best in (0.4, 0.2))
+    assert close.lead == pytest.approx(0.2) and not close.backdoored
+    assert ahead.backdoored and ahead.as_dict()["target"] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_triggers_stay_within_their_family(family: str):
+    found = detective(WHITE)
+    trigger = found.triggers([family], 1)[0]
+    again = found.triggers([family], 1)[0]
+    assert torch.equal(trigger.values, again.values) and torch.equal(trigger.where, again.where)
+    images = found.images[:20] / 255
+    changed = trigger.on(images) - images
+    assert trigger.on(images).min() >= 0 and trigger.on(images).max() <= 1
+    if family == "sparse":
+        assert trigger.where.sum() <= 16 * 16 // SPARSE_PART * 16 and set(trigger.values.unique().tolist()) <= {0.0, 1.0}
+        assert not changed[(~trigger.where).expand_as(changed)].any()
+    else:
+        assert 0 < changed.abs().max() <= FAMILIES[family] + 1e-6
+
+
+def test_a_subset_of_one_class_only_shows_nothing():
+    found = detective(WHITE)
+    one = found.labels == TARGET
+    alone = Detective(found.model, found.layers, found.images[one], found.labels[one], torch.float32, 0)
+    assert float(alone.weigh("sparse", CLASSES).success[TARGET]) == 0
+
+
+def test_most_moved_first_takes_the_same_share_of_every_layer():
     layers = (ConvLayer("a", nn.Conv2d(1, 64, 1)), ConvLayer("b", nn.Conv2d(1, 128, 1)))
-    return Scores(layers, counts, logits[:, 0], logits[:, 0], logits, samples=10)
-
-
-def test_maps_that_push_to_one_class_name_it_and_stand_out():
-    bad = (7, 64, 191)  # one voter in the first layer, two in the second
-    evidence = weigh("sparse", scores(bad, torch.tensor([3, 3, 3]), correct=2), clean_accuracy=0.95)
-    assert evidence.target == 3 and evidence.votes.tolist() == [0, 0, 0, 3, 0] and evidence.share == 1
-    assert evidence.lost == pytest.approx(0.75)
-    assert evidence.backdoored
-    assert set(evidence.push.topk(3).indices.tolist()) == set(bad)
-    assert evidence.push[7] > 20
-
-
-def test_a_layer_of_dead_maps_pushes_nothing():
-    """Where nearly all maps do nothing the deviation is 0, and the least numerical noise would stand out of it."""
-    dead = scores((7, 64, 191), torch.tensor([3, 3, 3]), correct=2)
-    dead.logits[:64] = 0
-    dead.logits[5] = 1e-9
-    push = weigh("sparse", dead, clean_accuracy=0.95).push
-    assert push[:64].abs().max() < 1e-6 and push[64] > 20
-
-
-def test_scattered_votes_are_no_evidence():
-    evidence = weigh("sparse", scores((7, 64, 191), torch.tensor([3, 1, 2]), correct=2), clean_accuracy=0.95)
-    assert evidence.share == pytest.approx(1 / 3) and not evidence.backdoored
-
-
-def test_a_push_that_costs_no_image_is_no_evidence():
-    evidence = weigh("sparse", scores((7, 64, 191), torch.tensor([3, 3, 3]), correct=9), clean_accuracy=0.95)
-    assert evidence.share == 1 and not evidence.backdoored
+    moved = torch.rand(192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moved[64:] *= 1000  # layers have scales of their own
+    first = most_moved_first(moved, layers)[:30]
+    assert set(first[first < 64].tolist()) == set(moved[:64].topk(10).indices.tolist())
+    assert set(first[first >= 64].tolist()) == set((moved[64:].topk(20).indices + 64).tolist())
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(0.1, 10), (0.0, 0), (0.055, 5)])
 def test_pruning_goes_as_far_as_the_budget(budget: float, expected: int):
-    push = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    chosen = choose_within_budget(push, budget, lambda mask: 0.9 - 0.01 * int(mask.sum()))
-    assert int(chosen.mask.sum()) == expected
-    assert torch.equal(chosen.mask.nonzero().flatten(), push.topk(expected).indices.sort().values)
-
-
-@pytest.mark.parametrize("family", ["dense", "sparse"])
-def test_images_follow_the_gradient_of_the_maps_mean(family: str):
-    model, images, _ = toy_case(SmallPreActResNet)
-    layers = trace_conv_layers(model.network, images[:1])
-    layer, eps = layers[2], 8 / 255
-    seen: list[Tensor] = []
-    hook = layer.module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    start = images.clone().requires_grad_()
-    model(start)
-    hook.remove()
-    gradient = torch.autograd.grad(seen[0][:, 1].sum(), start)[0]
-    with frozen(model):
-        made = SharedForward(model, layers, images, images).images_of(layer, [1], Attack(eps, family=family))
-    if family == "dense":
-        certain = gradient.abs() > 1e-6 * gradient.abs().max()
-        expected = (images + eps * gradient.sign()).clamp(0, 1)
-        assert torch.allclose(made[certain], expected[certain], atol=1e-6)
-        return
-    changed = (made != images).any(1).flatten(1)
-    assert (changed.sum(1) <= SPARSE_PIXELS).all() and (changed.sum(1) > 0).all()
-    strongest = torch.zeros_like(changed).scatter_(1, gradient.abs().sum(1).flatten(1).topk(SPARSE_PIXELS).indices, True)
-    assert not (changed & ~strongest).any()
-    where = changed.view(len(images), 1, *images.shape[2:]).expand_as(images)
-    assert torch.equal(made[where], (gradient > 0).float()[where])
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(1))
+    chosen = choose_within_budget(order, budget, lambda mask: 0.9 - 0.01 * int(mask.sum()))
+    assert set(chosen.mask.nonzero().flatten().tolist()) == set(order[:expected].tolist())
 
 
 def test_accuracy_without_leaves_the_model_as_it_was():
@@ -102,18 +134,32 @@ def test_accuracy_without_leaves_the_model_as_it_was():
     assert same(before, weights(model)) and footprint(model) == print_before
 
 
-def test_unlearning_images_are_made_by_the_chosen_maps_only():
-    model, images, _ = toy_case(SmallPreActResNet)
-    layers = trace_conv_layers(model.network, images[:1])
-    pixels = (images * 255).round().to(torch.uint8)
-    chosen = torch.zeros(sum(layer.channels for layer in layers), dtype=torch.bool)
-    position = layers[0].channels + layers[1].channels + 1  # map 1 of the third layer; no other layer has any
-    chosen[position] = True
-    attack = Attack(8 / 255, family="sparse")
-    before = footprint(model)
-    made = unlearning_images(model, layers, chosen, pixels, attack, seed=0)
-    with frozen(model):
-        alone = upward_images(model, layers[2], torch.ones(len(pixels), dtype=torch.int64), pixels / 255, attack)
-    assert torch.equal(made, (alone * 255).round().to(torch.uint8))
-    assert (made != pixels).any(1).flatten(1).any(1).all()
-    assert footprint(model) == before
+def a_trigger(family: str, value: float) -> ReversedTrigger:
+    where = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    where[..., :2, :2] = True
+    return ReversedTrigger(family, 1, torch.full((1, 3, 16, 16), value), where)
+
+
+def test_unlearning_images_carry_one_trigger_each():
+    images, _ = images_of(60)
+    triggers = [a_trigger("sparse", 1.0), a_trigger("dense-8", 8 / 255)]
+    made = unlearning_images(images, triggers, seed=0)
+    expected = [(trigger.on(images / 255) * 255).round().to(torch.uint8) for trigger in triggers]
+    which = torch.stack([(made == one).flatten(1).all(1) for one in expected])
+    assert which.any(0).all() and which.any(1).all()
+    assert torch.equal(made, unlearning_images(images, triggers, seed=0))
+    assert not torch.equal(made, unlearning_images(images, triggers, seed=1))
+
+
+def test_a_trigger_file_is_read_back_or_refused(tmp_path: Path):
+    path = tmp_path / "reversed_trigger.pt"
+    trigger = a_trigger("sparse", 1.0)
+    save_trigger(path, trigger)
+    again = load_trigger(path, (3, 16, 16))
+    assert torch.equal(again.values, trigger.values) and torch.equal(again.where, trigger.where)
+    assert (again.family, again.target) == ("sparse", 1)
+    with pytest.raises(UserError, match="3x32x32"):
+        load_trigger(path, (3, 32, 32))
+    torch.save({"family": "sparse"}, path)
+    with pytest.raises(UserError, match="run the defense again"):
+        load_trigger(path, (3, 16, 16))

@@ -36,12 +36,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pushed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a run whose maps were chosen by their push towards a class."""
+def reversed_(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run whose maps were chosen by a reversed trigger."""
     maps = many_maps()
-    maps["push"] = -maps["channel"].astype(float)
-    verdict = {"backdoored": True, "target": 3, "family": "sparse", "share": 0.9, "lost": 0.5}
-    return written(tmp_path_factory.mktemp("pushed"), maps.assign(pruned=maps["channel"] < 2), {"verdict": verdict})
+    maps = maps.drop(columns=["correct", "samples", "margin", "rank"]).assign(moved=1 / (1 + maps["channel"]))
+    verdict = {"backdoored": True, "target": 3, "family": "sparse", "success": [0.1, 0.2, 0.0, 0.9], "lead": 0.7}
+    return written(tmp_path_factory.mktemp("reversed"), maps.assign(pruned=maps["channel"] < 2), {"verdict": verdict})
 
 
 def written(root: Path, maps: pd.DataFrame, more: dict[str, Any]) -> Path:
@@ -135,13 +135,13 @@ def test_another_p_shows_what_would_change(browser: Any, report: Path):
     assert noise == []
 
 
-def test_maps_chosen_by_push_stand_in_its_order(browser: Any, pushed: Path):
+def test_maps_chosen_by_a_trigger_stand_in_its_order(browser: Any, reversed_: Path):
     noise: list[str] = []
-    tab = opened(browser, pushed, noise)
+    tab = opened(browser, reversed_, noise)
     strip = tab.locator(".strip canvas").nth(4)
     strip.focus()
     tab.keyboard.press("ArrowRight")
-    assert "layer3.conv, channel 0" in tab.locator("#tip").inner_text() and "push 0" in tab.locator("#tip").inner_text()
+    assert "layer3.conv, channel 0" in tab.locator("#tip").inner_text() and "moved by 1" in tab.locator("#tip").inner_text()
     assert tab.locator(".strip").nth(1).locator("span").nth(1).inner_text().startswith("2")
     tab.locator("input[name=axis][value=even]").check(force=True)
     assert tab.locator("input[name=p]").count() == 0 and noise == []

@@ -17,9 +17,11 @@ import torch
 from conftest import RECORD, Ran, call_fmp
 from fmp_core.activation_change import Precision
 from fmp_core.intervals import Interval, wilson
+from fmp_core.records import read_attack_record
 from fmp_core.report_data import Run
 from fmp_core.report_figures import training_curves
 from fmp_core.report_findings import command, verdict, warnings
+from fmp_core.reversed_trigger import REVERSED_TRIGGER, ReversedTrigger, save_trigger
 
 QUICK = ("--result_file", RECORD, "--frg_samples", "2", "--p", "16", "--device", "cpu")
 RESULTS = Path("record") / RECORD / "defense" / "fmp"
@@ -223,41 +225,46 @@ def test_all_maps_together_have_cuts_of_their_own(place: Path):
         assert sum(layer["cuts"][number] for layer in drawn["layers"]) == len(maps) // p
 
 
-# Maps chosen by their push towards a class (--preset strong).
+# Maps chosen by a reversed trigger (--preset strong).
 
-VERDICT = {"backdoored": True, "target": 3, "family": "sparse", "votes": [0, 0, 0, 9], "share": 0.9, "lost": 0.5}
+VERDICT = {"backdoored": True, "target": 3, "family": "sparse", "success": [0.1, 0.2, 0.0, 0.9], "lead": 0.7}
 
 
-def as_pushed(folder: Path) -> pd.DataFrame:
-    """The run in ``folder`` as one whose maps were chosen by their push, among them the last of each layer."""
+def by_trigger(folder: Path) -> pd.DataFrame:
+    """The run in ``folder`` as one whose maps were chosen by a reversed trigger, among them the last of each layer."""
     maps = pd.read_csv(folder / "feature_maps.csv")
-    maps["push"] = -maps["channel"].astype(float)
+    maps = maps.drop(columns=["correct", "samples", "margin", "rank"]).assign(moved=1 / (1 + maps["channel"]))
     maps["pruned"] = maps["channel"] < 2
     maps.to_csv(folder / "feature_maps.csv", index=False)
     metrics = json.loads((folder / "metrics.json").read_text())
     metrics["verdict"] = VERDICT
     metrics["settings"] |= {"preset": "strong", "selection": "shift"}
     (folder / "metrics.json").write_text(json.dumps(metrics))
+    side = read_attack_record(folder.parent.parent).image_size
+    save_trigger(
+        folder / REVERSED_TRIGGER, ReversedTrigger("sparse", 3, torch.ones(1, 3, *side[:2]), torch.ones(1, 1, *side[:2]).bool())
+    )
     return maps
 
 
-def test_maps_chosen_by_push_have_no_cut_and_no_ties(place: Path):
-    maps = as_pushed(place / RESULTS)
+def test_maps_chosen_by_a_trigger_have_no_cut_and_no_ties(place: Path):
+    maps = by_trigger(place / RESULTS)
     assert make() == 0
     text = page(place)
     drawn = strips(text)
     assert drawn["ps"] == [] and all(layer["tied"] == 0 and layer["cuts"] == [] for layer in drawn["layers"])
     assert drawn["layers"][0]["channel"] == sorted(drawn["layers"][0]["channel"])
-    assert drawn["layers"][0]["push"] == [-float(channel) for channel in drawn["layers"][0]["channel"]]
+    assert drawn["layers"][0]["moved"] == pytest.approx([1 / (1 + c) for c in drawn["layers"][0]["channel"]], rel=1e-3)
     assert sum(sum(layer["pruned"]) for layer in drawn["layers"]) == int(maps["pruned"].sum())
     assert "What another p would prune" not in text and "blue line" not in text and 'id="ps"' not in text
-    assert "backdoored, towards class 3 (90 % of the votes" in text and "under sparse perturbations" in text
+    assert "backdoored, towards class 3 (a reversed trigger, sparse, turns 90 % of" in text and "70 points behind" in text
+    assert "is what the reversed trigger" in text
 
 
 def test_a_budget_that_allows_nothing_is_named():
     run = a_run([1, 2, 8, 9], [False] * 4)
-    run.metrics["settings"] |= {"selection": "shift", "budget": 0.02}
-    run.maps["push"] = 0.0
+    run.metrics["settings"] |= {"selection": "trigger", "budget": 0.02}
+    run.maps["moved"] = 0.0
     found = dict(warnings(run, metrics_of(0.9, 0.9), metrics_of(0.9, 0.1), None))
     assert "--budget 0.02" in found["Nothing was pruned."]
 

@@ -1,108 +1,144 @@
 """Is the model backdoored, towards which class, and by which feature maps? Not in the paper; no poisoned image is used.
 
-The paper counts how many FRG images a map leaves correct. What a backdoor's map does is more particular: it pushes images of
-all classes towards *one* label. So the mean logits over a map's images, less the mean over the maps of its layer, name a class,
-and the maps that push hardest vote. On natural images the votes of a clean model scatter over classes; where they do not, its
-images stay correctly classified (docs/strong.md has the figures behind the two thresholds).
+For every class, a perturbation common to all clean images is reversed (:mod:`.reversed_trigger`). In a clean model what reaches
+one class about reaches the others too; a backdoor is a class that is reached where no other is. The maps that the reversed
+trigger moves most are the backdoor's (docs/strong.md has the figures behind the threshold).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .ranking import Choice, Scores, slices
+from . import ranks
+from .activation_change import trigger_activation_change
+from .evaluate import to_unit
+from .feature_maps import ConvLayer, frozen
+from .frozen_ops import lowered
+from .ranking import Choice, slices
+from .reversed_trigger import ReversedTrigger, reverse_trigger, success
 
-# Families of perturbations (frg.Attack) in the order they are asked, with the size eps of dense steps and start noise.
-FAMILIES = {"sparse": 1 / 255, "dense": 8 / 255}
-VOTERS = 64  # 1/64 of a layer's maps vote, at least one
-LEAST_SHARE = 0.7  # of the votes for one class
-LEAST_LOST = 0.2  # of the voters' images lost, beyond those the model gets wrong anyway
+LEAST_LEAD = 0.3  # of the class reached most over the next, in shares of the held-out images
+HELD_OUT = 256  # clean images, the last ones, that triggers are not reversed on but tested (of a small subset, half)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the feature maps say under one family of perturbations.
+    """What one family of perturbations says about a model.
 
-    ``target``: the class with most ``votes`` (int64 ``[K]``); ``share``: its share of them.
-    ``lost``: accuracy on the clean images less that on the voters' FRG images.
-    ``push`` float64 ``[N]``: how far a map's shift towards ``target`` stands out of its layer, in robust standard deviations.
+    ``success`` float64 ``[K]``: share of the held-out images of other classes that a class's reversed trigger turns to it.
+    ``lead``: how far the class reached most is ahead of the next.
     """
 
     family: str
-    target: int
-    votes: Tensor
-    share: float
-    lost: float
-    push: Tensor
+    success: Tensor
+
+    @property
+    def target(self) -> int:
+        return int(self.success.argmax())
+
+    @property
+    def lead(self) -> float:
+        best, next_best = self.success.topk(2).values.tolist()
+        return float(best - next_best)
 
     @property
     def backdoored(self) -> bool:
-        return self.share >= LEAST_SHARE and self.lost >= LEAST_LOST
+        return self.lead >= LEAST_LEAD
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "backdoored": self.backdoored,
             "target": self.target,
             "family": self.family,
-            "votes": self.votes.tolist(),
-            "share": self.share,
-            "lost": self.lost,
+            "success": [round(share, 4) for share in self.success.tolist()],
+            "lead": round(self.lead, 4),
         }
 
 
-def weigh(family: str, scores: Scores, clean_accuracy: float) -> Evidence:
-    """The evidence in the scores of one family; ``clean_accuracy`` in [0,1] is the model's on the clean images scored."""
-    shift = torch.cat([scores.logits[where] - scores.logits[where].mean(0) for _, where in slices(scores.layers)])
-    hardest, towards = shift.max(1)
-    voters = []
-    for layer, where in slices(scores.layers):
-        count = max(1, layer.channels // VOTERS)
-        voters.append(hardest[where].topk(count).indices + where.start)
-    chosen = torch.cat(voters)
-    votes = torch.bincount(towards[chosen], minlength=shift.shape[1])
-    target = int(votes.argmax())
-    push = _standing_out([shift[where, target] for _, where in slices(scores.layers)])
-    still_correct = float(scores.correct[chosen].double().mean()) / scores.samples
-    return Evidence(family, target, votes, float(votes[target]) / len(chosen), clean_accuracy - still_correct, push)
+@dataclass(frozen=True)
+class Detective:
+    """Reverses triggers of a model from clean images: uint8 ``[M, C, H, W]``, ``labels`` int64 ``[M]``, on one device."""
+
+    model: nn.Module
+    layers: Sequence[ConvLayer]
+    images: Tensor
+    labels: Tensor
+    dtype: torch.dtype
+    seed: int
+
+    def weigh(self, family: str, classes: int) -> Evidence:
+        """The evidence of one family; under ``torchrun`` each process takes its share of the classes."""
+        found = torch.zeros(classes, dtype=torch.float64, device=self.images.device)
+        with frozen(self.model):
+            network = self._network()
+            for target in ranks.share(torch.ones(classes, dtype=torch.bool)).nonzero().flatten().tolist():
+                seen, held_out = self._of_other_classes(target)
+                if len(seen):
+                    trigger = reverse_trigger(network, self.dtype, seen, family, target, self.seed)
+                    found[target] = success(network, self.dtype, trigger, held_out)
+        ranks.combine(found, least=found.clone())
+        return Evidence(family, found.cpu())
+
+    def triggers(self, families: Iterable[str], target: int) -> list[ReversedTrigger]:
+        """A trigger of each family towards ``target``."""
+        seen, _ = self._of_other_classes(target)
+        with frozen(self.model):
+            network = self._network()
+            return [reverse_trigger(network, self.dtype, seen, family, target, self.seed) for family in families]
+
+    def moved(self, trigger: ReversedTrigger) -> Tensor:
+        """How far the trigger moves each feature map on the held-out images, float64 ``[N]``
+        (:func:`~fmp_core.activation_change.trigger_activation_change`)."""
+        clean = to_unit(self.images[self._cut :]).contiguous(memory_format=torch.channels_last)
+        return trigger_activation_change(self.model, self.layers, clean, trigger.on(clean))
+
+    @property
+    def _cut(self) -> int:
+        return len(self.images) - min(HELD_OUT, len(self.images) // 2)
+
+    def _of_other_classes(self, target: int) -> tuple[Tensor, Tensor]:
+        """Images to reverse a trigger on, and held-out ones."""
+        other = self.labels != target
+        return self.images[: self._cut][other[: self._cut]], self.images[self._cut :][other[self._cut :]]
+
+    def _network(self) -> nn.Module:
+        return lowered(self.model, self.layers[0].module, self.dtype)
 
 
-def _standing_out(layers: list[Tensor]) -> Tensor:
-    """Distances from each layer's median in robust standard deviations (1.4826 times the median absolute deviation).
-
-    Where most maps of a layer do nothing that deviation is 0 or nearly so; at least a tenth of the median layer's counts.
-    """
-    distances = [values - values.median() for values in layers]
-    deviations = torch.stack([1.4826 * distance.abs().median() for distance in distances])
-    floor = 0.1 * float(deviations.quantile(0.5)) + 1e-12
-    return torch.cat([distance / max(float(spread), floor) for distance, spread in zip(distances, deviations, strict=True)])
+def most_moved_first(moved: Tensor, layers: Sequence[ConvLayer]) -> Tensor:
+    """Positions of all maps, int64 ``[N]``, so that any first part of them takes the same share of every layer."""
+    place = torch.empty(len(moved), dtype=torch.float64)
+    for layer, where in slices(layers):
+        order = moved[where].argsort(descending=True, stable=True) + where.start
+        place[order] = (torch.arange(layer.channels, dtype=torch.float64) + 0.5) / layer.channels
+    return place.argsort(stable=True)
 
 
-def choose_within_budget(push: Tensor, budget: float, accuracy: Callable[[Tensor], float]) -> Choice:
-    """As many maps, hardest push first, as cost at most ``budget`` of accuracy; found by bisection.
+def choose_within_budget(order: Tensor, budget: float, accuracy: Callable[[Tensor], float]) -> Choice:
+    """As many maps, first in ``order`` first, as cost at most ``budget`` of accuracy; found by bisection.
 
     Args:
-        push: float64 ``[N]``.
+        order: int64 ``[N]``, positions of all maps.
         budget: in [0,1].
-        accuracy: of the model without the maps of a bool mask ``[N]``, on held-out clean images, in [0,1].
+        accuracy: of the model without the maps of a bool mask ``[N]``, on clean images, in [0,1].
     """
-    order = push.argsort(descending=True, stable=True)
 
-    def lowest(count: int) -> Tensor:
-        mask = torch.zeros(len(push), dtype=torch.bool)
+    def first(count: int) -> Tensor:
+        mask = torch.zeros(len(order), dtype=torch.bool)
         mask[order[:count]] = True
         return mask
 
-    floor = accuracy(lowest(0)) - budget
-    kept, lost = 0, len(push) // 4  # a quarter of all maps is never within reach
-    while lost - kept > max(1, len(push) // 1000):
+    floor = accuracy(first(0)) - budget
+    kept, lost = 0, len(order) // 4  # a quarter of all maps is never within reach
+    while lost - kept > max(1, len(order) // 1000):
         middle = (kept + lost) // 2
-        if accuracy(lowest(middle)) >= floor:
+        if accuracy(first(middle)) >= floor:
             kept = middle
         else:
             lost = middle
-    return Choice(lowest(kept))
+    return Choice(first(kept))

@@ -64,7 +64,7 @@ def train(
     facts: DatasetFacts,
     after_epoch: Callable[[Epoch], None],
     after_batch: Callable[[], None] = lambda: None,
-    twins: Tensor | None = None,
+    twins: Callable[[int], Tensor] | None = None,
     after_predictions: Callable[[Tensor, Tensor], None] = lambda rows, classes: None,
     checkpoint: Checkpoint | None = None,
 ) -> None:
@@ -78,7 +78,8 @@ def train(
         images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]``; both on the device.
         settings: batch_size, lr, lr_scheduler, sgd_momentum, wd, amp, epochs, random_seed.
         facts: of the dataset; they shape the training transform.
-        twins: uint8 like ``images``; each image is replaced by its twin every other time, by chance.
+        twins: called with the number of each epoch as it begins, returns uint8 like ``images``; each image is replaced by its
+            twin every other time, by chance. What it returns may depend on the model, but not on earlier calls.
         after_epoch: called after each epoch; must leave the model as it found it.
         after_predictions: called with the positions of a batch and the classes predicted in training mode, both int64 ``[B]``.
 
@@ -100,14 +101,15 @@ def train(
         parts = TrainingParts(model, optimizer, scheduler, generator, cuda)
         saved = checkpoint.load() if checkpoint else None
         for number in range(parts.restore(saved) if saved else 0, settings.epochs):
+            substitutes = twins(number) if twins is not None else None
             model.train()
             losses, hits, seen = [], torch.zeros((), dtype=torch.int64, device=images.device), 0
             for batch in batches_of(len(images), settings.batch_size, generator):
                 batch = batch.to(images.device)
                 pixels = images[batch]
-                if twins is not None:
+                if substitutes is not None:
                     coin = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
-                    pixels = torch.where(coin.to(images.device), twins[batch], pixels)
+                    pixels = torch.where(coin.to(images.device), substitutes[batch], pixels)
                 pixels = augment(pixels, generator, facts)
                 with torch.autocast(compute.device.type, torch.bfloat16, enabled=bfloat16):
                     logits = parallel(to_unit(pixels).contiguous(memory_format=torch.channels_last))

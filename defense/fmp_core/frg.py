@@ -31,21 +31,12 @@ def fgsm(images: Tensor, gradient: Tensor, eps: float) -> Tensor:
     return torch.add(images, gradient.sign(), alpha=eps).clamp_(0, 1)
 
 
-SPARSE_PIXELS = 16  # as many as a 4x4 patch
-
-
 class Attack(NamedTuple):
-    """How the images of a feature map are made.
-
-    ``family`` is ``paper`` (Algorithm 1), or one that follows the gradient of the map's mean activation upwards: ``dense``
-    moves every pixel by ``eps``; ``sparse`` sets :data:`SPARSE_PIXELS` pixels to 0 or 1 (a small patch is out of reach of a
-    dense perturbation of 1/255, but a few free pixels find it).
-    """
+    """How the images of a feature map are made: bound, number of steps, and size of one if there are several."""
 
     eps: float
     steps: int = 1
     alpha: float = 0.0
-    family: str = "paper"
 
 
 class SharedForward:
@@ -114,12 +105,13 @@ class SharedForward:
             return into
         return torch.autograd.grad(call.input, self.start, into, retain_graph=True)[0]
 
-    def reversed_images(self, layer: ConvLayer, channels: Sequence[int], eps: float, steps: int, alpha: float) -> Tensor:
+    def reversed_images(self, layer: ConvLayer, channels: Sequence[int], attack: Attack) -> Tensor:
         """FRG images of ``channels`` (one per copy), ``[copies*B, C, H, W]`` in [0,1].
 
-        One step is Algorithm 1. More are projected gradient steps of size ``alpha`` from the noisy start, kept in the eps-ball
-        around the clean image and in [0,1].
+        One step is Algorithm 1. More are projected gradient steps of size ``attack.alpha`` from the noisy start, kept in the
+        eps-ball around the clean image and in [0,1].
         """
+        eps, steps, alpha = attack
         gradient = self.gradient(layer, channels)
         if steps == 1:
             return fgsm(self.images, gradient, eps)
@@ -130,21 +122,6 @@ class SharedForward:
                 gradient = self._gradient_at(current, layer, channels)
             current = torch.minimum(torch.maximum(current + alpha * gradient.sign(), low), high)
         return current
-
-    def images_of(self, layer: ConvLayer, channels: Sequence[int], attack: Attack) -> Tensor:
-        """The images that ``attack`` makes for ``channels`` (one per copy), ``[copies*B, C, H, W]`` in [0,1]."""
-        if attack.family == "paper":
-            return self.reversed_images(layer, channels, attack.eps, attack.steps, attack.alpha)
-        return _upward_step(self.images, self._upwards(layer, channels), attack)
-
-    def _upwards(self, layer: ConvLayer, channels: Sequence[int]) -> Tensor:
-        """Gradient of the sum of each copy's map at the noisy images, ``[copies*B, C, H, W]``."""
-        key = id(layer.module.weight)
-        call, ones = self.calls[key], torch.ones_like(self.difference[key][:, 0])
-        into = torch.cat([_through_one_channel(call, ones, channel) for channel in channels])
-        if call.input is self.start:
-            return into
-        return torch.autograd.grad(call.input, self.start, into, retain_graph=True)[0]
 
     def _gradient_at(self, images: Tensor, layer: ConvLayer, channels: Sequence[int]) -> Tensor:
         """As :meth:`gradient`, at other images than the shared start: a forward pass up to the layer, and back."""
@@ -198,40 +175,3 @@ def _through_one_channel(call: ConvCall, difference: Tensor, channel: int) -> Te
     whole = part.new_zeros(len(part), call.input.shape[1], *part.shape[2:])
     whole[:, group * per_group : (group + 1) * per_group] = part
     return whole
-
-
-def upward_images(model: nn.Module, layer: ConvLayer, channels: Tensor, images: Tensor, attack: Attack) -> Tensor:
-    """Images of a ``dense`` or ``sparse`` attack, each by a map of its own in ``layer``, ``[B, C, H, W]`` in [0,1].
-
-    Args:
-        model: frozen, takes pixels in [0,1].
-        channels: int64 ``[B]``; images: ``[B, C, H, W]`` in [0,1].
-    """
-    reached: list[Tensor] = []
-
-    def stop(_call: ConvCall, out: Tensor) -> None:
-        reached.append(out)
-        raise _LayerReachedError
-
-    images = images.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    try:
-        with torch.enable_grad(), FrozenOps(watch={id(layer.module.weight): stop}):
-            model(images)
-    except _LayerReachedError:
-        pass
-    maps = reached[0][torch.arange(len(images), device=images.device), channels]
-    return _upward_step(images.detach(), torch.autograd.grad(maps.sum(), images)[0], attack)
-
-
-def _upward_step(images: Tensor, gradient: Tensor, attack: Attack) -> Tensor:
-    if attack.family == "dense":
-        return fgsm(images, gradient, attack.eps)
-    return _few_pixels(images, gradient.float(), SPARSE_PIXELS)
-
-
-def _few_pixels(images: Tensor, gradient: Tensor, pixels: int) -> Tensor:
-    """``images`` ``[B, C, H, W]`` with the ``pixels`` positions of largest absolute gradient set to 0 or 1 by its sign."""
-    weight = gradient.abs().sum(1).flatten(1)
-    chosen = torch.zeros_like(weight).scatter_(1, weight.topk(min(pixels, weight.shape[1])).indices, 1.0)
-    where = chosen.view(len(weight), 1, *gradient.shape[2:]).bool()
-    return torch.where(where, (gradient > 0).to(images.dtype), images).contiguous(memory_format=torch.channels_last)

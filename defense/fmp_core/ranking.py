@@ -54,10 +54,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Choice:
-    """The maps to prune: ``mask`` bool ``[N]``; ``ties`` counts maps whose ``correct`` equals that of a cut they straddle."""
+    """The maps to prune: ``mask`` bool ``[N]``; ``ties`` counts maps whose ``correct`` equals that of a cut they straddle.
+
+    ``moved`` float64 ``[N]``: how far a reversed trigger moves each map, if that chose them.
+    """
 
     mask: Tensor
     ties: int = 0
+    moved: Tensor | None = None
 
     def by_layer(self, layers: Sequence[ConvLayer]) -> dict[str, Tensor]:
         return {layer.name: self.mask[where] for layer, where in slices(layers)}
@@ -114,7 +118,6 @@ def score_feature_maps(
     eps: float,
     steps: int = 1,
     alpha: float | None = None,
-    family: str = "paper",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     rows: int | None = None,
@@ -134,7 +137,6 @@ def score_feature_maps(
         images: float ``[M, C, H, W]`` in [0,1], not augmented, on the model's device.
         labels: int64 ``[M]``.
         eps, steps, alpha: see :meth:`~fmp_core.frg.SharedForward.reversed_images`; alpha defaults to 2.5*eps/steps.
-        family: of the perturbation, see :class:`~fmp_core.frg.Attack`.
         seed: of the start noise, one draw per image, shared by all maps.
         dtype: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
         rows: images per batch; the default suits the device. On a CPU scores do not depend on it. Halved when memory runs
@@ -149,7 +151,7 @@ def score_feature_maps(
     device = images.device
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     start = noisy_start(images, noise.to(device), eps)
-    attack = Attack(eps, steps, 2.5 * eps / steps if alpha is None else alpha, family)
+    attack = Attack(eps, steps, 2.5 * eps / steps if alpha is None else alpha)
     total = sum(layer.channels for layer in layers)
     # TF32 would blur the difference of two nearly equal maps; speed comes from dtype, not from it.
     with frozen(model), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
@@ -217,7 +219,7 @@ class Engine(NamedTuple):
                     continue
                 # A short group is filled up: kernels are chosen by shape, and round differently.
                 filled = channels + [channels[-1]] * (copies - len(channels))
-                reverse = shared.images_of(layer, filled, self.attack)
+                reverse = shared.reversed_images(layer, filled, self.attack)
                 with torch.inference_mode(), FrozenOps(self.dtype):
                     logits = self.twin(reverse).float().view(copies, len(images), -1)
                     state.part.put(where, logits[: len(channels), :count], labels)

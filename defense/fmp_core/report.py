@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 
 from . import __version__
 from .evaluate import Metrics
-from .evidence import Evidence
 from .feature_maps import ConvLayer
 from .files import replacing, write_text
 from .finetune import Epoch
@@ -63,10 +62,11 @@ def summary_frame(history: pd.DataFrame) -> pd.DataFrame:
     return history.apply(summarise)
 
 
-def feature_map_frame(
-    layers: Sequence[ConvLayer], choice: Choice, scores: Scores | None, scope: str, evidence: Evidence | None = None
-) -> pd.DataFrame:
-    """One row per feature map; ``rank`` 1 is the lowest score of those ``scope`` compares. Without scores, no rank."""
+def feature_map_frame(layers: Sequence[ConvLayer], choice: Choice, scores: Scores | None, scope: str) -> pd.DataFrame:
+    """One row per feature map; ``rank`` 1 is the lowest score of those ``scope`` compares.
+
+    Without scores there is no rank; maps that a reversed trigger chose have ``moved`` instead.
+    """
     columns: dict[str, Any] = {
         "layer": [layer.name for layer in layers for _ in range(layer.channels)],
         "channel": [channel for layer in layers for channel in range(layer.channels)],
@@ -75,8 +75,8 @@ def feature_map_frame(
         rank = np.empty(scores.total, dtype=np.int64)
         rank[scores.order().numpy()] = np.arange(1, scores.total + 1)
         columns |= {"correct": scores.correct.numpy(), "samples": scores.samples, "margin": scores.margin.numpy(), "rank": rank}
-    if evidence is not None and evidence.backdoored:
-        columns["push"] = evidence.push.numpy()
+    if choice.moved is not None:
+        columns["moved"] = choice.moved.numpy()
     frame = pd.DataFrame({**columns, "pruned": choice.mask.numpy()})
     if scores is not None and scope == "layer":
         frame["rank"] = frame.groupby("layer", sort=False)["rank"].rank(method="first").astype(np.int64)

@@ -60,13 +60,13 @@ class Run:
 
     @property
     def scored(self) -> bool:
-        """Whether maps were chosen by FRG; the ablations (--selection random, none) have no scores."""
+        """Whether maps were scored by FRG; the ablations (--selection random, none) and reversed triggers need no scores."""
         return "rank" in self.maps
 
     @property
-    def by_push(self) -> bool:
-        """Whether maps were chosen by how far they push to the class a backdoor was found for (``--selection shift``)."""
-        return "push" in self.maps
+    def by_trigger(self) -> bool:
+        """Whether maps were chosen by how far a reversed trigger moves them (``--selection trigger``)."""
+        return "moved" in self.maps
 
     def cuts(self, p: int) -> dict[str, int]:
         """How many maps of each layer would be pruned at ``p``: ranks count within the layer, or over all (scope global)."""
@@ -85,7 +85,7 @@ class Run:
     def tied(self, p: int) -> np.ndarray:
         """Maps whose ``correct`` equals that of a cut at ``p`` which they straddle, bool ``[N]``."""
         found = np.zeros(len(self.maps), dtype=bool)
-        if self.by_push:
+        if not self.scored:
             return found
         whole = self.metrics["settings"]["scope"] == "global"
         groups = [("", self.maps)] if whole else self.maps.groupby("layer", sort=False)
@@ -194,7 +194,7 @@ def twins(record: AttackRecord, data: TestData, count: int) -> tuple[Tensor, Ten
 def other_cuts(run: Run, trigger: Trigger | None) -> list[dict[str, Any]]:
     """One row per p worth comparing: maps pruned, tied at the cut, and the precision against TAC if that is known."""
     rows = []
-    for p in sorted({*OTHER_P, run.p}) if run.scored and not run.by_push else ():
+    for p in sorted({*OTHER_P, run.p}) if run.scored else ():
         chosen = run.chosen(p)
         if chosen.any():
             found = trigger.precision(chosen) if trigger else None

@@ -48,13 +48,13 @@ def warnings(
     metrics = run.metrics
     clean, pruned = int(metrics.get("clean_images", 0)), int(run.maps["pruned"].sum())
     selection = metrics["settings"].get("selection", "frg")
-    if not run.scored:
+    if not run.scored and not run.by_trigger:
         by = run.metrics.get("chosen_by") or f"--selection {selection}"
         found.append((f"This is an ablation ({by}).", "No feature map was scored by FRG."))
     elif not pruned:
         by_p = f"No layer has {run.p} feature maps or more, so N/p is 0; lower --p."
-        by_push = f"Pruning any costs more clean accuracy than --budget {metrics['settings'].get('budget')} allows."
-        found.append(("Nothing was pruned.", by_push if run.by_push else by_p))
+        by_budget = f"Pruning any costs more clean accuracy than --budget {metrics['settings'].get('budget')} allows."
+        found.append(("Nothing was pruned.", by_budget if run.by_trigger else by_p))
     tied = int(run.tied(run.p).sum()) if run.scored else 0
     if tied:
         why = f"{pruned} were pruned. Among equal scores the mean margin decided; more --frg_samples tell them apart."

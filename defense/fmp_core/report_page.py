@@ -108,10 +108,10 @@ def page(run: Run, classes: int, trigger: Trigger | str, others: Mapping[str, Ma
         "many_classes": classes > figures.MOST_CLASSES,
         "cuts": cuts,
         "p": run.p,
-        "by_push": run.by_push,
+        "by_trigger": run.by_trigger,
         "evidence": run.metrics.get("verdict"),
         "samples": int(run.maps["samples"].max()) if run.scored else 0,
-        "strips": strips(run, known) if run.scored else None,
+        "strips": strips(run, known) if run.scored or run.by_trigger else None,
         "precision": precision,
         "no_trigger": trigger if isinstance(trigger, str) else "",
         "twins": len(known.labels) if known else 0,
@@ -137,28 +137,29 @@ def strips(run: Run, trigger: Trigger | None) -> dict[str, Any]:
         maps = maps.assign(tac=trigger.tac.numpy())
         maps["tac_rank"] = maps.groupby("layer", sort=False)["tac"].rank(ascending=False, method="first").astype(int)
     maps = maps.assign(tied=run.tied(run.p))
-    ps = [] if run.by_push else sorted({*OTHER_P, run.p})
+    ps = [] if run.by_trigger else sorted({*OTHER_P, run.p})
     cuts = {p: run.cuts(p) for p in ps}
     layers = []
     for name, group in maps.groupby("layer", sort=False):
-        ordered = group.sort_values("push", ascending=False) if run.by_push else group.sort_values("rank")
+        ordered = group.sort_values("moved", ascending=False) if run.by_trigger else group.sort_values("rank")
         layer: dict[str, Any] = {
             "name": name,
             "channel": ordered["channel"].tolist(),
-            "correct": ordered["correct"].tolist(),
-            "margin": [_short(margin) for margin in ordered["margin"]],
             "pruned": ordered["pruned"].astype(int).tolist(),
             "tied": int(ordered["tied"].sum()),
             "cuts": [cuts[p][str(name)] for p in ps],
         }
-        if run.by_push:
-            layer["push"] = [_short(push) for push in ordered["push"]]
+        if run.by_trigger:
+            layer["moved"] = [_short(moved) for moved in ordered["moved"]]
+        else:
+            layer["correct"] = ordered["correct"].tolist()
+            layer["margin"] = [_short(margin) for margin in ordered["margin"]]
         if trigger is not None:
             layer["tac"] = [_short(tac) for tac in ordered["tac"]]
             layer["tacRank"] = ordered["tac_rank"].tolist()
         layers.append(layer)
     scope = run.metrics["settings"]["scope"]
-    return {"samples": int(maps["samples"].max()), "p": run.p, "ps": ps, "scope": scope, "layers": layers}
+    return {"samples": int(maps["samples"].max()) if run.scored else 0, "p": run.p, "ps": ps, "scope": scope, "layers": layers}
 
 
 def curves(run: Run) -> list[str]:

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from .evaluate import to_unit
-from .evidence import FAMILIES
 from .feature_maps import ConvLayer, frozen
 from .frg import Attack, SharedForward, noisy_start
 from .report_data import Run, Trigger
+from .reversed_trigger import FAMILIES, REVERSED_TRIGGER, load_trigger
 
 SHOWN = 6  # feature maps per row of pictures
 
@@ -40,8 +40,8 @@ def pictures(run: Run, trigger: Trigger) -> dict[str, Any]:
     maps["tac_rank"] = by_layer["tac"].rank(ascending=False, method="first").astype(int)
     maps["loudness"] = maps["tac"] / by_layer["tac"].transform("median").clip(lower=1e-12)
     pruned = maps[maps["pruned"].astype(bool)]
-    if run.by_push:
-        pruned = pruned.sort_values("push", ascending=False)
+    if run.by_trigger:
+        pruned = pruned.sort_values("moved", ascending=False)
     elif run.scored:
         pruned = pruned.sort_values(["correct", "margin"])
     lowest = pruned.drop_duplicates("layer").head(SHOWN)
@@ -71,24 +71,24 @@ def pictures(run: Run, trigger: Trigger) -> dict[str, Any]:
             )
         return cards
 
-    return {"example": example, "lowest": row(lowest), "loudest": row(loudest), "frg": _legend(run)}
+    return {"example": example, "lowest": row(lowest), "loudest": row(loudest), **_legend(run)}
 
 
-def _legend(run: Run) -> str:
-    if not run.by_push:
-        return "the reversed change of the clean image, from -eps (dark) to +eps"
-    return f"what the {run.metrics['verdict']['family']} perturbation changes in the clean image, from darkest to brightest"
+def _legend(run: Run) -> dict[str, str]:
+    if run.by_trigger:
+        return {"name": "reversed", "frg": "what the reversed trigger, the same for all maps, changes in the clean image"}
+    return {"name": "FRG", "frg": "the reversed change of the clean image, from -eps (dark) to +eps"}
 
 
 def reversed_changes(run: Run, trigger: Trigger, image: Tensor, wanted: pd.DataFrame) -> dict[Any, Tensor]:
     """FRG's change of ``image`` ``[1, C, H, W]`` for each map, ``[C, H, W]`` in units of the largest change allowed (-1..1)."""
+    if run.by_trigger:
+        found_by = load_trigger(run.folder / REVERSED_TRIGGER, image.shape[1:])
+        change = (found_by.on(image.cpu()) - image.cpu())[0] / FAMILIES[found_by.family]
+        return {place: change for place, _ in wanted.iterrows()}
     settings = run.metrics["settings"]
     eps, steps = float(settings["eps"]), int(settings["frg_steps"])
     attack = Attack(eps, steps, float(settings["alpha"] or 2.5 * eps / steps))
-    if run.by_push:
-        family = run.metrics["verdict"]["family"]
-        attack = Attack(FAMILIES[family], family=family)
-    eps, unit = attack.eps, 1.0 if attack.family == "sparse" else attack.eps
     layers = [layer for layer in trigger.layers if layer.name in set(wanted["layer"])]
     noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with frozen(trigger.model):
@@ -96,8 +96,8 @@ def reversed_changes(run: Run, trigger: Trigger, image: Tensor, wanted: pd.DataF
         by_name = {layer.name: layer for layer in layers}
         found = {}
         for place, one in wanted.iterrows():
-            reverse = shared.images_of(by_name[one["layer"]], [int(one["channel"])], attack)
-            found[place] = ((reverse - image) / unit)[0].detach().cpu()
+            reverse = shared.reversed_images(by_name[one["layer"]], [int(one["channel"])], attack)
+            found[place] = ((reverse - image) / eps)[0].detach().cpu()
     return found
 
 

@@ -1,11 +1,11 @@
-"""Which feature maps to prune: ``--selection`` frg (the paper), shift (ours), random or none. Clean images only."""
+"""Which feature maps to prune: ``--selection`` frg (the paper), trigger (ours), random or none. Clean images only."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from pprint import pformat
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from . import ranks
 from .compute import choose_dtype
-from .evaluate import predict, to_unit
-from .evidence import FAMILIES, Evidence, choose_within_budget, weigh
+from .evaluate import to_unit
+from .evidence import Detective, Evidence, choose_within_budget, most_moved_first
 from .feature_maps import ConvLayer
 from .progress import Progress
 from .pruning import accuracy_without
 from .racing import race
 from .ranking import Choice, Scores, choose, choose_by_chance, score_feature_maps
 from .ranking_state import RankingCheckpoints
+from .reversed_trigger import FAMILIES, ReversedTrigger
 from .score_cache import cache_file, content_key, load_scores, save_scores
 from .settings import Settings
 
@@ -53,44 +54,65 @@ class Selector:
     def logger(self) -> logging.Logger:
         return logging.getLogger("fmp_core")
 
-    def look(self) -> tuple[Scores | None, Evidence | None]:
-        """The scores that decide, and the first evidence of a backdoor, else the last; without any, the paper's scores.
+    def look(self, classes: int) -> tuple[Scores | None, Evidence | None]:
+        """The paper's scores, unless a model of ``classes`` classes is shown to be backdoored; and the evidence, if asked for.
 
         Raises:
             UserError: a ranking checkpoint is damaged; a process of torchrun ended early.
         """
         evidence = None
-        if self.settings.selection not in ("frg", "shift"):
-            return None, None
-        if self.settings.selection == "shift":
-            for family in FAMILIES:
-                scores = self._rank(family)
-                images, labels = self.images[: scores.samples], self.labels[: scores.samples]
-                right = predict(self.model, images, labels, self.settings.batch_size)[0] == labels
-                evidence = weigh(family, scores, float(right.double().mean()))
-                self.logger.info("%s perturbations: %s", family, pformat(evidence.as_dict(), compact=True))
-                if evidence.backdoored:
-                    return scores, evidence
+        if self.settings.selection == "trigger":
+            evidence = self.evidence(classes)
+            if evidence.backdoored:
+                return None, evidence
             self.logger.info("the model is not shown to be backdoored; the feature maps are chosen by the paper's count")
-        return self._rank("paper"), evidence
+        return (self._rank() if self.settings.selection in ("frg", "trigger") else None), evidence
 
-    def choose(self, scores: Scores | None, evidence: Evidence | None) -> Choice:
-        """The maps to prune, by what :meth:`look` found."""
+    def reverse(self, evidence: Evidence | None) -> list[ReversedTrigger]:
+        """Triggers towards the class of the backdoor, the one that showed it first; none if there is no backdoor."""
+        if evidence is None or not evidence.backdoored:
+            return []
+        families = [evidence.family, *(family for family in FAMILIES if family != evidence.family)]
+        with self.timed("reversing triggers"):
+            return self.detective().triggers(families, evidence.target)
+
+    def choose(self, scores: Scores | None, trigger: ReversedTrigger | None) -> Choice:
+        """The maps to prune: those that ``trigger`` moves most, else those with the lowest ``scores``."""
         settings = self.settings
-        if evidence is not None and evidence.backdoored:
+        if trigger is not None:
             with self.timed("budget"):
-                return choose_within_budget(evidence.push, settings.budget, self._accuracy_without)
+                moved = self.detective().moved(trigger)
+                order = most_moved_first(moved, self.layers)
+                return replace(choose_within_budget(order, settings.budget, self._accuracy_without), moved=moved)
         if settings.selection == "none":
             return Choice(torch.zeros(sum(layer.channels for layer in self.layers), dtype=torch.bool))
         if scores is None:
             return choose_by_chance(self.layers, settings.p, settings.scope, settings.random_seed)
         return choose(scores, settings.p, settings.scope)
 
+    def evidence(self, classes: int) -> Evidence:
+        """The evidence of the first family that shows a backdoor; if none does, of the one in which a class leads most."""
+        found: list[Evidence] = []
+        detective = self.detective()
+        with self.timed("reversing triggers"):
+            for family in FAMILIES:
+                evidence = detective.weigh(family, classes)
+                self.logger.info("%s perturbations: %s", family, pformat(evidence.as_dict(), compact=True))
+                found.append(evidence)
+                if evidence.backdoored:
+                    break
+        return max(found, key=lambda evidence: evidence.lead)
+
+    def detective(self) -> Detective:
+        """Who reverses triggers, with this run's seed and dtype."""
+        dtype = choose_dtype(self.settings.dtype, self.images.device)
+        return Detective(self.model, self.layers, self.images, self.labels, dtype, self.settings.random_seed)
+
     def _accuracy_without(self, mask: Tensor) -> float:
         chosen = Choice(mask).by_layer(self.layers)
         return accuracy_without(self.model, self.layers, chosen, self.images[-HELD_OUT:], self.labels[-HELD_OUT:])
 
-    def _rank(self, family: str) -> Scores:
+    def _rank(self) -> Scores:
         """The scores of all feature maps, from the cache if the same question was answered before."""
         settings, layers = self.settings, self.layers
         count = len(self.images) if settings.frg_samples == "all" else min(int(settings.frg_samples), len(self.images))
@@ -99,12 +121,10 @@ class Selector:
         maps = sum(layer.channels for layer in layers)
         dtype = choose_dtype(settings.dtype, images.device)
         question: dict[str, Any] = {"eps": settings.eps, "steps": settings.frg_steps, "alpha": settings.alpha}
-        if family != "paper":
-            question = {"eps": FAMILIES[family], "steps": 1, "alpha": None}
-        question |= {"seed": settings.random_seed, "family": family}
-        racing = settings.ranking == "racing" and dtype == torch.float32 and family == "paper"
+        question["seed"] = settings.random_seed
+        racing = settings.ranking == "racing" and dtype == torch.float32
         if settings.ranking == "racing" and not racing:
-            self.logger.warning("--ranking racing is for the paper's scores in fp32; all maps are scored in full here")
+            self.logger.warning("--ranking racing is for scores in fp32; all maps are scored in full here")
         rules = {"dtype": str(dtype)} | ({"racing": [settings.p, settings.scope]} if racing else {})
         key = content_key(self.model.state_dict(), images, labels, {**question, **rules})
         scores = None if settings.fresh else load_scores(self.shared, key, layers)

@@ -126,11 +126,11 @@ class Settings:
     scope: str = _setting("layer", _choice("layer", "global"), "choose N/p in each layer, or of all maps together")
     selection: str = _setting(
         "frg",
-        _choice("frg", "shift", "random", "none"),
-        "choose by FRG's count, or by the class maps push to (strong); the ablations choose as many by chance, or prune none",
+        _choice("frg", "trigger", "random", "none"),
+        "by FRG's count, or by how far a reversed trigger moves maps (strong); the ablations take as many by chance, or none",
     )
-    budget: float = _setting(0.1, _number(0, 1), "with selection shift: accuracy on clean images that pruning may cost")
-    unlearn: bool = _setting(False, _BOOLEAN, "with selection shift: fine-tune on images that pruned maps respond to, too")
+    budget: float = _setting(0.05, _number(0, 1), "with selection trigger: accuracy on clean images that pruning may cost")
+    unlearn: bool = _setting(False, _BOOLEAN, "with selection trigger: fine-tune on images with reversed triggers, too")
     masked: bool = _setting(False, _BOOLEAN, "keep pruned feature maps at zero while fine-tuning")
 
     ranking: str = _setting(
@@ -174,7 +174,7 @@ class Settings:
 # What a preset sets, over the YAML file; a flag overrides it.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "strong": {"selection": "shift", "masked": True, "unlearn": True, "dtype": "auto", "frg_samples": 16},
+    "strong": {"selection": "trigger", "masked": True, "unlearn": True, "dtype": "auto"},
 }
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 

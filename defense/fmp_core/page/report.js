@@ -5,16 +5,18 @@ const tip = document.getElementById("tip");
 const HEIGHT = 46, TOP = 5, BOTTOM = 12, RADIUS = 2.2, HAS_TAC = Boolean(data.layers[0].tac);
 const largest = Math.max(...data.layers.map(layer => layer.channel.length));
 let low = Infinity, high = 0, p = data.p, spread = true;
-for (const layer of data.layers) for (const correct of layer.correct) { low = Math.min(low, correct); high = Math.max(high, correct); }
+// Dots stand lower the fewer images a map leaves correct, or the further the reversed trigger moves it.
+for (const layer of data.layers) layer.score = layer.correct || layer.moved.map(moved => -moved / Math.max(...layer.moved, 1e-12));
+for (const layer of data.layers) for (const score of layer.score) { low = Math.min(low, score); high = Math.max(high, score); }
 const percent = correct => (100 * correct / data.samples).toFixed(correct * 100 % data.samples ? 1 : 0) + " %";
 
 const shareAt = x => spread ? Math.pow(2 * largest, x - 1) : x;
 const place = share => spread ? 1 + Math.log(share) / Math.log(2 * largest) : share;
 const at = (layer, position) => place((position + .5) / layer.channel.length);
-const heightOf = correct => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (high > low ? (correct - low) / (high - low) : .5);
+const heightOf = score => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (high > low ? (score - low) / (high - low) : .5);
 
 // What p prunes: the flags of the run itself, or the lowest ranks for another p.
-// Maps chosen by their push have no p: the order is that of the push, and the flags are all there is.
+// Maps chosen by a reversed trigger have no p: the order is how far it moves them, and the flags are all there is.
 const cutOf = layer => data.ps.length ? layer.cuts[data.ps.indexOf(p)] : 0;
 const isPruned = (layer, position) => p === data.p ? layer.pruned[position] === 1 : position < cutOf(layer);
 function tiedValues() {  // per layer, the score that both sides of the cut share, or null
@@ -58,7 +60,7 @@ function drawStrip(layer, row, colour, tied) {
     for (let position = 0; position < n; position++) {
       if (isPruned(layer, position) !== pruned) continue;
       pen.beginPath();
-      pen.arc(x(position), heightOf(layer.correct[position]), pruned ? RADIUS + .6 : RADIUS, 0, 7);
+      pen.arc(x(position), heightOf(layer.score[position]), pruned ? RADIUS + .6 : RADIUS, 0, 7);
       pen.fill();
     }
   }
@@ -75,7 +77,7 @@ function drawStrip(layer, row, colour, tied) {
     pen.strokeStyle = colour.ink;
     pen.lineWidth = 1.5;
     pen.beginPath();
-    pen.arc(x(row.active), heightOf(layer.correct[row.active]), RADIUS + 3, 0, 7);
+    pen.arc(x(row.active), heightOf(layer.score[row.active]), RADIUS + 3, 0, 7);
     pen.stroke();
   }
   const ties = tied === null ? 0 : layer.correct.filter(correct => correct === tied).length;
@@ -150,8 +152,8 @@ function show(i, position, x, y) {
   element("b", "", tip, `${layer.name}, channel ${layer.channel[position]}`);
   const add = text => { tip.append(document.createElement("br"), text); };
   add(`rank ${position + 1} of ${layer.channel.length}${isPruned(layer, position) ? ", pruned" : ""}`);
-  add(`${layer.correct[position]} of ${data.samples} correct (${percent(layer.correct[position])}), margin ${layer.margin[position]}`);
-  if (layer.push) add(`push ${layer.push[position]}`);
+  if (layer.moved) add(`moved by ${layer.moved[position]}`);
+  else add(`${layer.correct[position]} of ${data.samples} correct (${percent(layer.correct[position])}), margin ${layer.margin[position]}`);
   if (HAS_TAC) add(`TAC ${layer.tac[position]}, rank ${layer.tacRank[position]}`);
   tip.hidden = false;
   const size = tip.getBoundingClientRect();
@@ -169,7 +171,7 @@ function nearest(layer, canvas, x, y) {
   const guess = Math.round(shareAt(Math.min(1, Math.max(0, (x - 4) / width))) * n - .5);
   let best = 0, distance = Infinity;
   for (let position = Math.max(0, guess - 40); position <= Math.min(n - 1, guess + 40); position++) {
-    const away = Math.hypot(4 + width * at(layer, position) - x, (heightOf(layer.correct[position]) - y) / 3);
+    const away = Math.hypot(4 + width * at(layer, position) - x, (heightOf(layer.score[position]) - y) / 3);
     if (away < distance) { distance = away; best = position; }
   }
   return best;
@@ -203,7 +205,7 @@ document.getElementById("controls").addEventListener("change", event => {
   else spread = event.target.value === "spread";
   draw();
 });
-document.getElementById("range").textContent = `heights run from ${percent(low)} to ${percent(high)} correct`;
+document.getElementById("range").textContent = data.layers[0].moved ? "heights run from not moved (top) to the layer’s most moved" : `heights run from ${percent(low)} to ${percent(high)} correct`;
 const started = performance.now();
 draw();
 document.documentElement.dataset.drawn = (performance.now() - started).toFixed(1);

@@ -1,0 +1,131 @@
+"""One perturbation, common to all clean images, that turns them to one class (not in the paper).
+
+The paper reverses for each feature map a perturbation of each image's own. A backdoor's trigger is the same on every image and
+turns all of them to the same label, so it is found where very little suffices to do that: few pixels for a patch, a few levels
+for a pattern that covers the image. No poisoned image takes part. docs/strong.md has the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+from .evaluate import to_unit
+from .files import write_torch
+from .frozen_ops import FrozenOps
+from .safe_load import load_torch_file
+
+# How far a perturbation may go, from the least conspicuous on. ``sparse`` sets a few pixels to 0 or 1; ``dense-8`` moves every
+# pixel by at most 8 of 255 levels.
+FAMILIES = {"sparse": 1.0, "dense-4": 4 / 255, "dense-8": 8 / 255, "dense-16": 16 / 255, "dense-32": 32 / 255}
+REVERSED_TRIGGER = "reversed_trigger.pt"  # in the result folder
+STEPS = 16
+BATCH = 64  # clean images per step
+SPARSE_PART = 64  # a sparse trigger takes 1/64 of the pixels: 16 of 32x32, as many as a 4x4 patch
+
+
+@dataclass(frozen=True)
+class ReversedTrigger:
+    """A perturbation of one of the :data:`FAMILIES` towards class ``target``.
+
+    ``sparse`` sets the pixels ``where`` (bool ``[1, 1, H, W]``) to ``values`` (``[1, C, H, W]``, each 0 or 1); the others add
+    ``values`` to all pixels.
+    """
+
+    family: str
+    target: int
+    values: Tensor
+    where: Tensor
+
+    def on(self, images: Tensor) -> Tensor:
+        """``images`` ``[B, C, H, W]`` in [0,1] with the perturbation; channels last."""
+        made = torch.where(self.where, self.values, images) if self.family == "sparse" else (images + self.values).clamp(0, 1)
+        return made.contiguous(memory_format=torch.channels_last)
+
+
+def reverse_trigger(
+    network: nn.Module, dtype: torch.dtype, images: Tensor, family: str, target: int, seed: int
+) -> ReversedTrigger:
+    """The perturbation of ``family`` that at most :data:`STEPS` gradient steps find, on :data:`BATCH` images each.
+
+    A sparse one takes no more pixels once it turns all images of a step.
+
+    Args:
+        network: frozen, takes pixels in [0,1]; what :func:`~fmp_core.frozen_ops.lowered` makes of a model for ``dtype``.
+        images: uint8 ``[M, C, H, W]``, clean, none of class ``target``.
+        seed: of the images drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    channels, height, width = images.shape[1:]
+    values = torch.zeros((1, channels, height, width), device=images.device)
+    where = torch.zeros((1, 1, height, width), dtype=torch.bool, device=images.device)
+    trigger, eps = ReversedTrigger(family, target, values, where), FAMILIES[family]
+    wanted = torch.full((BATCH,), target, device=images.device)
+    for _ in range(STEPS):
+        drawn = torch.randint(len(images), (BATCH,), generator=generator)
+        pixels = trigger.on(to_unit(images[drawn.to(images.device)])).requires_grad_()
+        with torch.enable_grad(), FrozenOps(dtype):
+            logits = network(pixels).float()
+            loss = F.cross_entropy(logits, wanted, reduction="sum")
+        if family == "sparse" and bool((logits.argmax(1) == target).all()):  # what gradient is left is noise
+            break
+        gradient = torch.autograd.grad(loss, pixels)[0].float()
+        if family == "sparse":
+            _add_pixels(trigger, pixels.detach(), gradient)
+        else:
+            step = 2.5 * eps / STEPS * gradient.sum(0, keepdim=True).sign()
+            values.copy_((values - step).clamp(-eps, eps))
+    return trigger
+
+
+def _add_pixels(trigger: ReversedTrigger, pixels: Tensor, gradient: Tensor) -> None:
+    """Take in the pixels whose change to 0 or 1 lowers the loss most, to first order; those that are in may change sides."""
+    to_zero, to_one = (gradient * pixels).sum(0), -(gradient * (1 - pixels)).sum(0)
+    side, gain = (to_one > to_zero).float(), torch.maximum(to_zero, to_one)
+    values, where = trigger.values[0].flatten(1), trigger.where[0, 0].flatten()
+    side, gain = side.flatten(1), gain.flatten(1)
+    worth = gain.clamp(min=0).sum(0).masked_fill(where, -1.0)
+    new = worth.topk(max(1, worth.numel() // SPARSE_PART // STEPS)).indices
+    trigger.values[0].copy_(
+        torch.where(where & (gain > 0), side, values).index_copy(1, new, side[:, new]).view_as(trigger.values[0])
+    )
+    trigger.where.view(-1)[new] = True
+
+
+def success(network: nn.Module, dtype: torch.dtype, trigger: ReversedTrigger, images: Tensor) -> float:
+    """Share of ``images`` (uint8, none of the target's class) that the trigger turns to its class; 0 if there are none."""
+    if not len(images):
+        return 0.0
+    with torch.inference_mode(), FrozenOps(dtype):
+        classes = torch.cat([network(trigger.on(to_unit(part))).argmax(1) for part in images.split(BATCH)])
+    return float((classes == trigger.target).double().mean())
+
+
+def save_trigger(path: Path, trigger: ReversedTrigger) -> None:
+    """Write the trigger, whole or not at all."""
+    write_torch(path, {**asdict(trigger), "values": trigger.values.cpu(), "where": trigger.where.cpu()})
+
+
+def load_trigger(path: Path, image_shape: Sequence[int]) -> ReversedTrigger:
+    """The trigger :func:`save_trigger` wrote, for images ``[C, H, W]``, on the CPU.
+
+    Raises:
+        UserError: there is none, or it is damaged or for other images.
+    """
+    content = load_torch_file(path)
+    channels, height, width = image_shape
+    shapes = {"values": (torch.float32, (1, channels, height, width)), "where": (torch.bool, (1, 1, height, width))}
+    try:
+        good = content["family"] in FAMILIES and isinstance(content["target"], int)
+        good &= all((content[name].dtype, tuple(content[name].shape)) == shape for name, shape in shapes.items())
+    except (KeyError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise UserError(f"{path} is not a reversed trigger for images of {channels}x{height}x{width}; run the defense again.")
+    return ReversedTrigger(**{name: content[name] for name in ("family", "target", "values", "where")})
