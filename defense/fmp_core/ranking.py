@@ -17,7 +17,7 @@ from .compute import fewest_rows, is_out_of_memory, least_rows, rows_per_batch
 from .feature_maps import ConvLayer, frozen
 from .frg import Attack, SharedForward, noisy_start
 from .frozen_ops import FrozenOps, lowered
-from .ranking_state import Keeper, RankingState
+from .ranking_state import Keeper, RankingState, margins_of
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ def score_feature_maps(
     rows: int | None = None,
     memory_mib: int | None = None,
     wanted: Tensor | None = None,
+    which: Tensor | None = None,
+    watch: Callable[[Tensor, Tensor, int], None] | None = None,
     progress: Callable[[int], None] = lambda pairs: None,
     checkpoint: Checkpoint | None = None,
 ) -> Scores:
@@ -143,6 +145,9 @@ def score_feature_maps(
             out, down to :func:`~fmp_core.compute.fewest_rows`.
         memory_mib: lowers ``rows`` so that the retained graph fits (an estimate from one image).
         wanted: bool ``[N]``, the maps to score (default all); the others get 0.
+        which: int64, positions of the ``images`` to score on, which keep their noise (default all).
+        watch: called with the positions ``[n]`` of a group of maps, their margins ``[n, B]`` on a batch of images, and the
+            position of the first of these; not for what a checkpoint has already.
         progress: called with the number of (map, image) pairs just scored.
 
     Raises:
@@ -151,12 +156,15 @@ def score_feature_maps(
     device = images.device
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     start = noisy_start(images, noise.to(device), eps)
+    if which is not None:
+        which = which.to(device)
+        images, labels, start = images[which], labels[which], start[which]
     attack = Attack(eps, steps, 2.5 * eps / steps if alpha is None else alpha)
     total = sum(layer.channels for layer in layers)
     # TF32 would blur the difference of two nearly equal maps; speed comes from dtype, not from it.
     with frozen(model), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         keeper = Keeper(checkpoint)
-        engine = Engine(model, lowered(model, layers[0].module, dtype), dtype, layers, attack, progress, keeper)
+        engine = Engine(model, lowered(model, layers[0].module, dtype), dtype, layers, attack, progress, keeper, watch)
         rows = max(least_rows(device), rows or rows_per_batch(device))
         if memory_mib is not None:
             fitting = memory_mib * 2**20 // engine.bytes_per_image(images[:1], start[:1])
@@ -195,6 +203,7 @@ class Engine(NamedTuple):
     attack: Attack
     progress: Callable[[int], None]
     keeper: Keeper
+    watch: Callable[[Tensor, Tensor, int], None] | None = None
 
     def score(self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, state: RankingState) -> None:
         """Put the tally of one batch into ``state.part``, for each map ``wanted`` (bool ``[N]``).
@@ -223,6 +232,8 @@ class Engine(NamedTuple):
                 with torch.inference_mode(), FrozenOps(self.dtype):
                     logits = self.twin(reverse).float().view(copies, len(images), -1)
                     state.part.put(where, logits[: len(channels), :count], labels)
+                    if self.watch is not None:
+                        self.watch(where, margins_of(logits[: len(channels), :count], labels), state.images)
                 state.groups = group
                 self.keeper.now_and_then(state)
                 self.progress(len(channels) * count)

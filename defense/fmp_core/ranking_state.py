@@ -40,9 +40,7 @@ class Tally(NamedTuple):
 
     def put(self, where: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Set the maps at ``where`` ``[n]`` from their images' logits ``[n, B, K]``; ``labels`` ``[B]``."""
-        true = logits[:, torch.arange(len(labels)), labels]
-        others = logits.scatter(2, labels.expand(len(where), -1)[:, :, None], -torch.inf).amax(2)
-        hits, margins = logits.argmax(2) == labels, true - others
+        hits, margins = logits.argmax(2) == labels, margins_of(logits, labels)
         self.correct[where] = hits.sum(1)
         self.margin[where] = margins.sum(1, dtype=torch.float64)
         self.logits[where] = logits.sum(1, dtype=torch.float64)
@@ -51,6 +49,12 @@ class Tally(NamedTuple):
     def plus(self, other: Tally) -> Tally:
         correct, margin, logits = self.correct + other.correct, self.margin + other.margin, self.logits + other.logits
         return Tally(correct, margin, logits, torch.minimum(self.slimmest, other.slimmest))
+
+
+def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logit of the true class less the largest other one, ``[n, B]``, from ``[n, B, K]`` and ``[B]``."""
+    true = logits[:, torch.arange(len(labels)), labels]
+    return true - logits.scatter(2, labels.expand(len(logits), -1)[:, :, None], -torch.inf).amax(2)
 
 
 @dataclass
@@ -126,9 +130,9 @@ class RankingCheckpoints:
     fresh: bool
     made: list[Checkpoint] = field(default_factory=list)
 
-    def of(self, dtype: torch.dtype, wanted: Tensor | None) -> Checkpoint:
-        """For a call that scores the maps of the bool mask ``wanted`` ``[N]`` (None: all) in ``dtype``."""
-        bits = b"all" if wanted is None else wanted.numpy().tobytes()
+    def of(self, dtype: torch.dtype, wanted: Tensor | None = None, which: Tensor | None = None) -> Checkpoint:
+        """For a call that scores the maps of the bool mask ``wanted`` ``[N]`` on the images at ``which`` (None: all)."""
+        bits = b"".join(b"all" if chosen is None else chosen.numpy().tobytes() for chosen in (wanted, which))
         call = hashlib.sha256(str(dtype).encode() + bits).hexdigest()[:8]
         path = self.folder / f"ranking_{self.key[:16]}_{call}_{ranks.share_name()}.pt"
         checkpoint = Checkpoint(path, {"key": self.key, "call": call, "share": ranks.share_name()})

@@ -19,6 +19,7 @@ from .compute import choose_dtype
 from .evaluate import to_unit
 from .evidence import Detective, Evidence, choose_within_budget, most_moved_first
 from .feature_maps import ConvLayer
+from .image_racing import count_with_few_images
 from .progress import Progress
 from .pruning import accuracy_without
 from .racing import race
@@ -152,12 +153,18 @@ class Selector:
                 progress=bar.add,
             )
             if racing:
-                scores = race(
-                    lambda kind, wanted: score(dtype=kind, wanted=wanted, checkpoint=checkpoints.of(kind, wanted)),
-                    maps, settings.p, settings.scope,
-                )  # fmt: skip
+
+                def cheaply(wanted: Tensor, which: Tensor | None, watch: Any) -> Scores:
+                    kept = None if watch else checkpoints.of(torch.bfloat16, wanted, which)
+                    return score(dtype=torch.bfloat16, wanted=wanted, which=which, watch=watch, checkpoint=kept)
+
+                def exactly(wanted: Tensor) -> Scores:
+                    return score(dtype=dtype, wanted=wanted, checkpoint=checkpoints.of(dtype, wanted))
+
+                cheap = count_with_few_images(cheaply, layers, count, settings.p, settings.scope)
+                scores = race(cheap, exactly, settings.p, settings.scope)
             else:
-                scores = score(dtype=dtype, checkpoint=checkpoints.of(dtype, None))
+                scores = score(dtype=dtype, checkpoint=checkpoints.of(dtype))
         if ranks.leads():
             save_scores(self.shared, key, scores)
         checkpoints.remove()
