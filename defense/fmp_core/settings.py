@@ -174,7 +174,7 @@ class Settings:
 # What a preset sets, over the YAML file; a flag overrides it.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "strong": {"selection": "trigger", "masked": True, "unlearn": True, "dtype": "auto"},
+    "strong": {"selection": "trigger", "masked": True, "unlearn": True, "dtype": "auto", "lr": 0.03},
 }
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 
