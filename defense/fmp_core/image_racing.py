@@ -22,9 +22,8 @@ PILOTS = 32  # maps per layer
 CONFIDENCE = (
     4.0  # standard deviations over the pilots that an image's margin keeps from 0, to count as theirs: 1 - 3e-5, if normal
 )
-PARTS = 8  # the images are taken in about so many parts
-FEWEST = 4  # images in a part
-CONTENDERS = 2  # times the maps to choose get all images, as many as are rescored in float32 (:mod:`.racing`)
+PARTS = 16  # the images are taken in about so many parts
+FEWEST = 2  # images in a part
 
 
 class Score(Protocol):
@@ -34,7 +33,7 @@ class Score(Protocol):
 
 
 def count_with_few_images(score: Score, layers: Sequence[ConvLayer], images: int, p: int, scope: str) -> Scores:
-    """Scores in which the lowest N/p maps of each group, and as many again, are scored on all ``images``.
+    """Scores in which the maps at and below the cut of each group are scored on all ``images``.
 
     The others have an infinite ``margin``, and the ``correct`` that all images would give with the confidence above.
     """
@@ -52,13 +51,13 @@ def count_with_few_images(score: Score, layers: Sequence[ConvLayer], images: int
     mean = torch.stack([margins[where][pilots[where]].mean(0) for _, where in slices(layers)])
     spread = torch.stack([margins[where][pilots[where]].std(0, correction=0) for _, where in slices(layers)])
     contested = mean.abs() < CONFIDENCE * spread
-    order = contested.sum(0).argsort(descending=True, stable=True)  # so that few parts hold what a layer needs
+    order = contested.sum(0).argsort(descending=True, stable=True)  # so that few parts hold what layers need
     parts = order.split(max(FEWEST, -(-images // PARTS)))
-    # of each layer: the number of parts up to its last contested image, and the count of what lies behind them
-    needed = torch.stack([contested[:, part].any(1) * (number + 1) for number, part in enumerate(parts)]).amax(0)
-    behind = torch.stack([(mean[:, part] > 0).sum(1) * (needed <= number) for number, part in enumerate(parts)]).sum(0)
+    # which layers need which part, and what the parts a layer does not need add to its counts
+    needed = torch.stack([contested[:, part].any(1) for part in parts])
+    foretold = torch.stack([(mean[:, part] > 0).sum(1) for part in parts]).masked_fill(needed, 0).sum(0)
     widths = torch.tensor([layer.channels for layer in layers])
-    needed, behind = needed.repeat_interleave(widths), behind.repeat_interleave(widths)
+    needed, foretold = needed.repeat_interleave(widths, 1), foretold.repeat_interleave(widths)
 
     correct, margin = whole.correct.clone(), whole.margin * images
     slimmest, logits = whole.slimmest.clone(), whole.logits * images
@@ -75,14 +74,14 @@ def count_with_few_images(score: Score, layers: Sequence[ConvLayer], images: int
             slimmest[chosen] = torch.minimum(slimmest[chosen], found.slimmest[chosen])
 
     slimmest[~pilots] = torch.inf
-    add(lambda number: ~pilots & (needed > number))
-    foreseen = torch.where(pilots, correct, correct + behind)
-    full = pilots | (needed == len(parts))
+    add(lambda number: ~pilots & needed[number])
+    foreseen = torch.where(pilots, correct, correct + foretold)
+    full = pilots | needed.all(0)
     counts = Scores(tuple(layers), foreseen, torch.zeros(total, dtype=torch.float64), slimmest, logits, images)
     for members in ordered_groups(counts, scope):
-        count = CONTENDERS * (len(members) // p)
+        count = len(members) // p
         if count:
             full[members[foreseen[members] <= foreseen[members[count - 1]]]] = True
-    add(lambda number: full & ~pilots & (needed <= number))
+    add(lambda number: full & ~pilots & ~needed[number])
     margin[~full] = torch.inf
     return Scores(tuple(layers), torch.where(full, correct, foreseen), margin / images, slimmest, logits / images, images)
