@@ -26,7 +26,8 @@ from .safe_load import load_torch_file
 FAMILIES = {"sparse": 1.0, "dense-4": 4 / 255, "dense-8": 8 / 255, "dense-16": 16 / 255, "dense-32": 32 / 255}
 REVERSED_TRIGGER = "reversed_trigger.pt"  # in the result folder
 STEPS = 16
-BATCH = 64  # clean images per step
+# Images per step: to compare all classes, and for a trigger that is used; with more images less is found to suffice.
+SEARCHING, KEEPING = 64, 256
 SPARSE_PART = 64  # a sparse trigger takes 1/64 of the pixels: 16 of 32x32, as many as a 4x4 patch
 
 
@@ -50,9 +51,9 @@ class ReversedTrigger:
 
 
 def reverse_trigger(
-    network: nn.Module, dtype: torch.dtype, images: Tensor, family: str, target: int, seed: int
+    network: nn.Module, dtype: torch.dtype, images: Tensor, family: str, target: int, batch: int, seed: int
 ) -> ReversedTrigger:
-    """The perturbation of ``family`` that at most :data:`STEPS` gradient steps find, on :data:`BATCH` images each.
+    """The perturbation of ``family`` that at most :data:`STEPS` gradient steps find, on ``batch`` images each.
 
     A sparse one takes no more pixels once it turns all images of a step.
 
@@ -66,9 +67,9 @@ def reverse_trigger(
     values = torch.zeros((1, channels, height, width), device=images.device)
     where = torch.zeros((1, 1, height, width), dtype=torch.bool, device=images.device)
     trigger, eps = ReversedTrigger(family, target, values, where), FAMILIES[family]
-    wanted = torch.full((BATCH,), target, device=images.device)
+    wanted = torch.full((batch,), target, device=images.device)
     for _ in range(STEPS):
-        drawn = torch.randint(len(images), (BATCH,), generator=generator)
+        drawn = torch.randint(len(images), (batch,), generator=generator)
         pixels = trigger.on(to_unit(images[drawn.to(images.device)])).requires_grad_()
         with torch.enable_grad(), FrozenOps(dtype):
             logits = network(pixels).float()
@@ -85,17 +86,12 @@ def reverse_trigger(
 
 
 def _add_pixels(trigger: ReversedTrigger, pixels: Tensor, gradient: Tensor) -> None:
-    """Take in the pixels whose change to 0 or 1 lowers the loss most, to first order; those that are in may change sides."""
-    to_zero, to_one = (gradient * pixels).sum(0), -(gradient * (1 - pixels)).sum(0)
-    side, gain = (to_one > to_zero).float(), torch.maximum(to_zero, to_one)
-    values, where = trigger.values[0].flatten(1), trigger.where[0, 0].flatten()
-    side, gain = side.flatten(1), gain.flatten(1)
-    worth = gain.clamp(min=0).sum(0).masked_fill(where, -1.0)
+    """Take in the pixels whose change to 0 or 1 lowers the loss most, to first order, summed over images and channels."""
+    to_zero, to_one = (gradient * pixels).sum(0).flatten(1), -(gradient * (1 - pixels)).sum(0).flatten(1)
+    worth = torch.maximum(to_zero, to_one).clamp(min=0).sum(0).masked_fill(trigger.where.flatten(), -1.0)
     new = worth.topk(max(1, worth.numel() // SPARSE_PART // STEPS)).indices
-    trigger.values[0].copy_(
-        torch.where(where & (gain > 0), side, values).index_copy(1, new, side[:, new]).view_as(trigger.values[0])
-    )
     trigger.where.view(-1)[new] = True
+    trigger.values.view(len(to_one), -1)[:, new] = (to_one > to_zero).float()[:, new]
 
 
 def success(network: nn.Module, dtype: torch.dtype, trigger: ReversedTrigger, images: Tensor) -> float:
@@ -103,7 +99,7 @@ def success(network: nn.Module, dtype: torch.dtype, trigger: ReversedTrigger, im
     if not len(images):
         return 0.0
     with torch.inference_mode(), FrozenOps(dtype):
-        classes = torch.cat([network(trigger.on(to_unit(part))).argmax(1) for part in images.split(BATCH)])
+        classes = torch.cat([network(trigger.on(to_unit(part))).argmax(1) for part in images.split(SEARCHING)])
     return float((classes == trigger.target).double().mean())
 
 
