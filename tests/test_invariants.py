@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fmp_core import evidence
 from fmp_core.compute import Compute
 from fmp_core.datasets import DatasetFacts
 from fmp_core.evaluate import TestData as Data
@@ -188,6 +189,33 @@ def test_any_poisoned_test_set_gives_the_same_weights(template: Path, seed: int,
         assert same(saved_weights(one), saved_weights(two))
         assert (one / "feature_maps.csv").read_bytes() == (two / "feature_maps.csv").read_bytes()
         assert metrics(one)["before"]["test_acc"] == metrics(two)["before"]["test_acc"]
+
+
+def test_strong_reads_no_poisoned_image_and_goes_on_where_it_stopped(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once in one go; then with other poisoned images, stopped after the first epoch and started again: the same bits."""
+    monkeypatch.setattr(evidence, "LEAST_LEAD", -1.0)  # whatever the model, a trigger is reversed and unlearnt
+    flags = ["--preset", "strong", "--dtype", "fp32", "--epochs", "2", "--frequency_test", "0"]
+    results = run(fresh, *flags)
+    kept = {name: (results / name).read_bytes() for name in ("feature_maps.csv", "reversed_trigger.pt")}
+    weights_kept = saved_weights(results)
+    shutil.rmtree(fresh / "record" / NAME / "defense")
+    for file in (fresh / "record" / NAME / "bd_test_dataset").rglob("*.png"):
+        Image.new("RGB", (SIZE, SIZE)).save(file)
+    whole_test = fmp.FMP._test
+
+    def stopped(self: fmp.FMP, when: str) -> object:
+        if when.startswith("epoch"):
+            raise KeyboardInterrupt
+        return whole_test(self, when)
+
+    monkeypatch.setattr(fmp.FMP, "_test", stopped)
+    places = ["--record_root", str(fresh / "record"), "--dataset_path", str(fresh / "data")]
+    assert fmp.main(["--result_file", NAME, "--device", "cpu", *places, *FLAGS, *flags]) == 130
+    assert not (results / "defense_result.pt").exists()
+    monkeypatch.setattr(fmp.FMP, "_test", whole_test)
+    results = run(fresh, *flags)
+    assert same(weights_kept, saved_weights(results))
+    assert kept == {name: (results / name).read_bytes() for name in kept}
 
 
 @settings(max_examples=25, deadline=None)

@@ -12,9 +12,12 @@ from fmp_core.compute import Compute
 
 WORKER = """
 import json, sys, torch
+from functools import partial
 from fmp_core import ranks
 from fmp_core.compute import Compute
+from fmp_core.evidence import Detective
 from fmp_core.feature_maps import trace_conv_layers
+from fmp_core.image_racing import count_with_few_images
 from fmp_core.ranking import score_feature_maps
 from torch import nn
 torch.set_num_threads(1)
@@ -23,9 +26,14 @@ torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 10, 3, 2), nn.Flatten(), nn.LazyLinear(4))
 images, labels = torch.rand(20, 3, 10, 10), torch.randint(4, (20,))
 net(images)
-scores = score_feature_maps(net, trace_conv_layers(net, images[:1]), images, labels, eps=0.1, rows=16)
+layers = trace_conv_layers(net, images[:1])
+score = partial(score_feature_maps, net, layers, images, labels, eps=0.1, rows=16)
+whole = score()
+few = count_with_few_images(lambda wanted, which, watch: score(wanted=wanted, which=which, watch=watch), layers, 20, 4, "layer")
+shown = Detective(net, layers, (255 * images).to(torch.uint8), labels, torch.float32, 0).weigh("dense-32", 4).success
 if ranks.leads():
-    print(json.dumps([scores.correct.tolist(), [value.hex() for value in scores.margin.tolist()]]))
+    scored = [scores.correct.tolist() + [value.hex() for value in scores.margin.tolist()] for scores in (whole, few)]
+    print(json.dumps([*scored, shown.tolist()]))
 ranks.leave()
 """
 
