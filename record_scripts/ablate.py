@@ -39,7 +39,7 @@ from fmp_core.files import replacing
 from fmp_core.interrupts import Terminated, stopping_gently
 from fmp_core.ranking import Choice, Scores, choose_by_chance, score_feature_maps, slices
 from fmp_core.report_data import twins
-from fmp_core.reversed_trigger import FAMILIES, KEEPING
+from fmp_core.reversed_trigger import FAMILIES
 from fmp_core.selection import Selector
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -195,7 +195,7 @@ def overlap(record: str, maps: int, p: int, flags: dict[str, Any]) -> pd.DataFra
         print(_table(pd.DataFrame(found)), flush=True)
     selector = run.selector()
     evidence = selector.evidence(run.record.num_classes)
-    for trigger in selector.detective().triggers(FAMILIES, evidence.target, KEEPING):
+    for trigger in selector.detective().triggers(FAMILIES, evidence.target):
         precision, auc = _agreement(selector.detective().moved(trigger), wanted, tac, p, run.layers)
         found.append({"trigger": trigger.family, "moved precision": precision, "moved AUC": auc, "voted": evidence.target})
     print(_table(pd.DataFrame(found)), flush=True)

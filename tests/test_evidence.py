@@ -67,7 +67,7 @@ def test_a_planted_patch_is_named_and_its_map_moved_most():
     before = footprint(found.model)
     evidence = found.weigh("sparse", CLASSES)
     assert evidence.backdoored and evidence.target == TARGET and evidence.success[TARGET] > 0.9
-    trigger = found.triggers(["sparse"], TARGET, 64)[0]
+    trigger = found.triggers(["sparse"], TARGET)[0]
     assert found.moved(trigger).argmax() == BAD
     assert footprint(found.model) == before
 
@@ -86,8 +86,8 @@ def test_the_lead_decides():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_triggers_stay_within_their_family(family: str):
     found = detective(WHITE)
-    trigger = found.triggers([family], 1, 64)[0]
-    again = found.triggers([family], 1, 64)[0]
+    trigger = found.triggers([family], 1)[0]
+    again = found.triggers([family], 1)[0]
     assert torch.equal(trigger.values, again.values) and torch.equal(trigger.where, again.where)
     images = found.images[:20] / 255
     changed = trigger.on(images) - images

@@ -20,7 +20,7 @@ from .evaluate import to_unit
 from .feature_maps import ConvLayer, frozen
 from .frozen_ops import lowered
 from .ranking import Choice, slices
-from .reversed_trigger import SEARCHING, ReversedTrigger, reverse_trigger, success
+from .reversed_trigger import ReversedTrigger, reverse_trigger, success
 
 LEAST_LEAD = 0.3  # of the class reached most over the next, in shares of the held-out images
 HELD_OUT = 256  # clean images, the last ones, that triggers are not reversed on but tested (of a small subset, half)
@@ -79,17 +79,17 @@ class Detective:
             for target in ranks.share(torch.ones(classes, dtype=torch.bool)).nonzero().flatten().tolist():
                 seen, held_out = self._of_other_classes(target)
                 if len(seen):
-                    trigger = reverse_trigger(network, self.dtype, seen, family, target, SEARCHING, self.seed)
+                    trigger = reverse_trigger(network, self.dtype, seen, family, target, self.seed)
                     found[target] = success(network, self.dtype, trigger, held_out)
         ranks.combine(found, least=found.clone())
         return Evidence(family, found.cpu())
 
-    def triggers(self, families: Iterable[str], target: int, batch: int) -> list[ReversedTrigger]:
-        """A trigger of each family towards ``target``, from ``batch`` images a step."""
+    def triggers(self, families: Iterable[str], target: int) -> list[ReversedTrigger]:
+        """A trigger of each family towards ``target``."""
         seen, _ = self._of_other_classes(target)
         with frozen(self.model):
             network = self._network()
-            return [reverse_trigger(network, self.dtype, seen, family, target, batch, self.seed) for family in families]
+            return [reverse_trigger(network, self.dtype, seen, family, target, self.seed) for family in families]
 
     def moved(self, trigger: ReversedTrigger) -> Tensor:
         """How far the trigger moves each feature map on the held-out images, float64 ``[N]``

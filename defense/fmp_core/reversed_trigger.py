@@ -8,7 +8,7 @@ for a pattern that covers the image. No poisoned image takes part. docs/strong.m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,8 +26,7 @@ from .safe_load import load_torch_file
 FAMILIES = {"sparse": 1.0, "dense-4": 4 / 255, "dense-8": 8 / 255, "dense-16": 16 / 255, "dense-32": 32 / 255}
 REVERSED_TRIGGER = "reversed_trigger.pt"  # in the result folder
 STEPS = 16
-# Images per step: to compare all classes, and for a trigger that is used; with more images less is found to suffice.
-SEARCHING, KEEPING = 64, 256
+SPARSE_BATCH, DENSE_BATCH = 256, 64  # clean images per step; with fewer, the choice of pixels goes astray
 SPARSE_PART = 64  # a sparse trigger takes 1/64 of the pixels: 16 of 32x32, as many as a 4x4 patch
 
 
@@ -51,47 +50,56 @@ class ReversedTrigger:
 
 
 def reverse_trigger(
-    network: nn.Module, dtype: torch.dtype, images: Tensor, family: str, target: int, batch: int, seed: int
+    network: nn.Module, dtype: torch.dtype, images: Tensor, family: str, target: int, seed: int
 ) -> ReversedTrigger:
-    """The perturbation of ``family`` that at most :data:`STEPS` gradient steps find, on ``batch`` images each.
+    """The perturbation of ``family`` that at most :data:`STEPS` gradient steps find, each on images drawn by ``seed``.
 
-    A sparse one takes no more pixels once it turns all images of a step.
+    A sparse one is that of the step in which it turned most images, with the fewest pixels.
 
     Args:
         network: frozen, takes pixels in [0,1]; what :func:`~fmp_core.frozen_ops.lowered` makes of a model for ``dtype``.
         images: uint8 ``[M, C, H, W]``, clean, none of class ``target``.
-        seed: of the images drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = images.shape[1:]
     values = torch.zeros((1, channels, height, width), device=images.device)
     where = torch.zeros((1, 1, height, width), dtype=torch.bool, device=images.device)
     trigger, eps = ReversedTrigger(family, target, values, where), FAMILIES[family]
+    batch = SPARSE_BATCH if family == "sparse" else DENSE_BATCH
     wanted = torch.full((batch,), target, device=images.device)
-    for _ in range(STEPS):
+    best, turned_best = trigger, -1
+    for _ in range(STEPS + 1):
         drawn = torch.randint(len(images), (batch,), generator=generator)
         pixels = trigger.on(to_unit(images[drawn.to(images.device)])).requires_grad_()
         with torch.enable_grad(), FrozenOps(dtype):
             logits = network(pixels).float()
             loss = F.cross_entropy(logits, wanted, reduction="sum")
-        if family == "sparse" and bool((logits.argmax(1) == target).all()):  # what gradient is left is noise
+        turned = int((logits.argmax(1) == target).sum())
+        if family != "sparse" or turned > turned_best:
+            best, turned_best = trigger, turned
+        if family == "sparse" and turned == batch:
             break
         gradient = torch.autograd.grad(loss, pixels)[0].float()
         if family == "sparse":
-            _add_pixels(trigger, pixels.detach(), gradient)
+            trigger = _with_pixels(trigger, pixels.detach(), gradient)
         else:
             step = 2.5 * eps / STEPS * gradient.sum(0, keepdim=True).sign()
-            values.copy_((values - step).clamp(-eps, eps))
-    return trigger
+            trigger = replace(trigger, values=(trigger.values - step).clamp(-eps, eps))
+    return best
 
 
-def _add_pixels(trigger: ReversedTrigger, pixels: Tensor, gradient: Tensor) -> None:
-    """Take in the pixels whose change to 0 or 1 lowers the loss most, to first order, summed over images and channels."""
+def _with_pixels(trigger: ReversedTrigger, pixels: Tensor, gradient: Tensor) -> ReversedTrigger:
+    """With those pixels set to 0 or 1 that lower the loss most, to first order, summed over images and channels.
+
+    They may be pixels that are set already, to the other side.
+    """
     to_zero, to_one = (gradient * pixels).sum(0).flatten(1), -(gradient * (1 - pixels)).sum(0).flatten(1)
-    worth = torch.maximum(to_zero, to_one).clamp(min=0).sum(0).masked_fill(trigger.where.flatten(), -1.0)
-    new = worth.topk(max(1, worth.numel() // SPARSE_PART // STEPS)).indices
-    trigger.where.view(-1)[new] = True
-    trigger.values.view(len(to_one), -1)[:, new] = (to_one > to_zero).float()[:, new]
+    worth = torch.maximum(to_zero, to_one).sum(0)
+    chosen = worth.topk(max(1, worth.numel() // SPARSE_PART // STEPS)).indices
+    values, where = trigger.values.clone(), trigger.where.clone()
+    values.view(len(to_one), -1)[:, chosen] = (to_one > to_zero).float()[:, chosen]
+    where.view(-1)[chosen] = True
+    return replace(trigger, values=values, where=where)
 
 
 def success(network: nn.Module, dtype: torch.dtype, trigger: ReversedTrigger, images: Tensor) -> float:
@@ -99,7 +107,7 @@ def success(network: nn.Module, dtype: torch.dtype, trigger: ReversedTrigger, im
     if not len(images):
         return 0.0
     with torch.inference_mode(), FrozenOps(dtype):
-        classes = torch.cat([network(trigger.on(to_unit(part))).argmax(1) for part in images.split(SEARCHING)])
+        classes = torch.cat([network(trigger.on(to_unit(part))).argmax(1) for part in images.split(DENSE_BATCH)])
     return float((classes == trigger.target).double().mean())
 
 

@@ -25,7 +25,7 @@ from .pruning import accuracy_without
 from .racing import race
 from .ranking import Choice, Scores, choose, choose_by_chance, score_feature_maps
 from .ranking_state import RankingCheckpoints
-from .reversed_trigger import FAMILIES, KEEPING, ReversedTrigger
+from .reversed_trigger import FAMILIES, ReversedTrigger
 from .score_cache import cache_file, content_key, load_scores, save_scores
 from .settings import Settings
 
@@ -75,7 +75,7 @@ class Selector:
             return []
         families = [evidence.family, *(family for family in FAMILIES if family != evidence.family)]
         with self.timed("reversing triggers"):
-            return self.detective().triggers(families, evidence.target, KEEPING)
+            return self.detective().triggers(families, evidence.target)
 
     def choose(self, scores: Scores | None, trigger: ReversedTrigger | None) -> Choice:
         """The maps to prune: those that ``trigger`` moves most, else those with the lowest ``scores``."""
