@@ -270,7 +270,7 @@ class FMP(defense):
             return None
 
         def twins(epoch: int) -> torch.Tensor:
-            now = self.selector().detective().triggers(FAMILIES, triggers[0].target) if epoch else []
+            now = self.selector().trigger_search().triggers(FAMILIES, triggers[0].target) if epoch else []
             return unlearning_images(self.clean_images, [*triggers, *now], self.settings.random_seed + epoch)
 
         return twins

@@ -195,8 +195,8 @@ def overlap(record: str, maps: int, p: int, flags: dict[str, Any]) -> pd.DataFra
         print(_table(pd.DataFrame(found)), flush=True)
     selector = run.selector()
     evidence = selector.evidence(run.record.num_classes)
-    for trigger in selector.detective().triggers(FAMILIES, evidence.target):
-        precision, auc = _agreement(selector.detective().moved(trigger), wanted, tac, p, run.layers)
+    for trigger in selector.trigger_search().triggers(FAMILIES, evidence.target):
+        precision, auc = _agreement(selector.trigger_search().moved(trigger), wanted, tac, p, run.layers)
         found.append({"trigger": trigger.family, "moved precision": precision, "moved AUC": auc, "voted": evidence.target})
     print(_table(pd.DataFrame(found)), flush=True)
     return pd.DataFrame(found)

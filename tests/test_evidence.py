@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fmp_core.errors import UserError
-from fmp_core.evidence import Detective, Evidence, choose_within_budget, most_moved_first
+from fmp_core.evidence import Evidence, TriggerSearch, choose_within_budget, most_moved_first
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.pruning import accuracy_without
 from fmp_core.reversed_trigger import FAMILIES, SPARSE_PART, ReversedTrigger, load_trigger, save_trigger
@@ -51,19 +51,19 @@ def images_of(count: int = 400) -> tuple[Tensor, Tensor]:
     return images.to(torch.uint8), labels
 
 
-def detective(trigger: Tensor | None) -> Detective:
+def trigger_search(trigger: Tensor | None) -> TriggerSearch:
     images, labels = images_of()
     model = Planted(trigger)
     layers = [ConvLayer("conv", model.conv)]
     assert (model(images[:8] / 255).argmax(1) == labels[:8]).all()
-    return Detective(model, layers, images, labels, torch.float32, seed=0)
+    return TriggerSearch(model, layers, images, labels, torch.float32, seed=0)
 
 
 WHITE = torch.ones(3, 4, 4)
 
 
 def test_a_planted_patch_is_named_and_its_map_moved_most():
-    found = detective(WHITE)
+    found = trigger_search(WHITE)
     before = footprint(found.model)
     evidence = found.weigh("sparse", CLASSES)
     assert evidence.backdoored and evidence.target == TARGET and evidence.success[TARGET] > 0.9
@@ -73,7 +73,7 @@ def test_a_planted_patch_is_named_and_its_map_moved_most():
 
 
 def test_a_clean_model_shows_nothing():
-    evidence = detective(None).weigh("sparse", CLASSES)
+    evidence = trigger_search(None).weigh("sparse", CLASSES)
     assert not evidence.backdoored
 
 
@@ -85,7 +85,7 @@ def test_the_lead_decides():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_triggers_stay_within_their_family(family: str):
-    found = detective(WHITE)
+    found = trigger_search(WHITE)
     trigger = found.triggers([family], 1)[0]
     again = found.triggers([family], 1)[0]
     assert torch.equal(trigger.values, again.values) and torch.equal(trigger.where, again.where)
@@ -100,9 +100,9 @@ def test_triggers_stay_within_their_family(family: str):
 
 
 def test_a_subset_of_one_class_only_shows_nothing():
-    found = detective(WHITE)
+    found = trigger_search(WHITE)
     one = found.labels == TARGET
-    alone = Detective(found.model, found.layers, found.images[one], found.labels[one], torch.float32, 0)
+    alone = TriggerSearch(found.model, found.layers, found.images[one], found.labels[one], torch.float32, 0)
     assert float(alone.weigh("sparse", CLASSES).success[TARGET]) == 0
 
 

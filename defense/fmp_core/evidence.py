@@ -61,7 +61,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Detective:
+class TriggerSearch:
     """Reverses triggers of a model from clean images: uint8 ``[M, C, H, W]``, ``labels`` int64 ``[M]``, on one device."""
 
     model: nn.Module

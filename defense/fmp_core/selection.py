@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import ranks
 from .compute import choose_dtype
 from .evaluate import to_unit
-from .evidence import Detective, Evidence, choose_within_budget, most_moved_first
+from .evidence import Evidence, TriggerSearch, choose_within_budget, most_moved_first
 from .feature_maps import ConvLayer
 from .image_racing import count_with_few_images
 from .progress import Progress
@@ -75,14 +75,14 @@ class Selector:
             return []
         families = [evidence.family, *(family for family in FAMILIES if family != evidence.family)]
         with self.timed("reversing triggers"):
-            return self.detective().triggers(families, evidence.target)
+            return self.trigger_search().triggers(families, evidence.target)
 
     def choose(self, scores: Scores | None, trigger: ReversedTrigger | None) -> Choice:
         """The maps to prune: those that ``trigger`` moves most, else those with the lowest ``scores``."""
         settings = self.settings
         if trigger is not None:
             with self.timed("budget"):
-                moved = self.detective().moved(trigger)
+                moved = self.trigger_search().moved(trigger)
                 order = most_moved_first(moved, self.layers)
                 return replace(choose_within_budget(order, settings.budget, self._accuracy_without), moved=moved)
         if settings.selection == "none":
@@ -94,20 +94,20 @@ class Selector:
     def evidence(self, classes: int) -> Evidence:
         """The evidence of the first family that shows a backdoor; if none does, of the one in which a class leads most."""
         found: list[Evidence] = []
-        detective = self.detective()
+        trigger_search = self.trigger_search()
         with self.timed("reversing triggers"):
             for family in FAMILIES:
-                evidence = detective.weigh(family, classes)
+                evidence = trigger_search.weigh(family, classes)
                 self.logger.info("%s perturbations: %s", family, pformat(evidence.as_dict(), compact=True))
                 found.append(evidence)
                 if evidence.backdoored:
                     break
         return max(found, key=lambda evidence: evidence.lead)
 
-    def detective(self) -> Detective:
-        """Who reverses triggers, with this run's seed and dtype."""
+    def trigger_search(self) -> TriggerSearch:
+        """What reverses triggers, with this run's seed and dtype."""
         dtype = choose_dtype(self.settings.dtype, self.images.device)
-        return Detective(self.model, self.layers, self.images, self.labels, dtype, self.settings.random_seed)
+        return TriggerSearch(self.model, self.layers, self.images, self.labels, dtype, self.settings.random_seed)
 
     def _accuracy_without(self, mask: Tensor) -> float:
         chosen = Choice(mask).by_layer(self.layers)
