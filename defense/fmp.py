@@ -54,7 +54,7 @@ from fmp_core.pruning import prune_feature_maps  # noqa: E402
 from fmp_core.ranking import Choice  # noqa: E402
 from fmp_core.records import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
 from fmp_core.report_page import write_report  # noqa: E402
-from fmp_core.reversed_trigger import FAMILIES, REVERSED_TRIGGER, ReversedTrigger, save_trigger  # noqa: E402
+from fmp_core.reversed_trigger import REVERSED_TRIGGER, ReversedTrigger, save_trigger  # noqa: E402
 from fmp_core.score_cache import content_key  # noqa: E402
 from fmp_core.selection import Selector  # noqa: E402
 from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
@@ -270,7 +270,8 @@ class FMP(defense):
             return None
 
         def twins(epoch: int) -> torch.Tensor:
-            now = self.selector().trigger_search().triggers(FAMILIES, triggers[0].target) if epoch else []
+            families = [trigger.family for trigger in triggers] if epoch else []
+            now = self.selector().trigger_search().triggers(families, triggers[0].target)
             return unlearning_images(self.clean_images, [*triggers, *now], self.settings.random_seed + epoch)
 
         return twins

@@ -11,6 +11,7 @@ from fmp_core.evidence import Evidence, TriggerSearch, choose_within_budget, mos
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.pruning import accuracy_without
 from fmp_core.reversed_trigger import FAMILIES, SPARSE_PART, ReversedTrigger, load_trigger, save_trigger
+from fmp_core.score_cache import evidence_file, load_evidence, save_evidence
 from fmp_core.unlearning import unlearning_images
 from torch import Tensor, nn
 from toy import SmallPreActResNet, footprint, same, toy_case, weights
@@ -163,3 +164,24 @@ def test_a_trigger_file_is_read_back_or_refused(tmp_path: Path):
     torch.save({"family": "sparse"}, path)
     with pytest.raises(UserError, match="run the defense again"):
         load_trigger(path, (3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{",
+        '{"key": "other", "success": {}}',
+        '{"key": "k", "success": {"sparse": [1, 2, 3]}}',
+        '{"key": "k", "success": 7}',
+        "[]",
+    ],
+)
+def test_cached_evidence_is_read_back_or_ignored(tmp_path: Path, damage: str):
+    found = [Evidence("sparse", torch.tensor([0.1, 1 / 3, 0.9], dtype=torch.float64))]
+    save_evidence(tmp_path, "k", found)
+    again = load_evidence(tmp_path, "k", 3)
+    assert list(again) == ["sparse"] and torch.equal(again["sparse"].success, found[0].success)
+    assert load_evidence(tmp_path, "k", 4) == {} == load_evidence(tmp_path, "absent", 3)
+    evidence_file(tmp_path, "k").write_text(damage)
+    assert load_evidence(tmp_path, "k", 3) == {}

@@ -1,4 +1,4 @@
-"""Scores kept beside the result, named by what they depend on, so that sweeps over p or fine-tuning rank once."""
+"""Scores and evidence kept beside the result, named by what they depend on, so that sweeps over p or fine-tuning rank once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import __version__
 from .errors import UserError
+from .evidence import Evidence
 from .feature_maps import ConvLayer
-from .files import write_torch
+from .files import write_text, write_torch
 from .ranking import Scores
 from .safe_load import load_torch_file
 
@@ -68,3 +69,27 @@ def load_scores(folder: Path, key: str, layers: Sequence[ConvLayer]) -> Scores |
         return Scores(tuple(layers), samples=int(content["samples"]), **tensors)
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return None
+
+
+def evidence_file(folder: Path, key: str) -> Path:
+    """Where the evidence of ``key`` lies below the result folder."""
+    return folder / "cache" / f"evidence_{key[:16]}.json"
+
+
+def save_evidence(folder: Path, key: str, found: Sequence[Evidence]) -> None:
+    """Write the evidence of several families, whole or not at all."""
+    shares = {evidence.family: evidence.success.tolist() for evidence in found}
+    write_text(evidence_file(folder, key), json.dumps({"key": key, "success": shares}))
+
+
+def load_evidence(folder: Path, key: str, classes: int) -> dict[str, Evidence]:
+    """The cached evidence of ``key`` by family; none if the file is absent or damaged (then triggers are reversed again)."""
+    try:
+        content = json.loads(evidence_file(folder, key).read_text(encoding="utf-8"))
+        if content["key"] != key:
+            return {}
+        found = {str(name): torch.tensor(shares, dtype=torch.float64) for name, shares in content["success"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    good = all(shares.shape == (classes,) and bool(((shares >= 0) & (shares <= 1)).all()) for shares in found.values())
+    return {name: Evidence(name, shares) for name, shares in found.items()} if good else {}

@@ -26,7 +26,7 @@ from .racing import race
 from .ranking import Choice, Scores, choose, choose_by_chance, score_feature_maps
 from .ranking_state import RankingCheckpoints
 from .reversed_trigger import FAMILIES, ReversedTrigger
-from .score_cache import cache_file, content_key, load_scores, save_scores
+from .score_cache import cache_file, content_key, load_evidence, load_scores, save_evidence, save_scores
 from .settings import Settings
 
 HELD_OUT = 1000  # clean images, the last of the subset, that tell how many maps the budget allows
@@ -94,10 +94,18 @@ class Selector:
     def evidence(self, classes: int) -> Evidence:
         """The evidence of the first family that shows a backdoor; if none does, of the one in which a class leads most."""
         found: list[Evidence] = []
-        trigger_search = self.trigger_search()
+        search, settings = self.trigger_search(), self.settings
+        about = {"seed": search.seed, "dtype": str(search.dtype), "classes": classes, "families": FAMILIES}
+        key = content_key(self.model.state_dict(), self.images, self.labels, about)
         with self.timed("reversing triggers"):
             for family in FAMILIES:
-                evidence = trigger_search.weigh(family, classes)
+                known = {} if settings.fresh else load_evidence(self.shared, key, classes)
+                if ranks.leader_says(family in known):  # perhaps saved since this process looked
+                    evidence = known.get(family) or load_evidence(self.shared, key, classes)[family]
+                else:
+                    evidence = search.weigh(family, classes)
+                    if ranks.leads():
+                        save_evidence(self.shared, key, [*found, evidence])
                 self.logger.info("%s perturbations: %s", family, pformat(evidence.as_dict(), compact=True))
                 found.append(evidence)
                 if evidence.backdoored:
