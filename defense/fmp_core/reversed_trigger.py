@@ -7,7 +7,7 @@ for a pattern that covers the image. No poisoned image takes part. docs/strong.m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -65,27 +65,46 @@ def reverse_trigger(
     values = torch.zeros((1, channels, height, width), device=images.device)
     where = torch.zeros((1, 1, height, width), dtype=torch.bool, device=images.device)
     trigger, eps = ReversedTrigger(family, target, values, where), FAMILIES[family]
-    batch = SPARSE_BATCH if family == "sparse" else DENSE_BATCH
-    wanted = torch.full((batch,), target, device=images.device)
+
+    def drawn(count: int) -> Tensor:
+        return to_unit(images[torch.randint(len(images), (count,), generator=generator).to(images.device)])
+
+    if family == "sparse":
+        return _fewest_pixels(network, dtype, trigger, drawn)
+    for _ in range(STEPS):
+        pixels, logits = _on(network, dtype, trigger, drawn(DENSE_BATCH))
+        step = 2.5 * eps / STEPS * _gradient(logits, pixels, target).sum(0, keepdim=True).sign()
+        trigger = replace(trigger, values=(trigger.values - step).clamp(-eps, eps))
+    return trigger
+
+
+def _fewest_pixels(
+    network: nn.Module, dtype: torch.dtype, trigger: ReversedTrigger, drawn: Callable[[int], Tensor]
+) -> ReversedTrigger:
+    """``trigger`` and up to :data:`STEPS` descendants with more pixels each: the first of those that turned most images."""
     best, turned_best = trigger, -1
-    for _ in range(STEPS + 1):
-        drawn = torch.randint(len(images), (batch,), generator=generator)
-        pixels = trigger.on(to_unit(images[drawn.to(images.device)])).requires_grad_()
-        with torch.enable_grad(), FrozenOps(dtype):
-            logits = network(pixels).float()
-            loss = F.cross_entropy(logits, wanted, reduction="sum")
-        turned = int((logits.argmax(1) == target).sum())
-        if family != "sparse" or turned > turned_best:
+    for step in range(STEPS + 1):
+        pixels, logits = _on(network, dtype, trigger, drawn(SPARSE_BATCH))
+        turned = int((logits.argmax(1) == trigger.target).sum())
+        if turned > turned_best:
             best, turned_best = trigger, turned
-        if family == "sparse" and turned == batch:
+        if turned == SPARSE_BATCH or step == STEPS:
             break
-        gradient = torch.autograd.grad(loss, pixels)[0].float()
-        if family == "sparse":
-            trigger = _with_pixels(trigger, pixels.detach(), gradient)
-        else:
-            step = 2.5 * eps / STEPS * gradient.sum(0, keepdim=True).sign()
-            trigger = replace(trigger, values=(trigger.values - step).clamp(-eps, eps))
+        trigger = _with_pixels(trigger, pixels.detach(), _gradient(logits, pixels, trigger.target))
     return best
+
+
+def _on(network: nn.Module, dtype: torch.dtype, trigger: ReversedTrigger, images: Tensor) -> tuple[Tensor, Tensor]:
+    """``images`` with the trigger, a leaf, and their logits in float32."""
+    pixels = trigger.on(images).requires_grad_()
+    with torch.enable_grad(), FrozenOps(dtype):
+        return pixels, network(pixels).float()
+
+
+def _gradient(logits: Tensor, pixels: Tensor, target: int) -> Tensor:
+    """Of the loss towards class ``target``, summed over images, with respect to the pixels; float32."""
+    loss = F.cross_entropy(logits, torch.full((len(logits),), target, device=logits.device), reduction="sum")
+    return torch.autograd.grad(loss, pixels)[0].float()
 
 
 def _with_pixels(trigger: ReversedTrigger, pixels: Tensor, gradient: Tensor) -> ReversedTrigger:
