@@ -83,6 +83,7 @@ class Margins:
         correct, slimmest = (part > 0).sum(1), torch.where(part > 0, part, torch.inf).amin(1)
         mine = wanted.double()
         margin = part.mean(1) * mine
+        slimmest = torch.where(wanted, slimmest, torch.inf)
         return Scores(self.layers, correct * wanted, margin, slimmest, torch.zeros(len(part), 2), len(which))
 
 

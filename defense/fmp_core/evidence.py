@@ -81,7 +81,7 @@ class TriggerSearch:
                 if len(seen):
                     trigger = reverse_trigger(network, self.dtype, seen, family, target, self.seed)
                     found[target] = success(network, self.dtype, trigger, held_out)
-        ranks.combine(found, least=found.clone())
+        ranks.combine(found)
         return Evidence(family, found.cpu())
 
     def triggers(self, families: Iterable[str], target: int) -> list[ReversedTrigger]:

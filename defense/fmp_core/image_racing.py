@@ -19,9 +19,7 @@ from .feature_maps import ConvLayer
 from .ranking import Scores, ordered_groups, slices
 
 PILOTS = 32  # maps per layer
-CONFIDENCE = (
-    4.0  # standard deviations over the pilots that an image's margin keeps from 0, to count as theirs: 1 - 3e-5, if normal
-)
+CONFIDENCE = 5.0  # standard deviations over the pilots that an image's margin keeps from 0: 1 - 3e-7, if normal
 PARTS = 16  # the images are taken in about so many parts
 FEWEST = 2  # images in a part
 
@@ -47,7 +45,7 @@ def count_with_few_images(score: Score, layers: Sequence[ConvLayer], images: int
         margins[where.cpu(), first : first + found.shape[1]] = found.float().cpu()
 
     whole = score(pilots, None, keep)
-    ranks.combine(margins, least=torch.zeros(()))
+    ranks.combine(margins)
     mean = torch.stack([margins[where][pilots[where]].mean(0) for _, where in slices(layers)])
     spread = torch.stack([margins[where][pilots[where]].std(0, correction=0) for _, where in slices(layers)])
     contested = mean.abs() < CONFIDENCE * spread
@@ -73,7 +71,6 @@ def count_with_few_images(score: Score, layers: Sequence[ConvLayer], images: int
             logits[chosen] += found.logits[chosen] * len(part)
             slimmest[chosen] = torch.minimum(slimmest[chosen], found.slimmest[chosen])
 
-    slimmest[~pilots] = torch.inf
     add(lambda number: ~pilots & needed[number])
     foreseen = torch.where(pilots, correct, correct + foretold)
     full = pilots | needed.all(0)

@@ -64,14 +64,15 @@ def share_name() -> str:
     return f"{dist.get_rank()}of{dist.get_world_size()}" if together() else "0of1"
 
 
-def combine(*sums: Tensor, least: Tensor) -> None:
-    """Give every process all scores, in place: exact, since a map is scored by one process and 0 (``least``: inf) elsewhere."""
+def combine(*sums: Tensor, least: Tensor | None = None) -> None:
+    """Give every process all scores, in place: exact, since one process found each and it is 0 (``least``: inf) elsewhere."""
     if not together():
         return
     try:
         for tensor in sums:
             dist.all_reduce(tensor)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
+        if least is not None:
+            dist.all_reduce(least, dist.ReduceOp.MIN)
     except RuntimeError as error:  # gloo and nccl report a lost connection
         detail = " ".join(str(error).split())[:100]
         raise UserError(
