@@ -270,8 +270,8 @@ class FMP(defense):
             return None
 
         def twins(epoch: int) -> torch.Tensor:
-            families = [trigger.family for trigger in triggers] if epoch else []
-            now = self.selector().trigger_search().triggers(families, triggers[0].target)
+            families = [trigger.family for trigger in triggers]
+            now = self.selector().trigger_search().triggers(families, triggers[0].target) if epoch else []
             return unlearning_images(self.clean_images, [*triggers, *now], self.settings.random_seed + epoch)
 
         return twins

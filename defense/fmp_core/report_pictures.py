@@ -85,7 +85,7 @@ def reversed_changes(run: Run, trigger: Trigger, image: Tensor, wanted: pd.DataF
     if run.by_trigger:
         found_by = load_trigger(run.folder / REVERSED_TRIGGER, image.shape[1:])
         change = (found_by.on(image.cpu()) - image.cpu())[0] / FAMILIES[found_by.family]
-        return {place: change for place, _ in wanted.iterrows()}
+        return dict.fromkeys(wanted.index, change)
     settings = run.metrics["settings"]
     eps, steps = float(settings["eps"]), int(settings["frg_steps"])
     attack = Attack(eps, steps, float(settings["alpha"] or 2.5 * eps / steps))

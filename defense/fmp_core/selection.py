@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from pprint import pformat
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .reversed_trigger import FAMILIES, ReversedTrigger
 from .score_cache import cache_file, content_key, load_evidence, load_scores, save_evidence, save_scores
 from .settings import Settings
 
+Found = TypeVar("Found")
 HELD_OUT = 1000  # clean images, the last of the subset, that tell how many maps the budget allows
 
 
@@ -94,15 +95,17 @@ class Selector:
     def evidence(self, classes: int) -> Evidence:
         """The evidence of the first family that shows a backdoor; if none does, of the one in which a class leads most."""
         found: list[Evidence] = []
-        search, settings = self.trigger_search(), self.settings
+        search = self.trigger_search()
         about = {"seed": search.seed, "dtype": str(search.dtype), "classes": classes, "families": FAMILIES}
         key = content_key(self.model.state_dict(), self.images, self.labels, about)
+
+        def saved(family: str) -> Evidence | None:
+            return load_evidence(self.shared, key, classes).get(family)
+
         with self.timed("reversing triggers"):
             for family in FAMILIES:
-                known = {} if settings.fresh else load_evidence(self.shared, key, classes)
-                if ranks.leader_says(family in known):  # perhaps saved since this process looked
-                    evidence = known.get(family) or load_evidence(self.shared, key, classes)[family]
-                else:
+                evidence = self._cached(partial(saved, family))
+                if evidence is None:
                     evidence = search.weigh(family, classes)
                     if ranks.leads():
                         save_evidence(self.shared, key, [*found, evidence])
@@ -121,6 +124,13 @@ class Selector:
         chosen = Choice(mask).by_layer(self.layers)
         return accuracy_without(self.model, self.layers, chosen, self.images[-HELD_OUT:], self.labels[-HELD_OUT:])
 
+    def _cached(self, read: Callable[[], Found | None]) -> Found | None:
+        """What ``read`` finds in the cache, for all processes alike: what the first one sees there, decides."""
+        found = None if self.settings.fresh else read()
+        if not ranks.leader_says(found is not None):
+            return None
+        return read() if found is None else found  # saved since this process looked
+
     def _rank(self) -> Scores:
         """The scores of all feature maps, from the cache if the same question was answered before."""
         settings, layers = self.settings, self.layers
@@ -136,11 +146,7 @@ class Selector:
             self.logger.warning("--ranking racing is for scores in fp32; all maps are scored in full here")
         rules = {"dtype": str(dtype)} | ({"racing": [settings.p, settings.scope]} if racing else {})
         key = content_key(self.model.state_dict(), images, labels, {**question, **rules})
-        scores = None if settings.fresh else load_scores(self.shared, key, layers)
-        if not ranks.leader_says(scores is not None):
-            scores = None
-        elif scores is None:  # saved since this process looked
-            scores = load_scores(self.shared, key, layers)
+        scores = self._cached(lambda: load_scores(self.shared, key, layers))
         if scores is not None:
             found = cache_file(self.shared, key)
             self.logger.info("scores of %d feature maps read from %s (--fresh ranks again)", maps, found)

@@ -6,7 +6,10 @@ const HEIGHT = 46, TOP = 5, BOTTOM = 12, RADIUS = 2.2, HAS_TAC = Boolean(data.la
 const largest = Math.max(...data.layers.map(layer => layer.channel.length));
 let low = Infinity, high = 0, p = data.p, spread = true;
 // Dots stand lower the fewer images a map leaves correct, or the further the reversed trigger moves it.
-for (const layer of data.layers) layer.score = layer.correct || layer.moved.map(moved => -moved / Math.max(...layer.moved, 1e-12));
+for (const layer of data.layers) {
+  const most = layer.moved && Math.max(...layer.moved, 1e-12);
+  layer.score = layer.correct || layer.moved.map(moved => -moved / most);
+}
 for (const layer of data.layers) for (const score of layer.score) { low = Math.min(low, score); high = Math.max(high, score); }
 const percent = correct => (100 * correct / data.samples).toFixed(correct * 100 % data.samples ? 1 : 0) + " %";
 
