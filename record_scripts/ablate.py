@@ -178,6 +178,11 @@ def overlap(record: str, maps: int, p: int, flags: dict[str, Any]) -> pd.DataFra
     dtype = choose_dtype(run.settings.dtype, run.compute.device)
     found = []
     for look in LOOKS:
+        logits = torch.zeros(len(tac), run.record.num_classes, dtype=torch.float64, device=run.compute.device)
+
+        def add(where: Tensor, reverse: Tensor, logits: Tensor, first: int, total: Tensor = logits) -> None:
+            total[where] += logits.sum(1, dtype=torch.float64)
+
         scores = score_feature_maps(
             run.model,
             run.layers,
@@ -188,9 +193,10 @@ def overlap(record: str, maps: int, p: int, flags: dict[str, Any]) -> pd.DataFra
             seed=run.settings.random_seed,
             dtype=dtype,
             wanted=wanted,
+            watch=add,
         )
         row: dict[str, Any] = {**look._asdict(), "eps": f"{255 * look.eps:.0f}/255"}
-        row |= _compare(scores, wanted, tac, p)
+        row |= _compare(scores, logits.cpu() / scores.samples, wanted, tac, p)
         found.append(row)
         print(_table(pd.DataFrame(found)), flush=True)
     selector = run.selector()
@@ -218,13 +224,13 @@ def _agreement(score: Tensor, wanted: Tensor, tac: Tensor, p: int, layers: Seque
     return precision, auc
 
 
-def _compare(scores: Scores, wanted: Tensor, tac: Tensor, p: int) -> dict[str, Any]:
-    """How three scores of one look agree with TAC, and which class the maps vote for."""
-    shift = torch.zeros_like(scores.logits)
+def _compare(scores: Scores, logits: Tensor, wanted: Tensor, tac: Tensor, p: int) -> dict[str, Any]:
+    """How three scores of one look agree with TAC, and which class they vote for; ``logits`` ``[N, K]``: means over images."""
+    shift = torch.zeros_like(logits)
     leaders = []
     for _, where in slices(scores.layers):
         part = where.start + wanted[where].nonzero().flatten()
-        shift[part] = scores.logits[part] - scores.logits[part].mean(0)
+        shift[part] = logits[part] - logits[part].mean(0)
         leaders.append(part[shift[part].max(1).values.topk(min(len(part), max(1, len(part) // p))).indices])
     votes = shift[torch.cat(leaders)].argmax(1)
     target = int(votes.mode().values)

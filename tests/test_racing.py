@@ -1,20 +1,22 @@
-"""Racing over images and precision: the selection is that of the exact scores."""
+"""Racing: the selection is that of the exact scores."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from fmp_core.feature_maps import ConvLayer
-from fmp_core.image_racing import count_with_few_images
+from fmp_core.feature_maps import ConvLayer, trace_conv_layers
+from fmp_core.first_order import FirstOrder
+from fmp_core.image_racing import foretell_scores
 from fmp_core.racing import race
-from fmp_core.ranking import Scores, choose
+from fmp_core.ranking import Scores, choose, score_feature_maps
 from torch import Tensor, nn
 
 
 def scores_of(correct: Tensor, margin: Tensor, widths: tuple[int, ...], slimmest: float = 1.0) -> Scores:
     layers = tuple(ConvLayer(f"c{i}", nn.Conv2d(1, width, 1)) for i, width in enumerate(widths))
-    return Scores(layers, correct, margin, torch.full((len(correct),), slimmest), torch.zeros(len(correct), 2), 32)
+    return Scores(layers, correct, margin, torch.full((len(correct),), slimmest), 32)
 
 
 def run(cheap: Scores, exact: Scores, p: int, scope: str) -> tuple[Scores, int]:
@@ -63,60 +65,84 @@ def test_dropped_maps_rank_behind_all_settled_ones():
     assert raced.settled[raced.order()[:4]].all()
 
 
-class Margins:
-    """Scores maps from a table of margins ``[N, M]``, and counts what it was asked for."""
-
-    def __init__(self, table: Tensor, widths: tuple[int, ...]):
-        self.table = table
-        self.layers = scores_of(table[:, 0].long(), table[:, 0], widths).layers
-        self.asked = torch.zeros(table.shape, dtype=torch.int64)
-
-    def __call__(
-        self, wanted: Tensor, which: Tensor | None = None, watch: Callable[[Tensor, Tensor, int], None] | None = None
-    ) -> Scores:
-        which = torch.arange(self.table.shape[1]) if which is None else which
-        part = self.table[:, which]
-        self.asked[wanted.nonzero(), which] += 1
-        if watch is not None:
-            for where, first in ((wanted.nonzero().flatten(), 0),):
-                watch(where, part[where], first)
-        correct, slimmest = (part > 0).sum(1), torch.where(part > 0, part, torch.inf).amin(1)
-        mine = wanted.double()
-        margin = part.mean(1) * mine
-        slimmest = torch.where(wanted, slimmest, torch.inf)
-        return Scores(self.layers, correct * wanted, margin, slimmest, torch.zeros(len(part), 2), len(which))
-
-
-def slim_margins(widths: tuple[int, ...], images: int, seed: int) -> Tensor:
-    """Each image has a margin of its own, from wide to slim, and each map moves it a little."""
+def wide_net(seed: int) -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A small network with wide layers, and images most of which it classifies as labelled, some by a hair."""
     generator = torch.Generator().manual_seed(seed)
-    level = 3 * torch.randn(images, generator=generator, dtype=torch.float64) + 3
-    return level + 0.4 * torch.randn(sum(widths), images, generator=generator, dtype=torch.float64)
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(3, 96, 3, padding=1),
+        nn.BatchNorm2d(96),
+        nn.ReLU(),
+        nn.Conv2d(96, 192, 3, 2, padding=1),
+        nn.BatchNorm2d(192),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(192 * 16, 5),
+    ).eval()
+    images = torch.rand(24, 3, 8, 8, generator=generator)
+    with torch.no_grad():
+        ranking = net(images).topk(2).indices
+    wrong = torch.rand(24, generator=generator) < 0.2
+    return net, images, torch.where(wrong, ranking[:, 1], ranking[:, 0])
 
 
+class Counting:
+    """Scores feature maps, and counts the (map, image) pairs and those whose margin was foretold."""
+
+    def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, eps: float):
+        self.layers = trace_conv_layers(net, images[:1])
+        self.score = partial(score_feature_maps, net, self.layers, images, labels, eps=eps)
+        self.images = len(images)
+        self.pairs = self.foretold = 0
+
+    def __call__(self, wanted: Tensor, which: Tensor | None = None, foretell: Any = None, **options: Any) -> Scores:
+        pairs = int(wanted.sum()) * (self.images if which is None else len(which))
+        self.pairs += pairs
+        self.foretold += pairs if foretell else 0
+        return self.score(wanted=wanted, which=which, foretell=foretell, **{"dtype": torch.bfloat16, **options})
+
+
+@pytest.mark.parametrize("eps", [1 / 255, 8 / 255])
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("seed", range(5))
-def test_few_images_settle_the_counts(seed: int, scope: str):
-    widths = (128, 512, 256)
-    score = Margins(slim_margins(widths, 40, seed), widths)
-    found = count_with_few_images(score, score.layers, 40, 64, scope)
-    exact = score(torch.ones(sum(widths), dtype=torch.bool))
-    assert score.asked.max() == 2, "something was scored twice"  # once by the race, once just now
-    assert int(score.asked.sum()) - exact.total * 40 < 0.8 * exact.total * 40
-    full = torch.isfinite(found.margin)
-    assert torch.equal(found.correct, exact.correct)
-    assert torch.allclose(found.margin[full], exact.margin[full]) and torch.equal(found.slimmest[full], exact.slimmest[full])
-    assert torch.equal(choose(found, 64, scope).mask, choose(exact, 64, scope).mask)
-    raced, _ = run(found, exact, 64, scope)
-    assert torch.equal(choose(raced, 64, scope).mask, choose(exact, 64, scope).mask)
+@pytest.mark.parametrize("seed", range(3))
+def test_foretold_scores_lead_to_the_exact_selection(seed: int, scope: str, eps: float):
+    net, images, labels = wide_net(seed)
+    score = Counting(net, images, labels, eps)
+    foretold, error = foretell_scores(score, FirstOrder(net, images, labels), score.layers, 16, scope)
+    assert score.pairs <= foretold.total * 24 and score.foretold > score.pairs / 3
+    low = race(foretold, score, 16, scope, error)
+    raced = race(low, partial(score, dtype=torch.float32), 16, scope)
+    exact = score.score()
+    assert torch.equal(choose(raced, 16, scope).mask, choose(exact, 16, scope).mask)
+    settled = raced.settled
+    assert settled is not None and 0 < int(settled.sum()) < foretold.total
+    assert torch.equal(raced.correct[settled], exact.correct[settled])
+    assert torch.equal(raced.margin[settled], exact.margin[settled])
+    assert (raced.margin[~settled] <= exact.margin[~settled]).all(), "a floor above the margin"
 
 
-def test_images_that_pilots_dispute_are_scored_for_all_maps():
-    widths = (128,)
-    table = slim_margins(widths, 16, 0)
-    table[:, :] = 5.0
-    table[::3, 4] = -1.0  # of every layer's pilots some turn image 4
-    score = Margins(table, widths)
-    found = count_with_few_images(score, score.layers, 16, 64, "layer")
-    assert torch.equal(found.correct, (table > 0).sum(1))
-    assert (score.asked[:, 4] == 1).all()
+def test_first_order_is_exact_on_a_linear_model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    images, labels = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+    reverse = images + 0.1 * torch.randn(4, 5, 3, 2, 2)
+    which = torch.tensor([3, 0])
+    with torch.no_grad():
+        logits = net(reverse[:, which].flatten(0, 1)).view(4, 2, 3)
+    found = FirstOrder(net, images, labels).margins(reverse[:, which], which)
+    expected = logits[..., 0] - logits[..., 1:].amax(-1)  # both images are of class 0
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_the_model_answers_where_first_order_is_not_sure():
+    """Foretold margins that are all wrong, and no sure one among them, change no count."""
+    net, images, labels = wide_net(0)
+    score = Counting(net, images, labels, 1 / 255)
+
+    def never_sure(reverse: Tensor, _first: int) -> tuple[Tensor, Tensor]:
+        return torch.full(reverse.shape[:2], -1.0), torch.zeros(reverse.shape[:2], dtype=torch.bool)
+
+    exact = score.score()
+    found = score.score(foretell=never_sure)
+    assert torch.equal(found.correct, exact.correct) and torch.allclose(found.slimmest, exact.slimmest, atol=1e-5)
+    assert (found.margin == -1).all()

@@ -86,7 +86,7 @@ def test_alpha_defaults_to_two_and_a_half_eps_over_steps() -> None:
 def made_up(correct: list[int], margin: list[float], channels: tuple[int, ...]) -> Scores:
     layers = tuple(ConvLayer(f"conv{i}", nn.Conv2d(1, count, 1)) for i, count in enumerate(channels))
     margins = torch.tensor(margin, dtype=torch.float64)
-    return Scores(layers, torch.tensor(correct), margins, torch.ones(len(margin)), torch.zeros(len(margin), 3), samples=10)
+    return Scores(layers, torch.tensor(correct), margins, torch.ones(len(margin)), samples=10)
 
 
 def test_global_takes_the_lowest_of_all_and_layer_the_lowest_of_each() -> None:

@@ -13,11 +13,12 @@ from fmp_core.compute import Compute
 WORKER = """
 import json, sys, torch
 from functools import partial
-from fmp_core import ranks
+from fmp_core import image_racing, ranks
 from fmp_core.compute import Compute
 from fmp_core.evidence import TriggerSearch
 from fmp_core.feature_maps import trace_conv_layers
-from fmp_core.image_racing import count_with_few_images
+from fmp_core.first_order import FirstOrder
+from fmp_core.image_racing import foretell_scores
 from fmp_core.ranking import score_feature_maps
 from torch import nn
 torch.set_num_threads(1)
@@ -29,10 +30,14 @@ net(images)
 layers = trace_conv_layers(net, images[:1])
 score = partial(score_feature_maps, net, layers, images, labels, eps=0.1, rows=16)
 whole = score()
-few = count_with_few_images(lambda wanted, which, watch: score(wanted=wanted, which=which, watch=watch), layers, 20, 4, "layer")
+image_racing.PILOTS = 3
+first_order = FirstOrder(net, images, labels)
+def score_some(wanted, which=None, **hooks):
+    return score(wanted=wanted, which=which, **hooks)
+raced, _ = foretell_scores(score_some, first_order, layers, 4, "layer")
 shown = TriggerSearch(net, layers, (255 * images).to(torch.uint8), labels, torch.float32, 0).weigh("dense-32", 4).success
 if ranks.leads():
-    scored = [scores.correct.tolist() + [value.hex() for value in scores.margin.tolist()] for scores in (whole, few)]
+    scored = [scores.correct.tolist() + [value.hex() for value in scores.margin.tolist()] for scores in (whole, raced)]
     print(json.dumps([*scored, shown.tolist()]))
 ranks.leave()
 """

@@ -98,7 +98,7 @@ def test_plots_are_pictures_of_bbs_size(tmp_path: Path, rows: list[tuple[Epoch |
 def scores() -> Scores:
     layers = (ConvLayer("b", nn.Conv2d(1, 4, 1)), ConvLayer("a", nn.Conv2d(1, 2, 1)))
     margin = torch.tensor([0.5, -1.0, 0.25, 0.125, 0.75, 0.5], dtype=torch.float64)
-    return Scores(layers, torch.tensor([7, 3, 3, 9, 8, 1]), margin, margin, torch.zeros(6, 10), samples=10)
+    return Scores(layers, torch.tensor([7, 3, 3, 9, 8, 1]), margin, margin, samples=10)
 
 
 def test_feature_maps_ranked_within_their_layer(tmp_path: Path) -> None:

@@ -37,16 +37,16 @@ def test_another_question_has_another_key(changes: dict[str, object]):
 
 def test_scores_come_back(tmp_path: Path):
     settled = torch.tensor([True, True, False, True])
-    scores = Scores(LAYERS, torch.arange(4), *(torch.rand(4, *more).double() for more in ((), (), (3,))), 5, settled)
+    scores = Scores(LAYERS, torch.arange(4), *torch.rand(2, 4).double(), 5, settled)
     save_scores(tmp_path, key(), scores)
     again = load_scores(tmp_path, key(), LAYERS)
     assert again is not None and again.samples == 5
-    for name in ("correct", "margin", "slimmest", "logits", "settled"):
+    for name in ("correct", "margin", "slimmest", "settled"):
         assert torch.equal(getattr(again, name), getattr(scores, name))
 
 
 def test_a_damaged_or_foreign_file_is_no_answer(tmp_path: Path):
-    scores = Scores(LAYERS, torch.zeros(4, dtype=torch.int64), *(torch.zeros(4, *more).double() for more in ((), (), (3,))), 5)
+    scores = Scores(LAYERS, torch.zeros(4, dtype=torch.int64), *torch.zeros(2, 4).double(), 5)
     assert load_scores(tmp_path, key(), LAYERS) is None
     save_scores(tmp_path, key(), scores)
     path = cache_file(tmp_path, key())

@@ -1,14 +1,16 @@
-"""Racing over images: what an image cannot tell about a map's count is not computed.
+"""Racing over images: a forward pass, or even an FRG image, is made only where it can tell something about a map's rank.
 
 At eps = 1/255 a feature map turns only few images: those whose margin is slim already. A few maps of each layer, the pilots,
-are scored on all images and show which images those are. The other maps are scored on them; the rest of the images counts as
-the pilots have it, which settles a map's count. Only maps whose count ties at the cut or lies below it need all images, for
-the mean margin that decides there (docs/performance.md).
+are scored on all images. They show which images' answers differ between maps of the layer, and how far first order
+(:mod:`.first_order`) can be trusted. The other maps are scored on those images only, most of them without a forward pass; the
+rest of the images counts as the pilots have it, which settles a map's count. Maps whose count ties at the cut or lies below it
+get a foretold margin of all images (docs/performance.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,69 +18,111 @@ from torch import Tensor
 
 from . import ranks
 from .feature_maps import ConvLayer
-from .ranking import Scores, ordered_groups, slices
+from .first_order import FirstOrder
+from .ranking import Foretell, Scores, Watch, ordered_groups, slices
+from .ranking_state import Answers
 
 PILOTS = 32  # maps per layer
-CONFIDENCE = 5.0  # standard deviations over the pilots that an image's margin keeps from 0: 1 - 3e-7, if normal
-PARTS = 16  # the images are taken in about so many parts
-FEWEST = 2  # images in a part
+CONFIDENCE = 5.0  # standard deviations over the pilots that a margin keeps from 0: 1 - 3e-7, if normal
 
 
 class Score(Protocol):
     """Scores the maps of a bool mask ``[N]`` on the images at ``which`` (:func:`~fmp_core.ranking.score_feature_maps`)."""
 
-    def __call__(self, wanted: Tensor, which: Tensor | None, watch: Callable[[Tensor, Tensor, int], None] | None) -> Scores: ...
+    def __call__(
+        self, wanted: Tensor, which: Tensor | None = None, watch: Watch | None = None, foretell: Foretell | None = None
+    ) -> Scores: ...
 
 
-def count_with_few_images(score: Score, layers: Sequence[ConvLayer], images: int, p: int, scope: str) -> Scores:
-    """Scores in which the maps at and below the cut of each group are scored on all ``images``.
+@dataclass(frozen=True)
+class Outlook:
+    """What a layer's pilots tell about its other maps, for each of M images.
 
-    The others have an infinite ``margin``, and the ``correct`` that all images would give with the confidence above.
+    ``correct`` bool ``[M]``: how a map answers that is like the pilots. ``contested`` bool ``[M]``: maps may differ in that.
+    ``bias``, ``doubt`` float ``[M]``: by how much foretold margins are too low, and how far that may vary. ``error``: standard
+    deviation of a foretold margin's mean over the images.
     """
-    total = sum(layer.channels for layer in layers)
-    pilots = torch.zeros(total, dtype=torch.bool)
+
+    correct: Tensor
+    contested: Tensor
+    bias: Tensor
+    doubt: Tensor
+    error: float
+
+    @staticmethod
+    def of(seen: Tensor, foretold: Tensor) -> Outlook:
+        """From the pilots' margins and what first order makes of them, both ``[pilots, M]``."""
+        mean, spread = seen.mean(0), seen.std(0, correction=0)
+        wrong = seen - foretold
+        doubt = CONFIDENCE * wrong.std(0, correction=0)
+        return Outlook(mean > 0, mean.abs() < CONFIDENCE * spread, wrong.mean(0), doubt, float(wrong.mean(1).std(correction=0)))
+
+    def foretell(self, first_order: FirstOrder, which: Tensor) -> Foretell:
+        """For maps of the layer on the images at ``which``."""
+
+        def margins(reverse: Tensor, first: int) -> tuple[Tensor, Tensor]:
+            part = which[first : first + reverse.shape[1]]
+            found = first_order.margins(reverse, part) + self.bias[part]
+            return found, found.abs() > self.doubt[part]
+
+        return margins
+
+
+def foretell_scores(
+    score: Score, first_order: FirstOrder, layers: Sequence[ConvLayer], p: int, scope: str
+) -> tuple[Scores, Tensor]:
+    """Scores with the counts of all maps, and by how much their margins may err (standard deviations, float64 ``[N]``).
+
+    ``settled`` are the maps whose margin is foretold: those at and below the cut of a group of ``scope``, and the pilots.
+    """
+    pilots = _pilots(layers)
+    whole, outlooks = _look(score, first_order, layers, pilots)
+    images, widths = whole.samples, torch.tensor([layer.channels for layer in layers])
+    correct, margin, slimmest = whole.correct.clone(), whole.margin * images, whole.slimmest.clone()
+
+    def add(wanted: Tensor, contested: bool) -> None:
+        for (_, where), outlook in zip(slices(layers), outlooks, strict=True):
+            chosen, which = torch.zeros_like(pilots), (outlook.contested == contested).nonzero().flatten()
+            chosen[where] = wanted[where]
+            if chosen.any() and len(which):
+                found = score(chosen, which, foretell=outlook.foretell(first_order, which))
+                correct[chosen] += found.correct[chosen]
+                margin[chosen] += found.margin[chosen] * len(which)
+                slimmest[chosen] = torch.minimum(slimmest[chosen], found.slimmest[chosen])
+
+    add(~pilots, contested=True)
+    rest = torch.tensor([int((outlook.correct & ~outlook.contested).sum()) for outlook in outlooks])
+    counts = torch.where(pilots, correct, correct + rest.repeat_interleave(widths))
+    low = pilots.clone()
+    for members in ordered_groups(Scores(tuple(layers), counts, torch.zeros_like(margin), slimmest, images), scope):
+        if len(members) >= p:
+            low[members[counts[members] <= counts[members[len(members) // p - 1]]]] = True
+    add(low & ~pilots, contested=False)
+    correct, margin = torch.where(low, correct, counts), torch.where(low, margin / images, -torch.inf)
+    error = torch.tensor([outlook.error for outlook in outlooks], dtype=torch.float64).repeat_interleave(widths)
+    return Scores(tuple(layers), correct, margin, slimmest, images, settled=low), error
+
+
+def _pilots(layers: Sequence[ConvLayer]) -> Tensor:
+    """Evenly spread maps of each layer, bool ``[N]``."""
+    pilots = torch.zeros(sum(layer.channels for layer in layers), dtype=torch.bool)
     for layer, where in slices(layers):
         pilots[torch.linspace(where.start, where.stop - 1, min(PILOTS, layer.channels)).round().long()] = True
-    margins = torch.zeros(total, images)
+    return pilots
 
-    def keep(where: Tensor, found: Tensor, first: int) -> None:
-        margins[where.cpu(), first : first + found.shape[1]] = found.float().cpu()
 
-    whole = score(pilots, None, keep)
-    ranks.combine(margins)
-    mean = torch.stack([margins[where][pilots[where]].mean(0) for _, where in slices(layers)])
-    spread = torch.stack([margins[where][pilots[where]].std(0, correction=0) for _, where in slices(layers)])
-    contested = mean.abs() < CONFIDENCE * spread
-    order = contested.sum(0).argsort(descending=True, stable=True)  # so that few parts hold what layers need
-    parts = order.split(max(FEWEST, -(-images // PARTS)))
-    # which layers need which part, and what the parts a layer does not need add to its counts
-    needed = torch.stack([contested[:, part].any(1) for part in parts])
-    foretold = torch.stack([(mean[:, part] > 0).sum(1) for part in parts]).masked_fill(needed, 0).sum(0)
-    widths = torch.tensor([layer.channels for layer in layers])
-    needed, foretold = needed.repeat_interleave(widths, 1), foretold.repeat_interleave(widths)
+def _look(score: Score, first_order: FirstOrder, layers: Sequence[ConvLayer], pilots: Tensor) -> tuple[Scores, list[Outlook]]:
+    """The pilots' scores on all images, and what they tell about each layer."""
+    images, device = len(first_order.images), first_order.images.device
+    row = (pilots.cumsum(0) - 1).to(device)
+    seen, foretold = torch.zeros(2, int(pilots.sum()), images, device=device)
 
-    correct, margin = whole.correct.clone(), whole.margin * images
-    slimmest, logits = whole.slimmest.clone(), whole.logits * images
+    def keep(where: Tensor, reverse: Tensor, logits: Tensor, first: int) -> None:
+        which = torch.arange(first, first + reverse.shape[1], device=device)
+        seen[row[where][:, None], which] = Answers.of(logits, first_order.labels[which]).margins
+        foretold[row[where][:, None], which] = first_order.margins(reverse, which)
 
-    def add(wanted: Callable[[int], Tensor]) -> None:
-        for number, part in enumerate(parts):
-            chosen = wanted(number)
-            if not chosen.any():
-                continue
-            found = score(chosen, part, None)
-            correct[chosen] += found.correct[chosen]
-            margin[chosen] += found.margin[chosen] * len(part)
-            logits[chosen] += found.logits[chosen] * len(part)
-            slimmest[chosen] = torch.minimum(slimmest[chosen], found.slimmest[chosen])
-
-    add(lambda number: ~pilots & needed[number])
-    foreseen = torch.where(pilots, correct, correct + foretold)
-    full = pilots | needed.all(0)
-    counts = Scores(tuple(layers), foreseen, torch.zeros(total, dtype=torch.float64), slimmest, logits, images)
-    for members in ordered_groups(counts, scope):
-        count = len(members) // p
-        if count:
-            full[members[foreseen[members] <= foreseen[members[count - 1]]]] = True
-    add(lambda number: full & ~pilots & ~needed[number])
-    margin[~full] = torch.inf
-    return Scores(tuple(layers), torch.where(full, correct, foreseen), margin / images, slimmest, logits / images, images)
+    whole = score(pilots, watch=keep)
+    ranks.combine(seen, foretold)
+    rows = [row[where][pilots[where].to(device)] for _, where in slices(layers)]
+    return whole, [Outlook.of(seen[of], foretold[of]) for of in rows]

@@ -1,7 +1,7 @@
-"""Racing over precision: all maps have bfloat16 scores, and only those that may end among the lowest N/p get float32 ones.
+"""Racing: only maps that may end among the lowest N/p are scored in full.
 
-bfloat16 scores are the float32 ones plus a small error, whose size the rescored maps show. Racing over images comes before
-(:mod:`.image_racing`).
+Scores of a cheaper kind are the full ones plus a small error, whose size the rescored maps show. ``--ranking racing`` races
+twice: foretold scores (:mod:`.image_racing`) against bfloat16 ones, and these against float32.
 """
 
 from __future__ import annotations
@@ -15,49 +15,54 @@ from torch import Tensor
 from .ranking import Scores, ordered_groups
 
 CONTENDERS = 2  # times the maps to choose are rescored at first
-CONFIDENCE = 4.0  # standard deviations of the bfloat16 error that a dropped map keeps from the cut: 1 - 3e-5, if normal
+CONFIDENCE = 4.0  # standard deviations of the cheap margin's error that a dropped map keeps from the cut: 1 - 3e-5, if normal
 
 
-def race(cheap: Scores, score: Callable[[Tensor], Scores], p: int, scope: str) -> Scores:
-    """Scores whose lowest N/p maps are float32 scores; ``settled`` marks all maps that have one.
+def race(cheap: Scores, score: Callable[[Tensor], Scores], p: int, scope: str, error: Tensor | None = None) -> Scores:
+    """Scores whose lowest N/p maps are full scores; ``settled`` marks all maps that have one.
 
-    A map is dropped if its bfloat16 score stays above the float32 score at the cut by more than bfloat16 has been seen to err,
+    A map is dropped if its cheap score stays above the full score at the cut by more than cheap scores have been seen to err,
     :data:`CONFIDENCE` standard deviations: in the mean margin, and, for its count, in the slimmest margin of a correct image.
 
     Args:
-        cheap: bfloat16 scores of all maps; an infinite margin is not known.
-        score: scores the maps of a bool mask ``[N]`` in float32.
+        cheap: scores of all maps; where they are not ``settled``, ``margin`` is the least it may be.
+        score: scores the maps of a bool mask ``[N]`` in full.
+        error: standard deviations of the cheap margins' errors, float64 ``[N]``, if they differ between maps; the counts
+            are those of ``score`` then.
     """
-    total = cheap.total
-    settled = torch.zeros(total, dtype=torch.bool)
-    correct, margin = cheap.correct.clone(), cheap.margin.clone()
-    doubtful = torch.zeros(total, dtype=torch.bool)
+    settled = torch.zeros(cheap.total, dtype=torch.bool)
+    known = ~settled if cheap.settled is None else cheap.settled
+    correct, margin, floor = cheap.correct.clone(), cheap.margin.clone(), cheap.margin
+    doubtful = torch.zeros(cheap.total, dtype=torch.bool)
     for members in ordered_groups(cheap, scope):
         doubtful[members[: CONTENDERS * (len(members) // p)]] = True
     while doubtful.any():
-        exact = score(doubtful)
-        correct[doubtful], margin[doubtful] = exact.correct[doubtful], exact.margin[doubtful]
+        full = score(doubtful)
+        correct[doubtful], margin[doubtful] = full.correct[doubtful], full.margin[doubtful]
         settled |= doubtful
+        wrong = (margin - cheap.margin)[settled & known]
+        if error is None:
+            slack = torch.full_like(margin, CONFIDENCE * float(wrong.square().mean().sqrt()))
+            fragile = cheap.slimmest < slack * cheap.samples**0.5  # one image errs more than the mean of all
+        else:
+            slack = CONFIDENCE * error * max(1.0, float((wrong / error[settled & known]).square().mean().sqrt()))
+            fragile = torch.zeros_like(settled)
+        floor = torch.where(known, cheap.margin - slack, cheap.margin)
         scores = replace(cheap, correct=correct, margin=margin, settled=settled)
-        doubtful = _in_doubt(cheap, scores, p, scope)
-    return replace(cheap, correct=correct, margin=margin, settled=settled)
+        doubtful = _in_doubt(scores, cheap.correct - fragile.long(), floor, p, scope)
+    return replace(cheap, correct=correct, margin=torch.where(settled, margin, floor), settled=settled)
 
 
-def _in_doubt(cheap: Scores, scores: Scores, p: int, scope: str) -> Tensor:
-    """Dropped maps that the bfloat16 error seen so far could carry below the cut of their group; bool ``[N]``."""
-    assert scores.settled is not None
+def _in_doubt(scores: Scores, least: Tensor, floor: Tensor, p: int, scope: str) -> Tensor:
+    """Dropped maps that would end below the cut of their group with the ``least`` count and margin they may have."""
     doubtful = torch.zeros(scores.total, dtype=torch.bool)
-    known = torch.isfinite(cheap.margin)
-    wrong = (scores.margin - cheap.margin)[scores.settled & known]
-    slack = CONFIDENCE * float(wrong.square().mean().sqrt())
-    fragile = cheap.slimmest < slack * cheap.samples**0.5  # one image errs more than the mean of all
+    assert scores.settled is not None
     for members in ordered_groups(scores, scope):
         count = len(members) // p
         if count == 0:
             continue
         cut = members[count - 1]
         others = members[~scores.settled[members]]
-        least = cheap.correct[others] - fragile[others].long()
-        close = (least == scores.correct[cut]) & ~(known[others] & (cheap.margin[others] - slack > scores.margin[cut]))
-        doubtful[others] = (least < scores.correct[cut]) | close
+        close = (least[others] == scores.correct[cut]) & (floor[others] <= scores.margin[cut])
+        doubtful[others] = (least[others] < scores.correct[cut]) | close
     return doubtful

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from .compute import fewest_rows, is_out_of_memory, least_rows, rows_per_batch
 from .feature_maps import ConvLayer, frozen
 from .frg import Attack, SharedForward, noisy_start
 from .frozen_ops import FrozenOps, lowered
-from .ranking_state import Keeper, RankingState, margins_of
+from .ranking_state import Answers, Keeper, RankingState
+
+STEP = 8  # few batches of unsure images differ in size then: kernels are made anew for each size
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,14 @@ class Scores:
     ``correct`` int64 ``[N]``: how many of ``samples`` FRG images the whole model still classifies correctly.
     ``margin`` float64 ``[N]``: mean over the images of (logit of the true class - largest other logit).
     ``slimmest`` float64 ``[N]``: the smallest margin among the images classified correctly (inf if there are none).
-    ``logits`` float64 ``[N, K]``: mean logits over the images.
-    ``settled`` bool ``[N]``: False for maps that racing dropped on their cheaper score; None if there are none.
+    ``settled`` bool ``[N]``: False for maps that racing dropped, whose ``margin`` is only the least it may be (-inf: not
+    known); None if there are none.
     """
 
     layers: tuple[ConvLayer, ...]
     correct: Tensor
     margin: Tensor
     slimmest: Tensor
-    logits: Tensor
     samples: int
     settled: Tensor | None = None
 
@@ -74,6 +75,20 @@ def slices(layers: Sequence[ConvLayer]) -> list[tuple[ConvLayer, slice]]:
         found.append((layer, slice(start, start + layer.channels)))
         start += layer.channels
     return found
+
+
+class Watch(Protocol):
+    """Sees what the model answers to the maps at ``where`` ``[n]``: their FRG images ``[n, B, C, H, W]``, made from the images
+    from ``first`` on, and the logits ``[n, B, K]``."""
+
+    def __call__(self, where: Tensor, reverse: Tensor, logits: Tensor, first: int) -> None: ...
+
+
+class Foretell(Protocol):
+    """Foretells the margins ``[n, B]`` of FRG images ``[n, B, C, H, W]``, made from the images from ``first`` on. The second
+    tensor, bool ``[n, B]``, says of whose signs it is sure."""
+
+    def __call__(self, reverse: Tensor, first: int) -> tuple[Tensor, Tensor]: ...
 
 
 def choose(scores: Scores, p: int, scope: str) -> Choice:
@@ -124,7 +139,8 @@ def score_feature_maps(
     memory_mib: int | None = None,
     wanted: Tensor | None = None,
     which: Tensor | None = None,
-    watch: Callable[[Tensor, Tensor, int], None] | None = None,
+    watch: Watch | None = None,
+    foretell: Foretell | None = None,
     progress: Callable[[int], None] = lambda pairs: None,
     checkpoint: Checkpoint | None = None,
 ) -> Scores:
@@ -146,8 +162,9 @@ def score_feature_maps(
         memory_mib: lowers ``rows`` so that the retained graph fits (an estimate from one image).
         wanted: bool ``[N]``, the maps to score (default all); the others get 0.
         which: int64, positions of the ``images`` to score on, which keep their noise (default all).
-        watch: called with the positions ``[n]`` of a group of maps, their margins ``[n, B]`` on a batch of images, and the
-            position of the first of these; not for what a checkpoint has already.
+        watch: called for each group of maps and batch of images, but not for what a checkpoint has already.
+        foretell: gives the margins instead of the model; where it is not sure of their sign, the model says whether the image
+            is classified correctly.
         progress: called with the number of (map, image) pairs just scored.
 
     Raises:
@@ -164,15 +181,14 @@ def score_feature_maps(
     # TF32 would blur the difference of two nearly equal maps; speed comes from dtype, not from it.
     with frozen(model), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         keeper = Keeper(checkpoint)
-        engine = Engine(model, lowered(model, layers[0].module, dtype), dtype, layers, attack, progress, keeper, watch)
+        twin = lowered(model, layers[0].module, dtype)
+        engine = Engine(model, twin, dtype, layers, attack, progress, keeper, watch, foretell)
         rows = max(least_rows(device), rows or rows_per_batch(device))
         if memory_mib is not None:
             fitting = memory_mib * 2**20 // engine.bytes_per_image(images[:1], start[:1])
             rows = max(fewest_rows(device), min(rows, fitting))
         mine = ranks.share(torch.ones(total, dtype=torch.bool) if wanted is None else wanted)
-        with torch.inference_mode():
-            classes = model(images[:1]).shape[1]
-        with keeper.saving(RankingState.empty(total, classes, rows, device)) as state:
+        with keeper.saving(RankingState.empty(total, rows, device)) as state:
             if state.images:
                 progress(state.images * int(mine.sum()))
             while state.images < len(images):
@@ -188,9 +204,9 @@ def score_feature_maps(
                     continue
                 state.end_batch(batch)
     tally = state.whole
-    ranks.combine(*tally[:3], least=tally.slimmest)
-    correct, margin, logits, slimmest = (tensor.cpu() for tensor in tally)
-    return Scores(tuple(layers), correct, margin / len(images), slimmest, logits / len(images), len(images))
+    ranks.combine(tally.correct, tally.margin, least=tally.slimmest)
+    correct, margin, slimmest = (tensor.cpu() for tensor in tally)
+    return Scores(tuple(layers), correct, margin / len(images), slimmest, len(images))
 
 
 class Engine(NamedTuple):
@@ -203,7 +219,8 @@ class Engine(NamedTuple):
     attack: Attack
     progress: Callable[[int], None]
     keeper: Keeper
-    watch: Callable[[Tensor, Tensor, int], None] | None = None
+    watch: Watch | None = None
+    foretell: Foretell | None = None
 
     def score(self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, state: RankingState) -> None:
         """Put the tally of one batch into ``state.part``, for each map ``wanted`` (bool ``[N]``).
@@ -230,14 +247,37 @@ class Engine(NamedTuple):
                 filled = channels + [channels[-1]] * (copies - len(channels))
                 reverse = shared.reversed_images(layer, filled, self.attack)
                 with torch.inference_mode(), FrozenOps(self.dtype):
-                    logits = self.twin(reverse).float().view(copies, len(images), -1)
-                    state.part.put(where, logits[: len(channels), :count], labels)
-                    if self.watch is not None:
-                        self.watch(where, margins_of(logits[: len(channels), :count], labels), state.images)
+                    state.part.put(where, self.answers(reverse, copies, where, labels, state.images))
                 state.groups = group
                 self.keeper.now_and_then(state)
                 self.progress(len(channels) * count)
             position += layer.channels
+
+    def answers(self, reverse: Tensor, copies: int, where: Tensor, labels: Tensor, first: int) -> Answers:
+        """To the FRG images ``reverse`` ``[copies*rows, ...]`` of the maps at ``where``; ``labels`` are of the images from
+        ``first`` on."""
+
+        def asked(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (copies, -1))[: len(where), : len(labels)]  # the rest is filling
+
+        if self.foretell is not None:
+            return self.foretold(asked(reverse), labels, *self.foretell(asked(reverse), first))
+        logits = asked(self.twin(reverse).float())
+        if self.watch is not None:
+            self.watch(where, asked(reverse), logits, first)
+        return Answers.of(logits, labels)
+
+    def foretold(self, reverse: Tensor, labels: Tensor, margins: Tensor, sure: Tensor) -> Answers:
+        """The foretold ``margins`` ``[n, B]``; hits by the model where these are not ``sure``."""
+        answers = Answers(margins > 0, margins, torch.full_like(margins, torch.inf))
+        unsure = (~sure).flatten().nonzero().flatten()
+        if len(unsure):
+            rows = torch.cat([unsure, unsure[-1:].expand(-len(unsure) % STEP)])
+            images = reverse.flatten(0, 1)[rows].contiguous(memory_format=torch.channels_last)
+            logits = self.twin(images).float()[: len(unsure)]
+            found = Answers.of(logits, labels.expand(margins.shape).flatten()[unsure])
+            answers.hits.view(-1)[unsure], answers.slim.view(-1)[unsure] = found.hits, found.slim
+        return answers
 
     def bytes_per_image(self, image: Tensor, start: Tensor) -> int:
         """Bytes that the shared forward passes of one image keep alive."""

@@ -26,35 +26,44 @@ class Tally(NamedTuple):
 
     correct: Tensor
     margin: Tensor
-    logits: Tensor
     slimmest: Tensor
 
     @staticmethod
-    def empty(total: int, classes: int, device: torch.device) -> Tally:
+    def empty(total: int, device: torch.device) -> Tally:
         return Tally(
             torch.zeros(total, dtype=torch.int64, device=device),
             torch.zeros(total, dtype=torch.float64, device=device),
-            torch.zeros(total, classes, dtype=torch.float64, device=device),
             torch.full((total,), torch.inf, dtype=torch.float64, device=device),
         )
 
-    def put(self, where: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Set the maps at ``where`` ``[n]`` from their images' logits ``[n, B, K]``; ``labels`` ``[B]``."""
-        hits, margins = logits.argmax(2) == labels, margins_of(logits, labels)
-        self.correct[where] = hits.sum(1)
-        self.margin[where] = margins.sum(1, dtype=torch.float64)
-        self.logits[where] = logits.sum(1, dtype=torch.float64)
-        self.slimmest[where] = torch.where(hits, margins.double(), torch.inf).amin(1)
+    def put(self, where: Tensor, answers: Answers) -> None:
+        """Set the maps at ``where`` ``[n]`` from the answers on a batch of images."""
+        self.correct[where] = answers.hits.sum(1)
+        self.margin[where] = answers.margins.sum(1, dtype=torch.float64)
+        self.slimmest[where] = answers.slim.double().amin(1)
 
     def plus(self, other: Tally) -> Tally:
-        correct, margin, logits = self.correct + other.correct, self.margin + other.margin, self.logits + other.logits
-        return Tally(correct, margin, logits, torch.minimum(self.slimmest, other.slimmest))
+        return Tally(self.correct + other.correct, self.margin + other.margin, torch.minimum(self.slimmest, other.slimmest))
 
 
-def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logit of the true class less the largest other one, ``[n, B]``, from ``[n, B, K]`` and ``[B]``."""
-    true = logits[:, torch.arange(len(labels)), labels]
-    return true - logits.scatter(2, labels.expand(len(logits), -1)[:, :, None], -torch.inf).amax(2)
+class Answers(NamedTuple):
+    """What the model makes of FRG images, each ``[n, B]`` for n maps and B images.
+
+    ``hits`` bool: classified correctly. ``margins``: logit of the true class less the largest other one. ``slim``: the margin
+    where it decided a hit, inf elsewhere.
+    """
+
+    hits: Tensor
+    margins: Tensor
+    slim: Tensor
+
+    @staticmethod
+    def of(logits: Tensor, labels: Tensor) -> Answers:
+        """From logits ``[..., K]`` and labels that broadcast to ``[...]``."""
+        labels = labels.expand(logits.shape[:-1])[..., None]
+        margins = logits.gather(-1, labels)[..., 0] - logits.scatter(-1, labels, -torch.inf).amax(-1)
+        hits = logits.argmax(-1) == labels[..., 0]
+        return Answers(hits, margins, torch.where(hits, margins, torch.inf))
 
 
 @dataclass
@@ -73,14 +82,13 @@ class RankingState:
     copies: int = 0
 
     @staticmethod
-    def empty(total: int, classes: int, rows: int, device: torch.device) -> RankingState:
-        whole, part = (Tally.empty(total, classes, device) for _ in range(2))
+    def empty(total: int, rows: int, device: torch.device) -> RankingState:
+        whole, part = (Tally.empty(total, device) for _ in range(2))
         return RankingState(whole, part, 0, rows)
 
     def begin_batch(self, rows: int) -> None:
         """Forget the batch under way, and take the next with ``rows`` images."""
-        total, classes = self.part.logits.shape
-        self.part = Tally.empty(total, classes, self.part.logits.device)
+        self.part = Tally.empty(len(self.part.correct), self.part.correct.device)
         self.rows, self.groups, self.copies = rows, 0, 0
 
     def group_by(self, copies: int) -> None:
@@ -101,7 +109,7 @@ class RankingState:
         """Go on where ``saved`` ends.
 
         Raises:
-            ValueError, KeyError, TypeError: it is not of a ranking of as many maps and classes.
+            ValueError, KeyError, TypeError: it is not of a ranking of as many maps.
         """
         tallies = []
         for name in ("whole", "part"):

@@ -65,7 +65,7 @@ def summary_frame(history: pd.DataFrame) -> pd.DataFrame:
 def feature_map_frame(layers: Sequence[ConvLayer], choice: Choice, scores: Scores | None, scope: str) -> pd.DataFrame:
     """One row per feature map; ``rank`` 1 is the lowest score of those ``scope`` compares.
 
-    Without scores there is no rank; maps that a reversed trigger chose have ``moved`` instead.
+    Maps that racing dropped have no margin. Without scores there is no rank; maps that a reversed trigger chose have ``moved``.
     """
     columns: dict[str, Any] = {
         "layer": [layer.name for layer in layers for _ in range(layer.channels)],
@@ -74,7 +74,8 @@ def feature_map_frame(layers: Sequence[ConvLayer], choice: Choice, scores: Score
     if scores is not None:
         rank = np.empty(scores.total, dtype=np.int64)
         rank[scores.order().numpy()] = np.arange(1, scores.total + 1)
-        columns |= {"correct": scores.correct.numpy(), "samples": scores.samples, "margin": scores.margin.numpy(), "rank": rank}
+        margin = scores.margin if scores.settled is None else scores.margin.where(scores.settled, torch.nan)
+        columns |= {"correct": scores.correct.numpy(), "samples": scores.samples, "margin": margin.numpy(), "rank": rank}
     if choice.moved is not None:
         columns["moved"] = choice.moved.numpy()
     frame = pd.DataFrame({**columns, "pruned": choice.mask.numpy()})

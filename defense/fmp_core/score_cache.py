@@ -44,7 +44,6 @@ def save_scores(folder: Path, key: str, scores: Scores) -> None:
         "correct": scores.correct,
         "margin": scores.margin,
         "slimmest": scores.slimmest,
-        "logits": scores.logits,
         "samples": scores.samples,
         "settled": settled,
     }
@@ -60,11 +59,11 @@ def load_scores(folder: Path, key: str, layers: Sequence[ConvLayer]) -> Scores |
         content = load_torch_file(path)
         total = sum(layer.channels for layer in layers)
         real, whole = torch.float64, torch.int64
-        kinds = {"correct": whole, "margin": real, "slimmest": real, "logits": real, "settled": torch.bool}
+        kinds = {"correct": whole, "margin": real, "slimmest": real, "settled": torch.bool}
         tensors = {name: content[name] for name in kinds}
         if content["key"] != key or any(tensors[name].dtype != kind for name, kind in kinds.items()):
             return None
-        if any(tensor.shape[:1] != (total,) or tensor.dim() != 1 + (name == "logits") for name, tensor in tensors.items()):
+        if any(tensor.shape != (total,) for tensor in tensors.values()):
             return None
         return Scores(tuple(layers), samples=int(content["samples"]), **tensors)
     except (UserError, KeyError, TypeError, ValueError, AttributeError):

@@ -19,7 +19,8 @@ from .compute import choose_dtype
 from .evaluate import to_unit
 from .evidence import Evidence, TriggerSearch, choose_within_budget, most_moved_first
 from .feature_maps import ConvLayer
-from .image_racing import count_with_few_images
+from .first_order import FirstOrder
+from .image_racing import foretell_scores
 from .progress import Progress
 from .pruning import accuracy_without
 from .racing import race
@@ -168,15 +169,19 @@ class Selector:
             )
             if racing:
 
-                def cheaply(wanted: Tensor, which: Tensor | None, watch: Any) -> Scores:
+                def cheaply(wanted: Tensor, which: Tensor | None = None, watch: Any = None, foretell: Any = None) -> Scores:
                     kept = None if watch else checkpoints.of(torch.bfloat16, wanted, which)
-                    return score(dtype=torch.bfloat16, wanted=wanted, which=which, watch=watch, checkpoint=kept)
+                    return score(
+                        dtype=torch.bfloat16, wanted=wanted, which=which, watch=watch, foretell=foretell, checkpoint=kept
+                    )
 
                 def exactly(wanted: Tensor) -> Scores:
                     return score(dtype=dtype, wanted=wanted, checkpoint=checkpoints.of(dtype, wanted))
 
-                cheap = count_with_few_images(cheaply, layers, count, settings.p, settings.scope)
-                scores = race(cheap, exactly, settings.p, settings.scope)
+                first_order = FirstOrder(self.model, images, labels)
+                foretold, error = foretell_scores(cheaply, first_order, layers, settings.p, settings.scope)
+                low = race(foretold, cheaply, settings.p, settings.scope, error)
+                scores = race(low, exactly, settings.p, settings.scope)
             else:
                 scores = score(dtype=dtype, checkpoint=checkpoints.of(dtype))
         if ranks.leads():

@@ -1,0 +1,45 @@
+"""Margins of FRG images to first order: a network is nearly linear within eps = 1/255 of an image, so how far a perturbation
+moves its answer can be foretold from the gradient of the margin, without a forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .feature_maps import frozen
+
+RIVALS = 3  # classes that could overtake the true one: those with the largest logits at the clean image
+ROWS = 64  # images per forward and backward pass
+
+
+class FirstOrder:
+    """``min_r(m_r + <x' - x, grad m_r>)`` for FRG images x' of clean images x; m_r: logit of the true class less rival r's.
+
+    Args:
+        model: takes pixels in [0,1]; left as it was found.
+        images: float ``[M, C, H, W]`` in [0,1]; ``labels`` int64 ``[M]``.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor):
+        self.images, self.labels = images, labels
+        with frozen(model), torch.enable_grad():
+            parts = [_expansion(model, x, y) for x, y in zip(images.split(ROWS), labels.split(ROWS), strict=True)]
+        self.values, self.slopes = (torch.cat(column) for column in zip(*parts, strict=True))  # [M, R], [M, R, C, H, W]
+
+    def margins(self, reverse: Tensor, which: Tensor) -> Tensor:
+        """Foretold margins ``[n, B]`` of ``reverse`` ``[n, B, C, H, W]``, made from the images at ``which`` ``[B]``."""
+        change = reverse - self.images[which]
+        # Summed in float64: then the bits do not depend on how many maps are asked for at once.
+        moved = (change[:, :, None] * self.slopes[which]).flatten(3).sum(3, dtype=torch.float64)
+        return (self.values[which] + moved).amin(2).float()
+
+
+def _expansion(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The margins ``[B, R]`` over each rival, and their gradients ``[B, R, C, H, W]``."""
+    pixels = images.detach().clone().requires_grad_()
+    logits = model(pixels)
+    others = logits.detach().scatter(1, labels[:, None], -torch.inf)
+    rivals = others.topk(min(RIVALS, others.shape[1] - 1)).indices
+    margins = logits.gather(1, labels[:, None]) - logits.gather(1, rivals)
+    slopes = [torch.autograd.grad(column.sum(), pixels, retain_graph=True)[0] for column in margins.unbind(1)]
+    return margins.detach(), torch.stack(slopes, 1)
