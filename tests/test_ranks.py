@@ -18,7 +18,7 @@ from fmp_core.compute import Compute
 from fmp_core.evidence import TriggerSearch
 from fmp_core.feature_maps import trace_conv_layers
 from fmp_core.first_order import FirstOrder
-from fmp_core.image_racing import foretell_scores
+from fmp_core.image_racing import foretell_scores, mean_reverse
 from fmp_core.ranking import score_feature_maps
 from torch import nn
 torch.set_num_threads(1)
@@ -31,9 +31,11 @@ layers = trace_conv_layers(net, images[:1])
 score = partial(score_feature_maps, net, layers, images, labels, eps=0.1, rows=16)
 whole = score()
 image_racing.PILOTS = 3
-first_order = FirstOrder(net, images, labels)
+
 def score_some(wanted, which=None, **hooks):
     return score(wanted=wanted, which=which, **hooks)
+
+first_order = FirstOrder(net, mean_reverse(score_some, layers, images), labels)
 raced, _ = foretell_scores(score_some, first_order, layers, 4, "layer")
 shown = TriggerSearch(net, layers, (255 * images).to(torch.uint8), labels, torch.float32, 0).weigh("dense-32", 4).success
 if ranks.leads():

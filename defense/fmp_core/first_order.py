@@ -1,5 +1,5 @@
-"""Margins of FRG images to first order: a network is nearly linear within eps = 1/255 of an image, so how far a perturbation
-moves its answer can be foretold from the gradient of the margin, without a forward pass."""
+"""Margins of FRG images to first order: a network is nearly linear within eps = 1/255 of an image, so what it answers to one
+FRG image can be foretold from the gradient of the margin at another, without a forward pass."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from .feature_maps import frozen
 
-RIVALS = 3  # classes that could overtake the true one: those with the largest logits at the clean image
+RIVALS = 3  # classes that could overtake the true one: those with the largest logits
 ROWS = 64  # images per forward and backward pass
 
 
 class FirstOrder:
-    """``min_r(m_r + <x' - x, grad m_r>)`` for FRG images x' of clean images x; m_r: logit of the true class less rival r's.
+    """``min_r(m_r(x) + <x' - x, grad m_r(x)>)`` for FRG images x'; m_r is the true class's logit less rival r's.
 
     Args:
         model: takes pixels in [0,1]; left as it was found.
-        images: float ``[M, C, H, W]`` in [0,1]; ``labels`` int64 ``[M]``.
+        images: the x, float ``[M, C, H, W]`` in [0,1], close to the FRG images; ``labels`` int64 ``[M]``.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor):

@@ -2,9 +2,9 @@
 
 At eps = 1/255 a feature map turns only few images: those whose margin is slim already. A few maps of each layer, the pilots,
 are scored on all images. They show which images' answers differ between maps of the layer, and how far first order
-(:mod:`.first_order`) can be trusted. The other maps are scored on those images only, most of them without a forward pass; the
-rest of the images counts as the pilots have it, which settles a map's count. Maps whose count ties at the cut or lies below it
-get a foretold margin of all images (docs/performance.md).
+(:mod:`.first_order`, around the mean FRG image of still fewer maps, the scouts) can be trusted. The other maps are scored on
+those images only, most of them without a forward pass; the rest of the images counts as the pilots have it, which settles a
+map's count. Maps whose count ties at the cut or lies below it get a foretold margin of all images (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .first_order import FirstOrder
 from .ranking import Foretell, Scores, Watch, ordered_groups, slices
 from .ranking_state import Answers
 
-PILOTS = 32  # maps per layer
+SCOUTS, PILOTS = 2, 24  # maps per layer
 CONFIDENCE = 5.0  # standard deviations over the pilots that a margin keeps from 0: 1 - 3e-7, if normal
 
 
@@ -68,6 +68,19 @@ class Outlook:
         return margins
 
 
+def mean_reverse(score: Score, layers: Sequence[ConvLayer], images: Tensor) -> Tensor:
+    """The FRG images ``[M, C, H, W]`` of ``images``, mean over a few maps of each layer."""
+    scouts = _evenly(layers, SCOUTS)
+    total = torch.zeros_like(images, dtype=torch.float64)  # in which the order of the sum does not show
+
+    def add(where: Tensor, reverse: Tensor, logits: Tensor, first: int) -> None:
+        total[first : first + reverse.shape[1]] += reverse.sum(0)
+
+    score(scouts, watch=add)
+    ranks.combine(total)
+    return (total / scouts.sum()).float()
+
+
 def foretell_scores(
     score: Score, first_order: FirstOrder, layers: Sequence[ConvLayer], p: int, scope: str
 ) -> tuple[Scores, Tensor]:
@@ -75,7 +88,7 @@ def foretell_scores(
 
     ``settled`` are the maps whose margin is foretold: those at and below the cut of a group of ``scope``, and the pilots.
     """
-    pilots = _pilots(layers)
+    pilots = _evenly(layers, PILOTS)
     whole, outlooks = _look(score, first_order, layers, pilots)
     images, widths = whole.samples, torch.tensor([layer.channels for layer in layers])
     correct, margin, slimmest = whole.correct.clone(), whole.margin * images, whole.slimmest.clone()
@@ -103,12 +116,12 @@ def foretell_scores(
     return Scores(tuple(layers), correct, margin, slimmest, images, settled=low), error
 
 
-def _pilots(layers: Sequence[ConvLayer]) -> Tensor:
-    """Evenly spread maps of each layer, bool ``[N]``."""
-    pilots = torch.zeros(sum(layer.channels for layer in layers), dtype=torch.bool)
+def _evenly(layers: Sequence[ConvLayer], count: int) -> Tensor:
+    """``count`` maps of each layer, evenly spread; bool ``[N]``."""
+    chosen = torch.zeros(sum(layer.channels for layer in layers), dtype=torch.bool)
     for layer, where in slices(layers):
-        pilots[torch.linspace(where.start, where.stop - 1, min(PILOTS, layer.channels)).round().long()] = True
-    return pilots
+        chosen[torch.linspace(where.start, where.stop - 1, min(count, layer.channels)).round().long()] = True
+    return chosen
 
 
 def _look(score: Score, first_order: FirstOrder, layers: Sequence[ConvLayer], pilots: Tensor) -> tuple[Scores, list[Outlook]]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .ranking import Scores, ordered_groups
 
-CONTENDERS = 2  # times the maps to choose are rescored at first
 CONFIDENCE = 4.0  # standard deviations of the cheap margin's error that a dropped map keeps from the cut: 1 - 3e-5, if normal
 
 
@@ -35,7 +34,7 @@ def race(cheap: Scores, score: Callable[[Tensor], Scores], p: int, scope: str, e
     correct, margin, floor = cheap.correct.clone(), cheap.margin.clone(), cheap.margin
     doubtful = torch.zeros(cheap.total, dtype=torch.bool)
     for members in ordered_groups(cheap, scope):
-        doubtful[members[: CONTENDERS * (len(members) // p)]] = True
+        doubtful[members[: len(members) // p]] = True
     while doubtful.any():
         full = score(doubtful)
         correct[doubtful], margin[doubtful] = full.correct[doubtful], full.margin[doubtful]

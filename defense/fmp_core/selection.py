@@ -20,7 +20,7 @@ from .evaluate import to_unit
 from .evidence import Evidence, TriggerSearch, choose_within_budget, most_moved_first
 from .feature_maps import ConvLayer
 from .first_order import FirstOrder
-from .image_racing import foretell_scores
+from .image_racing import foretell_scores, mean_reverse
 from .progress import Progress
 from .pruning import accuracy_without
 from .racing import race
@@ -178,7 +178,7 @@ class Selector:
                 def exactly(wanted: Tensor) -> Scores:
                     return score(dtype=dtype, wanted=wanted, checkpoint=checkpoints.of(dtype, wanted))
 
-                first_order = FirstOrder(self.model, images, labels)
+                first_order = FirstOrder(self.model, mean_reverse(cheaply, layers, images), labels)
                 foretold, error = foretell_scores(cheaply, first_order, layers, settings.p, settings.scope)
                 low = race(foretold, cheaply, settings.p, settings.scope, error)
                 scores = race(low, exactly, settings.p, settings.scope)
