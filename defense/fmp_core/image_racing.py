@@ -74,7 +74,7 @@ def mean_reverse(score: Score, layers: Sequence[ConvLayer], images: Tensor) -> T
     total = torch.zeros_like(images, dtype=torch.float64)  # in which the order of the sum does not show
 
     def add(where: Tensor, reverse: Tensor, logits: Tensor, first: int) -> None:
-        total[first : first + reverse.shape[1]] += reverse.sum(0)
+        total[first : first + reverse.shape[1]] += reverse.sum(0, dtype=torch.float64)
 
     score(scouts, watch=add)
     ranks.combine(total)
@@ -98,7 +98,7 @@ def foretell_scores(
             chosen, which = torch.zeros_like(pilots), (outlook.contested == contested).nonzero().flatten()
             chosen[where] = wanted[where]
             if chosen.any() and len(which):
-                found = score(chosen, which, foretell=outlook.foretell(first_order, which))
+                found = score(chosen, which.cpu(), foretell=outlook.foretell(first_order, which))
                 correct[chosen] += found.correct[chosen]
                 margin[chosen] += found.margin[chosen] * len(which)
                 slimmest[chosen] = torch.minimum(slimmest[chosen], found.slimmest[chosen])
