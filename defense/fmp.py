@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from pprint import pformat
 from typing import Any, NoReturn
@@ -67,7 +68,8 @@ except ImportError:  # no BackdoorBench around us
     from fmp_core.base import defense
 
 TRAINING: tuple[str, ...] = ("batch_size", "lr", "lr_scheduler", "steplr_stepsize", "steplr_gamma", "steplr_milestones")
-TRAINING += ("sgd_momentum", "wd", "amp", "epochs", "random_seed", "masked", "unlearn", "frequency_test", "frequency_save")
+TRAINING += ("sgd_momentum", "wd", "amp", "epochs", "random_seed", "masked", "unlearn", "distill")
+TRAINING += ("frequency_test", "frequency_save")
 CHOOSING = ("ratio", "selection", "p", "scope", "budget", "eps", "frg_steps", "alpha", "frg_samples", "dtype")
 INTERRUPTED = "interrupted.pt"  # the state of fine-tuning, until a run is complete
 LOG_FORMAT = logging.Formatter("%(asctime)s [%(levelname)-8s] [%(filename)s:%(lineno)d] %(message)s", "%Y-%m-%d:%H:%M:%S")
@@ -172,10 +174,11 @@ class FMP(defense):
         triggers = selector.reverse(evidence)
         choice = selector.choose(scores, triggers[0] if triggers else None)
         twins = self._unlearning_images(triggers)
+        teacher = deepcopy(self.model).eval().requires_grad_(False) if settings.distill else None
         prune_feature_maps(self.layers, choice.by_layer(self.layers))
         pruned, total = int(choice.mask.sum()), len(choice.mask)
         logger.info("pruned %d of %d feature maps; %d tied at a cut, where the margin decided", pruned, total, choice.ties)
-        history = self._fine_tune(choice if settings.masked else None, twins)
+        history = self._fine_tune(choice if settings.masked else None, twins, teacher)
         after = history[-1][1]
         assert after is not None  # the last epoch is always tested
         metrics = {
@@ -277,7 +280,7 @@ class FMP(defense):
         return twins
 
     def _fine_tune(
-        self, masked: Choice | None, twins: Callable[[int], torch.Tensor] | None
+        self, masked: Choice | None, twins: Callable[[int], torch.Tensor] | None, teacher: torch.nn.Module | None
     ) -> list[tuple[Epoch | None, Metrics | None]]:
         """Per-epoch results; without epochs, one row that holds the pruned model's metrics."""
         settings = self.settings
@@ -320,6 +323,7 @@ class FMP(defense):
                 self.compute,
                 facts=self.facts,
                 twins=twins,
+                teacher=teacher,
                 after_epoch=after_epoch,
                 after_batch=after_batch,
                 checkpoint=state,

@@ -60,7 +60,7 @@ def by_trigger(run: Ablated) -> Tensor:
     return mask
 
 
-PAPER = {"preset": "paper", "selection": "frg", "scope": "layer", "masked": False, "unlearn": False}
+PAPER = {"preset": "paper", "selection": "frg", "scope": "layer", "masked": False, "unlearn": False, "distill": 0.0}
 NONE = {**PAPER, "selection": "none"}  # by FMP itself; a chooser says what is pruned instead
 ROWS: dict[str, tuple[dict[str, Any], Chooser | None]] = {
     "ft": (NONE, None),
@@ -108,7 +108,7 @@ def activation_change(run: FMP) -> Tensor:
 
 def ablate(record: str, rows: Sequence[str], flags: dict[str, Any]) -> pd.DataFrame:
     """One row each for the attacked model and every choice of maps, in percent; ``precision`` is against TAC."""
-    for name in ("preset", "selection", "scope", "masked", "unlearn", "defense_name"):
+    for name in ("preset", "selection", "scope", "masked", "unlearn", "distill", "defense_name"):
         if name in flags:
             raise UserError(f"--{name} is what the rows differ in; leave it out.")
     found: list[dict[str, Any]] = []

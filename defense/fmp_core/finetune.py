@@ -65,6 +65,7 @@ def train(
     after_epoch: Callable[[Epoch], None],
     after_batch: Callable[[], None] = lambda: None,
     twins: Callable[[int], Tensor] | None = None,
+    teacher: nn.Module | None = None,
     after_predictions: Callable[[Tensor, Tensor], None] = lambda rows, classes: None,
     checkpoint: Checkpoint | None = None,
 ) -> None:
@@ -76,10 +77,11 @@ def train(
     Args:
         model: takes pixels in [0,1]; on ``compute.device``.
         images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]``; both on the device.
-        settings: batch_size, lr, lr_scheduler, sgd_momentum, wd, amp, epochs, random_seed.
+        settings: batch_size, lr, lr_scheduler, sgd_momentum, wd, amp, epochs, random_seed, distill.
         facts: of the dataset; they shape the training transform.
         twins: called with the number of each epoch as it begins, returns uint8 like ``images``; each image is replaced by its
             twin every other time, by chance. What it returns may depend on the model, but not on earlier calls.
+        teacher: the model is drawn to its answers to the images (never to their twins), too, with weight ``settings.distill``.
         after_epoch: called after each epoch; must leave the model as it found it.
         after_predictions: called with the positions of a batch and the classes predicted in training mode, both int64 ``[B]``.
 
@@ -110,10 +112,12 @@ def train(
                 if substitutes is not None:
                     coin = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
                     pixels = torch.where(coin.to(images.device), substitutes[batch], pixels)
-                pixels = augment(pixels, generator, facts)
+                pixels, plain = augment(torch.cat([pixels, images[batch]], 1), generator, facts).chunk(2, 1)
                 with torch.autocast(compute.device.type, torch.bfloat16, enabled=bfloat16):
                     logits = parallel(to_unit(pixels).contiguous(memory_format=torch.channels_last))
                     loss = F.cross_entropy(logits, labels[batch])
+                    if teacher is not None:
+                        loss = loss + settings.distill * _distance(logits, _answers(teacher, plain))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -127,6 +131,17 @@ def train(
             after_epoch(Epoch(number, len(losses), float(torch.stack(losses).double().mean()), int(hits) / seen))
             if checkpoint:
                 checkpoint.save(parts.state(number + 1))
+
+
+@torch.no_grad()
+def _answers(teacher: nn.Module, images: Tensor) -> Tensor:
+    """Probabilities ``[B, K]`` for uint8 images."""
+    return teacher(to_unit(images).contiguous(memory_format=torch.channels_last)).float().softmax(1)
+
+
+def _distance(logits: Tensor, told: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence from the probabilities ``told`` ``[B, K]``."""
+    return F.kl_div(logits.float().log_softmax(1), told, reduction="none").sum(1).mean()
 
 
 def _meets_faulty_kernel(model: nn.Module, image: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Racing: only maps that may end among the lowest N/p are scored in full.
 
-Scores of a cheaper kind are the full ones plus a small error, whose size the rescored maps show. ``--ranking racing`` races
-twice: foretold scores (:mod:`.image_racing`) against bfloat16 ones, and these against float32.
+Scores of a cheaper kind are the full ones plus a small error. ``--ranking racing`` races twice: foretold scores
+(:mod:`.image_racing`) against bfloat16 ones, and these against float32.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from torch import Tensor
 
 from .ranking import Scores, ordered_groups
 
+CONTENDERS = 2  # times the maps to choose are rescored at first
 CONFIDENCE = 4.0  # standard deviations of the cheap margin's error that a dropped map keeps from the cut: 1 - 3e-5, if normal
 
 
 def race(cheap: Scores, score: Callable[[Tensor], Scores], p: int, scope: str, error: Tensor | None = None) -> Scores:
     """Scores whose lowest N/p maps are full scores; ``settled`` marks all maps that have one.
 
-    A map is dropped if its cheap score stays above the full score at the cut by more than cheap scores have been seen to err,
-    :data:`CONFIDENCE` standard deviations: in the mean margin, and, for its count, in the slimmest margin of a correct image.
+    A map is dropped if its cheap score stays above the full score at the cut by more than cheap scores err, :data:`CONFIDENCE`
+    standard deviations: in the mean margin, and, for its count, in the slimmest margin of a correct image.
 
     Args:
         cheap: scores of all maps; where they are not ``settled``, ``margin`` is the least it may be.
         score: scores the maps of a bool mask ``[N]`` in full.
-        error: standard deviations of the cheap margins' errors, float64 ``[N]``, if they differ between maps; the counts
-            are those of ``score`` then.
+        error: standard deviations of the cheap margins' errors, float64 ``[N]``, from maps chosen by chance; the counts are
+            those of ``score`` then. Without it the rescored maps show how far all err.
     """
     settled = torch.zeros(cheap.total, dtype=torch.bool)
     known = ~settled if cheap.settled is None else cheap.settled
     correct, margin, floor = cheap.correct.clone(), cheap.margin.clone(), cheap.margin
     doubtful = torch.zeros(cheap.total, dtype=torch.bool)
     for members in ordered_groups(cheap, scope):
-        doubtful[members[: len(members) // p]] = True
+        doubtful[members[: CONTENDERS * (len(members) // p)]] = True
     while doubtful.any():
         full = score(doubtful)
         correct[doubtful], margin[doubtful] = full.correct[doubtful], full.margin[doubtful]
         settled |= doubtful
-        wrong = (margin - cheap.margin)[settled & known]
         if error is None:
+            wrong = (margin - cheap.margin)[settled & known]
             slack = torch.full_like(margin, CONFIDENCE * float(wrong.square().mean().sqrt()))
             fragile = cheap.slimmest < slack * cheap.samples**0.5  # one image errs more than the mean of all
         else:
-            slack = CONFIDENCE * error * max(1.0, float((wrong / error[settled & known]).square().mean().sqrt()))
-            fragile = torch.zeros_like(settled)
+            slack, fragile = CONFIDENCE * error, torch.zeros_like(settled)
         floor = torch.where(known, cheap.margin - slack, cheap.margin)
         scores = replace(cheap, correct=correct, margin=margin, settled=settled)
         doubtful = _in_doubt(scores, cheap.correct - fragile.long(), floor, p, scope)

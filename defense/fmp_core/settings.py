@@ -131,6 +131,9 @@ class Settings:
     )
     budget: float = _setting(0.05, _number(0, 1), "with selection trigger: accuracy on clean images that pruning may cost")
     unlearn: bool = _setting(False, _BOOLEAN, "with selection trigger: fine-tune on images with reversed triggers, too")
+    distill: float = _setting(
+        0.0, _number(0), "weight of keeping the attacked model's answers to clean images while fine-tuning (distillation)"
+    )
     masked: bool = _setting(False, _BOOLEAN, "keep pruned feature maps at zero while fine-tuning")
 
     ranking: str = _setting(
@@ -174,7 +177,7 @@ class Settings:
 # What a preset sets, over the YAML file; a flag overrides it.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "strong": {"selection": "trigger", "masked": True, "unlearn": True, "dtype": "auto", "lr": 0.03},
+    "strong": {"selection": "trigger", "masked": True, "unlearn": True, "distill": 1.0, "dtype": "auto", "lr": 0.03},
 }
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 

@@ -25,7 +25,7 @@ PLACES |= {"num_workers", "pin_memory", "non_blocking", "prefetch", "chunk", "me
 # Settings a ranking does not depend on; jobs equal in all others (and in the record) share one.
 AFTER_RANKING = {"p", "scope", "epochs", "batch_size", "lr", "lr_scheduler", "steplr_stepsize", "steplr_gamma", "wd", "amp"}
 AFTER_RANKING |= {"steplr_milestones", "client_optimizer", "sgd_momentum", "frequency_test", "dataset", "model", "num_classes"}
-AFTER_RANKING |= {"masked", "unlearn", "budget"}
+AFTER_RANKING |= {"masked", "unlearn", "distill", "budget"}
 
 
 @dataclass(frozen=True)
