@@ -32,13 +32,14 @@ def race(cheap: Scores, score: Callable[[Tensor], Scores], p: int, scope: str, e
     """
     settled = torch.zeros(cheap.total, dtype=torch.bool)
     known = ~settled if cheap.settled is None else cheap.settled
-    correct, margin, floor = cheap.correct.clone(), cheap.margin.clone(), cheap.margin
+    correct, margin, slimmest, floor = cheap.correct.clone(), cheap.margin.clone(), cheap.slimmest.clone(), cheap.margin
     doubtful = torch.zeros(cheap.total, dtype=torch.bool)
     for members in ordered_groups(cheap, scope):
         doubtful[members[: CONTENDERS * (len(members) // p)]] = True
     while doubtful.any():
         full = score(doubtful)
-        correct[doubtful], margin[doubtful] = full.correct[doubtful], full.margin[doubtful]
+        for own, found in ((correct, full.correct), (margin, full.margin), (slimmest, full.slimmest)):
+            own[doubtful] = found[doubtful]
         settled |= doubtful
         if error is None:
             wrong = (margin - cheap.margin)[settled & known]
@@ -49,7 +50,8 @@ def race(cheap: Scores, score: Callable[[Tensor], Scores], p: int, scope: str, e
         floor = torch.where(known, cheap.margin - slack, cheap.margin)
         scores = replace(cheap, correct=correct, margin=margin, settled=settled)
         doubtful = _in_doubt(scores, cheap.correct - fragile.long(), floor, p, scope)
-    return replace(cheap, correct=correct, margin=torch.where(settled, margin, floor), settled=settled)
+    margin = torch.where(settled, margin, floor)
+    return replace(cheap, correct=correct, margin=margin, slimmest=slimmest, settled=settled)
 
 
 def _in_doubt(scores: Scores, least: Tensor, floor: Tensor, p: int, scope: str) -> Tensor:

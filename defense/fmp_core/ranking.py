@@ -269,7 +269,8 @@ class Engine(NamedTuple):
 
     def foretold(self, reverse: Tensor, labels: Tensor, margins: Tensor, sure: Tensor) -> Answers:
         """The foretold ``margins`` ``[n, B]``; hits by the model where these are not ``sure``."""
-        answers = Answers(margins > 0, margins, torch.full_like(margins, torch.inf))
+        hits = margins > 0
+        answers = Answers(hits, margins, torch.where(hits, margins, torch.inf))
         unsure = (~sure).flatten().nonzero().flatten()
         if len(unsure):
             rows = torch.cat([unsure, unsure[-1:].expand(-len(unsure) % STEP)])
