@@ -23,7 +23,7 @@ from .ranking import Foretell, Scores, Watch, ordered_groups, slices
 from .ranking_state import Answers
 
 SCOUTS, PILOTS = 2, 16  # maps per layer
-CONFIDENCE = 5.0  # standard deviations over the pilots that a margin keeps from 0: 1 - 3e-7, if normal
+CONFIDENCE = 4.5  # standard deviations over the pilots that a margin keeps from 0: 1 - 7e-6, if normal
 
 
 class Score(Protocol):
@@ -39,8 +39,8 @@ class Outlook:
     """What a layer's pilots tell about its other maps, for each of M images.
 
     ``correct`` bool ``[M]``: how a map answers that is like the pilots. ``contested`` bool ``[M]``: maps may differ in that.
-    ``bias``, ``doubt`` float ``[M]``: by how much foretold margins are too low, and how far that may vary. ``error``: standard
-    deviation of a foretold margin's mean over the images.
+    ``bias`` float ``[M]``: by how much foretold margins are too low. ``doubt`` float ``[M]``: below it they are not trusted.
+    ``error``: standard deviation of the mean margin over the images, if those are foretold that may be.
     """
 
     correct: Tensor
@@ -50,12 +50,17 @@ class Outlook:
     error: float
 
     @staticmethod
-    def of(seen: Tensor, foretold: Tensor) -> Outlook:
-        """From the pilots' margins and what first order makes of them, both ``[pilots, M]``."""
-        mean, spread = seen.mean(0), seen.std(0, correction=0)
-        wrong = seen - foretold
-        doubt = CONFIDENCE * wrong.std(0, correction=0)
-        return Outlook(mean > 0, mean.abs() < CONFIDENCE * spread, wrong.mean(0), doubt, float(wrong.mean(1).std(correction=0)))
+    def of(seen: Sequence[Tensor], foretold: Sequence[Tensor]) -> list[Outlook]:
+        """From the pilots' margins and what first order makes of them, for each layer ``[pilots, M]``."""
+        mean = torch.stack([margins.mean(0) for margins in seen])
+        bias = torch.stack([(margins - guess).mean(0) for margins, guess in zip(seen, foretold, strict=True)])
+        wrong = [margins - guess - b for margins, guess, b in zip(seen, foretold, bias, strict=True)]
+        spread, _ = _pooled(torch.stack([margins.std(0, correction=0) for margins in seen]))
+        doubt, oddity = _pooled(torch.stack([part.square().mean(0).sqrt() for part in wrong]))
+        contested, doubt = mean.abs() < CONFIDENCE * spread, CONFIDENCE * doubt * oddity.clamp_min(1)
+        trusted = [(guess + b).abs() > limit for guess, b, limit in zip(foretold, bias, doubt, strict=True)]
+        error = [(part * use).mean(1).square().mean().sqrt().item() for part, use in zip(wrong, trusted, strict=True)]
+        return [Outlook(*row) for row in zip(mean > 0, contested, bias, doubt, error, strict=True)]
 
     def foretell(self, first_order: FirstOrder, which: Tensor) -> Foretell:
         """For maps of the layer on the images at ``which``."""
@@ -138,4 +143,14 @@ def _look(score: Score, first_order: FirstOrder, layers: Sequence[ConvLayer], pi
     whole = score(pilots, watch=keep)
     ranks.combine(seen, foretold)
     rows = [row[where][pilots[where].to(device)] for _, where in slices(layers)]
-    return whole, [Outlook.of(seen[of], foretold[of]) for of in rows]
+    return whole, Outlook.of([seen[of] for of in rows], [foretold[of] for of in rows])
+
+
+def _pooled(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviations ``[L, M]`` raised to what all L layers say of an image, and by how much it stands out, ``[M]``.
+
+    A few pilots of one layer easily miss what turns an image; those of all layers do not (docs/performance.md).
+    """
+    usual = scale.median(1, keepdim=True).values.clamp_min(torch.finfo(scale.dtype).tiny)
+    oddity = (scale / usual).square().mean(0).sqrt()
+    return torch.maximum(scale, oddity * usual), oddity

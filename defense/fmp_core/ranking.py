@@ -163,8 +163,7 @@ def score_feature_maps(
         wanted: bool ``[N]``, the maps to score (default all); the others get 0.
         which: int64, positions of the ``images`` to score on, which keep their noise (default all).
         watch: called for each group of maps and batch of images, but not for what a checkpoint has already.
-        foretell: gives the margins instead of the model; where it is not sure of their sign, the model says whether the image
-            is classified correctly.
+        foretell: gives the margins instead of the model, where it is sure of their sign.
         progress: called with the number of (map, image) pairs just scored.
 
     Raises:
@@ -268,7 +267,7 @@ class Engine(NamedTuple):
         return Answers.of(logits, labels)
 
     def foretold(self, reverse: Tensor, labels: Tensor, margins: Tensor, sure: Tensor) -> Answers:
-        """The foretold ``margins`` ``[n, B]``; hits by the model where these are not ``sure``."""
+        """The foretold ``margins`` ``[n, B]``, but the model's answers where these are not ``sure``."""
         hits = margins > 0
         answers = Answers(hits, margins, torch.where(hits, margins, torch.inf))
         unsure = (~sure).flatten().nonzero().flatten()
@@ -277,7 +276,8 @@ class Engine(NamedTuple):
             images = reverse.flatten(0, 1)[rows].contiguous(memory_format=torch.channels_last)
             logits = self.twin(images).float()[: len(unsure)]
             found = Answers.of(logits, labels.expand(margins.shape).flatten()[unsure])
-            answers.hits.view(-1)[unsure], answers.slim.view(-1)[unsure] = found.hits, found.slim
+            for whole, part in zip(answers, found, strict=True):
+                whole.view(-1)[unsure] = part
         return answers
 
     def bytes_per_image(self, image: Tensor, start: Tensor) -> int:
