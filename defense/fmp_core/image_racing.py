@@ -22,7 +22,7 @@ from .first_order import FirstOrder
 from .ranking import Foretell, Scores, Watch, ordered_groups, slices
 from .ranking_state import Answers
 
-SCOUTS, PILOTS = 2, 16  # maps per layer
+SCOUTS, PILOTS = 2, 12  # maps per layer
 CONFIDENCE = 4.5  # standard deviations over the pilots that a margin keeps from 0: 1 - 7e-6, if normal
 
 
