@@ -251,6 +251,22 @@ def test_ablations_rank_nothing_and_lie_beside_the_result(selection: str, share:
     assert int(maps["pruned"].sum()) == expected
 
 
+def test_racing_prunes_what_exact_ranking_prunes(workplace: Path, run_fmp: Run):
+    flags = (*QUICK, "--epochs", "0", "--frg_samples", "6", "--dtype", "fp32")
+    assert run_fmp(*flags).code == 0
+    exact = pd.read_csv(workplace / RESULTS / "feature_maps.csv")
+    ran = run_fmp(*flags, "--ranking", "racing")
+    assert ran.code == 0 and "read from" not in ran.err
+    raced = pd.read_csv(workplace / RESULTS / "feature_maps.csv")
+    assert raced["pruned"].equals(exact["pruned"])
+    scored = raced["margin"].notna()
+    assert 0 < int(scored.sum()) < len(raced) and raced["pruned"][scored].sum() == raced["pruned"].sum()
+    assert raced["margin"][scored].equals(exact["margin"][scored])
+    again = run_fmp(*flags, "--ranking", "racing")
+    assert again.code == 0 and "read from" in again.err
+    assert pd.read_csv(workplace / RESULTS / "feature_maps.csv").equals(raced)
+
+
 def test_the_strong_preset_gives_a_verdict_and_flags_override_it(workplace: Path, run_fmp: Run):
     ran = run_fmp(*QUICK, "--preset", "strong", "--epochs", "0", "--dtype", "fp32")
     assert ran.code == 0
