@@ -112,7 +112,9 @@ def train(
                 if substitutes is not None:
                     coin = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
                     pixels = torch.where(coin.to(images.device), substitutes[batch], pixels)
-                pixels, plain = augment(torch.cat([pixels, images[batch]], 1), generator, facts).chunk(2, 1)
+                # A teacher's images lie behind the others' channels, and so are cropped and flipped alike.
+                moved = augment(pixels if teacher is None else torch.cat([pixels, images[batch]], 1), generator, facts)
+                pixels, plain = moved[:, : images.shape[1]], moved[:, images.shape[1] :]
                 with torch.autocast(compute.device.type, torch.bfloat16, enabled=bfloat16):
                     logits = parallel(to_unit(pixels).contiguous(memory_format=torch.channels_last))
                     loss = F.cross_entropy(logits, labels[batch])
