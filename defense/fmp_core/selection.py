@@ -168,23 +168,25 @@ class Selector:
                 progress=bar.add,
             )
             if racing:
-
-                def cheaply(wanted: Tensor, which: Tensor | None = None, watch: Any = None, foretell: Any = None) -> Scores:
-                    kept = None if watch else checkpoints.of(torch.bfloat16, wanted, which)
-                    return score(
-                        dtype=torch.bfloat16, wanted=wanted, which=which, watch=watch, foretell=foretell, checkpoint=kept
-                    )
-
-                def exactly(wanted: Tensor) -> Scores:
-                    return score(dtype=dtype, wanted=wanted, checkpoint=checkpoints.of(dtype, wanted))
-
-                first_order = FirstOrder(self.model, mean_reverse(cheaply, layers, images), labels)
-                foretold, error = foretell_scores(cheaply, first_order, layers, settings.p, settings.scope)
-                low = race(foretold, cheaply, settings.p, settings.scope, error)
-                scores = race(low, exactly, settings.p, settings.scope)
+                scores = self._race(score, checkpoints, images, labels)
             else:
                 scores = score(dtype=dtype, checkpoint=checkpoints.of(dtype))
         if ranks.leads():
             save_scores(self.shared, key, scores)
         checkpoints.remove()
         return scores
+
+    def _race(self, score: Callable[..., Scores], checkpoints: RankingCheckpoints, images: Tensor, labels: Tensor) -> Scores:
+        """Scores in float32 of the maps that may be chosen; the others are dropped on what costs less."""
+        layers, p, scope = self.layers, self.settings.p, self.settings.scope
+
+        def cheaply(wanted: Tensor, which: Tensor | None = None, watch: Any = None, foretell: Any = None) -> Scores:
+            kept = None if watch else checkpoints.of(torch.bfloat16, wanted, which)
+            return score(dtype=torch.bfloat16, wanted=wanted, which=which, watch=watch, foretell=foretell, checkpoint=kept)
+
+        def exactly(wanted: Tensor) -> Scores:
+            return score(dtype=torch.float32, wanted=wanted, checkpoint=checkpoints.of(torch.float32, wanted))
+
+        first_order = FirstOrder(self.model, mean_reverse(cheaply, layers, images), labels)
+        foretold, error = foretell_scores(cheaply, first_order, layers, p, scope)
+        return race(race(foretold, cheaply, p, scope, error), exactly, p, scope)
