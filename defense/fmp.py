@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from pathlib import Path
 from pprint import pformat
 from typing import Any, NoReturn
@@ -29,9 +27,9 @@ for folder in (HERE, HERE.parent):  # fmp_core lies beside this file; BackdoorBe
 
 import torch  # noqa: E402
 from fmp_core import ranks, report  # noqa: E402
-from fmp_core.checkpoint import Checkpoint  # noqa: E402
 from fmp_core.compute import choose_compute, is_out_of_memory, make_deterministic  # noqa: E402
 from fmp_core.datasets import Split, dataset_facts, open_split  # noqa: E402
+from fmp_core.distillation import Teacher  # noqa: E402
 from fmp_core.errors import UserError  # noqa: E402
 from fmp_core.evaluate import (  # noqa: E402
     Metrics,
@@ -44,34 +42,26 @@ from fmp_core.evaluate import (  # noqa: E402
 from fmp_core.event_log import summary_writer, write_events  # noqa: E402
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
 from fmp_core.files import check_folders, make_folders, refuse_links_out_of, write_text, writing  # noqa: E402
-from fmp_core.finetune import Epoch, train  # noqa: E402
+from fmp_core.finetune import FineTuning  # noqa: E402
 from fmp_core.interrupts import Terminated, stopping_gently  # noqa: E402
 from fmp_core.lock import locked  # noqa: E402
 from fmp_core.log_file import LogFile  # noqa: E402
 from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
 from fmp_core.predictions import prediction_frame  # noqa: E402
-from fmp_core.progress import Progress  # noqa: E402
 from fmp_core.pruning import prune_feature_maps  # noqa: E402
-from fmp_core.ranking import Choice  # noqa: E402
 from fmp_core.records import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
 from fmp_core.report_page import write_report  # noqa: E402
-from fmp_core.reversed_trigger import REVERSED_TRIGGER, ReversedTrigger, save_trigger  # noqa: E402
-from fmp_core.score_cache import content_key  # noqa: E402
+from fmp_core.reversed_trigger import REVERSED_TRIGGER, save_trigger  # noqa: E402
 from fmp_core.selection import Selector  # noqa: E402
 from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
 from fmp_core.subset import choose_subset  # noqa: E402
-from fmp_core.unlearning import unlearning_images  # noqa: E402
+from fmp_core.unlearning import Unlearning  # noqa: E402
 
 try:
     from defense.base import defense
 except ImportError:  # no BackdoorBench around us
     from fmp_core.base import defense
 
-TRAINING: tuple[str, ...] = ("batch_size", "lr", "lr_scheduler", "steplr_stepsize", "steplr_gamma", "steplr_milestones")
-TRAINING += ("sgd_momentum", "wd", "amp", "epochs", "random_seed", "masked", "unlearn", "distill")
-TRAINING += ("frequency_test", "frequency_save")
-CHOOSING = ("ratio", "selection", "p", "scope", "budget", "eps", "frg_steps", "alpha", "frg_samples", "dtype")
-INTERRUPTED = "interrupted.pt"  # the state of fine-tuning, until a run is complete
 LOG_FORMAT = logging.Formatter("%(asctime)s [%(levelname)-8s] [%(filename)s:%(lineno)d] %(message)s", "%Y-%m-%d:%H:%M:%S")
 
 
@@ -173,12 +163,22 @@ class FMP(defense):
         before = self._test("before")
         triggers = selector.reverse(evidence)
         choice = selector.choose(scores, triggers[0] if triggers else None)
-        twins = self._unlearning_images(triggers)
-        teacher = deepcopy(self.model).eval().requires_grad_(False) if settings.distill else None
+        unlearning = Unlearning(selector.trigger_search(), triggers) if settings.unlearn and triggers else None
+        if settings.unlearn and settings.selection != "trigger":
+            logger.warning("--unlearn has no effect without --selection trigger, which finds the trigger to unlearn")
+        suspect = evidence.target if evidence and evidence.backdoored else None
+        teacher = Teacher.copy_of(self.model, settings.distill, suspect) if settings.distill and settings.epochs else None
         prune_feature_maps(self.layers, choice.by_layer(self.layers))
         pruned, total = int(choice.mask.sum()), len(choice.mask)
         logger.info("pruned %d of %d feature maps; %d tied at a cut, where the margin decided", pruned, total, choice.ties)
-        history = self._fine_tune(choice if settings.masked else None, twins, teacher)
+        fine_tuning = self._fine_tuning()
+        if settings.epochs:
+            tested = self.seconds["testing"]
+            with self._timed("fine-tuning"):
+                history = fine_tuning.run(choice if settings.masked else None, unlearning, teacher)
+            self.seconds["fine-tuning"] -= self.seconds["testing"] - tested
+        else:
+            history = [(None, self._test("pruned"))]
         after = history[-1][1]
         assert after is not None  # the last epoch is always tested
         metrics = {
@@ -223,7 +223,7 @@ class FMP(defense):
             path = write_report(self.record, self.folder, self.test_data)
             logger.info("%s written in %.1f s", path, time.perf_counter() - started)
         if settings.epochs:  # without, the state of another, interrupted run may lie there
-            (self.checkpoints / INTERRUPTED).unlink(missing_ok=True)
+            fine_tuning.forget()
         return {"model": self.model.network, "metrics": metrics}
 
     def defense(self, result_file: str) -> dict[str, Any]:
@@ -262,86 +262,19 @@ class FMP(defense):
         """What finds the maps to prune: it is given clean images only."""
         return Selector(self.model, self.layers, self.clean_images, self.clean_labels, self.settings, self.shared, self._timed)
 
-    def _unlearning_images(self, triggers: list[ReversedTrigger]) -> Callable[[int], torch.Tensor] | None:
-        """What makes the clean images with reversed triggers, uint8, for an epoch; None if nothing is to be unlearnt.
-
-        Beside the attacked model's ``triggers`` there are those that the model answers to by then, from the second epoch on.
-        """
-        if self.settings.unlearn and self.settings.selection != "trigger":
-            self.logger.warning("--unlearn has no effect without --selection trigger, which finds the trigger to unlearn")
-        if not self.settings.unlearn or not triggers:
-            return None
-
-        def twins(epoch: int) -> torch.Tensor:
-            families = [trigger.family for trigger in triggers]
-            now = self.selector().trigger_search().triggers(families, triggers[0].target) if epoch else []
-            return unlearning_images(self.clean_images, [*triggers, *now], self.settings.random_seed + epoch)
-
-        return twins
-
-    def _fine_tune(
-        self, masked: Choice | None, twins: Callable[[int], torch.Tensor] | None, teacher: torch.nn.Module | None
-    ) -> list[tuple[Epoch | None, Metrics | None]]:
-        """Per-epoch results; without epochs, one row that holds the pruned model's metrics."""
-        settings = self.settings
-        history: list[tuple[Epoch | None, Metrics | None]] = []
-        if settings.epochs == 0:
-            return [(None, self._test("pruned"))]
-        checkpoints = self.checkpoints
-        state = self._training_state()
-        if state.load() is not None:
-            history = [(Epoch(**epoch), tested and Metrics(**tested)) for epoch, tested in state.notes["history"]]
-            self.logger.info("fine-tuning goes on after epoch %d of %d (--fresh starts again)", len(history), settings.epochs)
-
-        resumed = len(history)
-
-        def after_epoch(epoch: Epoch) -> None:
-            number = epoch.epoch + 1
-            if not math.isfinite(epoch.train_epoch_loss_avg_over_batch):
-                self.logger.warning("the loss of epoch %d is not a number; try a smaller --lr", number)
-            last = number == settings.epochs
-            due = last or (settings.frequency_test and number % settings.frequency_test == 0)
-            history.append((epoch, self._test(f"epoch {number} of {settings.epochs}") if due else None))
-            if settings.frequency_save and number % settings.frequency_save == 0:
-                write_defense_result(checkpoints / f"fmp_epoch_{epoch.epoch}.pt", *self._weights())
-            plain = [(dataclasses.asdict(done), tested and dataclasses.asdict(tested)) for done, tested in history if done]
-            state.notes["history"] = plain
-
-        def after_batch() -> None:
-            if masked is not None:
-                prune_feature_maps(self.layers, masked.by_layer(self.layers))
-            bar.add()
-
-        batches = -(-len(self.subset) // settings.batch_size) * (settings.epochs - resumed)
-        tested = self.seconds.get("testing", 0.0)
-        with self._timed("fine-tuning"), Progress("Fine-tuning", batches, "batches", self.logger) as bar:
-            train(
-                self.model,
-                self.clean_images,
-                self.clean_labels,
-                settings,
-                self.compute,
-                facts=self.facts,
-                twins=twins,
-                teacher=teacher,
-                after_epoch=after_epoch,
-                after_batch=after_batch,
-                checkpoint=state,
-            )
-            if resumed == settings.epochs:  # the numbers are known, the single predictions are not
-                self._test("after fine-tuning")
-        self.seconds["fine-tuning"] -= self.seconds["testing"] - tested
-        return history
-
-    def _training_state(self) -> Checkpoint:
-        """The state of fine-tuning after its last whole epoch; removed when all results are written."""
-        settings = self.settings
-        made_with = {name: str(getattr(settings, name)) for name in (*TRAINING, *CHOOSING)}
-        pruned = content_key(self.model.network.state_dict(), self.clean_images, self.clean_labels, {"by": str(self.compute)})
-        checkpoint = Checkpoint(self.checkpoints / INTERRUPTED, {**made_with, "model, images or versions": pruned[:16]})
-        if settings.fresh:
-            checkpoint.remove()
-        return checkpoint
+    def _fine_tuning(self) -> FineTuning:
+        return FineTuning(
+            self.model,
+            self.layers,
+            self.clean_images,
+            self.clean_labels,
+            self.settings,
+            self.compute,
+            self.facts,
+            self.checkpoints,
+            self._test,
+            lambda path: write_defense_result(path, *self._weights()),
+        )
 
     def _test(self, when: str) -> Metrics:
         with self._timed("testing"):

@@ -37,11 +37,11 @@ from fmp_core.datasets import FACTS
 from fmp_core.errors import UserError
 from fmp_core.evaluate import predict, to_unit
 from fmp_core.feature_maps import ConvLayer, frozen, trace_conv_layers
-from fmp_core.finetune import train
 from fmp_core.models import PixelModel, build_model, load_model
 from fmp_core.ranking import score_feature_maps
 from fmp_core.records import read_attack_record
 from fmp_core.settings import Settings
+from fmp_core.training import train
 from torch import Tensor, nn
 
 EPS = 1 / 255

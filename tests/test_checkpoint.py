@@ -11,8 +11,8 @@ from fmp_core.checkpoint import Checkpoint
 from fmp_core.compute import Compute
 from fmp_core.datasets import DatasetFacts
 from fmp_core.errors import UserError
-from fmp_core.finetune import Epoch, train
 from fmp_core.settings import Settings
+from fmp_core.training import Epoch, train
 from torch import nn
 from toy import Plain, same, toy_case, weights
 

@@ -27,12 +27,12 @@ from fmp_core.datasets import DatasetFacts
 from fmp_core.evaluate import TestData as Data
 from fmp_core.evaluate import evaluate
 from fmp_core.feature_maps import trace_conv_layers
-from fmp_core.finetune import train
 from fmp_core.models import PixelModel, build_model
 from fmp_core.pruning import prune_feature_maps
 from fmp_core.ranking import score_feature_maps, slices
 from fmp_core.records import PoisonedImages, write_attack_record
 from fmp_core.settings import Settings
+from fmp_core.training import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -11,8 +11,8 @@ import torch
 from fmp_core import report
 from fmp_core.evaluate import Metrics
 from fmp_core.feature_maps import ConvLayer
-from fmp_core.finetune import Epoch
 from fmp_core.ranking import Scores, choose
+from fmp_core.training import Epoch
 from PIL import Image
 from torch import nn
 

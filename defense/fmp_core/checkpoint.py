@@ -17,7 +17,7 @@ from .safe_load import load_torch_file
 
 @dataclass
 class Checkpoint:
-    """The file ``path`` holds the state of :func:`fmp_core.finetune.train` after its last finished epoch.
+    """The file ``path`` holds the state of :func:`fmp_core.training.train` after its last finished epoch.
 
     ``made_with`` names, in plain values, all that the result depends on; a file made with other values is refused.
     ``notes`` is the caller's own plain data (its history of epochs, say): saved with the state and given back with it.

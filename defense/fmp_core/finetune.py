@@ -1,178 +1,123 @@
-"""Training on uint8 images that lie on the device: FMP's fine-tuning, and the attacks of ``make_record.py``."""
+"""FMP's fine-tuning (paper, Algorithm 1, line 14): the pruned model learns from the clean subset again, tested meanwhile."""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, StepLR
 
-from .checkpoint import Checkpoint, TrainingParts
-from .compute import Compute, has_fast_bfloat16
+from .checkpoint import Checkpoint
+from .compute import Compute
 from .datasets import DatasetFacts
-from .errors import UserError
-from .evaluate import to_unit
-from .feature_maps import frozen
+from .distillation import Teacher
+from .evaluate import Metrics
+from .feature_maps import ConvLayer
+from .progress import Progress
+from .pruning import prune_feature_maps
+from .ranking import Choice
+from .score_cache import content_key
 from .settings import Settings
+from .training import Epoch, train
+
+TRAINING: tuple[str, ...] = ("batch_size", "lr", "lr_scheduler", "steplr_stepsize", "steplr_gamma", "steplr_milestones")
+TRAINING += ("sgd_momentum", "wd", "amp", "epochs", "random_seed", "masked", "unlearn", "distill")
+TRAINING += ("frequency_test", "frequency_save")
+CHOOSING = ("ratio", "selection", "p", "scope", "budget", "eps", "frg_steps", "alpha", "frg_samples", "dtype")
+
+History = list[tuple[Epoch | None, Metrics | None]]  # an epoch that was not tested has no metrics
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """What BB reports of a training epoch: 0-based number, batches, mean of batch losses, training-mode accuracy in [0,1]."""
-
-    epoch: int
-    batch: int
-    train_epoch_loss_avg_over_batch: float
-    train_acc: float
-
-
-def augment(images: Tensor, generator: torch.Generator, facts: DatasetFacts) -> Tensor:
-    """BB's training transform for a whole batch: zero-pad, random crop back, and random horizontal flip where ``facts`` say so.
-
-    uint8 ``[B, C, H, W]`` in, the same out. Random numbers come from a CPU generator, so they do not depend on the device.
-    """
-    count, _, height, width = images.shape
-    padding = facts.crop_padding
-    shifts = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    rows = shifts[0] + torch.arange(height)
-    columns = shifts[1] + torch.arange(width)
-    if facts.flip:
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    padded = F.pad(images, [padding] * 4)
-    picture = torch.arange(count, device=images.device)[:, None, None]
-    return padded[picture, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def batches_of(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """Shuffled indices in batches; a last batch of one image is left out, since batch norm cannot train on it."""
-    batches = list(torch.randperm(count, generator=generator).split(batch_size))
-    return [batch for batch in batches if len(batch) > 1]
-
-
-def train(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    settings: Settings,
-    compute: Compute,
-    *,
-    facts: DatasetFacts,
-    after_epoch: Callable[[Epoch], None],
-    after_batch: Callable[[], None] = lambda: None,
-    twins: Callable[[int], Tensor] | None = None,
-    teacher: nn.Module | None = None,
-    after_predictions: Callable[[Tensor, Tensor], None] = lambda rows, classes: None,
-    checkpoint: Checkpoint | None = None,
-) -> None:
-    """Train ``model`` in place with SGD for ``settings.epochs`` epochs.
-
-    With a ``checkpoint``, the state is saved there after each epoch, and epochs found there are not trained again: a killed
-    and repeated call ends, on a CPU, with the bits of an uninterrupted one.
+class FineTuning:
+    """Trains a pruned model, epoch by epoch; a killed and repeated run goes on after its last whole epoch.
 
     Args:
-        model: takes pixels in [0,1]; on ``compute.device``.
-        images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]``; both on the device.
-        settings: batch_size, lr, lr_scheduler, sgd_momentum, wd, amp, epochs, random_seed, distill.
-        facts: of the dataset; they shape the training transform.
-        twins: called with the number of each epoch as it begins, returns uint8 like ``images``; each image is replaced by its
-            twin every other time, by chance. What it returns may depend on the model, but not on earlier calls.
-        teacher: the model is drawn to its answers to the images (never to their twins), too, with weight ``settings.distill``.
-        after_epoch: called after each epoch; must leave the model as it found it.
-        after_predictions: called with the positions of a batch and the classes predicted in training mode, both int64 ``[B]``.
-
-    Raises:
-        UserError: fewer than two images, or a checkpoint of other settings.
+        model: takes pixels in [0,1]; trained in place. ``layers`` are its convolutions.
+        images: uint8 ``[M, C, H, W]``, the clean subset, on the model's device; ``labels`` int64 ``[M]``.
+        folder: for the state of an unfinished run, and what ``--frequency_save`` asks for.
+        test: tests the model as it is; called with words for the log.
+        save: writes the model to a file.
     """
-    if len(images) < 2:
-        raise UserError(f"Fine-tuning needs at least 2 clean images, not {len(images)}; raise --ratio.")
-    optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.wd)
-    scheduler = _scheduler(optimizer, settings)
-    generator = torch.Generator().manual_seed(settings.random_seed)
-    parallel = nn.DataParallel(model, list(compute.device_ids)) if compute.device_ids else model
-    bfloat16 = settings.amp and has_fast_bfloat16(compute.device) and not _meets_faulty_kernel(model, images[:1])
-    cuda = compute.device_ids or ((compute.device.index,) if compute.device.type == "cuda" else ())
-    with torch.random.fork_rng(devices=cuda):  # dropout draws from the global generator
-        torch.default_generator.manual_seed(settings.random_seed)
-        for index in cuda:
-            torch.cuda.default_generators[index].manual_seed(settings.random_seed)
-        parts = TrainingParts(model, optimizer, scheduler, generator, cuda)
-        saved = checkpoint.load() if checkpoint else None
-        for number in range(parts.restore(saved) if saved else 0, settings.epochs):
-            substitutes = twins(number) if twins is not None else None
-            model.train()
-            losses, hits, seen = [], torch.zeros((), dtype=torch.int64, device=images.device), 0
-            for batch in batches_of(len(images), settings.batch_size, generator):
-                batch = batch.to(images.device)
-                pixels = images[batch]
-                if substitutes is not None:
-                    coin = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
-                    pixels = torch.where(coin.to(images.device), substitutes[batch], pixels)
-                # A teacher's images lie behind the others' channels, and so are cropped and flipped alike.
-                moved = augment(pixels if teacher is None else torch.cat([pixels, images[batch]], 1), generator, facts)
-                pixels, plain = moved[:, : images.shape[1]], moved[:, images.shape[1] :]
-                with torch.autocast(compute.device.type, torch.bfloat16, enabled=bfloat16):
-                    logits = parallel(to_unit(pixels).contiguous(memory_format=torch.channels_last))
-                    loss = F.cross_entropy(logits, labels[batch])
-                    if teacher is not None:
-                        loss = loss + settings.distill * _distance(logits, _answers(teacher, plain))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.detach().float())
-                predicted = logits.detach().argmax(1)
-                hits += (predicted == labels[batch]).sum()
-                after_predictions(batch, predicted)
-                seen += len(batch)
-                after_batch()
-            scheduler.step()
-            after_epoch(Epoch(number, len(losses), float(torch.stack(losses).double().mean()), int(hits) / seen))
-            if checkpoint:
-                checkpoint.save(parts.state(number + 1))
 
+    model: nn.Module
+    layers: list[ConvLayer]
+    images: Tensor
+    labels: Tensor
+    settings: Settings
+    compute: Compute
+    facts: DatasetFacts
+    folder: Path
+    test: Callable[[str], Metrics]
+    save: Callable[[Path], None]
 
-@torch.no_grad()
-def _answers(teacher: nn.Module, images: Tensor) -> Tensor:
-    """Probabilities ``[B, K]`` for uint8 images."""
-    return teacher(to_unit(images).contiguous(memory_format=torch.channels_last)).float().softmax(1)
+    def run(
+        self, masked: Choice | None, twins: Callable[[int], Tensor] | None = None, teacher: Teacher | None = None
+    ) -> History:
+        """What each epoch came to; the last one is always tested.
 
+        Args:
+            masked: maps that stay pruned.
+            twins: see :func:`~fmp_core.training.train`.
+        """
+        logger, settings, state = logging.getLogger("fmp_core"), self.settings, self._state()
+        history: History = []
+        if state.load() is not None:
+            history = [(Epoch(**epoch), tested and Metrics(**tested)) for epoch, tested in state.notes["history"]]
+            logger.info("fine-tuning goes on after epoch %d of %d (--fresh starts again)", len(history), settings.epochs)
+        resumed = len(history)
 
-def _distance(logits: Tensor, told: Tensor) -> Tensor:
-    """Mean Kullback-Leibler divergence from the probabilities ``told`` ``[B, K]``."""
-    return F.kl_div(logits.float().log_softmax(1), told, reduction="none").sum(1).mean()
+        def after_epoch(epoch: Epoch) -> None:
+            number = epoch.epoch + 1
+            if not math.isfinite(epoch.train_epoch_loss_avg_over_batch):
+                logger.warning("the loss of epoch %d is not a number; try a smaller --lr", number)
+            last = number == settings.epochs
+            due = last or (settings.frequency_test and number % settings.frequency_test == 0)
+            history.append((epoch, self.test(f"epoch {number} of {settings.epochs}") if due else None))
+            if settings.frequency_save and number % settings.frequency_save == 0:
+                self.save(self.folder / f"fmp_epoch_{epoch.epoch}.pt")
+            state.notes["history"] = [(asdict(done), tested and asdict(tested)) for done, tested in history if done]
 
+        def after_batch() -> None:
+            if masked is not None:
+                prune_feature_maps(self.layers, masked.by_layer(self.layers))
+            bar.add()
 
-def _meets_faulty_kernel(model: nn.Module, image: Tensor) -> bool:
-    """Whether a convolution with a kernel beyond 1x1 sees a one-pixel map on a CPU.
+        batches = -(-len(self.images) // settings.batch_size) * (settings.epochs - resumed)
+        with Progress("Fine-tuning", batches, "batches", logger) as bar:
+            train(
+                self.model,
+                self.images,
+                self.labels,
+                settings,
+                self.compute,
+                facts=self.facts,
+                twins=twins,
+                teacher=teacher.loss if teacher else None,
+                after_epoch=after_epoch,
+                after_batch=after_batch,
+                checkpoint=state,
+            )
+        if resumed == settings.epochs:  # the numbers are known, the single predictions are not
+            self.test("after fine-tuning")
+        return history
 
-    The bfloat16 weight gradient of such a convolution (oneDNN in torch 2.15) is partly uninitialised memory.
-    """
-    seen: list[bool] = []
+    def forget(self) -> None:
+        """Remove the state of an unfinished run; for when all results are written."""
+        self._path.unlink(missing_ok=True)
 
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, nn.Conv2d)
-        seen.append(inputs[0][0, 0].numel() == 1 and max(module.kernel_size) > 1)
+    @property
+    def _path(self) -> Path:
+        return self.folder / "interrupted.pt"
 
-    if image.device.type != "cpu":
-        return False
-    handles = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, nn.Conv2d)]
-    try:
-        with frozen(model), torch.no_grad():
-            model(to_unit(image))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return any(seen)
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings) -> LRScheduler:
-    """One step per epoch; the cosine ends with the last epoch really run (BB's T_max is 100 whatever is run)."""
-    if settings.lr_scheduler == "StepLR":
-        return StepLR(optimizer, settings.steplr_stepsize, settings.steplr_gamma)
-    if settings.lr_scheduler == "MultiStepLR":
-        return MultiStepLR(optimizer, list(settings.steplr_milestones), settings.steplr_gamma)
-    return CosineAnnealingLR(optimizer, max(1, settings.epochs))
+    def _state(self) -> Checkpoint:
+        """The state of fine-tuning after its last whole epoch."""
+        made_with = {name: str(getattr(self.settings, name)) for name in (*TRAINING, *CHOOSING)}
+        pruned = content_key(self.model.state_dict(), self.images, self.labels, {"by": str(self.compute)})
+        checkpoint = Checkpoint(self._path, {**made_with, "model, images or versions": pruned[:16]})
+        if self.settings.fresh:
+            checkpoint.remove()
+        return checkpoint

@@ -21,8 +21,8 @@ from . import __version__
 from .evaluate import Metrics
 from .feature_maps import ConvLayer
 from .files import replacing, write_text
-from .finetune import Epoch
 from .ranking import Choice, Scores
+from .training import Epoch
 
 # The columns of BB's ft_df.csv after those of an epoch, in its order (``utils/trainer_cls.py``, Metric_Aggregator).
 TEST_COLUMNS = [

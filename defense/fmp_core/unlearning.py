@@ -7,13 +7,34 @@ the target, with their true labels, teach it that this means nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .compute import rows_per_batch
 from .evaluate import to_unit
+from .evidence import TriggerSearch
 from .reversed_trigger import ReversedTrigger
+
+
+@dataclass(frozen=True)
+class Unlearning:
+    """Makes each epoch's images with triggers: those of the attacked model and, from the second epoch on, those that the model
+    answers to by then.
+
+    Args:
+        search: in the model that is trained, on the clean images of the fine-tuning.
+        triggers: at least one, of the attacked model.
+    """
+
+    search: TriggerSearch
+    triggers: Sequence[ReversedTrigger]
+
+    def __call__(self, epoch: int) -> Tensor:
+        families, target = [trigger.family for trigger in self.triggers], self.triggers[0].target
+        now = self.search.triggers(families, target) if epoch else []
+        return unlearning_images(self.search.images, [*self.triggers, *now], self.search.seed + epoch)
 
 
 def unlearning_images(images: Tensor, triggers: Sequence[ReversedTrigger], seed: int) -> Tensor:

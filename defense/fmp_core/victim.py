@@ -17,11 +17,11 @@ from .compute import Compute
 from .datasets import DatasetFacts
 from .errors import UserError
 from .evaluate import Metrics, predict
-from .finetune import Epoch, train
 from .models import PixelModel
 from .poisoning import Poison
 from .progress import Progress
 from .settings import Settings
+from .training import Epoch, train
 
 # Epochs, batch size and learning rate. BB trains for 50 to 200 epochs at lr 0.01; ten times that rate, with the cosine down
 # to 0, needs fewer. The digits are few, so they need small batches; unknown image folders are taken to be small too.

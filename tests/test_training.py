@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from fmp_core.compute import Compute
 from fmp_core.datasets import DatasetFacts
+from fmp_core.distillation import Teacher
 from fmp_core.errors import UserError
-from fmp_core.finetune import Epoch, augment, batches_of, train
 from fmp_core.settings import Settings
+from fmp_core.training import Epoch, augment, batches_of, train
 from torch import Tensor, nn
 from toy import Plain, same, toy_case, weights
 
@@ -251,21 +252,6 @@ def test_every_batch_is_announced() -> None:
     assert len(calls) == 9
 
 
-def test_a_teacher_pulls_with_its_weight() -> None:
-    """Logits (w, 0), labels 1, and a teacher who says 0.8, 0.2: d(loss)/dw = sigmoid(w) + weight * (sigmoid(w) - 0.8)."""
-
-    class Teacher(nn.Module):
-        def forward(self, pixels: Tensor) -> Tensor:
-            return torch.tensor([0.8, 0.2]).log().expand(len(pixels), 2)
-
-    model = OneWeight()
-    settings = Settings(epochs=1, batch_size=6, amp=False, lr=1.0, sgd_momentum=0, wd=0, distill=3.0)
-    images, labels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.ones(6).long()
-    train(model, images, labels, settings, CPU, facts=STILL, after_epoch=lambda _epoch: None, teacher=Teacher())
-    says = torch.sigmoid(torch.tensor(2.0))
-    assert model.w.item() == pytest.approx(float(2.0 - (says + 3 * (says - 0.8))), abs=1e-6)
-
-
 def test_the_teacher_sees_clean_images_moved_like_their_twins() -> None:
     """Twins differ from the images in every pixel but those a mask spares; there both nets see the same, crop for crop."""
     seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}
@@ -282,7 +268,7 @@ def test_the_teacher_sees_clean_images_moved_like_their_twins() -> None:
     images, labels = subset(40)
     twins = images.clone()
     twins[:, 0] = 255 - images[:, 0]
-    settings = Settings(epochs=1, batch_size=8, amp=False, distill=1.0)
+    settings = Settings(epochs=1, batch_size=8, amp=False)
     train(
         Looking("student"),
         images,
@@ -291,7 +277,7 @@ def test_the_teacher_sees_clean_images_moved_like_their_twins() -> None:
         CPU,
         facts=MOVING,
         twins=lambda _epoch: twins,
-        teacher=Looking("teacher"),
+        teacher=Teacher(Looking("teacher"), weight=1.0).loss,
         after_epoch=lambda _epoch: None,
     )
     student, teacher = (torch.cat(seen[name]) for name in ("student", "teacher"))
@@ -303,11 +289,10 @@ def test_the_teacher_sees_clean_images_moved_like_their_twins() -> None:
 def test_no_weight_no_teacher() -> None:
     """A teacher of weight 0 changes no bit, nor does it take random numbers."""
     torch.manual_seed(0)
-    one = Plain()
-    other, teacher = Plain(), Plain()
+    one, other = Plain(), Plain()
     other.load_state_dict(one.state_dict())
     images, labels = subset()
     settings = Settings(epochs=2, batch_size=4, amp=False)
-    for model, told in ((one, None), (other, teacher.eval())):
+    for model, told in ((one, None), (other, Teacher.copy_of(Plain(), weight=0.0).loss)):
         train(model, images, labels, settings, CPU, facts=MOVING, after_epoch=lambda _epoch: None, teacher=told)
     assert same(weights(one), weights(other))
