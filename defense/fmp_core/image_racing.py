@@ -23,7 +23,7 @@ from .ranking import Foretell, Scores, Watch, ordered_groups, slices
 from .ranking_state import Answers
 
 SCOUTS, PILOTS = 2, 12  # maps per layer
-CONFIDENCE = 4.0  # standard deviations over the pilots that a margin keeps from 0: 1 - 6e-5, if normal
+CONFIDENCE = 4.5  # standard deviations over the pilots that a margin keeps from 0: 1 - 7e-6, if normal
 
 
 class Score(Protocol):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .ranking import Scores, ordered_groups
 
-CONTENDERS = 2  # times the maps to choose are rescored at first, where it is they that show how far cheap scores err
+CONTENDERS = 2  # times the maps to choose are rescored at first
 CONFIDENCE = 4.0  # standard deviations of the cheap margin's error that a dropped map keeps from the cut: 1 - 3e-5, if normal
 
 
@@ -34,9 +34,8 @@ def race(cheap: Scores, score: Callable[[Tensor], Scores], p: int, scope: str, e
     known = ~settled if cheap.settled is None else cheap.settled
     correct, margin, slimmest, floor = cheap.correct.clone(), cheap.margin.clone(), cheap.slimmest.clone(), cheap.margin
     doubtful = torch.zeros(cheap.total, dtype=torch.bool)
-    at_first = CONTENDERS if error is None else 1
     for members in ordered_groups(cheap, scope):
-        doubtful[members[: at_first * (len(members) // p)]] = True
+        doubtful[members[: CONTENDERS * (len(members) // p)]] = True
     while doubtful.any():
         full = score(doubtful)
         for own, found in ((correct, full.correct), (margin, full.margin), (slimmest, full.slimmest)):
