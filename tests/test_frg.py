@@ -74,6 +74,21 @@ def test_gradient_signs_equal_the_per_map_loop(kind: type[nn.Module]) -> None:
                 position += 1
 
 
+def test_shared_passes_end_with_the_last_layer_asked_for() -> None:
+    """What lies behind it is not run, and changes no bit of the gradient."""
+    model, images, _labels = toy_case(PreActivation)
+    layers = trace_conv_layers(model, images)
+    ran: list[str] = []
+    for layer in layers:
+        layer.module.register_forward_pre_hook(lambda _module, _inputs, name=layer.name: ran.append(name))
+    with frozen(model):
+        whole = SharedForward(model, layers, images, start(images, EPS, 0), 2).gradient(layers[1], [0, 3])
+        ran.clear()
+        part = SharedForward(model, layers[1:2], images, start(images, EPS, 0), 2).gradient(layers[1], [0, 3])
+    assert set(ran) == {layers[0].name, layers[1].name}
+    assert torch.equal(part, whole)
+
+
 def test_the_start_is_noisy_within_bounds() -> None:
     images = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1)
     low = noisy_start(images, torch.full_like(images, -1.0), 0.25)

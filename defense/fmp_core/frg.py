@@ -8,6 +8,7 @@ and the noisy forward pass are shared by all feature maps of the model, and only
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ class SharedForward:
 
     Args:
         model: frozen, float32, takes pixels in [0,1].
-        layers: the layers of ``model`` whose maps will be asked for.
+        layers: the layers of ``model`` whose maps will be asked for, in execution order; passes end with the last.
         images: clean, ``[B, C, H, W]`` in [0,1].
         start: the noisy images, same shape (:func:`noisy_start`).
         copies: feature maps per backward pass.
@@ -67,6 +68,7 @@ class SharedForward:
         self.model, self.copies, self.rows = model, copies, len(images)
         self.images = _stack(images, copies)
         watched = {id(layer.module.weight) for layer in layers}
+        last = id(layers[-1].module.weight)
         self.clean: dict[int, Tensor] = {}
         self.difference: dict[int, Tensor] = {}  # noisy - clean, [B, C, h, w]
         self.calls: dict[int, ConvCall] = {}
@@ -74,14 +76,18 @@ class SharedForward:
 
         def keep_clean(call: ConvCall, out: Tensor) -> None:
             self.clean[id(call.weight)] = out
+            if id(call.weight) == last:
+                raise _LayerReachedError
 
         def keep_difference(call: ConvCall, out: Tensor) -> None:
             self.difference[id(call.weight)] = out - self.clean[id(call.weight)]
+            if id(call.weight) == last:
+                raise _LayerReachedError
 
         with torch.no_grad():
-            with FrozenOps(watch=dict.fromkeys(watched, keep_clean)):
+            with suppress(_LayerReachedError), FrozenOps(watch=dict.fromkeys(watched, keep_clean)):
                 model(images)
-            with FrozenOps(watch=dict.fromkeys(watched, keep_difference), record=masks):
+            with suppress(_LayerReachedError), FrozenOps(watch=dict.fromkeys(watched, keep_difference), record=masks):
                 model(start)
 
         twin = model if twin is None else twin
@@ -89,11 +95,13 @@ class SharedForward:
 
         def keep_call(call: ConvCall, _out: Tensor) -> None:
             self.calls[original[id(call.weight)]] = call
+            if original[id(call.weight)] == last:
+                raise _LayerReachedError
 
         self.start = _stack(start, copies).requires_grad_()
         replay = (mask.repeat(copies, *[1] * (mask.dim() - 1)) for mask in masks)
         watch = {own: keep_call for own, theirs in original.items() if theirs in watched}
-        with torch.enable_grad(), FrozenOps(dtype, watch, replay=replay):
+        with suppress(_LayerReachedError), torch.enable_grad(), FrozenOps(dtype, watch, replay=replay):
             twin(self.start)
 
     def gradient(self, layer: ConvLayer, channels: Sequence[int]) -> Tensor:
@@ -133,11 +141,8 @@ class SharedForward:
             reached.append((call, out.detach()))
             raise _LayerReachedError
 
-        try:
-            with torch.enable_grad(), FrozenOps(watch={id(layer.module.weight): stop}):
-                self.model(images)
-        except _LayerReachedError:
-            pass
+        with suppress(_LayerReachedError), torch.enable_grad(), FrozenOps(watch={id(layer.module.weight): stop}):
+            self.model(images)
         call, out = reached[0]
         rows = [slice(copy * self.rows, (copy + 1) * self.rows) for copy in range(self.copies)]
         parts = [_through_one_channel(call, out[r, c] - clean[:, c], c) for r, c in zip(rows, channels, strict=True)]

@@ -23,7 +23,8 @@ from .ranking import Foretell, Scores, Watch, ordered_groups, slices
 from .ranking_state import Answers
 
 SCOUTS, PILOTS = 2, 12  # maps per layer
-CONFIDENCE = 4.5  # standard deviations over the pilots that a margin keeps from 0: 1 - 7e-6, if normal
+CONTESTED = 4.0  # standard deviations over the pilots within which 0 makes an image contested: all but 6e-5, if normal
+TRUSTED = 4.5  # standard deviations of its error that a foretold margin keeps from 0 to be believed: all but 7e-6, if normal
 
 
 class Score(Protocol):
@@ -57,7 +58,7 @@ class Outlook:
         wrong = [margins - guess - b for margins, guess, b in zip(seen, foretold, bias, strict=True)]
         spread, _ = _pooled(torch.stack([margins.std(0, correction=0) for margins in seen]))
         doubt, oddity = _pooled(torch.stack([part.square().mean(0).sqrt() for part in wrong]))
-        contested, doubt = mean.abs() < CONFIDENCE * spread, CONFIDENCE * doubt * oddity.clamp_min(1)
+        contested, doubt = mean.abs() < CONTESTED * spread, TRUSTED * doubt * oddity.clamp_min(1)
         trusted = [(guess + b).abs() > limit for guess, b, limit in zip(foretold, bias, doubt, strict=True)]
         error = [(part * use).mean(1).square().mean().sqrt().item() for part, use in zip(wrong, trusted, strict=True)]
         return [Outlook(*row) for row in zip(mean > 0, contested, bias, doubt, error, strict=True)]

@@ -231,7 +231,10 @@ class Engine(NamedTuple):
         images, start = torch.cat([images, images[filling]]), torch.cat([start, start[filling]])
         copies = max(1, state.rows // len(images))
         state.group_by(copies)
-        shared = SharedForward(self.model, self.layers, images, start, copies, self.twin, self.dtype)
+        asked = [layer for layer, where in slices(self.layers) if wanted[where].any()]
+        if not asked:
+            return
+        shared = SharedForward(self.model, asked, images, start, copies, self.twin, self.dtype)
         position = group = 0
         for layer in self.layers:
             todo = wanted[position : position + layer.channels].nonzero().flatten().tolist()
