@@ -177,7 +177,7 @@ class Settings:
 # What a preset sets, over the YAML file; a flag overrides it.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "strong": {"selection": "trigger", "masked": True, "unlearn": True, "distill": 1.0, "dtype": "auto", "lr": 0.03},
+    "strong": {"selection": "trigger", "masked": True, "unlearn": True, "distill": 1.0, "dtype": "auto", "lr": 0.02},
 }
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 
