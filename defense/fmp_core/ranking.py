@@ -231,14 +231,14 @@ class Engine(NamedTuple):
         images, start = torch.cat([images, images[filling]]), torch.cat([start, start[filling]])
         copies = max(1, state.rows // len(images))
         state.group_by(copies)
-        asked = [layer for layer, where in slices(self.layers) if wanted[where].any()]
+        asked = [(layer, maps) for layer, maps in slices(self.layers) if wanted[maps].any()]
         if not asked:
             return
-        shared = SharedForward(self.model, asked, images, start, copies, self.twin, self.dtype)
-        position = group = 0
-        for layer in self.layers:
-            todo = wanted[position : position + layer.channels].nonzero().flatten().tolist()
-            places = (torch.tensor(todo, dtype=torch.int64) + position).to(images.device)
+        shared = SharedForward(self.model, [layer for layer, _ in asked], images, start, copies, self.twin, self.dtype)
+        group = 0
+        for layer, maps in asked:
+            todo = wanted[maps].nonzero().flatten().tolist()
+            places = (torch.tensor(todo, dtype=torch.int64) + maps.start).to(images.device)
             for lead in range(0, len(todo), copies):
                 channels, where = todo[lead : lead + copies], places[lead : lead + copies]
                 group += 1
@@ -253,7 +253,6 @@ class Engine(NamedTuple):
                 state.groups = group
                 self.keeper.now_and_then(state)
                 self.progress(len(channels) * count)
-            position += layer.channels
 
     def answers(self, reverse: Tensor, copies: int, where: Tensor, labels: Tensor, first: int) -> Answers:
         """To the FRG images ``reverse`` ``[copies*rows, ...]`` of the maps at ``where``; ``labels`` are of the images from
