@@ -252,6 +252,21 @@ def test_every_batch_is_announced() -> None:
     assert len(calls) == 9
 
 
+def test_a_teacher_pulls_with_its_weight() -> None:
+    """Logits (w, 0), labels 1, and a teacher who says 0.8, 0.2: d(loss)/dw = sigmoid(w) + weight * (sigmoid(w) - 0.8)."""
+
+    class Says(nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            return torch.tensor([0.8, 0.2]).log().expand(len(pixels), 2)
+
+    model, teacher = OneWeight(), Teacher(Says(), weight=3.0)
+    settings = Settings(epochs=1, batch_size=6, amp=False, lr=1.0, sgd_momentum=0, wd=0)
+    images, labels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.ones(6).long()
+    train(model, images, labels, settings, CPU, facts=STILL, after_epoch=lambda _epoch: None, teacher=teacher.loss)
+    says = torch.sigmoid(torch.tensor(2.0))
+    assert model.w.item() == pytest.approx(float(2.0 - (says + 3 * (says - 0.8))), abs=1e-6)
+
+
 def test_the_teacher_sees_clean_images_moved_like_their_twins() -> None:
     """Twins differ from the images in every pixel but those a mask spares; there both nets see the same, crop for crop."""
     seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}
