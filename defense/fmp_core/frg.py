@@ -7,9 +7,9 @@ and the noisy forward pass are shared by all feature maps of the model, and only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,42 +67,33 @@ class SharedForward:
     ):
         self.model, self.copies, self.rows = model, copies, len(images)
         self.images = _stack(images, copies)
-        watched = {id(layer.module.weight) for layer in layers}
-        last = id(layers[-1].module.weight)
+        self.start = _stack(start, copies).requires_grad_()
         self.clean: dict[int, Tensor] = {}
         self.difference: dict[int, Tensor] = {}  # noisy - clean, [B, C, h, w]
         self.calls: dict[int, ConvCall] = {}
+        asked = [layer.module.weight for layer in layers]
         masks: list[Tensor] = []
 
-        def keep_clean(call: ConvCall, out: Tensor) -> None:
-            self.clean[id(call.weight)] = out
-            if id(call.weight) == last:
-                raise _LayerReachedError
+        def keep_clean(weight: int, _call: ConvCall, out: Tensor) -> None:
+            self.clean[weight] = out
 
-        def keep_difference(call: ConvCall, out: Tensor) -> None:
-            self.difference[id(call.weight)] = out - self.clean[id(call.weight)]
-            if id(call.weight) == last:
-                raise _LayerReachedError
+        def keep_difference(weight: int, _call: ConvCall, out: Tensor) -> None:
+            self.difference[weight] = out - self.clean[weight]
 
         with torch.no_grad():
-            with suppress(_LayerReachedError), FrozenOps(watch=dict.fromkeys(watched, keep_clean)):
-                model(images)
-            with suppress(_LayerReachedError), FrozenOps(watch=dict.fromkeys(watched, keep_difference), record=masks):
-                model(start)
+            _forward(model, images, asked, keep_clean)
+            _forward(model, start, asked, keep_difference, record=masks)
 
         twin = model if twin is None else twin
-        original = {id(own): id(theirs) for own, theirs in zip(twin.parameters(), model.parameters(), strict=True)}
+        original = {id(theirs): own for own, theirs in zip(twin.parameters(), model.parameters(), strict=True)}
+        keys = {id(original[id(weight)]): id(weight) for weight in asked}
 
-        def keep_call(call: ConvCall, _out: Tensor) -> None:
-            self.calls[original[id(call.weight)]] = call
-            if original[id(call.weight)] == last:
-                raise _LayerReachedError
+        def keep_call(weight: int, call: ConvCall, _out: Tensor) -> None:
+            self.calls[keys[weight]] = call
 
-        self.start = _stack(start, copies).requires_grad_()
         replay = (mask.repeat(copies, *[1] * (mask.dim() - 1)) for mask in masks)
-        watch = {own: keep_call for own, theirs in original.items() if theirs in watched}
-        with suppress(_LayerReachedError), torch.enable_grad(), FrozenOps(dtype, watch, replay=replay):
-            twin(self.start)
+        with torch.enable_grad():
+            _forward(twin, self.start, [original[id(weight)] for weight in asked], keep_call, dtype=dtype, replay=replay)
 
     def gradient(self, layer: ConvLayer, channels: Sequence[int]) -> Tensor:
         """Gradient of each copy's loss at the noisy images, ``[copies*B, C, H, W]``; copy ``j`` asks for ``channels[j]``."""
@@ -136,17 +127,28 @@ class SharedForward:
         images = images.detach().requires_grad_()
         clean = self.clean[id(layer.module.weight)]
         reached: list[tuple[ConvCall, Tensor]] = []
-
-        def stop(call: ConvCall, out: Tensor) -> None:
-            reached.append((call, out.detach()))
-            raise _LayerReachedError
-
-        with suppress(_LayerReachedError), torch.enable_grad(), FrozenOps(watch={id(layer.module.weight): stop}):
-            self.model(images)
-        call, out = reached[0]
+        with torch.enable_grad():
+            _forward(self.model, images, [layer.module.weight], lambda _weight, *seen: reached.append(seen))
+        call, out = reached[0][0], reached[0][1].detach()
         rows = [slice(copy * self.rows, (copy + 1) * self.rows) for copy in range(self.copies)]
         parts = [_through_one_channel(call, out[r, c] - clean[:, c], c) for r, c in zip(rows, channels, strict=True)]
         return torch.autograd.grad(call.input, images, torch.cat(parts))[0]
+
+
+def _forward(
+    net: nn.Module, batch: Tensor, weights: Sequence[Tensor], see: Callable[[int, ConvCall, Tensor], None], **frozen: Any
+) -> None:
+    """One forward pass that ends with the convolution of the last of ``weights``; ``see`` gets the ``id`` of each one's weight,
+    its call and its output. ``frozen``: arguments of :class:`~fmp_core.frozen_ops.FrozenOps`.
+    """
+
+    def seen(call: ConvCall, out: Tensor) -> None:
+        see(id(call.weight), call, out)
+        if call.weight is weights[-1]:
+            raise _LayerReachedError
+
+    with suppress(_LayerReachedError), FrozenOps(watch={id(weight): seen for weight in weights}, **frozen):
+        net(batch)
 
 
 def _stack(images: Tensor, copies: int) -> Tensor:
