@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pprint import pformat
@@ -40,18 +40,20 @@ from fmp_core.evaluate import (  # noqa: E402
     to_unit,
 )
 from fmp_core.event_log import summary_writer, write_events  # noqa: E402
+from fmp_core.evidence import Evidence  # noqa: E402
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
 from fmp_core.files import check_folders, make_folders, refuse_links_out_of, write_text, writing  # noqa: E402
-from fmp_core.finetune import FineTuning  # noqa: E402
+from fmp_core.finetune import FineTuning, History  # noqa: E402
 from fmp_core.interrupts import Terminated, stopping_gently  # noqa: E402
 from fmp_core.lock import locked  # noqa: E402
 from fmp_core.log_file import LogFile  # noqa: E402
 from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
 from fmp_core.predictions import prediction_frame  # noqa: E402
 from fmp_core.pruning import prune_feature_maps  # noqa: E402
+from fmp_core.ranking import Choice, Scores  # noqa: E402
 from fmp_core.records import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
 from fmp_core.report_page import write_report  # noqa: E402
-from fmp_core.reversed_trigger import REVERSED_TRIGGER, save_trigger  # noqa: E402
+from fmp_core.reversed_trigger import REVERSED_TRIGGER, ReversedTrigger, save_trigger  # noqa: E402
 from fmp_core.selection import Selector  # noqa: E402
 from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
 from fmp_core.subset import choose_subset  # noqa: E402
@@ -154,7 +156,6 @@ class FMP(defense):
 
     def mitigation(self) -> dict[str, Any]:
         """Rank, prune, fine-tune, evaluate, write. The poisoned test set is only ever evaluated on."""
-        settings, logger = self.settings, self.logger
         make_deterministic()
         selector = self.selector()
         scores, evidence = selector.look(self.record.num_classes)
@@ -163,66 +164,22 @@ class FMP(defense):
         before = self._test("before")
         triggers = selector.reverse(evidence)
         choice = selector.choose(scores, triggers[0] if triggers else None)
-        unlearning = Unlearning(selector.trigger_search(), triggers) if settings.unlearn and triggers else None
-        if settings.unlearn and settings.selection != "trigger":
-            logger.warning("--unlearn has no effect without --selection trigger, which finds the trigger to unlearn")
-        suspect = evidence.target if evidence and evidence.backdoored else None
-        teacher = Teacher.copy_of(self.model, settings.distill, suspect) if settings.distill and settings.epochs else None
+        unlearning = self._unlearning(selector, triggers)
+        teacher = self._teacher(evidence)
         prune_feature_maps(self.layers, choice.by_layer(self.layers))
         pruned, total = int(choice.mask.sum()), len(choice.mask)
-        logger.info("pruned %d of %d feature maps; %d tied at a cut, where the margin decided", pruned, total, choice.ties)
+        self.logger.info("pruned %d of %d feature maps; %d tied at a cut, where the margin decided", pruned, total, choice.ties)
         fine_tuning = self._fine_tuning()
-        if settings.epochs:
+        if self.settings.epochs:
             tested = self.seconds["testing"]
             with self._timed("fine-tuning"):
-                history = fine_tuning.run(choice if settings.masked else None, unlearning, teacher)
+                history = fine_tuning.run(choice if self.settings.masked else None, unlearning, teacher)
             self.seconds["fine-tuning"] -= self.seconds["testing"] - tested
         else:
             history = [(None, self._test("pruned"))]
-        after = history[-1][1]
-        assert after is not None  # the last epoch is always tested
-        metrics = {
-            "before": before.headline(),
-            "after": after.headline(),
-            "der": defense_effectiveness_rating(before, after),
-            "record": self.record.folder.name,
-            "dataset": self.record.dataset,
-            "model": self.record.model_name,
-            "clean_images": len(self.subset),
-            "frg_images": scores.samples if scores else 0,
-            "feature_maps": total,
-            "pruned": pruned,
-            "tied_at_cut": choice.ties,
-            "verdict": evidence.as_dict() if evidence else None,
-            "chosen_by": self.chosen_by,
-            "seconds": self.seconds,
-            "seed": settings.random_seed,
-            "device": f"{self.compute.device} ({self.compute.name})",
-            "settings": dataclasses.asdict(settings),
-            "versions": report.versions(),
-        }
-        frame = report.history_frame(history)
-        report.write_csv(self.folder / "fmp_df.csv", frame)
-        report.write_csv(self.folder / "fmp_df_summary.csv", report.summary_frame(frame))
-        report.write_plots(self.folder, frame)
-        if settings.tensorboard:
-            write_events(self.folder / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), frame)
-        maps = report.feature_map_frame(self.layers, choice, scores, settings.scope)
-        report.write_csv(self.folder / "feature_maps.csv", maps, index=False)
-        predictions = prediction_frame(self.test_data, *self.predictions)
-        report.write_csv(self.folder / "predictions.csv", predictions, index=False)
-        if triggers:
-            save_trigger(self.folder / REVERSED_TRIGGER, triggers[0])
-        else:
-            (self.folder / REVERSED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
-        write_defense_result(self.folder / "defense_result.pt", *self._weights())
-        report.write_json(self.folder / "metrics.json", metrics)
-        logger.info("results are in %s", self.folder)
-        if settings.report:
-            started = time.perf_counter()
-            path = write_report(self.record, self.folder, self.test_data)
-            logger.info("%s written in %.1f s", path, time.perf_counter() - started)
-        if settings.epochs:  # without, the state of another, interrupted run may lie there
+        metrics = self._metrics(before, history[-1][1], scores, evidence, choice)
+        self._write(history, scores, choice, triggers, metrics)
+        if self.settings.epochs:  # without, the state of another, interrupted run may lie there
             fine_tuning.forget()
         return {"model": self.model.network, "metrics": metrics}
 
@@ -262,6 +219,17 @@ class FMP(defense):
         """What finds the maps to prune: it is given clean images only."""
         return Selector(self.model, self.layers, self.clean_images, self.clean_labels, self.settings, self.shared, self._timed)
 
+    def _unlearning(self, selector: Selector, triggers: Sequence[ReversedTrigger]) -> Unlearning | None:
+        if self.settings.unlearn and self.settings.selection != "trigger":
+            self.logger.warning("--unlearn has no effect without --selection trigger, which finds the trigger to unlearn")
+        return Unlearning(selector.trigger_search(), triggers) if self.settings.unlearn and triggers else None
+
+    def _teacher(self, evidence: Evidence | None) -> Teacher | None:
+        """The model as it is: called before it is pruned."""
+        suspect = evidence.target if evidence and evidence.backdoored else None
+        wanted = self.settings.distill and self.settings.epochs
+        return Teacher.copy_of(self.model, self.settings.distill, suspect) if wanted else None
+
     def _fine_tuning(self) -> FineTuning:
         return FineTuning(
             self.model,
@@ -282,6 +250,63 @@ class FMP(defense):
         self.predictions = [*self.predictions[:1], predictions]
         self.logger.info("%s: Acc %.4f  ASR %.4f  RA %.4f", when, metrics.test_acc, metrics.test_asr, metrics.test_ra)
         return metrics
+
+    def _metrics(
+        self, before: Metrics, after: Metrics | None, scores: Scores | None, evidence: Evidence | None, choice: Choice
+    ) -> dict[str, Any]:
+        """The content of metrics.json."""
+        assert after is not None  # the last epoch is always tested
+        return {
+            "before": before.headline(),
+            "after": after.headline(),
+            "der": defense_effectiveness_rating(before, after),
+            "record": self.record.folder.name,
+            "dataset": self.record.dataset,
+            "model": self.record.model_name,
+            "clean_images": len(self.subset),
+            "frg_images": scores.samples if scores else 0,
+            "feature_maps": len(choice.mask),
+            "pruned": int(choice.mask.sum()),
+            "tied_at_cut": choice.ties,
+            "verdict": evidence.as_dict() if evidence else None,
+            "chosen_by": self.chosen_by,
+            "seconds": self.seconds,
+            "seed": self.settings.random_seed,
+            "device": f"{self.compute.device} ({self.compute.name})",
+            "settings": dataclasses.asdict(self.settings),
+            "versions": report.versions(),
+        }
+
+    def _write(
+        self,
+        history: History,
+        scores: Scores | None,
+        choice: Choice,
+        triggers: Sequence[ReversedTrigger],
+        metrics: dict[str, Any],
+    ) -> None:
+        """All results; metrics.json, which says that the others are there, comes last of those the report reads."""
+        frame = report.history_frame(history)
+        report.write_csv(self.folder / "fmp_df.csv", frame)
+        report.write_csv(self.folder / "fmp_df_summary.csv", report.summary_frame(frame))
+        report.write_plots(self.folder, frame)
+        if self.settings.tensorboard:
+            write_events(self.folder / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), frame)
+        maps = report.feature_map_frame(self.layers, choice, scores, self.settings.scope)
+        report.write_csv(self.folder / "feature_maps.csv", maps, index=False)
+        predictions = prediction_frame(self.test_data, *self.predictions)
+        report.write_csv(self.folder / "predictions.csv", predictions, index=False)
+        if triggers:
+            save_trigger(self.folder / REVERSED_TRIGGER, triggers[0])
+        else:
+            (self.folder / REVERSED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
+        write_defense_result(self.folder / "defense_result.pt", *self._weights())
+        report.write_json(self.folder / "metrics.json", metrics)
+        self.logger.info("results are in %s", self.folder)
+        if self.settings.report:
+            started = time.perf_counter()
+            path = write_report(self.record, self.folder, self.test_data)
+            self.logger.info("%s written in %.1f s", path, time.perf_counter() - started)
 
     def _weights(self) -> tuple[str, int, dict[str, torch.Tensor]]:
         return self.record.model_name, self.record.num_classes, state_like(self.model.network, self.record.state)

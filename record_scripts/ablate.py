@@ -7,8 +7,10 @@
 
 Rows: ``ft`` fine-tuning only; ``random-1..3`` as many maps per layer as ``layer``, by chance; ``layer`` FMP as released;
 ``global`` FMP as in the paper's text; ``layer-pruned`` without fine-tuning; ``oracle`` the maps the trigger moves most (it
-looks at the poisoned test set, so it is no defense); ``oracle-pruned``; ``strong``, ``strong-pruned`` our preset. Other flags
-are FMP's. Each row is an FMP run in ``record/<name>/defense/ablate-<row>``; rows done with the same flags are not run again.
+looks at the poisoned test set, so it is no defense); ``oracle-pruned``; ``strong`` our preset, ``strong-pruned`` without its
+fine-tuning, and the preset but for one part: ``strong-unpruned``, ``strong-random`` (N/p of each layer by chance),
+``strong-unmasked``, ``strong-clean`` (nothing is unlearned), ``strong-undistilled``. Other flags are FMP's. Each row is an FMP
+run in ``record/<name>/defense/ablate-<row>``; rows done with the same flags are not run again.
 
 ``--overlap`` prunes nothing: how well the paper's count, the class shift and reversed triggers find the maps the trigger moves
 most (TAC), by images, eps and steps, on an even sample of maps.
@@ -52,6 +54,10 @@ def by_chance(number: int) -> Chooser:
     return lambda run: choose_by_chance(run.layers, run.settings.p, run.settings.scope, number).mask
 
 
+def nothing(run: Ablated) -> Tensor:
+    return torch.zeros(len(run.tac), dtype=torch.bool)
+
+
 def by_trigger(run: Ablated) -> Tensor:
     """The N/p maps of each layer that the trigger moves most."""
     mask = torch.zeros(len(run.tac), dtype=torch.bool)
@@ -61,6 +67,7 @@ def by_trigger(run: Ablated) -> Tensor:
 
 
 PAPER = {"preset": "paper", "selection": "frg", "scope": "layer", "masked": False, "unlearn": False, "distill": 0.0}
+STRONG: dict[str, Any] = {"preset": "strong"}
 NONE = {**PAPER, "selection": "none"}  # by FMP itself; a chooser says what is pruned instead
 ROWS: dict[str, tuple[dict[str, Any], Chooser | None]] = {
     "ft": (NONE, None),
@@ -70,8 +77,13 @@ ROWS: dict[str, tuple[dict[str, Any], Chooser | None]] = {
     "layer-pruned": ({**PAPER, "epochs": 0}, None),
     "oracle": (NONE, by_trigger),
     "oracle-pruned": ({**NONE, "epochs": 0}, by_trigger),
-    "strong": ({"preset": "strong"}, None),
-    "strong-pruned": ({"preset": "strong", "epochs": 0}, None),
+    "strong": (STRONG, None),
+    "strong-pruned": ({**STRONG, "epochs": 0}, None),
+    "strong-unpruned": (STRONG, nothing),
+    "strong-random": (STRONG, by_chance(1)),
+    "strong-unmasked": ({**STRONG, "masked": False}, None),
+    "strong-clean": ({**STRONG, "unlearn": False}, None),
+    "strong-undistilled": ({**STRONG, "distill": 0.0}, None),
 }
 
 

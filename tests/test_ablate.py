@@ -37,6 +37,20 @@ def test_rows_are_runs_and_are_not_repeated(workplace: Path, capsys: pytest.Capt
     assert "record_scripts/ablate.py --rows oracle " in report_command(metrics["settings"], metrics["chosen_by"])
 
 
+def test_rows_of_strong_lack_one_part_each(workplace: Path) -> None:
+    rows = ["strong", "strong-unpruned", "strong-random", "strong-unmasked", "strong-clean", "strong-undistilled"]
+    assert ablate.main(["--result_file", RECORD, "--rows", *rows, *FLAGS]) == 0
+    folder = workplace / "record" / RECORD / "defense"
+    metrics = {row: json.loads((folder / f"ablate-{row}" / "metrics.json").read_text()) for row in rows}
+    whole = metrics["strong"]["settings"]
+    for row, lacks in (("unmasked", "masked"), ("clean", "unlearn"), ("undistilled", "distill")):
+        theirs = metrics[f"strong-{row}"]["settings"]
+        assert {name for name in whole if whole[name] != theirs[name]} == {lacks, "defense_name"} and not theirs[lacks]
+    for row in ("strong-unpruned", "strong-random"):
+        assert {name for name in whole if whole[name] != metrics[row]["settings"][name]} == {"defense_name"}
+    assert metrics["strong-unpruned"]["pruned"] == 0 < metrics["strong-random"]["pruned"]
+
+
 def test_overlap_compares_scores_with_the_trigger(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
