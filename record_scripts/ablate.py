@@ -2,7 +2,7 @@
 """What does each part of FMP do? The same clean subset and fine-tuning after different choices of the maps to prune.
 
     python record_scripts/ablate.py --result_file badnet_cifar10 blended_cifar10 --frequency_test 0
-    python record_scripts/ablate.py --result_file badnet_cifar10 --rows ft layer oracle --epochs 3 --frequency_test 0
+    python record_scripts/ablate.py --result_file badnet_cifar10 --rows ft layer oracle --epochs 3 --test_images 2000
     python record_scripts/ablate.py --result_file blended_cifar10 --overlap --maps 1200
 
 Rows: ``ft`` fine-tuning only; ``random-1..3`` as many maps per layer as ``layer``, by chance; ``layer`` FMP as released;
@@ -10,7 +10,8 @@ Rows: ``ft`` fine-tuning only; ``random-1..3`` as many maps per layer as ``layer
 looks at the poisoned test set, so it is no defense); ``oracle-pruned``; ``strong`` our preset, ``strong-pruned`` without its
 fine-tuning, and the preset but for one part: ``strong-unpruned``, ``strong-random`` (N/p of each layer by chance),
 ``strong-unmasked``, ``strong-clean`` (nothing is unlearned), ``strong-undistilled``. Other flags are FMP's. Each row is an FMP
-run in ``record/<name>/defense/ablate-<row>``; rows done with the same flags are not run again.
+run in ``record/<name>/defense/ablate-<row>``; rows done with the same flags are not run again. ``--test_images`` tests on the
+first images of the clean test set only, and on the poisoned ones made from them.
 
 ``--overlap`` prunes nothing: how well the paper's count, the class shift and reversed triggers find the maps the trigger moves
 most (TAC), by images, eps and steps, on an even sample of maps.
@@ -35,11 +36,12 @@ from fmp import FMP
 from fmp_core.activation_change import precision_at, trigger_activation_change
 from fmp_core.compute import choose_dtype
 from fmp_core.errors import UserError
-from fmp_core.evaluate import to_unit
+from fmp_core.evaluate import TestData, to_unit
 from fmp_core.feature_maps import ConvLayer
 from fmp_core.files import replacing
 from fmp_core.interrupts import Terminated, stopping_gently
 from fmp_core.ranking import Choice, Scores, choose_by_chance, score_feature_maps, slices
+from fmp_core.records import AttackRecord
 from fmp_core.report_data import twins
 from fmp_core.reversed_trigger import FAMILIES
 from fmp_core.selection import Selector
@@ -88,12 +90,20 @@ ROWS: dict[str, tuple[dict[str, Any], Chooser | None]] = {
 
 
 class Ablated(FMP):
-    """FMP with another choice of maps; ``tac`` float64 ``[N]`` is :func:`activation_change` of the record, for the oracle."""
+    """FMP with another choice of maps (None: its own), tested on fewer images.
 
-    def __init__(self, args: dict[str, Any], chooser: Chooser | None, tac: Tensor):
+    ``tac`` float64 ``[N]`` is :func:`activation_change` of the record, for the oracle.
+    """
+
+    def __init__(self, args: dict[str, Any], test_images: int | None = None, chooser: Chooser | None = None):
         super().__init__(args)
-        self.chooser, self.tac = chooser, tac
-        self.chosen_by = args["defense_name"] if chooser else None
+        self.test_images, self.chooser = test_images, chooser
+        self.tac = torch.empty(0)
+
+    def set_result(self, result_file: str) -> None:
+        super().set_result(result_file)
+        if self.test_images is not None:
+            self.record, self.test_data = first_images(self.record, self.test_data, self.test_images)
 
     def selector(self) -> Selector:
         usual = super().selector()
@@ -112,26 +122,44 @@ class Told(Selector):
         return Choice(self.mask)
 
 
+def first_images(record: AttackRecord, data: TestData, count: int) -> tuple[AttackRecord, TestData]:
+    """The first ``count`` clean test images, the poisoned ones made from them, and the record of these."""
+    twins(record, data, 1)  # refuses a record that does not say which image was made from which
+    indices = record.bd_test.indices
+    assert indices is not None
+    rows = (indices < count).nonzero().flatten()
+    if not len(rows):
+        raise UserError(f"--test_images {count} leaves no poisoned image; take more.")
+    kept = rows.to(data.targets.device)
+    clean, poisoned = (data.clean_images, data.clean_labels), (data.poisoned_images, data.targets, data.originals)
+    fewer = TestData(*(part[:count] for part in clean), *(part[kept] for part in poisoned))
+    return dataclasses.replace(record, bd_test=dataclasses.replace(record.bd_test, indices=indices[rows])), fewer
+
+
 def activation_change(run: FMP) -> Tensor:
     """TAC of all maps on an even sample of poisoned test images and their clean twins, float64 ``[N]``."""
     clean, poisoned, _ = twins(run.record, run.test_data, TAC_IMAGES)
     return trigger_activation_change(run.model, run.layers, to_unit(clean), to_unit(poisoned))
 
 
-def ablate(record: str, rows: Sequence[str], flags: dict[str, Any]) -> pd.DataFrame:
+def ablate(record: str, rows: Sequence[str], flags: dict[str, Any], test_images: int | None = None) -> pd.DataFrame:
     """One row each for the attacked model and every choice of maps, in percent; ``precision`` is against TAC."""
     for name in ("preset", "selection", "scope", "masked", "unlearn", "distill", "defense_name"):
         if name in flags:
             raise UserError(f"--{name} is what the rows differ in; leave it out.")
     found: list[dict[str, Any]] = []
-    attacked = FMP({**flags, "result_file": record})
+    attacked = Ablated({**flags, "result_file": record}, test_images)
     attacked.set_result(record)
     tac = activation_change(attacked)
+    only = f"-{test_images}" if test_images else ""
     for row in rows:
         settings, chooser = ROWS[row]
-        args = {"report": False, **flags, **settings, "result_file": record, "defense_name": f"ablate-{row}"}
-        run = Ablated(args, chooser, tac)
-        folder = Path(run.settings.record_root) / record / "defense" / f"ablate-{row}"
+        args = {"report": False, **flags, **settings, "result_file": record, "defense_name": f"ablate-{row}{only}"}
+        run = Ablated(args, test_images, chooser)
+        run.tac = tac
+        if chooser or test_images:
+            run.chosen_by = f"ablate.py --rows {row}" + (f" --test_images {test_images}" if test_images else "")
+        folder = Path(run.settings.record_root) / record / "defense" / run.settings.defense_name
         metrics = _done(folder, run) or run.defense(record)["metrics"]
         if not found:
             found.append({"row": "(attacked)", **_percent(metrics["before"])})
@@ -174,13 +202,13 @@ LOOKS = [Look(1 / 255, 1, images) for images in (8, 16, 32, 64)]
 LOOKS += [Look(eps / 255, 1, 16) for eps in (4, 8, 16)] + [Look(4 / 255, 3, 16)]
 
 
-def overlap(record: str, maps: int, p: int, flags: dict[str, Any]) -> pd.DataFrame:
+def overlap(record: str, maps: int, p: int, flags: dict[str, Any], test_images: int | None = None) -> pd.DataFrame:
     """Precision at N/p and AUC (maps of highest TAC, 1/p of each layer, against the rest) of scores, mean over layers.
 
     Per look of FRG: the paper's count (ties by margin), the largest class's shift, and the shift towards the class voted for.
     Per family of reversed triggers, towards the class that the evidence names: how far the trigger moves a map.
     """
-    run = FMP({**flags, "result_file": record})
+    run = Ablated({**flags, "result_file": record}, test_images)
     run.set_result(record)
     tac = activation_change(run)
     wanted = torch.zeros(len(tac), dtype=torch.bool)
@@ -263,10 +291,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"ablate: {message}; --help lists the flags.\n")
 
 
+def _whole(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--result_file", nargs="+", required=True, metavar="RECORD")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--test_images", type=_whole, metavar="N", help="test on the first N clean test images only")
     parser.add_argument("--overlap", action="store_true", help="rank only, and compare scores with TAC")
     parser.add_argument("--maps", type=int, default=1200, help="with --overlap: size of the even sample of feature maps (1200)")
     parser.add_argument("--csv", type=Path, help="write the tables of all records there")
@@ -278,7 +313,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for record in args.result_file:
             with stopping_gently():
-                frame = overlap(record, args.maps, 16, flags) if args.overlap else ablate(record, args.rows, flags)
+                if args.overlap:
+                    frame = overlap(record, args.maps, 16, flags, args.test_images)
+                else:
+                    frame = ablate(record, args.rows, flags, args.test_images)
             frame.insert(0, "record", record)
             tables.append(frame)
         whole = pd.concat(tables)

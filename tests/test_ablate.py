@@ -8,6 +8,7 @@ from pathlib import Path
 import ablate
 import pandas as pd
 import pytest
+from fmp_core.records import read_attack_record
 from fmp_core.report_findings import command as report_command
 from fmp_core.reversed_trigger import FAMILIES
 
@@ -35,6 +36,24 @@ def test_rows_are_runs_and_are_not_repeated(workplace: Path, capsys: pytest.Capt
     assert "oracle-pruned" in capsys.readouterr().out
     metrics = json.loads((folder / "ablate-oracle" / "metrics.json").read_text())
     assert "record_scripts/ablate.py --rows oracle " in report_command(metrics["settings"], metrics["chosen_by"])
+
+
+def test_fewer_test_images_are_the_first_ones_and_their_poisoned_twins(workplace: Path) -> None:
+    """``--test_images`` says of the first images what the whole test says of them."""
+    flags = ["--result_file", RECORD, "--rows", "oracle-pruned", "random-1", *FLAGS]
+    assert ablate.main([*flags, "--epochs", "0", "--csv", "whole.csv"]) == 0
+    assert ablate.main([*flags, "--epochs", "0", "--csv", "part.csv", "--test_images", "5"]) == 0
+    folder = workplace / "record" / RECORD / "defense"
+    whole, part = (pd.read_csv(folder / f"ablate-random-1{only}" / "predictions.csv") for only in ("", "-5"))
+    images = read_attack_record(workplace / "record" / RECORD).bd_test.indices
+    assert images is not None
+    kept = [number < 5 for number in range((~whole["poisoned"]).sum())] + [index < 5 for index in images.tolist()]
+    assert part.equals(whole[kept].reset_index(drop=True)) and 5 < len(part) < len(whole)
+    before = pd.read_csv("part.csv").set_index("row").loc["(attacked)"]
+    poisoned = part[part["poisoned"]]
+    assert before["ASR"] == round(100 * (poisoned["before"] == poisoned["target"]).mean(), 2)
+    metrics = json.loads((folder / "ablate-random-1-5" / "metrics.json").read_text())
+    assert "ablate.py --rows random-1 --test_images 5 " in report_command(metrics["settings"], metrics["chosen_by"])
 
 
 def test_rows_of_strong_lack_one_part_each(workplace: Path) -> None:
@@ -73,6 +92,7 @@ def test_overlap_compares_scores_with_the_trigger(
         (["--result_file", "absent"], "absent"),
         (["--result_file", RECORD, "--rows", "nothing"], "--rows"),
         (["--result_file", RECORD, "--eps", "x"], "eps"),
+        (["--result_file", RECORD, "--test_images", "0"], "--test_images"),
         (["--result_file", RECORD, "--scope", "global"], "--scope is what the rows differ in"),
         (["--result_file", RECORD, "--overlap", "--maps", "20", "--device", "cpu"], "--maps 20"),
     ],

@@ -84,12 +84,12 @@ def warnings(
 def command(settings: Mapping[str, Any], chosen_by: str | None = None) -> str:
     """The command of a run with these settings; what equals the default of the program or of the preset is left out.
 
-    ``chosen_by`` names the row of ``ablate.py`` that the run is, if it is one that FMP alone cannot repeat.
+    ``chosen_by``: the script of ours and its flags (``ablate.py --rows oracle``), if FMP alone cannot repeat the run.
     """
     defaults = dataclasses.asdict(Settings()) | PRESETS.get(settings.get("preset", "paper"), {}) | {"preset": "paper"}
     words = ["python", "defense/fmp.py"]
     if chosen_by:
-        words = ["python", "record_scripts/ablate.py", "--rows", chosen_by.removeprefix("ablate-")]
+        words = ["python", *f"record_scripts/{chosen_by}".split()]
         settings = {name: value for name, value in settings.items() if name not in ("selection", "defense_name")}
     for name, value in settings.items():
         default = defaults.get(name)
