@@ -18,8 +18,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import MODEL, RECORD, Ran, call_fmp
+from fmp_core import evidence
 from fmp_core.errors import UserError
-from fmp_core.evidence import LEAST_LEAD
 from fmp_core.files import write_torch
 from fmp_core.reversed_trigger import FAMILIES
 from fmp_core.settings import PROJECT
@@ -267,16 +267,26 @@ def test_racing_prunes_what_exact_ranking_prunes(workplace: Path, run_fmp: Run):
     assert pd.read_csv(workplace / RESULTS / "feature_maps.csv").equals(raced)
 
 
-def test_the_strong_preset_gives_a_verdict_and_flags_override_it(workplace: Path, run_fmp: Run):
-    ran = run_fmp(*QUICK, "--preset", "strong", "--epochs", "0", "--dtype", "fp32")
-    assert ran.code == 0
+def test_the_strong_preset_gives_a_verdict_and_flags_override_it(
+    workplace: Path, run_fmp: Run, monkeypatch: pytest.MonkeyPatch
+):
+    strong = (*QUICK, "--preset", "strong", "--epochs", "0", "--dtype", "fp32")
+    ran = run_fmp(*strong)
+    assert ran.code == 0 and "held-out clean images are too few to tell" in ran.err
+    assert json.loads((workplace / RESULTS / "metrics.json").read_text())["verdict"]["too_few"]
+    monkeypatch.setattr(evidence, "LEAST_HELD_OUT", 1)
+    assert run_fmp(*strong).code == 0
     found = json.loads((workplace / RESULTS / "metrics.json").read_text())
     assert found["settings"]["selection"] == "trigger" and found["settings"]["masked"] and found["settings"]["dtype"] == "fp32"
     assert found["settings"]["frg_samples"] == 2  # a flag
     verdict = found["verdict"]
     best, next_best = sorted(verdict["success"])[:-3:-1]
     assert verdict["family"] in FAMILIES and verdict["lead"] == pytest.approx(best - next_best, abs=1e-3)
-    assert verdict["backdoored"] == (verdict["lead"] >= LEAST_LEAD) == (workplace / RESULTS / "reversed_trigger.pt").exists()
+    assert (
+        verdict["backdoored"]
+        == (verdict["lead"] >= evidence.LEAST_LEAD)
+        == (workplace / RESULTS / "reversed_trigger.pt").exists()
+    )
 
 
 def test_the_class_runs_from_python_on_another_place(

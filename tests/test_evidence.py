@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fmp_core.errors import UserError
-from fmp_core.evidence import Evidence, TriggerSearch, choose_within_budget, most_moved_first
+from fmp_core.evidence import LEAST_LEAD, Evidence, TriggerSearch, choose_within_budget, most_moved_first
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.pruning import accuracy_without
 from fmp_core.reversed_trigger import FAMILIES, SPARSE_PART, ReversedTrigger, load_trigger, save_trigger
@@ -79,9 +79,23 @@ def test_a_clean_model_shows_nothing():
 
 
 def test_the_lead_decides():
-    close, ahead = (Evidence("sparse", torch.tensor([0.6, next_best, 0.1], dtype=torch.float64)) for next_best in (0.4, 0.2))
+    close, ahead, few = (
+        Evidence("sparse", torch.tensor([0.6, next_best, 0.1], dtype=torch.float64), held_out)
+        for next_best, held_out in ((0.4, 100), (0.2, 100), (0.2, 49))
+    )
     assert close.lead == pytest.approx(0.2) and not close.backdoored
     assert ahead.backdoored and ahead.as_dict()["target"] == 0
+    assert few.lead == ahead.lead and few.too_few and not few.backdoored and not ahead.too_few
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(8, 3), (60, 22)])
+def test_a_handful_of_images_shows_nothing(count: int, held_out: int):
+    """Half of them are held out; of few a class is easily ahead by chance, backdoor or not."""
+    found = trigger_search(WHITE)
+    few = TriggerSearch(found.model, found.layers, found.images[:count], found.labels[:count], torch.float32, 0)
+    evidence = few.weigh("sparse", CLASSES)
+    assert evidence.lead >= LEAST_LEAD and evidence.too_few and not evidence.backdoored
+    assert evidence.held_out == held_out  # half of them, but for the largest class
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +118,8 @@ def test_a_subset_of_one_class_only_shows_nothing():
     found = trigger_search(WHITE)
     one = found.labels == TARGET
     alone = TriggerSearch(found.model, found.layers, found.images[one], found.labels[one], torch.float32, 0)
-    assert float(alone.weigh("sparse", CLASSES).success[TARGET]) == 0
+    evidence = alone.weigh("sparse", CLASSES)
+    assert float(evidence.success[TARGET]) == 0 and evidence.too_few
 
 
 def test_most_moved_first_takes_the_same_share_of_every_layer():
@@ -116,7 +131,7 @@ def test_most_moved_first_takes_the_same_share_of_every_layer():
     assert set(first[first >= 64].tolist()) == set((moved[64:].topk(20).indices + 64).tolist())
 
 
-@pytest.mark.parametrize(("budget", "expected"), [(0.1, 10), (0.0, 0), (0.055, 5)])
+@pytest.mark.parametrize(("budget", "expected"), [(0.1, 10), (0.0, 0), (0.055, 5), (0.07, 7)])
 def test_pruning_goes_as_far_as_the_budget(budget: float, expected: int):
     order = torch.randperm(400, generator=torch.Generator().manual_seed(1))
     chosen = choose_within_budget(order, budget, lambda mask: 0.9 - 0.01 * int(mask.sum()))
@@ -172,16 +187,18 @@ def test_a_trigger_file_is_read_back_or_refused(tmp_path: Path):
         "",
         "{",
         '{"key": "other", "success": {}}',
-        '{"key": "k", "success": {"sparse": [1, 2, 3]}}',
-        '{"key": "k", "success": 7}',
+        '{"key": "k", "held_out": 60, "success": {"sparse": [1, 2, 3]}}',
+        '{"key": "k", "held_out": 60, "success": 7}',
+        '{"key": "k", "success": {"sparse": [0, 0, 0]}}',
         "[]",
     ],
 )
 def test_cached_evidence_is_read_back_or_ignored(tmp_path: Path, damage: str):
-    found = [Evidence("sparse", torch.tensor([0.1, 1 / 3, 0.9], dtype=torch.float64))]
+    found = [Evidence("sparse", torch.tensor([0.1, 1 / 3, 0.9], dtype=torch.float64), 60)]
     save_evidence(tmp_path, "k", found)
     again = load_evidence(tmp_path, "k", 3)
-    assert list(again) == ["sparse"] and torch.equal(again["sparse"].success, found[0].success)
+    assert list(again) == ["sparse"] and again["sparse"].held_out == 60
+    assert torch.equal(again["sparse"].success, found[0].success)
     assert load_evidence(tmp_path, "k", 4) == {} == load_evidence(tmp_path, "absent", 3)
     evidence_file(tmp_path, "k").write_text(damage)
     assert load_evidence(tmp_path, "k", 3) == {}

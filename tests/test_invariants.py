@@ -194,6 +194,7 @@ def test_any_poisoned_test_set_gives_the_same_weights(template: Path, seed: int,
 def test_strong_reads_no_poisoned_image_and_goes_on_where_it_stopped(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once in one go; then with other poisoned images, stopped after the first epoch and started again: the same bits."""
     monkeypatch.setattr(evidence, "LEAST_LEAD", -1.0)  # whatever the model, a trigger is reversed and unlearnt
+    monkeypatch.setattr(evidence, "LEAST_HELD_OUT", 0)
     flags = ["--preset", "strong", "--dtype", "fp32", "--epochs", "2", "--frequency_test", "0"]
     results = run(fresh, *flags)
     kept = {name: (results / name).read_bytes() for name in ("feature_maps.csv", "reversed_trigger.pt")}

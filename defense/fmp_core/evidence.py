@@ -23,6 +23,7 @@ from .ranking import Choice, slices
 from .reversed_trigger import ReversedTrigger, reverse_trigger, success
 
 LEAST_LEAD = 0.3  # of the class reached most over the next, in shares of the held-out images
+LEAST_HELD_OUT = 50  # images below which a lead proves nothing: one of three is 33 points
 HELD_OUT = 256  # clean images, the last ones, that triggers are not reversed on but tested (of a small subset, half)
 
 
@@ -31,11 +32,13 @@ class Evidence:
     """What one family of perturbations says about a model.
 
     ``success`` float64 ``[K]``: share of the held-out images of other classes that a class's reversed trigger turns to it.
-    ``lead``: how far the class reached most is ahead of the next.
+    ``held_out``: how many images that is, for the class that leaves fewest. ``lead``: how far the class reached most is ahead
+    of the next.
     """
 
     family: str
     success: Tensor
+    held_out: int
 
     @property
     def target(self) -> int:
@@ -47,8 +50,13 @@ class Evidence:
         return float(best - next_best)
 
     @property
+    def too_few(self) -> bool:
+        """Too few held-out images to tell."""
+        return self.held_out < LEAST_HELD_OUT
+
+    @property
     def backdoored(self) -> bool:
-        return self.lead >= LEAST_LEAD
+        return self.lead >= LEAST_LEAD and not self.too_few
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -57,6 +65,8 @@ class Evidence:
             "family": self.family,
             "success": [round(share, 4) for share in self.success.tolist()],
             "lead": round(self.lead, 4),
+            "held_out": self.held_out,
+            "too_few": self.too_few,
         }
 
 
@@ -82,7 +92,12 @@ class TriggerSearch:
                     trigger = reverse_trigger(network, self.dtype, seen, family, target, self.seed)
                     found[target] = success(network, self.dtype, trigger, held_out)
         ranks.combine(found)
-        return Evidence(family, found.cpu())
+        return Evidence(family, found.cpu(), self.held_out(classes))
+
+    def held_out(self, classes: int) -> int:
+        """Held-out images of other classes, for the class that leaves fewest."""
+        labels = self.labels[self._cut :]
+        return len(labels) - int(labels.bincount(minlength=classes).max())
 
     def triggers(self, families: Iterable[str], target: int) -> list[ReversedTrigger]:
         """A trigger of each family towards ``target``."""
@@ -133,7 +148,7 @@ def choose_within_budget(order: Tensor, budget: float, accuracy: Callable[[Tenso
         mask[order[:count]] = True
         return mask
 
-    floor = accuracy(first(0)) - budget
+    floor = accuracy(first(0)) - budget - 1e-9  # a loss of just the budget is allowed, whatever floats make of it
     kept, lost = 0, len(order) // 4  # a quarter of all maps is never within reach
     while lost - kept > max(1, len(order) // 1000):
         middle = (kept + lost) // 2

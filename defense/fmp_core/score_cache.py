@@ -78,7 +78,8 @@ def evidence_file(folder: Path, key: str) -> Path:
 def save_evidence(folder: Path, key: str, found: Sequence[Evidence]) -> None:
     """Write the evidence of several families, whole or not at all."""
     shares = {evidence.family: evidence.success.tolist() for evidence in found}
-    write_text(evidence_file(folder, key), json.dumps({"key": key, "success": shares}))
+    held_out = min((evidence.held_out for evidence in found), default=0)
+    write_text(evidence_file(folder, key), json.dumps({"key": key, "held_out": held_out, "success": shares}))
 
 
 def load_evidence(folder: Path, key: str, classes: int) -> dict[str, Evidence]:
@@ -87,8 +88,9 @@ def load_evidence(folder: Path, key: str, classes: int) -> dict[str, Evidence]:
         content = json.loads(evidence_file(folder, key).read_text(encoding="utf-8"))
         if content["key"] != key:
             return {}
+        held_out = int(content["held_out"])
         found = {str(name): torch.tensor(shares, dtype=torch.float64) for name, shares in content["success"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     good = all(shares.shape == (classes,) and bool(((shares >= 0) & (shares <= 1)).all()) for shares in found.values())
-    return {name: Evidence(name, shares) for name, shares in found.items()} if good else {}
+    return {name: Evidence(name, shares, held_out) for name, shares in found.items()} if good else {}

@@ -68,7 +68,8 @@ class Selector:
             evidence = self.evidence(classes)
             if evidence.backdoored:
                 return None, evidence
-            self.logger.info("the model is not shown to be backdoored; the feature maps are chosen by the paper's count")
+            few = f" ({evidence.held_out} held-out clean images are too few to tell)" if evidence.too_few else ""
+            self.logger.info("the model is not shown to be backdoored%s; the paper's count chooses the feature maps", few)
         return (self._rank() if self.settings.selection in ("frg", "trigger") else None), evidence
 
     def reverse(self, evidence: Evidence | None) -> list[ReversedTrigger]:
