@@ -83,6 +83,8 @@ class FMP(defense):
         self.settings = load_settings(given)
         self.compute = ranks.join(choose_compute(self.settings.device))
         self.seconds: dict[str, float] = {}
+        self.stage = "loading"
+        self.kept = "earlier results are unchanged"  # what a run that ends early may say
         self.chosen_by: str | None = None  # what chose the maps, where it is not FMP (ablations)
         self.logger = logging.getLogger("fmp_core")
 
@@ -150,9 +152,7 @@ class FMP(defense):
         self.logger.propagate = False
         self.logger.info(pformat({**dataclasses.asdict(self.settings), "terminal_info": sys.argv}))
         self.logger.info(pformat(report.versions()))
-        index = "".join(f"{position}\n" for position in self.subset)
-        write_text(log_folder / "index.txt", index)  # where BB's ft keeps it
-        write_text(self.folder / "index.txt", index)  # where BB's fp keeps it
+        write_text(log_folder / "index.txt", self._index())  # where BB's ft keeps it, which has no results yet either
 
     def mitigation(self) -> dict[str, Any]:
         """Rank, prune, fine-tune, evaluate, write. The poisoned test set is only ever evaluated on."""
@@ -179,6 +179,7 @@ class FMP(defense):
             history = [(None, self._test("pruned"))]
         metrics = self._metrics(before, history[-1][1], scores, evidence, choice)
         self._write(history, scores, choice, triggers, metrics)
+        self.model.eval()
         if self.settings.epochs:  # without, the state of another, interrupted run may lie there
             fine_tuning.forget()
         return {"model": self.model.network, "metrics": metrics}
@@ -286,6 +287,8 @@ class FMP(defense):
         metrics: dict[str, Any],
     ) -> None:
         """All results; metrics.json, which says that the others are there, comes last of those the report reads."""
+        self.kept = "new results are partly written"
+        write_text(self.folder / "index.txt", self._index())  # where BB's fp keeps it
         frame = report.history_frame(history)
         report.write_csv(self.folder / "fmp_df.csv", frame)
         report.write_csv(self.folder / "fmp_df_summary.csv", report.summary_frame(frame))
@@ -302,11 +305,15 @@ class FMP(defense):
             (self.folder / REVERSED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
         write_defense_result(self.folder / "defense_result.pt", *self._weights())
         report.write_json(self.folder / "metrics.json", metrics)
+        self.kept = "all results but the report are written"
         self.logger.info("results are in %s", self.folder)
         if self.settings.report:
             started = time.perf_counter()
             path = write_report(self.record, self.folder, self.test_data)
             self.logger.info("%s written in %.1f s", path, time.perf_counter() - started)
+
+    def _index(self) -> str:
+        return "".join(f"{position}\n" for position in self.subset)
 
     def _weights(self) -> tuple[str, int, dict[str, torch.Tensor]]:
         return self.record.model_name, self.record.num_classes, state_like(self.model.network, self.record.state)
@@ -314,7 +321,9 @@ class FMP(defense):
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
+        outer, self.stage = self.stage, stage
         yield
+        self.stage = outer  # not after an error, which belongs to the inner one
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
@@ -341,32 +350,40 @@ def main(argv: list[str] | None = None) -> int:
         if method.settings.result_file is None:
             print(_what_to_run(method.settings))
             return 2
-        with stopping_gently():
-            result = method.defense(method.settings.result_file)
     except UserError as error:
         print(f"fmp: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(
-            f"fmp: {error.filename or 'a file'} failed ({error.strerror or error}); earlier results are unchanged.",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt as stop:
-        how = "terminated" if isinstance(stop, Terminated) else "interrupted"
-        print(f"fmp: {how}; earlier results are unchanged. Run the same command again to go on from here.", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print("fmp: out of memory; lower --batch_size, --chunk or --memory, or choose another --device.", file=sys.stderr)
-        return 2
+    try:
+        with stopping_gently():
+            result = method.defense(method.settings.result_file)
+    except (UserError, OSError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
+        sentence, code = _ending(error, method)
+        print(f"fmp: {sentence}", file=sys.stderr)
+        return code
     finally:
         ranks.leave()
     metrics = result["metrics"]
     if metrics:
         print(f"\n{report.table(metrics)}\n\nDER {metrics['der']:.4f}   results: {method.folder}")
     return 0
+
+
+def _ending(error: BaseException, method: FMP) -> tuple[str, int]:
+    """What to say of ``error``, and the exit code; errors that are nobody's input are raised again."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'} failed ({error.strerror or error}); {method.kept}.", 2
+    if isinstance(error, KeyboardInterrupt):
+        terminated = isinstance(error, Terminated)
+        again = "the same command" + (" without --fresh" if method.settings.fresh else "")
+        how, code = ("terminated", 143) if terminated else ("interrupted", 130)
+        return f"{how}; {method.kept}. Run {again} again to go on from here.", code
+    if is_out_of_memory(error):
+        less = {"ranking": "lower --chunk or --memory", "fine-tuning": "lower --batch_size"}
+        what = less.get(method.stage, "close what else uses it")
+        return f"out of memory ({method.stage}); {what}, or choose another --device; {method.kept}.", 2
+    raise error
 
 
 def _what_to_run(settings: Settings) -> str:

@@ -10,7 +10,8 @@ Rows: ``ft`` fine-tuning only; ``random-1..3`` as many maps per layer as ``layer
 looks at the poisoned test set, so it is no defense); ``oracle-pruned``; ``strong`` our preset, ``strong-pruned`` without its
 fine-tuning, and the preset but for one part: ``strong-unpruned``, ``strong-random`` (N/p of each layer by chance),
 ``strong-unmasked``, ``strong-clean`` (nothing is unlearned), ``strong-undistilled``. Other flags are FMP's. Each row is an FMP
-run in ``record/<name>/defense/ablate-<row>``; rows done with the same flags are not run again. ``--test_images`` tests on the
+run in ``record/<name>/defense/ablate-<row>``; rows done with the same flags and versions are not run
+again. ``--test_images`` tests on the
 first images of the clean test set only, and on the poisoned ones made from them.
 
 ``--overlap`` prunes nothing: how well the paper's count, the class shift and reversed triggers find the maps the trigger moves
@@ -33,6 +34,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fmp import FMP
+from fmp_core import report
 from fmp_core.activation_change import precision_at, trigger_activation_change
 from fmp_core.compute import choose_dtype
 from fmp_core.errors import UserError
@@ -160,7 +162,7 @@ def ablate(record: str, rows: Sequence[str], flags: dict[str, Any], test_images:
         if chooser or test_images:
             run.chosen_by = f"ablate.py --rows {row}" + (f" --test_images {test_images}" if test_images else "")
         folder = Path(run.settings.record_root) / record / "defense" / run.settings.defense_name
-        metrics = _done(folder, run) or run.defense(record)["metrics"]
+        metrics = _done(folder, run, attacked.subset) or run.defense(record)["metrics"]
         if not found:
             found.append({"row": "(attacked)", **_percent(metrics["before"])})
         mask = torch.tensor(pd.read_csv(folder / "feature_maps.csv")["pruned"].tolist())
@@ -176,14 +178,16 @@ def ablate(record: str, rows: Sequence[str], flags: dict[str, Any], test_images:
     return pd.DataFrame(found)
 
 
-def _done(folder: Path, run: FMP) -> dict[str, Any] | None:
-    """The metrics of an earlier run with the same settings."""
+def _done(folder: Path, run: FMP, subset: Sequence[int]) -> dict[str, Any] | None:
+    """The metrics of an earlier run with the same settings, clean ``subset`` and versions."""
     path = folder / "metrics.json"
     if run.settings.fresh or not path.is_file():
         return None
     metrics = json.loads(path.read_text(encoding="utf-8"))
     wanted = json.loads(json.dumps(dataclasses.asdict(run.settings)))
-    return metrics if metrics["settings"] == wanted and metrics["chosen_by"] == run.chosen_by else None
+    now = (wanted, run.chosen_by, report.versions())
+    same_subset = (folder / "index.txt").read_text(encoding="utf-8").split() == [str(position) for position in subset]
+    return metrics if same_subset and now == tuple(metrics[key] for key in ("settings", "chosen_by", "versions")) else None
 
 
 def _percent(metrics: dict[str, float]) -> dict[str, float]:
@@ -218,10 +222,10 @@ def overlap(record: str, maps: int, p: int, flags: dict[str, Any], test_images: 
     dtype = choose_dtype(run.settings.dtype, run.compute.device)
     found = []
     for look in LOOKS:
-        logits = torch.zeros(len(tac), run.record.num_classes, dtype=torch.float64, device=run.compute.device)
+        said = torch.zeros(len(tac), look.images, run.record.num_classes, device=run.compute.device)
 
-        def add(where: Tensor, reverse: Tensor, logits: Tensor, first: int, total: Tensor = logits) -> None:
-            total[where] += logits.sum(1, dtype=torch.float64)
+        def keep(where: Tensor, reverse: Tensor, logits: Tensor, first: int, said: Tensor = said) -> None:
+            said[where, first : first + logits.shape[1]] = logits
 
         scores = score_feature_maps(
             run.model,
@@ -233,10 +237,10 @@ def overlap(record: str, maps: int, p: int, flags: dict[str, Any], test_images: 
             seed=run.settings.random_seed,
             dtype=dtype,
             wanted=wanted,
-            watch=add,
+            watch=keep,
         )
         row: dict[str, Any] = {**look._asdict(), "eps": f"{255 * look.eps:.0f}/255"}
-        row |= _compare(scores, logits.cpu() / scores.samples, wanted, tac, p)
+        row |= _compare(scores, said[:, : scores.samples].double().mean(1).cpu(), wanted, tac, p)
         found.append(row)
         print(_table(pd.DataFrame(found)), flush=True)
     selector = run.selector()
@@ -303,7 +307,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     parser.add_argument("--test_images", type=_whole, metavar="N", help="test on the first N clean test images only")
     parser.add_argument("--overlap", action="store_true", help="rank only, and compare scores with TAC")
-    parser.add_argument("--maps", type=int, default=1200, help="with --overlap: size of the even sample of feature maps (1200)")
+    parser.add_argument(
+        "--maps", type=_whole, default=1200, help="with --overlap: size of the even sample of feature maps (1200)"
+    )
     parser.add_argument("--csv", type=Path, help="write the tables of all records there")
     args, rest = parser.parse_known_args(argv)
     fmp_parser = _Parser(prog="ablate", allow_abbrev=False)

@@ -93,6 +93,7 @@ def test_overlap_compares_scores_with_the_trigger(
         (["--result_file", RECORD, "--rows", "nothing"], "--rows"),
         (["--result_file", RECORD, "--eps", "x"], "eps"),
         (["--result_file", RECORD, "--test_images", "0"], "--test_images"),
+        (["--result_file", RECORD, "--overlap", "--maps", "-5"], "--maps"),
         (["--result_file", RECORD, "--scope", "global"], "--scope is what the rows differ in"),
         (["--result_file", RECORD, "--overlap", "--maps", "20", "--device", "cpu"], "--maps 20"),
     ],

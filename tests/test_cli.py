@@ -314,7 +314,7 @@ def test_the_class_runs_from_python_on_another_place(
         log=str(tmp_path / "logs"),
     )
     outcome = fmp.FMP(args).defense("renamed")
-    assert isinstance(outcome["model"], torch.nn.Module)
+    assert isinstance(outcome["model"], torch.nn.Module) and not outcome["model"].training
     written = json.loads((tmp_path / "moved" / "renamed" / "defense" / "fmp" / "metrics.json").read_text())
     assert written["after"] == outcome["metrics"]["after"] and written["clean_images"] == 3
     result = torch.load(tmp_path / "moved" / "renamed" / "defense" / "fmp" / "defense_result.pt", weights_only=True)["model"]

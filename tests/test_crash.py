@@ -150,6 +150,32 @@ def test_killed_after_the_last_epoch_a_run_has_its_predictions_too(workplace: Pa
     assert compared <= set(found) and all(same(found[name], expected[name]) for name in compared)
 
 
+def test_a_run_that_ends_early_says_what_lies_there(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    flags = [*FLAGS, *RANKING, "--fresh"]
+    assert call_fmp(*flags, "--ratio", "0.5").code == 0
+
+    def results() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (workplace / RESULTS).iterdir() if path.is_file()}
+
+    expected = results()
+    for where, name, said in (
+        (fmp, "prune_feature_maps", "earlier results are unchanged"),
+        (fmp.report, "write_plots", "new results are partly written"),
+        (fmp, "write_report", "all results but the report are written"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, interrupted)
+            ran = call_fmp(*flags, "--report", "True")
+        last = f"fmp: interrupted; {said}. Run the same command without --fresh again to go on from here."
+        assert ran.code == 130 and ran.err.splitlines()[-1] == last
+        if name == "prune_feature_maps":
+            assert results() == expected
+    assert results()["index.txt"] != expected["index.txt"]
+
+
 def test_a_checkpoint_of_other_settings_is_refused_and_fresh_starts_again(workplace: Path):
     process = start(workplace, *TRAINING)
     process.until(lambda: bool(states(workplace)))
@@ -297,15 +323,34 @@ def test_memory_that_never_suffices_is_one_sentence(workplace: Path, monkeypatch
 
     monkeypatch.setattr(ranking, "SharedForward", refuses)
     ran = call_fmp(*SHORT, "--selection", "frg")
-    assert ran.code == 2 and ran.err.splitlines()[-1].startswith("fmp: out of memory; lower")
+    assert ran.code == 2 and ran.err.splitlines()[-1].startswith("fmp: out of memory (ranking); lower --chunk or")
+
+
+def test_a_leader_that_is_refused_ends_the_others_with_a_message(workplace: Path):
+    """Another run holds the result folder: the first process says so and ends, and the second one after it."""
+    first = start(workplace, *TRAINING)
+    first.until(lambda: bool(states(workplace)))
+    first.signal(signal.SIGSTOP)
+    try:
+        workers = [Run(workplace, *FLAGS, *RANKING, environment=place) for place in _places()]
+        leader, other = (worker.finish() for worker in workers)
+    finally:
+        first.signal(signal.SIGKILL)
+        first.finish()
+    assert leader.code == 2 and "Another run works in" in leader.err
+    assert other.code == 2 and "Another process of torchrun ended early" in other.err and "Traceback" not in other.err
+
+
+def _places() -> list[dict[str, str]]:
+    """What torchrun would put into the environment of two processes."""
+    port = str(20_000 + os.getpid() % 20_000)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
 def test_a_worker_that_dies_ends_the_others_with_a_message(workplace: Path):
     """Two processes rank together; one is killed. The other ends by itself, soon, and says what happened."""
-    port = str(20_000 + os.getpid() % 20_000)
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    places = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    workers = [Run(workplace, *FLAGS, environment=place) for place in places]
+    workers = [Run(workplace, *FLAGS, environment=place) for place in _places()]
     workers[1].until(lambda: any("1of2" in path.name for path in states(workplace)))
     workers[1].signal(signal.SIGKILL)
     workers[1].finish()

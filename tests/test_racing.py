@@ -8,10 +8,12 @@ import pytest
 import torch
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.first_order import FirstOrder
+from fmp_core.frg import SharedForward
 from fmp_core.image_racing import foretell_scores, mean_reverse
 from fmp_core.racing import race
 from fmp_core.ranking import Scores, choose, score_feature_maps
 from torch import Tensor, nn
+from toy import SmallPreActResNet, toy_case
 
 
 def scores_of(correct: Tensor, margin: Tensor, widths: tuple[int, ...], slimmest: float = 1.0) -> Scores:
@@ -54,6 +56,28 @@ def test_a_map_whose_count_may_be_wrong_is_rescored():
     raced, rescored = run(cheap, exact, 64, "layer")
     assert choose(raced, 64, "layer").mask.nonzero().flatten().tolist() == [0, 100]
     assert rescored == 5
+
+
+def test_a_batch_that_memory_ran_out_in_is_seen_once(monkeypatch: pytest.MonkeyPatch):
+    """The allocator refuses once, within a batch: what was summed over its first maps is not summed twice."""
+    model, images, labels = toy_case(SmallPreActResNet, count=12)
+    layers = trace_conv_layers(model.network, images[:1])
+
+    def score(wanted: Tensor, watch: Any) -> Scores:
+        return score_feature_maps(model, layers, images, labels, eps=0.05, rows=8, wanted=wanted, watch=watch)
+
+    expected = mean_reverse(score, layers, images)
+    genuine, calls = SharedForward.reversed_images, []
+
+    def refuses_once(self: SharedForward, *asked: Any) -> Tensor:
+        calls.append(asked)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return genuine(self, *asked)
+
+    monkeypatch.setattr(SharedForward, "reversed_images", refuses_once)
+    found = mean_reverse(score, layers, images)
+    assert len(calls) > 5 and torch.equal(found, expected)
 
 
 def test_dropped_maps_rank_behind_all_settled_ones():

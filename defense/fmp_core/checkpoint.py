@@ -45,7 +45,9 @@ class Checkpoint:
         then, now = content["made_with"], self.made_with
         other = [f"{key} {then.get(key)} (now {now.get(key)})" for key in {**then, **now} if then.get(key) != now.get(key)]
         if other:
-            raise UserError(f"{self.path} was made with {', '.join(other)}; give those settings again, or remove it.")
+            raise UserError(
+                f"{self.path} was made with {', '.join(other)}; give those settings again, or start again with --fresh."
+            )
         self.notes = content["notes"]
         return content["state"]
 

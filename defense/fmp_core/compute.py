@@ -83,7 +83,7 @@ def fewest_rows(device: torch.device) -> int:
     return 2 if device.type == "cpu" else 1
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch ran out of GPU or CPU memory (the CPU allocator has no exception type of its own)."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 

@@ -78,8 +78,11 @@ def mean_reverse(score: Score, layers: Sequence[ConvLayer], images: Tensor) -> T
     """The FRG images ``[M, C, H, W]`` of ``images``, mean over a few maps of each layer."""
     scouts = _evenly(layers, SCOUTS)
     total = torch.zeros_like(images, dtype=torch.float64)  # in which the order of the sum does not show
+    leading = int(ranks.share(scouts).int().argmax())
 
     def add(where: Tensor, reverse: Tensor, logits: Tensor, first: int) -> None:
+        if where[0] == leading:
+            total[first:] = 0  # a batch begins, perhaps not for the first time
         total[first : first + reverse.shape[1]] += reverse.sum(0, dtype=torch.float64)
 
     score(scouts, watch=add)

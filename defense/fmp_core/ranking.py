@@ -79,7 +79,7 @@ def slices(layers: Sequence[ConvLayer]) -> list[tuple[ConvLayer, slice]]:
 
 class Watch(Protocol):
     """Sees what the model answers to the maps at ``where`` ``[n]``: their FRG images ``[n, B, C, H, W]``, made from the images
-    from ``first`` on, and the logits ``[n, B, K]``."""
+    from ``first`` on, and the logits ``[n, B, K]``. A batch that memory ran out in is begun, and seen, again."""
 
     def __call__(self, where: Tensor, reverse: Tensor, logits: Tensor, first: int) -> None: ...
 

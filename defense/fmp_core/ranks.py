@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -48,7 +50,8 @@ def leader_says(answer: bool) -> bool:
     if not together():
         return answer
     said = torch.tensor([int(answer)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.broadcast(said, 0)
+    with _connected():
+        dist.broadcast(said, 0)
     return bool(said.item())
 
 
@@ -68,11 +71,17 @@ def combine(*sums: Tensor, least: Tensor | None = None) -> None:
     """Give every process all scores, in place: exact, since one process found each and it is 0 (``least``: inf) elsewhere."""
     if not together():
         return
-    try:
+    with _connected():
         for tensor in sums:
             dist.all_reduce(tensor)
         if least is not None:
             dist.all_reduce(least, dist.ReduceOp.MIN)
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:  # gloo and nccl report a lost connection
         detail = " ".join(str(error).split())[:100]
         raise UserError(
