@@ -7,12 +7,15 @@
 
 Rows: ``ft`` fine-tuning only; ``random-1..3`` as many maps per layer as ``layer``, by chance; ``layer`` FMP as released;
 ``global`` FMP as in the paper's text; ``layer-pruned`` without fine-tuning; ``oracle`` the maps the trigger moves most (it
-looks at the poisoned test set, so it is no defense); ``oracle-pruned``; ``strong`` our preset, ``strong-pruned`` without its
-fine-tuning, and the preset but for one part: ``strong-unpruned``, ``strong-random`` (N/p of each layer by chance),
-``strong-unmasked``, ``strong-clean`` (nothing is unlearned), ``strong-undistilled``. Other flags are FMP's. Each row is an FMP
-run in ``record/<name>/defense/ablate-<row>``; rows done with the same flags and versions are not run
-again. ``--test_images`` tests on the
-first images of the clean test set only, and on the poisoned ones made from them.
+looks at the poisoned test set, so it is no defense); ``oracle-pruned``.
+
+``strong`` is our preset, ``strong-pruned`` without its fine-tuning, ``strong-moved`` that with N/p of each layer instead of the
+budget. And the preset but for one part: ``strong-unpruned``, ``strong-random`` (N/p of each layer by chance),
+``strong-unmasked``, ``strong-clean`` (nothing is unlearned), ``strong-undistilled``.
+
+Other flags are FMP's. Each row is an FMP run in ``record/<name>/defense/ablate-<row>``; rows done with the same flags and
+versions are not run again. ``--test_images`` tests on the first images of the clean test set only, and on the poisoned ones
+made from them.
 
 ``--overlap`` prunes nothing: how well the paper's count, the class shift and reversed triggers find the maps the trigger moves
 most (TAC), by images, eps and steps, on an even sample of maps.
@@ -64,9 +67,22 @@ def nothing(run: Ablated) -> Tensor:
 
 def by_trigger(run: Ablated) -> Tensor:
     """The N/p maps of each layer that the trigger moves most."""
-    mask = torch.zeros(len(run.tac), dtype=torch.bool)
+    return _highest(run.tac, run)
+
+
+def by_reversed_trigger(run: Ablated) -> Tensor:
+    """The N/p maps of each layer that a reversed trigger moves most; none where no backdoor is shown."""
+    selector = FMP.selector(run)
+    evidence, search = selector.evidence(run.record.num_classes), selector.trigger_search()
+    if not evidence.backdoored:
+        return nothing(run)
+    return _highest(search.moved(search.triggers([evidence.family], evidence.target)[0]), run)
+
+
+def _highest(score: Tensor, run: Ablated) -> Tensor:
+    mask = torch.zeros(len(score), dtype=torch.bool)
     for layer, where in slices(run.layers):
-        mask[run.tac[where].topk(layer.channels // run.settings.p).indices + where.start] = True
+        mask[score[where].topk(layer.channels // run.settings.p).indices + where.start] = True
     return mask
 
 
@@ -82,6 +98,7 @@ ROWS: dict[str, tuple[dict[str, Any], Chooser | None]] = {
     "oracle": (NONE, by_trigger),
     "oracle-pruned": ({**NONE, "epochs": 0}, by_trigger),
     "strong": (STRONG, None),
+    "strong-moved": ({**STRONG, "epochs": 0}, by_reversed_trigger),
     "strong-pruned": ({**STRONG, "epochs": 0}, None),
     "strong-unpruned": (STRONG, nothing),
     "strong-random": (STRONG, by_chance(1)),

@@ -8,6 +8,7 @@ from pathlib import Path
 import ablate
 import pandas as pd
 import pytest
+from fmp_core import evidence
 from fmp_core.records import read_attack_record
 from fmp_core.report_findings import command as report_command
 from fmp_core.reversed_trigger import FAMILIES
@@ -56,8 +57,11 @@ def test_fewer_test_images_are_the_first_ones_and_their_poisoned_twins(workplace
     assert "ablate.py --rows random-1 --test_images 5 " in report_command(metrics["settings"], metrics["chosen_by"])
 
 
-def test_rows_of_strong_lack_one_part_each(workplace: Path) -> None:
-    rows = ["strong", "strong-unpruned", "strong-random", "strong-unmasked", "strong-clean", "strong-undistilled"]
+def test_rows_of_strong_lack_one_part_each(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "LEAST_HELD_OUT", 0)
+    monkeypatch.setattr(evidence, "LEAST_LEAD", -1.0)  # whatever the model, a trigger is reversed
+    parts = ("moved", "unpruned", "random", "unmasked", "clean", "undistilled")
+    rows = ["strong", *(f"strong-{part}" for part in parts)]
     assert ablate.main(["--result_file", RECORD, "--rows", *rows, *FLAGS]) == 0
     folder = workplace / "record" / RECORD / "defense"
     metrics = {row: json.loads((folder / f"ablate-{row}" / "metrics.json").read_text()) for row in rows}
@@ -68,6 +72,10 @@ def test_rows_of_strong_lack_one_part_each(workplace: Path) -> None:
     for row in ("strong-unpruned", "strong-random"):
         assert {name for name in whole if whole[name] != metrics[row]["settings"][name]} == {"defense_name"}
     assert metrics["strong-unpruned"]["pruned"] == 0 < metrics["strong-random"]["pruned"]
+    moved, strong = (pd.read_csv(folder / f"ablate-{row}" / "feature_maps.csv") for row in ("strong-moved", "strong"))
+    for layer, maps in strong.groupby("layer"):
+        most = maps.nlargest(len(maps) // metrics["strong"]["settings"]["p"], "moved").index
+        assert sorted(most) == list(moved.index[(moved["layer"] == layer) & moved["pruned"]])
 
 
 def test_overlap_compares_scores_with_the_trigger(

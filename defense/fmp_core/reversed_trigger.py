@@ -21,8 +21,8 @@ from .files import write_torch
 from .frozen_ops import FrozenOps
 from .safe_load import load_torch_file
 
-# How far a perturbation may go, in the order they are asked: the least of each kind first. ``sparse`` sets a few pixels to 0 or 1; ``dense-8``
-# moves every pixel by at most 8 of 255 levels.
+# How far a perturbation may go, in the order they are asked: the least of each kind first. ``sparse`` sets a few pixels to
+# 0 or 1; ``dense-8`` moves every pixel by at most 8 of 255 levels.
 FAMILIES = {"dense-4": 4 / 255, "sparse": 1.0, "dense-8": 8 / 255, "dense-16": 16 / 255, "dense-32": 32 / 255}
 REVERSED_TRIGGER = "reversed_trigger.pt"  # in the result folder
 STEPS = 16
