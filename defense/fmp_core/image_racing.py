@@ -20,7 +20,7 @@ from . import ranks
 from .feature_maps import ConvLayer
 from .first_order import FirstOrder
 from .ranking import Foretell, Scores, Watch, ordered_groups, slices
-from .ranking_state import Answers
+from .ranking_state import Answers, Tally
 
 SCOUTS, PILOTS = 2, 12  # maps per layer
 CONTESTED = 4.0  # standard deviations over the pilots within which 0 makes an image contested: all but 6e-5, if normal
@@ -100,29 +100,39 @@ def foretell_scores(
     pilots = _evenly(layers, PILOTS)
     whole, outlooks = _look(score, first_order, layers, pilots)
     images, widths = whole.samples, torch.tensor([layer.channels for layer in layers])
-    correct, margin, slimmest = whole.correct.clone(), whole.margin * images, whole.slimmest.clone()
 
-    def add(wanted: Tensor, contested: bool) -> None:
+    def told(wanted: Tensor, contested: bool) -> Tally:
+        """Of the maps ``wanted``, on the images that are contested in their layer, or on the others."""
+        tally = Tally.empty(len(wanted), wanted.device)
         for (_, where), outlook in zip(slices(layers), outlooks, strict=True):
-            chosen, which = torch.zeros_like(pilots), (outlook.contested == contested).nonzero().flatten()
+            chosen, which = torch.zeros_like(wanted), (outlook.contested == contested).nonzero().flatten()
             chosen[where] = wanted[where]
             if chosen.any() and len(which):
                 found = score(chosen, which.cpu(), foretell=outlook.foretell(first_order, which))
-                correct[chosen] += found.correct[chosen]
-                margin[chosen] += found.margin[chosen] * len(which)
-                slimmest[chosen] = torch.minimum(slimmest[chosen], found.slimmest[chosen])
+                tally = tally.plus(Tally(found.correct, found.margin * len(which), found.slimmest))
+        return tally
 
-    add(~pilots, contested=True)
-    rest = torch.tensor([int((outlook.correct & ~outlook.contested).sum()) for outlook in outlooks])
-    counts = torch.where(pilots, correct, correct + rest.repeat_interleave(widths))
-    low = pilots.clone()
-    for members in ordered_groups(Scores(tuple(layers), counts, torch.zeros_like(margin), slimmest, images), scope):
-        if len(members) >= p:
-            low[members[counts[members] <= counts[members[len(members) // p - 1]]]] = True
-    add(low & ~pilots, contested=False)
-    correct, margin = torch.where(low, correct, counts), torch.where(low, margin / images, -torch.inf)
+    on_contested = told(~pilots, contested=True)
+    likely = torch.tensor([int((outlook.correct & ~outlook.contested).sum()) for outlook in outlooks])
+    counts = torch.where(pilots, whole.correct, on_contested.correct + likely.repeat_interleave(widths))
+    low = pilots | _at_or_below_cut(counts, layers, p, scope)
+    foretold = low & ~pilots
+    tally = on_contested.plus(told(foretold, contested=False))
+    correct = torch.where(foretold, tally.correct, counts)
+    margin = torch.where(foretold, tally.margin / images, torch.where(pilots, whole.margin, -torch.inf))
+    slimmest = torch.where(pilots, whole.slimmest, tally.slimmest)
     error = torch.tensor([outlook.error for outlook in outlooks], dtype=torch.float64).repeat_interleave(widths)
     return Scores(tuple(layers), correct, margin, slimmest, images, settled=low), error
+
+
+def _at_or_below_cut(counts: Tensor, layers: Sequence[ConvLayer], p: int, scope: str) -> Tensor:
+    """The maps whose count is that of the last of the lowest N/p of their group, or lower; bool ``[N]``."""
+    found = torch.zeros(len(counts), dtype=torch.bool)
+    nothing = torch.zeros(len(counts), dtype=torch.float64)
+    for members in ordered_groups(Scores(tuple(layers), counts, nothing, nothing, samples=0), scope):
+        if len(members) >= p:
+            found[members[counts[members] <= counts[members[len(members) // p - 1]]]] = True
+    return found
 
 
 def _evenly(layers: Sequence[ConvLayer], count: int) -> Tensor:
