@@ -48,6 +48,7 @@ from fmp_core.interrupts import Terminated, stopping_gently
 from fmp_core.ranking import Choice, Scores, choose_by_chance, score_feature_maps, slices
 from fmp_core.records import AttackRecord
 from fmp_core.report_data import twins
+from fmp_core.report_findings import ROWS_DIFFER_IN
 from fmp_core.reversed_trigger import FAMILIES
 from fmp_core.selection import Selector
 from sklearn.metrics import roc_auc_score
@@ -163,7 +164,7 @@ def activation_change(run: FMP) -> Tensor:
 
 def ablate(record: str, rows: Sequence[str], flags: dict[str, Any], test_images: int | None = None) -> pd.DataFrame:
     """One row each for the attacked model and every choice of maps, in percent; ``precision`` is against TAC."""
-    for name in ("preset", "selection", "scope", "masked", "unlearn", "distill", "defense_name"):
+    for name in (*ROWS_DIFFER_IN, "defense_name"):
         if name in flags:
             raise UserError(f"--{name} is what the rows differ in; leave it out.")
     found: list[dict[str, Any]] = []

@@ -71,7 +71,10 @@ def test_rows_of_strong_lack_one_part_each(workplace: Path, monkeypatch: pytest.
         assert {name for name in whole if whole[name] != theirs[name]} == {lacks, "defense_name"} and not theirs[lacks]
     for row in ("strong-unpruned", "strong-random"):
         assert {name for name in whole if whole[name] != metrics[row]["settings"][name]} == {"defense_name"}
-    assert metrics["strong-unpruned"]["pruned"] == 0 < metrics["strong-random"]["pruned"]
+    unpruned = metrics["strong-unpruned"]
+    again = report_command(unpruned["settings"], unpruned["chosen_by"])
+    assert "ablate.py --rows strong-unpruned --result_file" in again and "--preset" not in again and "--lr" not in again
+    assert unpruned["pruned"] == 0 < metrics["strong-random"]["pruned"]
     moved, strong = (pd.read_csv(folder / f"ablate-{row}" / "feature_maps.csv") for row in ("strong-moved", "strong"))
     for layer, maps in strong.groupby("layer"):
         most = maps.nlargest(len(maps) // metrics["strong"]["settings"]["p"], "moved").index

@@ -81,6 +81,9 @@ def warnings(
     return found
 
 
+ROWS_DIFFER_IN = ("preset", "selection", "scope", "masked", "unlearn", "distill")  # of ablate.py
+
+
 def command(settings: Mapping[str, Any], chosen_by: str | None = None) -> str:
     """The command of a run with these settings; what equals the default of the program or of the preset is left out.
 
@@ -90,7 +93,7 @@ def command(settings: Mapping[str, Any], chosen_by: str | None = None) -> str:
     words = ["python", "defense/fmp.py"]
     if chosen_by:
         words = ["python", *f"record_scripts/{chosen_by}".split()]
-        settings = {name: value for name, value in settings.items() if name not in ("selection", "defense_name")}
+        settings = {name: value for name, value in settings.items() if name not in (*ROWS_DIFFER_IN, "defense_name")}
     for name, value in settings.items():
         default = defaults.get(name)
         same = list(value) == list(default) if isinstance(default, tuple) and value is not None else value == default
