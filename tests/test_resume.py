@@ -155,7 +155,7 @@ def test_a_stale_or_forged_state_is_refused(change: Callable[[dict[str, Any]], A
     change(content)
     torch.save(content, path)
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"ranking\.pt .*remove it"):
+    with pytest.raises(UserError, match=r"ranking\.pt .*(remove it|start again with --fresh)"):
         score(checkpoint=Checkpoint(path, {"key": "a"}))
     assert path.read_bytes() == before
 
