@@ -43,14 +43,14 @@ from fmp_core.event_log import summary_writer, write_events  # noqa: E402
 from fmp_core.evidence import Evidence  # noqa: E402
 from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
 from fmp_core.files import check_folders, make_folders, refuse_links_out_of, write_text, writing  # noqa: E402
-from fmp_core.finetune import FineTuning, History  # noqa: E402
+from fmp_core.finetune import FineTuning  # noqa: E402
 from fmp_core.interrupts import Terminated, stopping_gently  # noqa: E402
 from fmp_core.lock import locked  # noqa: E402
 from fmp_core.log_file import LogFile  # noqa: E402
 from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
+from fmp_core.outcome import Outcome  # noqa: E402
 from fmp_core.predictions import prediction_frame  # noqa: E402
 from fmp_core.pruning import prune_feature_maps  # noqa: E402
-from fmp_core.ranking import Choice, Scores  # noqa: E402
 from fmp_core.records import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
 from fmp_core.report_page import write_report  # noqa: E402
 from fmp_core.reversed_trigger import REVERSED_TRIGGER, ReversedTrigger, save_trigger  # noqa: E402
@@ -64,6 +64,7 @@ try:
 except ImportError:  # no BackdoorBench around us
     from fmp_core.base import defense
 
+UNCHANGED = "earlier results are unchanged"  # what a run that ends early may say
 LOG_FORMAT = logging.Formatter("%(asctime)s [%(levelname)-8s] [%(filename)s:%(lineno)d] %(message)s", "%Y-%m-%d:%H:%M:%S")
 
 
@@ -83,8 +84,8 @@ class FMP(defense):
         self.settings = load_settings(given)
         self.compute = ranks.join(choose_compute(self.settings.device))
         self.seconds: dict[str, float] = {}
-        self.stage = "loading"
-        self.kept = "earlier results are unchanged"  # what a run that ends early may say
+        self.stage = "load"
+        self.kept = UNCHANGED
         self.chosen_by: str | None = None  # what chose the maps, where it is not FMP (ablations)
         self.logger = logging.getLogger("fmp_core")
 
@@ -95,7 +96,7 @@ class FMP(defense):
     def set_result(self, result_file: str) -> None:
         """Read the record, its model and all images; nothing is written yet, so bad input leaves no trace."""
         settings = self.settings
-        self.seconds = {}  # an FMP may defend several records
+        self.seconds, self.kept = {}, UNCHANGED  # an FMP may defend several records
         if settings.tensorboard:
             summary_writer()  # refuse now rather than after an hour
         with self._timed("load"):
@@ -177,8 +178,9 @@ class FMP(defense):
             self.seconds["fine-tuning"] -= self.seconds["testing"] - tested
         else:
             history = [(None, self._test("pruned"))]
-        metrics = self._metrics(before, history[-1][1], scores, evidence, choice)
-        self._write(history, scores, choice, triggers, metrics)
+        outcome = Outcome(scores, evidence, triggers, choice, before, history)
+        metrics = self._metrics(outcome)
+        self._write(outcome, metrics)
         self.model.eval()
         if self.settings.epochs:  # without, the state of another, interrupted run may lie there
             fine_tuning.forget()
@@ -252,24 +254,22 @@ class FMP(defense):
         self.logger.info("%s: Acc %.4f  ASR %.4f  RA %.4f", when, metrics.test_acc, metrics.test_asr, metrics.test_ra)
         return metrics
 
-    def _metrics(
-        self, before: Metrics, after: Metrics | None, scores: Scores | None, evidence: Evidence | None, choice: Choice
-    ) -> dict[str, Any]:
+    def _metrics(self, outcome: Outcome) -> dict[str, Any]:
         """The content of metrics.json."""
-        assert after is not None  # the last epoch is always tested
+        choice = outcome.choice
         return {
-            "before": before.headline(),
-            "after": after.headline(),
-            "der": defense_effectiveness_rating(before, after),
+            "before": outcome.before.headline(),
+            "after": outcome.after.headline(),
+            "der": defense_effectiveness_rating(outcome.before, outcome.after),
             "record": self.record.folder.name,
             "dataset": self.record.dataset,
             "model": self.record.model_name,
             "clean_images": len(self.subset),
-            "frg_images": scores.samples if scores else 0,
+            "frg_images": outcome.scores.samples if outcome.scores else 0,
             "feature_maps": len(choice.mask),
             "pruned": int(choice.mask.sum()),
             "tied_at_cut": choice.ties,
-            "verdict": evidence.as_dict() if evidence else None,
+            "verdict": outcome.evidence.as_dict() if outcome.evidence else None,
             "chosen_by": self.chosen_by,
             "seconds": self.seconds,
             "seed": self.settings.random_seed,
@@ -278,29 +278,22 @@ class FMP(defense):
             "versions": report.versions(),
         }
 
-    def _write(
-        self,
-        history: History,
-        scores: Scores | None,
-        choice: Choice,
-        triggers: Sequence[ReversedTrigger],
-        metrics: dict[str, Any],
-    ) -> None:
+    def _write(self, outcome: Outcome, metrics: dict[str, Any]) -> None:
         """All results; metrics.json, which says that the others are there, comes last of those the report reads."""
         self.kept = "new results are partly written"
         write_text(self.folder / "index.txt", self._index())  # where BB's fp keeps it
-        frame = report.history_frame(history)
+        frame = report.history_frame(outcome.history)
         report.write_csv(self.folder / "fmp_df.csv", frame)
         report.write_csv(self.folder / "fmp_df_summary.csv", report.summary_frame(frame))
         report.write_plots(self.folder, frame)
         if self.settings.tensorboard:
             write_events(self.folder / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), frame)
-        maps = report.feature_map_frame(self.layers, choice, scores, self.settings.scope)
+        maps = report.feature_map_frame(self.layers, outcome.choice, outcome.scores, self.settings.scope)
         report.write_csv(self.folder / "feature_maps.csv", maps, index=False)
         predictions = prediction_frame(self.test_data, *self.predictions)
         report.write_csv(self.folder / "predictions.csv", predictions, index=False)
-        if triggers:
-            save_trigger(self.folder / REVERSED_TRIGGER, triggers[0])
+        if outcome.triggers:
+            save_trigger(self.folder / REVERSED_TRIGGER, outcome.triggers[0])
         else:
             (self.folder / REVERSED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
         write_defense_result(self.folder / "defense_result.pt", *self._weights())
@@ -345,15 +338,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = _Parser(prog="fmp", description="Remove a backdoor with Adversarial Feature Map Pruning.", allow_abbrev=False)
     FMP.add_arguments(parser)
     args = parser.parse_args(argv)
+    method = None
     try:
         method = FMP(args)
         if method.settings.result_file is None:
             print(_what_to_run(method.settings))
             return 2
-    except UserError as error:
-        print(f"fmp: {error}", file=sys.stderr)
-        return 2
-    try:
         with stopping_gently():
             result = method.defense(method.settings.result_file)
     except (UserError, OSError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
@@ -368,21 +358,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _ending(error: BaseException, method: FMP) -> tuple[str, int]:
-    """What to say of ``error``, and the exit code; errors that are nobody's input are raised again."""
+def _ending(error: BaseException, method: FMP | None) -> tuple[str, int]:
+    """What to say of ``error``, and the exit code; errors that are nobody's input are raised again.
+
+    ``method`` is None if it could not be made.
+    """
+    kept = method.kept if method else UNCHANGED
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, OSError):
-        return f"{error.filename or 'a file'} failed ({error.strerror or error}); {method.kept}.", 2
+        return f"{error.filename or 'a file'} failed ({error.strerror or error}); {kept}.", 2
     if isinstance(error, KeyboardInterrupt):
         terminated = isinstance(error, Terminated)
-        again = "the same command" + (" without --fresh" if method.settings.fresh else "")
+        again = "the same command" + (" without --fresh" if method and method.settings.fresh else "")
         how, code = ("terminated", 143) if terminated else ("interrupted", 130)
-        return f"{how}; {method.kept}. Run {again} again to go on from here.", code
+        return f"{how}; {kept}. Run {again} again to go on from here.", code
     if is_out_of_memory(error):
         less = {"ranking": "lower --chunk or --memory", "fine-tuning": "lower --batch_size"}
-        what = less.get(method.stage, "close what else uses it")
-        return f"out of memory ({method.stage}); {what}, or choose another --device; {method.kept}.", 2
+        stage = method.stage if method else "load"
+        what = less.get(stage, "close what else uses it")
+        return f"out of memory ({stage}); {what}, or choose another --device; {kept}.", 2
     raise error
 
 

@@ -28,56 +28,51 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
-import numpy as np
 import pandas as pd
 import torch
 from fmp import FMP
 from fmp_core import report
 from fmp_core.activation_change import precision_at, trigger_activation_change
-from fmp_core.compute import choose_dtype
 from fmp_core.errors import UserError
 from fmp_core.evaluate import TestData, to_unit
-from fmp_core.feature_maps import ConvLayer
 from fmp_core.files import replacing
 from fmp_core.interrupts import Terminated, stopping_gently
-from fmp_core.ranking import Choice, Scores, choose_by_chance, score_feature_maps, slices
+from fmp_core.ranking import Choice, Scores, choose_by_chance, slices
 from fmp_core.records import AttackRecord
 from fmp_core.report_data import twins
 from fmp_core.report_findings import ROWS_DIFFER_IN
-from fmp_core.reversed_trigger import FAMILIES
+from fmp_core.reversed_trigger import ReversedTrigger
 from fmp_core.selection import Selector
-from sklearn.metrics import roc_auc_score
+from overlap import overlap, table
 from torch import Tensor
 
 TAC_IMAGES = 512
-Chooser = Callable[["Ablated"], Tensor]
+Chooser = Callable[["Ablated", ReversedTrigger | None], Tensor]
 
 
 def by_chance(number: int) -> Chooser:
-    return lambda run: choose_by_chance(run.layers, run.settings.p, run.settings.scope, number).mask
+    return lambda run, _trigger: choose_by_chance(run.layers, run.settings.p, run.settings.scope, number).mask
 
 
-def nothing(run: Ablated) -> Tensor:
-    return torch.zeros(len(run.tac), dtype=torch.bool)
+def nothing(run: Ablated, _trigger: ReversedTrigger | None = None) -> Tensor:
+    return torch.zeros(sum(layer.channels for layer in run.layers), dtype=torch.bool)
 
 
-def by_trigger(run: Ablated) -> Tensor:
+def by_trigger(run: Ablated, _trigger: ReversedTrigger | None) -> Tensor:
     """The N/p maps of each layer that the trigger moves most."""
+    assert run.tac is not None
     return _highest(run.tac, run)
 
 
-def by_reversed_trigger(run: Ablated) -> Tensor:
-    """The N/p maps of each layer that a reversed trigger moves most; none where no backdoor is shown."""
-    selector = FMP.selector(run)
-    evidence, search = selector.evidence(run.record.num_classes), selector.trigger_search()
-    if not evidence.backdoored:
-        return nothing(run)
-    return _highest(search.moved(search.triggers([evidence.family], evidence.target)[0]), run)
+def by_reversed_trigger(run: Ablated, trigger: ReversedTrigger | None) -> Tensor:
+    """The N/p maps of each layer that the reversed trigger moves most; none where no backdoor is shown."""
+    return nothing(run) if trigger is None else _highest(run.selector().trigger_search().moved(trigger), run)
 
 
 def _highest(score: Tensor, run: Ablated) -> Tensor:
@@ -115,10 +110,16 @@ class Ablated(FMP):
     ``tac`` float64 ``[N]`` is :func:`activation_change` of the record, for the oracle.
     """
 
-    def __init__(self, args: dict[str, Any], test_images: int | None = None, chooser: Chooser | None = None):
+    def __init__(
+        self,
+        args: dict[str, Any],
+        test_images: int | None,
+        tac: Tensor | None = None,
+        chooser: Chooser | None = None,
+        chosen_by: str | None = None,
+    ):
         super().__init__(args)
-        self.test_images, self.chooser = test_images, chooser
-        self.tac = torch.empty(0)
+        self.test_images, self.tac, self.chooser, self.chosen_by = test_images, tac, chooser, chosen_by
 
     def set_result(self, result_file: str) -> None:
         super().set_result(result_file)
@@ -129,17 +130,18 @@ class Ablated(FMP):
         usual = super().selector()
         if self.chooser is None:
             return usual
-        return Told(**{field.name: getattr(usual, field.name) for field in dataclasses.fields(usual)}, mask=self.chooser(self))
+        fields = {field.name: getattr(usual, field.name) for field in dataclasses.fields(usual)}
+        return Told(**fields, told=partial(self.chooser, self))
 
 
 @dataclasses.dataclass(frozen=True)
 class Told(Selector):
     """Prunes what it is told to."""
 
-    mask: Tensor
+    told: Callable[[ReversedTrigger | None], Tensor]
 
-    def choose(self, scores: Scores | None, trigger: object) -> Choice:
-        return Choice(self.mask)
+    def choose(self, scores: Scores | None, trigger: ReversedTrigger | None) -> Choice:
+        return Choice(self.told(trigger))
 
 
 def first_images(record: AttackRecord, data: TestData, count: int) -> tuple[AttackRecord, TestData]:
@@ -162,24 +164,19 @@ def activation_change(run: FMP) -> Tensor:
     return trigger_activation_change(run.model, run.layers, to_unit(clean), to_unit(poisoned))
 
 
-def ablate(record: str, rows: Sequence[str], flags: dict[str, Any], test_images: int | None = None) -> pd.DataFrame:
-    """One row each for the attacked model and every choice of maps, in percent; ``precision`` is against TAC."""
-    for name in (*ROWS_DIFFER_IN, "defense_name"):
-        if name in flags:
-            raise UserError(f"--{name} is what the rows differ in; leave it out.")
+def ablate(attacked: Ablated, tac: Tensor, rows: Sequence[str], flags: dict[str, Any]) -> pd.DataFrame:
+    """One row each for the attacked model and every choice of maps, in percent; ``precision`` is against ``tac``.
+
+    ``attacked`` has read the record; ``flags`` are FMP's.
+    """
     found: list[dict[str, Any]] = []
-    attacked = Ablated({**flags, "result_file": record}, test_images)
-    attacked.set_result(record)
-    tac = activation_change(attacked)
-    only = f"-{test_images}" if test_images else ""
+    record, test_images = attacked.settings.result_file, attacked.test_images
+    only, words = (f"-{test_images}", f" --test_images {test_images}") if test_images else ("", "")
     for row in rows:
         settings, chooser = ROWS[row]
         args = {"report": False, **flags, **settings, "result_file": record, "defense_name": f"ablate-{row}{only}"}
-        run = Ablated(args, test_images, chooser)
-        run.tac = tac
-        if chooser or test_images:
-            run.chosen_by = f"ablate.py --rows {row}" + (f" --test_images {test_images}" if test_images else "")
-        folder = Path(run.settings.record_root) / record / "defense" / run.settings.defense_name
+        run = Ablated(args, test_images, tac, chooser, f"ablate.py --rows {row}{words}" if chooser or words else None)
+        folder = attacked.record.folder / "defense" / run.settings.defense_name
         metrics = _done(folder, run, attacked.subset) or run.defense(record)["metrics"]
         if not found:
             found.append({"row": "(attacked)", **_percent(metrics["before"])})
@@ -192,7 +189,7 @@ def ablate(record: str, rows: Sequence[str], flags: dict[str, Any], test_images:
                 "precision": round(precision_at(mask, tac, attacked.layers).value, 2),
             }
         )
-        print(_table(pd.DataFrame(found)), flush=True)
+        print(table(pd.DataFrame(found)), flush=True)
     return pd.DataFrame(found)
 
 
@@ -210,102 +207,6 @@ def _done(folder: Path, run: FMP, subset: Sequence[int]) -> dict[str, Any] | Non
 
 def _percent(metrics: dict[str, float]) -> dict[str, float]:
     return {name: round(100 * metrics[f"test_{name.lower()}"], 2) for name in ("Acc", "ASR", "RA")}
-
-
-class Look(NamedTuple):
-    """One way for FRG to look at feature maps."""
-
-    eps: float
-    steps: int
-    images: int
-
-
-LOOKS = [Look(1 / 255, 1, images) for images in (8, 16, 32, 64)]
-LOOKS += [Look(eps / 255, 1, 16) for eps in (4, 8, 16)] + [Look(4 / 255, 3, 16)]
-
-
-def overlap(record: str, maps: int, p: int, flags: dict[str, Any], test_images: int | None = None) -> pd.DataFrame:
-    """Precision at N/p and AUC (maps of highest TAC, 1/p of each layer, against the rest) of scores, mean over layers.
-
-    Per look of FRG: the paper's count (ties by margin), the largest class's shift, and the shift towards the class voted for.
-    Per family of reversed triggers, towards the class that the evidence names: how far the trigger moves a map.
-    """
-    run = Ablated({**flags, "result_file": record}, test_images)
-    run.set_result(record)
-    tac = activation_change(run)
-    wanted = torch.zeros(len(tac), dtype=torch.bool)
-    wanted[torch.linspace(0, len(tac) - 1, min(maps, len(tac))).round().long()] = True
-    if all(int(wanted[where].sum()) < p for _, where in slices(run.layers)):
-        raise UserError(f"--maps {maps} takes fewer than {p} maps of every layer, too few to compare; take more.")
-    dtype = choose_dtype(run.settings.dtype, run.compute.device)
-    found = []
-    for look in LOOKS:
-        said = torch.zeros(len(tac), look.images, run.record.num_classes, device=run.compute.device)
-
-        def keep(where: Tensor, reverse: Tensor, logits: Tensor, first: int, said: Tensor = said) -> None:
-            said[where, first : first + logits.shape[1]] = logits
-
-        scores = score_feature_maps(
-            run.model,
-            run.layers,
-            to_unit(run.clean_images[: look.images]),
-            run.clean_labels[: look.images],
-            eps=look.eps,
-            steps=look.steps,
-            seed=run.settings.random_seed,
-            dtype=dtype,
-            wanted=wanted,
-            watch=keep,
-        )
-        row: dict[str, Any] = {**look._asdict(), "eps": f"{255 * look.eps:.0f}/255"}
-        row |= _compare(scores, said[:, : scores.samples].double().mean(1).cpu(), wanted, tac, p)
-        found.append(row)
-        print(_table(pd.DataFrame(found)), flush=True)
-    selector = run.selector()
-    evidence = selector.evidence(run.record.num_classes)
-    for trigger in selector.trigger_search().triggers(FAMILIES, evidence.target):
-        precision, auc = _agreement(selector.trigger_search().moved(trigger), wanted, tac, p, run.layers)
-        found.append({"trigger": trigger.family, "moved precision": precision, "moved AUC": auc, "voted": evidence.target})
-    print(_table(pd.DataFrame(found)), flush=True)
-    return pd.DataFrame(found)
-
-
-def _agreement(score: Tensor, wanted: Tensor, tac: Tensor, p: int, layers: Sequence[ConvLayer]) -> tuple[float, float]:
-    """Precision at N/p and AUC of one score, means over layers; one with fewer than ``p`` sampled maps is left out."""
-    pairs = []
-    for _, where in slices(layers):
-        part = where.start + wanted[where].nonzero().flatten()
-        k = len(part) // p
-        if not k:
-            continue
-        moved = torch.zeros(len(part), dtype=torch.bool)
-        moved[tac[part].topk(k).indices] = True
-        precision = float(moved[score[part].topk(k).indices].double().mean())
-        pairs.append((precision, float(roc_auc_score(moved.numpy(), score[part].numpy()))))
-    precision, auc = (round(float(np.mean(column)), 2) for column in zip(*pairs, strict=True))
-    return precision, auc
-
-
-def _compare(scores: Scores, logits: Tensor, wanted: Tensor, tac: Tensor, p: int) -> dict[str, Any]:
-    """How three scores of one look agree with TAC, and which class they vote for; ``logits`` ``[N, K]``: means over images."""
-    shift = torch.zeros_like(logits)
-    leaders = []
-    for _, where in slices(scores.layers):
-        part = where.start + wanted[where].nonzero().flatten()
-        shift[part] = logits[part] - logits[part].mean(0)
-        leaders.append(part[shift[part].max(1).values.topk(min(len(part), max(1, len(part) // p))).indices])
-    votes = shift[torch.cat(leaders)].argmax(1)
-    target = int(votes.mode().values)
-    suspicion = torch.empty(scores.total, dtype=torch.float64)
-    suspicion[scores.order()] = torch.arange(scores.total, 0, -1, dtype=torch.float64)
-    row: dict[str, Any] = {}
-    for name, values in (("count", suspicion), ("shift", shift.max(1).values), ("shift to voted", shift[:, target])):
-        row[f"{name} precision"], row[f"{name} AUC"] = _agreement(values, wanted, tac, p, scores.layers)
-    return {**row, "voted": target, "votes": f"{int((votes == target).sum())}/{len(votes)}"}
-
-
-def _table(frame: pd.DataFrame) -> str:
-    return frame.to_string(index=False, na_rep="")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -335,12 +236,15 @@ def main(argv: list[str] | None = None) -> int:
     flags = {key: value for key, value in vars(fmp_parser.parse_args(rest)).items() if value is not None}
     tables = []
     try:
+        named = [] if args.overlap else [name for name in (*ROWS_DIFFER_IN, "defense_name") if name in flags]
+        if named:
+            raise UserError(f"--{named[0]} is what the rows differ in; leave it out.")
         for record in args.result_file:
             with stopping_gently():
-                if args.overlap:
-                    frame = overlap(record, args.maps, 16, flags, args.test_images)
-                else:
-                    frame = ablate(record, args.rows, flags, args.test_images)
+                run = Ablated({**flags, "result_file": record}, args.test_images)
+                run.set_result(record)
+                tac = activation_change(run)
+                frame = overlap(run, tac, args.maps, 16) if args.overlap else ablate(run, tac, args.rows, flags)
             frame.insert(0, "record", record)
             tables.append(frame)
         whole = pd.concat(tables)
@@ -353,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print("ablate: stopped; run the same command again to go on.", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
-    print(f"\n{_table(whole)}")
+    print(f"\n{table(whole)}")
     return 0
 
 

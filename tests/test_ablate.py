@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import ablate
+import overlap
 import pandas as pd
 import pytest
 from fmp_core import evidence
@@ -84,8 +85,8 @@ def test_rows_of_strong_lack_one_part_each(workplace: Path, monkeypatch: pytest.
 def test_overlap_compares_scores_with_the_trigger(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    looks = [ablate.Look(1 / 255, 1, 2), ablate.Look(4 / 255, 2, 2)]
-    monkeypatch.setattr(ablate, "LOOKS", looks)
+    looks = [overlap.Look(1 / 255, 1, 2), overlap.Look(4 / 255, 2, 2)]
+    monkeypatch.setattr(overlap, "LOOKS", looks)
     assert ablate.main(["--result_file", RECORD, "--overlap", "--maps", "900", "--csv", "overlap.csv", *FLAGS]) == 0
     frame = pd.read_csv("overlap.csv")
     looked, reversed_ = frame[frame["trigger"].isna()], frame[frame["trigger"].notna()]

@@ -326,6 +326,16 @@ def test_the_class_runs_from_python_on_another_place(
     assert sorted(os.listdir(tmp_path)) == ["index.txt", "logs", "moved"]
 
 
+def test_an_interrupt_before_anything_is_read_is_one_sentence(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fmp, "choose_compute", interrupted)
+    ran = call_fmp("--result_file", RECORD, "--device", "cpu")
+    said = "fmp: interrupted; earlier results are unchanged. Run the same command again to go on from here."
+    assert ran.code == 130 and ran.err.splitlines() == [said]
+
+
 def test_the_class_refuses_what_the_command_refuses(workplace: Path):
     with pytest.raises(UserError, match="--eps is 0"):
         fmp.FMP(argparse.Namespace(eps=0))

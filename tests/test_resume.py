@@ -136,26 +136,26 @@ def saved(score: Callable[..., Scores], path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "change",
+    "change, remedy",
     [
-        lambda content: content["made_with"].update(key="another record"),
-        lambda content: content.pop("state"),
-        lambda content: content.update(made_with=None),
-        lambda content: content["state"].pop("rows"),
-        lambda content: content["state"].update(images=-1),
-        lambda content: content["state"].update(whole=7),
-        lambda content: content["state"]["whole"].update(margin=torch.zeros(3)),
-        lambda content: content["state"]["whole"].update(margin="x"),
-        lambda content: content["state"]["part"].pop("slimmest"),
+        (lambda content: content["made_with"].update(key="another record"), "start again with --fresh"),
+        (lambda content: content.pop("state"), "remove it"),
+        (lambda content: content.update(made_with=None), "remove it"),
+        (lambda content: content["state"].pop("rows"), "remove it"),
+        (lambda content: content["state"].update(images=-1), "remove it"),
+        (lambda content: content["state"].update(whole=7), "remove it"),
+        (lambda content: content["state"]["whole"].update(margin=torch.zeros(3)), "remove it"),
+        (lambda content: content["state"]["whole"].update(margin="x"), "remove it"),
+        (lambda content: content["state"]["part"].pop("slimmest"), "remove it"),
     ],
 )
-def test_a_stale_or_forged_state_is_refused(change: Callable[[dict[str, Any]], Any], tmp_path: Path):
+def test_a_stale_or_forged_state_is_refused(change: Callable[[dict[str, Any]], Any], remedy: str, tmp_path: Path):
     score, path = scorer(Plain), tmp_path / "ranking.pt"
     content = saved(score, path)
     change(content)
     torch.save(content, path)
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"ranking\.pt .*(remove it|start again with --fresh)"):
+    with pytest.raises(UserError, match=rf"ranking\.pt .*{remedy}"):
         score(checkpoint=Checkpoint(path, {"key": "a"}))
     assert path.read_bytes() == before
 

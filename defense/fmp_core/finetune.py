@@ -117,7 +117,7 @@ class FineTuning:
         """The state of fine-tuning after its last whole epoch."""
         made_with = {name: str(getattr(self.settings, name)) for name in (*TRAINING, *CHOOSING)}
         pruned = content_key(self.model.state_dict(), self.images, self.labels, {"by": str(self.compute)})
-        checkpoint = Checkpoint(self._path, {**made_with, "digest of model, images and versions": pruned[:8]})
+        checkpoint = Checkpoint(self._path, {**made_with, "digest of model, images and versions": pruned[:16]})
         if self.settings.fresh:
             checkpoint.remove()
         return checkpoint

@@ -74,11 +74,11 @@ class SharedForward:
         asked = [layer.module.weight for layer in layers]
         masks: list[Tensor] = []
 
-        def keep_clean(weight: int, _call: ConvCall, out: Tensor) -> None:
-            self.clean[weight] = out
+        def keep_clean(call: ConvCall, out: Tensor) -> None:
+            self.clean[id(call.weight)] = out
 
-        def keep_difference(weight: int, _call: ConvCall, out: Tensor) -> None:
-            self.difference[weight] = out - self.clean[weight]
+        def keep_difference(call: ConvCall, out: Tensor) -> None:
+            self.difference[id(call.weight)] = out - self.clean[id(call.weight)]
 
         with torch.no_grad():
             _forward(model, images, asked, keep_clean)
@@ -88,8 +88,8 @@ class SharedForward:
         original = {id(theirs): own for own, theirs in zip(twin.parameters(), model.parameters(), strict=True)}
         keys = {id(original[id(weight)]): id(weight) for weight in asked}
 
-        def keep_call(weight: int, call: ConvCall, _out: Tensor) -> None:
-            self.calls[keys[weight]] = call
+        def keep_call(call: ConvCall, _out: Tensor) -> None:
+            self.calls[keys[id(call.weight)]] = call
 
         replay = (mask.repeat(copies, *[1] * (mask.dim() - 1)) for mask in masks)
         with torch.enable_grad():
@@ -128,7 +128,7 @@ class SharedForward:
         clean = self.clean[id(layer.module.weight)]
         reached: list[tuple[ConvCall, Tensor]] = []
         with torch.enable_grad():
-            _forward(self.model, images, [layer.module.weight], lambda _weight, *seen: reached.append(seen))
+            _forward(self.model, images, [layer.module.weight], lambda *seen: reached.append(seen))
         call, out = reached[0][0], reached[0][1].detach()
         rows = [slice(copy * self.rows, (copy + 1) * self.rows) for copy in range(self.copies)]
         parts = [_through_one_channel(call, out[r, c] - clean[:, c], c) for r, c in zip(rows, channels, strict=True)]
@@ -136,14 +136,15 @@ class SharedForward:
 
 
 def _forward(
-    net: nn.Module, batch: Tensor, weights: Sequence[Tensor], see: Callable[[int, ConvCall, Tensor], None], **frozen: Any
+    net: nn.Module, batch: Tensor, weights: Sequence[Tensor], see: Callable[[ConvCall, Tensor], None], **frozen: Any
 ) -> None:
-    """One forward pass that ends with the convolution of the last of ``weights``; ``see`` gets the ``id`` of each one's weight,
-    its call and its output. ``frozen``: arguments of :class:`~fmp_core.frozen_ops.FrozenOps`.
+    """One forward pass that ends with the convolution of the last of ``weights``; ``see`` gets each one's call and output.
+
+    ``frozen``: arguments of :class:`~fmp_core.frozen_ops.FrozenOps`.
     """
 
     def seen(call: ConvCall, out: Tensor) -> None:
-        see(id(call.weight), call, out)
+        see(call, out)
         if call.weight is weights[-1]:
             raise _LayerReachedError
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import ranks
 from .feature_maps import ConvLayer
 from .first_order import FirstOrder
-from .ranking import Foretell, Scores, Watch, ordered_groups, slices
+from .ranking import Foretell, Scores, Watch, compared, slices
 from .ranking_state import Answers, Tally
 
 SCOUTS, PILOTS = 2, 12  # maps per layer
@@ -128,10 +128,10 @@ def foretell_scores(
 def _at_or_below_cut(counts: Tensor, layers: Sequence[ConvLayer], p: int, scope: str) -> Tensor:
     """The maps whose count is that of the last of the lowest N/p of their group, or lower; bool ``[N]``."""
     found = torch.zeros(len(counts), dtype=torch.bool)
-    nothing = torch.zeros(len(counts), dtype=torch.float64)
-    for members in ordered_groups(Scores(tuple(layers), counts, nothing, nothing, samples=0), scope):
-        if len(members) >= p:
-            found[members[counts[members] <= counts[members[len(members) // p - 1]]]] = True
+    for group in compared(layers, scope):
+        fewest = (group.stop - group.start) // p
+        if fewest:
+            found[group] = counts[group] <= counts[group].kthvalue(fewest).values
     return found
 
 

@@ -107,21 +107,24 @@ def choose(scores: Scores, p: int, scope: str) -> Choice:
 def choose_by_chance(layers: Sequence[ConvLayer], p: int, scope: str, seed: int) -> Choice:
     """As many maps as :func:`choose` takes, drawn without looking at the model: the control of FMP's ranking."""
     generator = torch.Generator().manual_seed(seed)
-    wheres = [where for _, where in slices(layers)]
-    groups = [slice(0, wheres[-1].stop)] if scope == "global" else wheres
-    mask = torch.zeros(wheres[-1].stop, dtype=torch.bool)
+    groups = compared(layers, scope)
+    mask = torch.zeros(groups[-1].stop, dtype=torch.bool)
     for group in groups:
         size = group.stop - group.start
         mask[group.start + torch.randperm(size, generator=generator)[: size // p]] = True
     return Choice(mask)
 
 
+def compared(layers: Sequence[ConvLayer], scope: str) -> list[slice]:
+    """The positions of the maps that are compared with each other: of all maps, or of each layer's."""
+    wheres = [where for _, where in slices(layers)]
+    return [slice(0, wheres[-1].stop)] if scope == "global" else wheres
+
+
 def ordered_groups(scores: Scores, scope: str) -> list[Tensor]:
     """Positions of the maps that are compared with each other, each group from its lowest score up."""
     order = scores.order()
-    if scope == "global":
-        return [order]
-    return [order[(order >= where.start) & (order < where.stop)] for _, where in slices(scores.layers)]
+    return [order[(order >= group.start) & (order < group.stop)] for group in compared(scores.layers, scope)]
 
 
 def score_feature_maps(
