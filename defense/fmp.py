@@ -26,12 +26,14 @@ for folder in (HERE, HERE.parent):  # fmp_core lies beside this file; BackdoorBe
         sys.path.append(str(folder))
 
 import torch  # noqa: E402
-from fmp_core import ranks, report  # noqa: E402
-from fmp_core.compute import choose_compute, is_out_of_memory, make_deterministic  # noqa: E402
-from fmp_core.datasets import Split, dataset_facts, open_split  # noqa: E402
-from fmp_core.distillation import Teacher  # noqa: E402
+from fmp_core.data.attack_record import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
+from fmp_core.data.clean_subset import choose_subset  # noqa: E402
+from fmp_core.data.datasets import Split, dataset_facts, open_split  # noqa: E402
 from fmp_core.errors import UserError  # noqa: E402
-from fmp_core.evaluate import (  # noqa: E402
+from fmp_core.inversion.trigger import INVERTED_TRIGGER, InvertedTrigger, save_trigger  # noqa: E402
+from fmp_core.inversion.verdict import Evidence  # noqa: E402
+from fmp_core.models.build import PixelModel, load_model, state_like  # noqa: E402
+from fmp_core.models.evaluate import (  # noqa: E402
     Metrics,
     Predictions,
     TestData,
@@ -39,30 +41,29 @@ from fmp_core.evaluate import (  # noqa: E402
     evaluate_and_keep,
     to_unit,
 )
-from fmp_core.event_log import summary_writer, write_events  # noqa: E402
-from fmp_core.evidence import Evidence  # noqa: E402
-from fmp_core.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
-from fmp_core.files import check_folders, make_folders, refuse_links_out_of, write_text, writing  # noqa: E402
-from fmp_core.finetune import FineTuning  # noqa: E402
-from fmp_core.interrupts import Terminated, stopping_gently  # noqa: E402
-from fmp_core.lock import locked  # noqa: E402
-from fmp_core.log_file import LogFile  # noqa: E402
-from fmp_core.models import PixelModel, load_model, state_like  # noqa: E402
-from fmp_core.outcome import Outcome  # noqa: E402
-from fmp_core.predictions import prediction_frame  # noqa: E402
-from fmp_core.pruning import prune_feature_maps  # noqa: E402
-from fmp_core.records import AttackRecord, find_records, read_attack_record, write_defense_result  # noqa: E402
-from fmp_core.report_page import write_report  # noqa: E402
-from fmp_core.reversed_trigger import REVERSED_TRIGGER, ReversedTrigger, save_trigger  # noqa: E402
-from fmp_core.selection import Selector  # noqa: E402
+from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers  # noqa: E402
+from fmp_core.models.pruning import prune_feature_maps  # noqa: E402
+from fmp_core.repair.distillation import Teacher  # noqa: E402
+from fmp_core.repair.finetune import FineTuning  # noqa: E402
+from fmp_core.repair.unlearning import Unlearning  # noqa: E402
+from fmp_core.report.page import write_report  # noqa: E402
+from fmp_core.results import run_folder  # noqa: E402
+from fmp_core.results.event_log import summary_writer, write_events  # noqa: E402
+from fmp_core.results.outcome import Outcome  # noqa: E402
+from fmp_core.results.predictions import prediction_frame  # noqa: E402
+from fmp_core.selection.select import Selector  # noqa: E402
 from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
-from fmp_core.subset import choose_subset  # noqa: E402
-from fmp_core.unlearning import Unlearning  # noqa: E402
+from fmp_core.storage.files import check_folders, make_folders, refuse_links_out_of, write_text, writing  # noqa: E402
+from fmp_core.storage.lock import locked  # noqa: E402
+from fmp_core.system import distributed  # noqa: E402
+from fmp_core.system.devices import choose_device, is_out_of_memory, make_deterministic  # noqa: E402
+from fmp_core.system.interrupts import Terminated, stopping_gently  # noqa: E402
+from fmp_core.system.logs import LogFile  # noqa: E402
 
 try:
     from defense.base import defense
 except ImportError:  # no BackdoorBench around us
-    from fmp_core.base import defense
+    from fmp_core.bb_base import defense
 
 UNCHANGED = "earlier results are unchanged"  # what a run that ends early may say
 LOG_FORMAT = logging.Formatter("%(asctime)s [%(levelname)-8s] [%(filename)s:%(lineno)d] %(message)s", "%Y-%m-%d:%H:%M:%S")
@@ -82,7 +83,7 @@ class FMP(defense):
     def __init__(self, args: argparse.Namespace | dict[str, Any] | None = None):
         given = args if isinstance(args, dict) else vars(args) if args else {}
         self.settings = load_settings(given)
-        self.compute = ranks.join(choose_compute(self.settings.device))
+        self.compute = distributed.join(choose_device(self.settings.device))
         self.seconds: dict[str, float] = {}
         self.stage = "load"
         self.kept = UNCHANGED
@@ -135,7 +136,7 @@ class FMP(defense):
 
     def set_logger(self) -> None:
         """Log to the console and to ``log/<time>.log``, in BB's format; of several processes only the first speaks."""
-        if not ranks.leads():
+        if not distributed.is_leader():
             self.logger.setLevel(logging.ERROR)
             return
         log_folder = self.log_folder
@@ -152,7 +153,7 @@ class FMP(defense):
         self.logger.setLevel(logging.INFO)
         self.logger.propagate = False
         self.logger.info(pformat({**dataclasses.asdict(self.settings), "terminal_info": sys.argv}))
-        self.logger.info(pformat(report.versions()))
+        self.logger.info(pformat(run_folder.versions()))
         write_text(log_folder / "index.txt", self._index())  # where BB's ft keeps it, which has no results yet either
 
     def mitigation(self) -> dict[str, Any]:
@@ -160,7 +161,7 @@ class FMP(defense):
         make_deterministic()
         selector = self.selector()
         scores, evidence = selector.look(self.record.num_classes)
-        if not ranks.leads():  # one process goes on from here
+        if not distributed.is_leader():  # one process goes on from here
             return {"model": self.model.network, "metrics": {}}
         before = self._test("before")
         triggers = selector.reverse(evidence)
@@ -189,7 +190,7 @@ class FMP(defense):
     def defense(self, result_file: str) -> dict[str, Any]:
         self.set_result(result_file)
         check_folders(self.folder, self.log_folder, self.checkpoints)
-        with locked(self.folder, self.settings.wait) if ranks.leads() else nullcontext():
+        with locked(self.folder, self.settings.wait) if distributed.is_leader() else nullcontext():
             self.set_logger()
             return self.mitigation()
 
@@ -222,7 +223,7 @@ class FMP(defense):
         """What finds the maps to prune: it is given clean images only."""
         return Selector(self.model, self.layers, self.clean_images, self.clean_labels, self.settings, self.shared, self._timed)
 
-    def _unlearning(self, selector: Selector, triggers: Sequence[ReversedTrigger]) -> Unlearning | None:
+    def _unlearning(self, selector: Selector, triggers: Sequence[InvertedTrigger]) -> Unlearning | None:
         if self.settings.unlearn and self.settings.selection != "trigger":
             self.logger.warning("--unlearn has no effect without --selection trigger, which finds the trigger to unlearn")
         return Unlearning(selector.trigger_search(), triggers) if self.settings.unlearn and triggers else None
@@ -275,29 +276,29 @@ class FMP(defense):
             "seed": self.settings.random_seed,
             "device": f"{self.compute.device} ({self.compute.name})",
             "settings": dataclasses.asdict(self.settings),
-            "versions": report.versions(),
+            "versions": run_folder.versions(),
         }
 
     def _write(self, outcome: Outcome, metrics: dict[str, Any]) -> None:
         """All results; metrics.json, which says that the others are there, comes last of those the report reads."""
         self.kept = "new results are partly written"
         write_text(self.folder / "index.txt", self._index())  # where BB's fp keeps it
-        frame = report.history_frame(outcome.history)
-        report.write_csv(self.folder / "fmp_df.csv", frame)
-        report.write_csv(self.folder / "fmp_df_summary.csv", report.summary_frame(frame))
-        report.write_plots(self.folder, frame)
+        frame = run_folder.history_frame(outcome.history)
+        run_folder.write_csv(self.folder / "fmp_df.csv", frame)
+        run_folder.write_csv(self.folder / "fmp_df_summary.csv", run_folder.summary_frame(frame))
+        run_folder.write_plots(self.folder, frame)
         if self.settings.tensorboard:
             write_events(self.folder / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), frame)
-        maps = report.feature_map_frame(self.layers, outcome.choice, outcome.scores, self.settings.scope)
-        report.write_csv(self.folder / "feature_maps.csv", maps, index=False)
+        maps = run_folder.feature_map_frame(self.layers, outcome.choice, outcome.scores, self.settings.scope)
+        run_folder.write_csv(self.folder / "feature_maps.csv", maps, index=False)
         predictions = prediction_frame(self.test_data, *self.predictions)
-        report.write_csv(self.folder / "predictions.csv", predictions, index=False)
+        run_folder.write_csv(self.folder / "predictions.csv", predictions, index=False)
         if outcome.triggers:
-            save_trigger(self.folder / REVERSED_TRIGGER, outcome.triggers[0])
+            save_trigger(self.folder / INVERTED_TRIGGER, outcome.triggers[0])
         else:
-            (self.folder / REVERSED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
+            (self.folder / INVERTED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
         write_defense_result(self.folder / "defense_result.pt", *self._weights())
-        report.write_json(self.folder / "metrics.json", metrics)
+        run_folder.write_json(self.folder / "metrics.json", metrics)
         self.kept = "all results but the report are written"
         self.logger.info("results are in %s", self.folder)
         if self.settings.report:
@@ -351,10 +352,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fmp: {sentence}", file=sys.stderr)
         return code
     finally:
-        ranks.leave()
+        distributed.leave()
     metrics = result["metrics"]
     if metrics:
-        print(f"\n{report.table(metrics)}\n\nDER {metrics['der']:.4f}   results: {method.folder}")
+        print(f"\n{run_folder.table(metrics)}\n\nDER {metrics['der']:.4f}   results: {method.folder}")
     return 0
 
 

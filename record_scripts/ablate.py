@@ -3,7 +3,6 @@
 
     python record_scripts/ablate.py --result_file badnet_cifar10 blended_cifar10 --frequency_test 0
     python record_scripts/ablate.py --result_file badnet_cifar10 --rows ft layer oracle --epochs 3 --test_images 2000
-    python record_scripts/ablate.py --result_file blended_cifar10 --overlap --maps 1200
 
 Rows: ``ft`` fine-tuning only; ``random-1..3`` as many maps per layer as ``layer``, by chance; ``layer`` FMP as released;
 ``global`` FMP as in the paper's text; ``layer-pruned`` without fine-tuning; ``oracle`` the maps the trigger moves most (it
@@ -16,9 +15,6 @@ budget. And the preset but for one part: ``strong-unpruned``, ``strong-random`` 
 Other flags are FMP's. Each row is an FMP run in ``record/<name>/defense/ablate-<row>``; rows done with the same flags and
 versions are not run again. ``--test_images`` tests on the first images of the clean test set only, and on the poisoned ones
 made from them.
-
-``--overlap`` prunes nothing: how well the paper's count, the class shift and reversed triggers find the maps the trigger moves
-most (TAC), by images, eps and steps, on an even sample of maps.
 """
 
 from __future__ import annotations
@@ -37,41 +33,40 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 import pandas as pd
 import torch
 from fmp import FMP
-from fmp_core import report
-from fmp_core.activation_change import precision_at, trigger_activation_change
+from fmp_core.data.attack_record import AttackRecord
 from fmp_core.errors import UserError
-from fmp_core.evaluate import TestData, to_unit
-from fmp_core.files import replacing
-from fmp_core.interrupts import Terminated, stopping_gently
-from fmp_core.ranking import Choice, Scores, choose_by_chance, slices
-from fmp_core.records import AttackRecord
-from fmp_core.report_data import twins
-from fmp_core.report_findings import ROWS_DIFFER_IN
-from fmp_core.reversed_trigger import ReversedTrigger
-from fmp_core.selection import Selector
-from overlap import overlap, table
+from fmp_core.frg.scorer import Choice, Scores, choose_by_chance, slices
+from fmp_core.inversion.trigger import InvertedTrigger
+from fmp_core.models.activation_change import precision_at, trigger_activation_change
+from fmp_core.models.evaluate import TestData, to_unit
+from fmp_core.report.data import twins
+from fmp_core.report.findings import ROWS_DIFFER_IN
+from fmp_core.results import run_folder
+from fmp_core.selection.select import Selector
+from fmp_core.storage.files import replacing
+from fmp_core.system.interrupts import Terminated, stopping_gently
 from torch import Tensor
 
 TAC_IMAGES = 512
-Chooser = Callable[["Ablated", ReversedTrigger | None], Tensor]
+Chooser = Callable[["Ablated", InvertedTrigger | None], Tensor]
 
 
 def by_chance(number: int) -> Chooser:
     return lambda run, _trigger: choose_by_chance(run.layers, run.settings.p, run.settings.scope, number).mask
 
 
-def nothing(run: Ablated, _trigger: ReversedTrigger | None = None) -> Tensor:
+def nothing(run: Ablated, _trigger: InvertedTrigger | None = None) -> Tensor:
     return torch.zeros(sum(layer.channels for layer in run.layers), dtype=torch.bool)
 
 
-def by_trigger(run: Ablated, _trigger: ReversedTrigger | None) -> Tensor:
+def by_trigger(run: Ablated, _trigger: InvertedTrigger | None) -> Tensor:
     """The N/p maps of each layer that the trigger moves most."""
     assert run.tac is not None
     return _highest(run.tac, run)
 
 
-def by_reversed_trigger(run: Ablated, trigger: ReversedTrigger | None) -> Tensor:
-    """The N/p maps of each layer that the reversed trigger moves most; none where no backdoor is shown."""
+def by_reversed_trigger(run: Ablated, trigger: InvertedTrigger | None) -> Tensor:
+    """The N/p maps of each layer that the inverted trigger moves most; none where no backdoor is shown."""
     return nothing(run) if trigger is None else _highest(run.selector().trigger_search().moved(trigger), run)
 
 
@@ -138,9 +133,9 @@ class Ablated(FMP):
 class Told(Selector):
     """Prunes what it is told to."""
 
-    told: Callable[[ReversedTrigger | None], Tensor]
+    told: Callable[[InvertedTrigger | None], Tensor]
 
-    def choose(self, scores: Scores | None, trigger: ReversedTrigger | None) -> Choice:
+    def choose(self, scores: Scores | None, trigger: InvertedTrigger | None) -> Choice:
         return Choice(self.told(trigger))
 
 
@@ -170,7 +165,7 @@ def ablate(attacked: Ablated, tac: Tensor, rows: Sequence[str], flags: dict[str,
     ``attacked`` has read the record; ``flags`` are FMP's.
     """
     found: list[dict[str, Any]] = []
-    record, test_images = attacked.settings.result_file, attacked.test_images
+    record, test_images = attacked.settings.result_file or "", attacked.test_images
     only, words = (f"-{test_images}", f" --test_images {test_images}") if test_images else ("", "")
     for row in rows:
         settings, chooser = ROWS[row]
@@ -200,13 +195,17 @@ def _done(folder: Path, run: FMP, subset: Sequence[int]) -> dict[str, Any] | Non
         return None
     metrics = json.loads(path.read_text(encoding="utf-8"))
     wanted = json.loads(json.dumps(dataclasses.asdict(run.settings)))
-    now = (wanted, run.chosen_by, report.versions())
+    now = (wanted, run.chosen_by, run_folder.versions())
     same_subset = (folder / "index.txt").read_text(encoding="utf-8").split() == [str(position) for position in subset]
     return metrics if same_subset and now == tuple(metrics[key] for key in ("settings", "chosen_by", "versions")) else None
 
 
 def _percent(metrics: dict[str, float]) -> dict[str, float]:
     return {name: round(100 * metrics[f"test_{name.lower()}"], 2) for name in ("Acc", "ASR", "RA")}
+
+
+def table(frame: pd.DataFrame) -> str:
+    return frame.to_string(index=False, na_rep="")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -225,10 +224,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--result_file", nargs="+", required=True, metavar="RECORD")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     parser.add_argument("--test_images", type=_whole, metavar="N", help="test on the first N clean test images only")
-    parser.add_argument("--overlap", action="store_true", help="rank only, and compare scores with TAC")
-    parser.add_argument(
-        "--maps", type=_whole, default=1200, help="with --overlap: size of the even sample of feature maps (1200)"
-    )
     parser.add_argument("--csv", type=Path, help="write the tables of all records there")
     args, rest = parser.parse_known_args(argv)
     fmp_parser = _Parser(prog="ablate", allow_abbrev=False)
@@ -236,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = {key: value for key, value in vars(fmp_parser.parse_args(rest)).items() if value is not None}
     tables = []
     try:
-        named = [] if args.overlap else [name for name in (*ROWS_DIFFER_IN, "defense_name") if name in flags]
+        named = [name for name in (*ROWS_DIFFER_IN, "defense_name") if name in flags]
         if named:
             raise UserError(f"--{named[0]} is what the rows differ in; leave it out.")
         for record in args.result_file:
@@ -244,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
                 run = Ablated({**flags, "result_file": record}, args.test_images)
                 run.set_result(record)
                 tac = activation_change(run)
-                frame = overlap(run, tac, args.maps, 16) if args.overlap else ablate(run, tac, args.rows, flags)
+                frame = ablate(run, tac, args.rows, flags)
             frame.insert(0, "record", record)
             tables.append(frame)
         whole = pd.concat(tables)

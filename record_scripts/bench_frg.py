@@ -32,16 +32,16 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fmp_core import compute
-from fmp_core.datasets import FACTS
+from fmp_core.data.attack_record import read_attack_record
+from fmp_core.data.datasets import FACTS
 from fmp_core.errors import UserError
-from fmp_core.evaluate import predict, to_unit
-from fmp_core.feature_maps import ConvLayer, frozen, trace_conv_layers
-from fmp_core.models import PixelModel, build_model, load_model
-from fmp_core.ranking import score_feature_maps
-from fmp_core.records import read_attack_record
+from fmp_core.frg.scorer import score_feature_maps
+from fmp_core.models.build import PixelModel, build_model, load_model
+from fmp_core.models.evaluate import predict, to_unit
+from fmp_core.models.feature_maps import ConvLayer, frozen, trace_conv_layers
+from fmp_core.models.training import train
 from fmp_core.settings import Settings
-from fmp_core.training import train
+from fmp_core.system import devices
 from torch import Tensor, nn
 
 EPS = 1 / 255
@@ -141,7 +141,7 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
-    device = compute.choose_compute(args.device).device
+    device = devices.choose_device(args.device).device
     facts = FACTS["cifar10"]
     if args.result_file:
         record = read_attack_record(Path(args.record_root) / args.result_file)
@@ -192,7 +192,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
 def measure_training(args: argparse.Namespace) -> dict[str, float]:
     """Images/s of fine-tuning (bf16 autocast where the device has it) and of evaluation (fp32), each against a plain loop that
     does nothing but the model's work on one ready batch."""
-    chosen = compute.choose_compute(args.device)
+    chosen = devices.choose_device(args.device)
     device, settings = chosen.device, Settings(epochs=1)
     count = TRAINING_IMAGES[device.type]
     generator = torch.Generator().manual_seed(0)
@@ -202,7 +202,7 @@ def measure_training(args: argparse.Namespace) -> dict[str, float]:
     model = PixelModel(build_model(args.model, 10), FACTS["cifar10"]).to(device).to(memory_format=torch.channels_last)
     batch = to_unit(images[: settings.batch_size]).contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
-    bfloat16 = compute.has_fast_bfloat16(device)
+    bfloat16 = devices.has_fast_bfloat16(device)
 
     def plain_step() -> None:
         model.train()
@@ -215,7 +215,7 @@ def measure_training(args: argparse.Namespace) -> dict[str, float]:
     def fine_tune() -> None:
         train(model, images, labels, settings, chosen, facts=FACTS["cifar10"], after_epoch=lambda epoch: None)
 
-    rows = compute.rows_per_batch(device)
+    rows = devices.rows_per_batch(device)
 
     def plain_forward() -> None:
         with torch.inference_mode():
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     rows = []
     try:
-        device = compute.choose_compute(args.device)
+        device = devices.choose_device(args.device)
         print(f"{device.name}, torch {torch.__version__}, {args.images} images, about {args.maps} maps, {args.repeat} run(s)")
         work: dict[str, Callable[[], dict[str, float]]] = {name: partial(measure, args, DTYPES[name]) for name in args.dtype}
         if args.training:

@@ -25,15 +25,15 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
 import pandas as pd
-from bb_workspace import Job, open_job, run_script, workspace
 from fmp import FMP
-from fmp_core.compute import choose_compute
+from fmp_core.backdoorbench.workspace import Job, open_job, run_script, workspace
 from fmp_core.errors import UserError
-from fmp_core.evaluate import evaluate
-from fmp_core.safe_load import load_torch_file
+from fmp_core.models.evaluate import evaluate
+from fmp_core.storage.torch_file import load_torch_file
+from fmp_core.system.devices import choose_device
 from torch import Tensor
 
-PROBE = Path(__file__).resolve().with_name("bb_probe.py")
+PROBE = Path(__file__).resolve().parents[1] / "defense" / "fmp_core" / "backdoorbench" / "probe.py"
 ROOT = Path(__file__).absolute().parents[1]
 FRACTIONS = ("test_acc", "test_asr", "test_ra")
 LOSSES = ("clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch")
@@ -229,7 +229,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        device = str(choose_compute(args.device).device)
+        device = str(choose_device(args.device).device)
         job = open_job(args.backdoorbench, args.record_root, args.result_file, args.dataset_path)
         settings = {"device": device, "record_root": args.record_root, "dataset_path": args.dataset_path}
         checks = check_parity(job, settings, args.python)

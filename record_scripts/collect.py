@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
-from fmp_core.collecting import collect, join_leaderboard, read_leaderboard
 from fmp_core.errors import UserError
-from fmp_core.files import replacing, write_text
-from fmp_core.html_tables import to_html
-from fmp_core.tables import Table, build_tables, printable, to_latex, to_markdown, to_text
+from fmp_core.results.collect import collect, join_leaderboard, read_leaderboard
+from fmp_core.results.html_tables import to_html
+from fmp_core.results.tables import Table, build_tables, printable, to_latex, to_markdown, to_text
+from fmp_core.storage.files import replacing, write_text
 
 
 def warn(text: str) -> None:

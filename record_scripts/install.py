@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
-from bb_workspace import find_checkout
+from fmp_core.backdoorbench.workspace import find_checkout
 from fmp_core.errors import UserError
-from fmp_core.files import write_text
+from fmp_core.storage.files import write_text
 
 PROJECT = Path(__file__).resolve().parents[1]
 UNITS = ("defense/fmp.py", "defense/fmp_core", "config/defense/fmp", "record_scripts")

@@ -31,22 +31,22 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 import numpy as np
 import pandas as pd
 import torch
-from fmp_core.attack_settings import AttackSettings, add_attack_arguments, attack_settings
-from fmp_core.checkpoint import Checkpoint
-from fmp_core.compute import choose_compute, make_deterministic
-from fmp_core.datasets import FACTS, DatasetFacts, Split, dataset_facts, open_split
-from fmp_core.digits import SIZE as DIGITS_SIZE
-from fmp_core.digits import make_digits
+from fmp_core.attacks.poisoning import Poison, poison
+from fmp_core.attacks.settings import AttackSettings, add_attack_arguments, attack_settings
+from fmp_core.attacks.train_model import AttackEpoch, CleanMetrics, clean_metrics, recipe, train_attacked_model, training_set
+from fmp_core.data.attack_record import write_attack_record
+from fmp_core.data.datasets import FACTS, DatasetFacts, Split, dataset_facts, open_split
+from fmp_core.data.digits import SIZE as DIGITS_SIZE
+from fmp_core.data.digits import make_digits
 from fmp_core.errors import UserError
-from fmp_core.evaluate import Metrics, TestData, evaluate
-from fmp_core.files import make_folders, write_torch
-from fmp_core.models import MODEL_NAMES, PixelModel, build_model
-from fmp_core.poisoning import Poison, poison
-from fmp_core.records import write_attack_record
-from fmp_core.report import history_frame, summary_frame, versions, write_csv, write_plots
-from fmp_core.score_cache import content_key
+from fmp_core.models.build import MODEL_NAMES, PixelModel, build_model
+from fmp_core.models.evaluate import Metrics, TestData, evaluate
+from fmp_core.results.run_folder import history_frame, summary_frame, versions, write_csv, write_plots
+from fmp_core.selection.cache import content_key
 from fmp_core.settings import FIELDS, Settings, parse_value
-from fmp_core.victim import AttackEpoch, CleanMetrics, clean_metrics, recipe, train_victim, training_set
+from fmp_core.storage.checkpoint import Checkpoint
+from fmp_core.storage.files import make_folders, write_torch
+from fmp_core.system.devices import choose_device, make_deterministic
 from torch import Tensor
 
 # Settings of training that are flags here too; the first three default to the dataset's recipe.
@@ -123,7 +123,7 @@ def make_record(args: argparse.Namespace) -> Path:
         UserError: see :func:`make_plan`; or an unfinished record was made with other settings, or training diverged.
     """
     plan = make_plan(args)
-    compute = choose_compute(plan.training.get("device", "auto"))
+    compute = choose_device(plan.training.get("device", "auto"))
     make_deterministic()
     torch.manual_seed(plan.training.get("random_seed", 0))
     network = build_model(args.model, plan.num_classes)
@@ -145,7 +145,9 @@ def make_record(args: argparse.Namespace) -> Path:
         count = len(plan.poison.train.indices) if plan.poison else 0
         LOGGER.info("%d of %d training images get the trigger", count, len(plan.train_set))
         measure = _measurement(plan, model, settings, compute.device)
-        history = train_victim(model, data.to(compute.device), measure, settings, compute, plan.facts, checkpoint, LOGGER)
+        history = train_attacked_model(
+            model, data.to(compute.device), measure, settings, compute, plan.facts, checkpoint, LOGGER
+        )
         write_record(plan, args, settings, network.state_dict(), history)
     plan.unfinished.rename(plan.folder)
     Checkpoint(plan.folder / "training.pt", {}).remove()

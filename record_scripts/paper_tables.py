@@ -17,14 +17,14 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
 import pandas as pd
-from fmp_core.collecting import collect
+from fmp_core.data.attack_record import find_records
 from fmp_core.errors import UserError
-from fmp_core.files import replacing, write_text
-from fmp_core.paper import FIGURES, SCALES, TABLES, compare, comparison_text, draw_figure, sweep_content
-from fmp_core.records import find_records
-from fmp_core.sweep_jobs import read_stamp
-from fmp_core.sweep_plan import make_sweep
-from fmp_core.tables import printable
+from fmp_core.results.collect import collect
+from fmp_core.results.paper import FIGURES, SCALES, TABLES, compare, comparison_text, draw_figure, sweep_content
+from fmp_core.results.tables import printable
+from fmp_core.storage.files import replacing, write_text
+from fmp_core.sweeps.jobs import read_stamp
+from fmp_core.sweeps.plan import make_sweep
 from sweep import run_sweep
 
 

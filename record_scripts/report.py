@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
-from fmp_core.compute import choose_compute
-from fmp_core.datasets import open_split
+from fmp_core.data.attack_record import AttackRecord, read_attack_record
+from fmp_core.data.datasets import open_split
 from fmp_core.errors import UserError
-from fmp_core.evaluate import TestData
-from fmp_core.files import refuse_links_out_of
-from fmp_core.records import AttackRecord, read_attack_record
-from fmp_core.report_page import write_report
+from fmp_core.models.evaluate import TestData
+from fmp_core.report.page import write_report
+from fmp_core.storage.files import refuse_links_out_of
+from fmp_core.system.devices import choose_device
 
 
 def read_test_data(record: AttackRecord, dataset_path: str, device: str) -> TestData:
@@ -34,7 +34,7 @@ def read_test_data(record: AttackRecord, dataset_path: str, device: str) -> Test
         record.bd_test.targets,
         record.bd_test.true_labels(test_set),
     )
-    where = choose_compute(device).device
+    where = choose_device(device).device
     return TestData(*(tensor.to(where) for tensor in tensors))
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
-from bb_workspace import Ended, Job, open_job, run_script, workspace
-from fmp_core.compute import choose_compute
+from fmp_core.backdoorbench.workspace import Ended, Job, open_job, run_script, workspace
 from fmp_core.errors import UserError
-from fmp_core.files import make_folders, refuse_links_out_of
+from fmp_core.storage.files import make_folders, refuse_links_out_of
+from fmp_core.system.devices import choose_device
 
 ROOT = Path(__file__).absolute().parents[1]  # a BackdoorBench checkout, if install.py put this script there
 NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a kill ends BackdoorBench's process too
     started = time.time() - 1  # file systems with coarse clocks
     try:
-        device = str(choose_compute(args.device).device) if args.device == "auto" else args.device
+        device = str(choose_device(args.device).device) if args.device == "auto" else args.device
         job = open_job(args.backdoorbench, args.record_root, args.result_file, args.dataset_path)
         if args.analysis:
             ended, log = run_analysis(job, args.defense, args.analysis, device, args.python, args.extra)

@@ -21,10 +21,10 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
 from fmp_core.errors import UserError
-from fmp_core.sweep_jobs import Job, finished, read_stamp, settings_hash, stop_leftovers
-from fmp_core.sweep_plan import Sweep, plan, read_sweep
-from fmp_core.sweep_queue import Board, local_slots, run_local
-from fmp_core.sweep_slurm import run_submitit
+from fmp_core.sweeps.jobs import Job, finished, read_stamp, settings_hash, stop_leftovers
+from fmp_core.sweeps.local import Board, local_slots, run_local
+from fmp_core.sweeps.plan import Sweep, plan, read_sweep
+from fmp_core.sweeps.slurm import run_submitit
 
 
 def check_records(jobs: Sequence[Job]) -> None:

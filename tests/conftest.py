@@ -19,8 +19,8 @@ import fmp
 import numpy as np
 import pytest
 import torch
-from fmp_core.models import build_model
-from fmp_core.records import PoisonedImages, write_attack_record
+from fmp_core.data.attack_record import PoisonedImages, write_attack_record
+from fmp_core.models.build import build_model
 
 RECORD = "badnet_tiny"
 MODEL = "squeezenet1_0"  # the cheapest of BackdoorBench's models at 32x32: 0.7 million weights, 2986 feature maps

@@ -15,7 +15,7 @@ from conftest import Ran
 
 PATIENCE = 1500.0  # seconds until a run must have come somewhere; a shared core may be fifty times slower than a free one
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fmp", "fmp_core.ranking_state"])
+CONTEXT.set_forkserver_preload(["fmp", "fmp_core.frg.scorer_state"])
 
 
 def _work(folder: str, flags: list[str], environment: dict[str, str], out: str) -> None:
@@ -27,10 +27,10 @@ def _work(folder: str, flags: list[str], environment: dict[str, str], out: str) 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import fmp
     import torch
-    from fmp_core import ranking_state
+    from fmp_core.frg import scorer_state
 
     torch.set_num_threads(1)
-    ranking_state.EVERY = 0.0  # a checkpoint after each group of maps
+    scorer_state.EVERY = 0.0  # a checkpoint after each group of maps
     code = fmp.main(flags)
     logging.shutdown()
     sys.stdout.flush()

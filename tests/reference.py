@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from fmp_core.feature_maps import ConvLayer
+from fmp_core.models.feature_maps import ConvLayer
 from torch import Tensor, nn
 
 

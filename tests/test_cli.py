@@ -18,11 +18,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import MODEL, RECORD, Ran, call_fmp
-from fmp_core import evidence
 from fmp_core.errors import UserError
-from fmp_core.files import write_torch
-from fmp_core.reversed_trigger import FAMILIES
+from fmp_core.inversion import verdict as verdicts
+from fmp_core.inversion.trigger import FAMILIES
 from fmp_core.settings import PROJECT
+from fmp_core.storage.files import write_torch
 from PIL import Image
 
 QUICK = ("--result_file", RECORD, "--frg_samples", "2", "--p", "16")
@@ -274,7 +274,7 @@ def test_the_strong_preset_gives_a_verdict_and_flags_override_it(
     ran = run_fmp(*strong)
     assert ran.code == 0 and "held-out clean images are too few to tell" in ran.err
     assert json.loads((workplace / RESULTS / "metrics.json").read_text())["verdict"]["too_few"]
-    monkeypatch.setattr(evidence, "LEAST_HELD_OUT", 1)
+    monkeypatch.setattr(verdicts, "LEAST_HELD_OUT", 1)
     assert run_fmp(*strong).code == 0
     found = json.loads((workplace / RESULTS / "metrics.json").read_text())
     assert found["settings"]["selection"] == "trigger" and found["settings"]["masked"] and found["settings"]["dtype"] == "fp32"
@@ -284,7 +284,7 @@ def test_the_strong_preset_gives_a_verdict_and_flags_override_it(
     assert verdict["family"] in FAMILIES and verdict["lead"] == pytest.approx(best - next_best, abs=1e-3)
     assert (
         verdict["backdoored"]
-        == (verdict["lead"] >= evidence.LEAST_LEAD)
+        == (verdict["lead"] >= verdicts.LEAST_LEAD)
         == (workplace / RESULTS / "reversed_trigger.pt").exists()
     )
 
@@ -330,7 +330,7 @@ def test_an_interrupt_before_anything_is_read_is_one_sentence(workplace: Path, m
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fmp, "choose_compute", interrupted)
+    monkeypatch.setattr(fmp, "choose_device", interrupted)
     ran = call_fmp("--result_file", RECORD, "--device", "cpu")
     said = "fmp: interrupted; earlier results are unchanged. Run the same command again to go on from here."
     assert ran.code == 130 and ran.err.splitlines() == [said]
@@ -552,7 +552,7 @@ def test_the_script_runs_as_a_program_and_prints_one_line(workplace: Path):
 
 def test_the_class_is_imported_from_the_repository_root():
     ran = python("-c", "from defense.fmp import FMP; print(FMP.__mro__[1].__module__, FMP({'p': 3}).settings.p)", cwd=PROJECT)
-    assert (ran.returncode, ran.stdout.split()) == (0, ["fmp_core.base", "3"]), ran.stderr
+    assert (ran.returncode, ran.stdout.split()) == (0, ["fmp_core.bb_base", "3"]), ran.stderr
 
 
 BASE = """

@@ -18,8 +18,8 @@ import pytest
 import torch
 from conftest import RECORD, call_fmp
 from driver import PATIENCE, Run
-from fmp_core import ranking
-from fmp_core.feature_maps import trace_conv_layers
+from fmp_core.frg import scorer
+from fmp_core.models.feature_maps import trace_conv_layers
 from toy import Plain, SmallPreActResNet, needs_cuda, toy_case
 
 FLAGS = [
@@ -284,7 +284,7 @@ def test_the_clock_may_jump(workplace: Path, monkeypatch: pytest.MonkeyPatch):
 def test_out_of_memory_halves_the_batch_and_goes_on(least: int, monkeypatch: pytest.MonkeyPatch):
     """An allocator that refuses more than 16 images at a time, as a small GPU would; also where a CPU has 32 threads."""
     seen: list[int] = []
-    genuine = ranking.SharedForward
+    genuine = scorer.SharedForward
 
     def limited(model: Any, layers: Any, images: Any, start: Any, copies: int = 1, *more: Any) -> Any:
         seen.append(len(images) * copies)
@@ -294,10 +294,10 @@ def test_out_of_memory_halves_the_batch_and_goes_on(least: int, monkeypatch: pyt
 
     model, images, labels = toy_case(Plain, count=7)
     layers = trace_conv_layers(model.network, images[:1])
-    expected = ranking.score_feature_maps(model, layers, images, labels, eps=0.1, rows=64)
-    monkeypatch.setattr(ranking, "SharedForward", limited)
-    monkeypatch.setattr(ranking, "least_rows", lambda _device: least)
-    found = ranking.score_feature_maps(model, layers, images, labels, eps=0.1, rows=64)
+    expected = scorer.score_feature_maps(model, layers, images, labels, eps=0.1, rows=64)
+    monkeypatch.setattr(scorer, "SharedForward", limited)
+    monkeypatch.setattr(scorer, "least_rows", lambda _device: least)
+    found = scorer.score_feature_maps(model, layers, images, labels, eps=0.1, rows=64)
     assert len(seen) == 3 and seen[0] > seen[1] > 16 >= seen[2]
     assert torch.equal(found.correct, expected.correct) and torch.equal(found.margin, expected.margin)
 
@@ -306,12 +306,12 @@ def test_out_of_memory_halves_the_batch_and_goes_on(least: int, monkeypatch: pyt
 def test_a_gpu_that_is_too_small_halves_the_batch_and_goes_on():
     model, images, labels = toy_case(SmallPreActResNet, count=512)
     layers = trace_conv_layers(model.network, images[:1])
-    expected = ranking.score_feature_maps(model, layers, images, labels, eps=0.1)
+    expected = scorer.score_feature_maps(model, layers, images, labels, eps=0.1)
     model, images, labels = model.cuda(), images.cuda(), labels.cuda()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(60e6 / torch.cuda.get_device_properties(0).total_memory)
     try:
-        found = ranking.score_feature_maps(model, layers, images, labels, eps=0.1, rows=4096)
+        found = scorer.score_feature_maps(model, layers, images, labels, eps=0.1, rows=4096)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     torch.testing.assert_close(found.margin, expected.margin, rtol=0, atol=1e-3)
@@ -321,7 +321,7 @@ def test_memory_that_never_suffices_is_one_sentence(workplace: Path, monkeypatch
     def refuses(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(ranking, "SharedForward", refuses)
+    monkeypatch.setattr(scorer, "SharedForward", refuses)
     ran = call_fmp(*SHORT, "--selection", "frg")
     assert ran.code == 2 and ran.err.splitlines()[-1].startswith("fmp: out of memory (ranking); lower --chunk or")
 

@@ -10,8 +10,8 @@ import make_record
 import pandas as pd
 import pytest
 import torch
-from fmp_core.models import build_model
-from fmp_core.records import read_attack_record
+from fmp_core.data.attack_record import read_attack_record
+from fmp_core.models.build import build_model
 from PIL import Image
 
 # A stronger attack (more poison, a larger patch) than the demo's own, so that fewer epochs plant it.

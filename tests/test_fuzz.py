@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import poisoned
+from fmp_core.data.attack_record import read_attack_record, write_attack_record
+from fmp_core.data.clean_subset import choose_subset
+from fmp_core.data.images import read_images
 from fmp_core.errors import UserError
-from fmp_core.images import read_images
-from fmp_core.records import read_attack_record, write_attack_record
-from fmp_core.safe_load import load_torch_file
 from fmp_core.settings import read_yaml
-from fmp_core.subset import choose_subset
+from fmp_core.storage.torch_file import load_torch_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fmp_core.results import UnreadableError, read_record
+from fmp_core.results.read import UnreadableError, read_record
 from hostile import RECORD, Case, corpus
 
 CASES = corpus()

@@ -21,18 +21,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fmp_core import evidence
-from fmp_core.compute import Compute
-from fmp_core.datasets import DatasetFacts
-from fmp_core.evaluate import TestData as Data
-from fmp_core.evaluate import evaluate
-from fmp_core.feature_maps import trace_conv_layers
-from fmp_core.models import PixelModel, build_model
-from fmp_core.pruning import prune_feature_maps
-from fmp_core.ranking import score_feature_maps, slices
-from fmp_core.records import PoisonedImages, write_attack_record
+from fmp_core.data.attack_record import PoisonedImages, write_attack_record
+from fmp_core.data.datasets import DatasetFacts
+from fmp_core.frg.scorer import score_feature_maps, slices
+from fmp_core.inversion import verdict
+from fmp_core.models.build import PixelModel, build_model
+from fmp_core.models.evaluate import TestData as Data
+from fmp_core.models.evaluate import evaluate
+from fmp_core.models.feature_maps import trace_conv_layers
+from fmp_core.models.pruning import prune_feature_maps
+from fmp_core.models.training import train
 from fmp_core.settings import Settings
-from fmp_core.training import train
+from fmp_core.system.devices import Device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -89,7 +89,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mixed, mixed_labels = images.clone(), labels.clone()
     mixed[poisoned], mixed_labels[poisoned] = bd_train.images, 0
     settings = Settings(epochs=12, batch_size=8, lr=0.005, amp=False)
-    cpu = Compute(torch.device("cpu"))
+    cpu = Device(torch.device("cpu"))
     train(PixelModel(network, facts), mixed, mixed_labels, settings, cpu, facts=facts, after_epoch=lambda _epoch: None)
     write_attack_record(
         root / "record" / NAME,
@@ -193,8 +193,8 @@ def test_any_poisoned_test_set_gives_the_same_weights(template: Path, seed: int,
 
 def test_strong_reads_no_poisoned_image_and_goes_on_where_it_stopped(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once in one go; then with other poisoned images, stopped after the first epoch and started again: the same bits."""
-    monkeypatch.setattr(evidence, "LEAST_LEAD", -1.0)  # whatever the model, a trigger is reversed and unlearnt
-    monkeypatch.setattr(evidence, "LEAST_HELD_OUT", 0)
+    monkeypatch.setattr(verdict, "LEAST_LEAD", -1.0)  # whatever the model, a trigger is reversed and unlearnt
+    monkeypatch.setattr(verdict, "LEAST_HELD_OUT", 0)
     flags = ["--preset", "strong", "--dtype", "fp32", "--epochs", "2", "--frequency_test", "0"]
     results = run(fresh, *flags)
     kept = {name: (results / name).read_bytes() for name in ("feature_maps.csv", "reversed_trigger.pt")}
@@ -395,7 +395,7 @@ def test_mistake_test_images_enter_batch_norm_statistics() -> None:
             images,
             torch.arange(10) % 5,
             Settings(epochs=3, batch_size=5, amp=False),
-            Compute(torch.device("cpu")),
+            Device(torch.device("cpu")),
             facts=DatasetFacts(5, (8, 8, 3)),
             after_epoch=lambda _epoch, model=model, tested=tested: evaluate(model, data, 4) if tested else None,
         )

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from fmp_core import ranking_state
-from fmp_core.checkpoint import Checkpoint
 from fmp_core.errors import UserError
-from fmp_core.feature_maps import trace_conv_layers
-from fmp_core.racing import race
-from fmp_core.ranking import Scores, score_feature_maps
-from fmp_core.ranking_state import RankingCheckpoints
+from fmp_core.frg import scorer_state
+from fmp_core.frg.racing import race
+from fmp_core.frg.scorer import Scores, score_feature_maps
+from fmp_core.frg.scorer_state import RankingCheckpoints
+from fmp_core.models.feature_maps import trace_conv_layers
+from fmp_core.storage.checkpoint import Checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import Plain, SmallPreActResNet, toy_case
 
 EPS = 16 / 255
-FIELDS = ("correct", "margin", "slimmest")
+FIELDS = ("correct", "margin", "smallest_margin")
 
 
 class Killed(BaseException):
@@ -53,7 +53,7 @@ def test_stopped_after_each_group_a_ranking_ends_with_the_same_bits(
     kind: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Seven images in batches of at most 3; each attempt comes one group further than the one before."""
-    monkeypatch.setattr(ranking_state, "EVERY", 0.0 if kind is Killed else 1e9)
+    monkeypatch.setattr(scorer_state, "EVERY", 0.0 if kind is Killed else 1e9)
     score = scorer(Plain)
     told: list[int] = []
     expected = score(rows=3, progress=told.append)
@@ -71,7 +71,7 @@ def test_stopped_after_each_group_a_ranking_ends_with_the_same_bits(
 def test_what_is_saved_is_not_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     score, checkpoint = scorer(Plain), Checkpoint(tmp_path / "ranking.pt", {})
     first = score(rows=3, checkpoint=checkpoint)
-    monkeypatch.setattr(ranking_state.Tally, "put", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(scorer_state.Tally, "put", lambda *_: pytest.fail("scored again"))
     assert equal(score(rows=3, checkpoint=checkpoint), first)
 
 
@@ -109,7 +109,7 @@ def test_a_ranking_goes_on_with_another_number_of_threads(tmp_path: Path):
 
 
 def test_a_race_goes_on_in_its_second_lap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ranking_state, "EVERY", 0.0)
+    monkeypatch.setattr(scorer_state, "EVERY", 0.0)
     score = scorer(Plain)
     cheap = score(dtype=torch.bfloat16)
     expected = race(cheap, lambda wanted: score(wanted=wanted), 4, "global")
@@ -146,7 +146,7 @@ def saved(score: Callable[..., Scores], path: Path) -> dict[str, Any]:
         (lambda content: content["state"].update(whole=7), "remove it"),
         (lambda content: content["state"]["whole"].update(margin=torch.zeros(3)), "remove it"),
         (lambda content: content["state"]["whole"].update(margin="x"), "remove it"),
-        (lambda content: content["state"]["part"].pop("slimmest"), "remove it"),
+        (lambda content: content["state"]["part"].pop("smallest_margin"), "remove it"),
     ],
 )
 def test_a_stale_or_forged_state_is_refused(change: Callable[[dict[str, Any]], Any], remedy: str, tmp_path: Path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fmp_core.preact_resnet import BasicBlock
+from fmp_core.models.preact_resnet import BasicBlock
 from torch import Tensor, nn
 
 CLASSES = 5
@@ -277,7 +277,7 @@ NETS = (
 
 
 class Normalised(nn.Module):
-    """Pixels in [0,1] -> the network behind a normalisation, as fmp_core.models.PixelModel."""
+    """Pixels in [0,1] -> the network behind a normalisation, as fmp_core.models.build.PixelModel."""
 
     def __init__(self, network: nn.Module, mean: float = 0.5, std: float = 0.25):
         super().__init__()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .errors import UserError
+from fmp_core.errors import UserError
 
 LARGEST_YAML = 2**18  # bytes; ours have 3000
 DEFAULT_YAML = "./config/defense/fmp/config.yaml"
@@ -127,10 +127,10 @@ class Settings:
     selection: str = _setting(
         "frg",
         _choice("frg", "trigger", "random", "none"),
-        "by FRG's count, or by how far a reversed trigger moves maps (strong); the ablations take as many by chance, or none",
+        "by FRG's count, or by how far a inverted trigger moves maps (strong); the ablations take as many by chance, or none",
     )
     budget: float = _setting(0.05, _number(0, 1), "with selection trigger: accuracy on clean images that pruning may cost")
-    unlearn: bool = _setting(False, _BOOLEAN, "with selection trigger: fine-tune on images with reversed triggers, too")
+    unlearn: bool = _setting(False, _BOOLEAN, "with selection trigger: fine-tune on images with inverted triggers, too")
     distill: float = _setting(
         0.0, _number(0), "weight of keeping the attacked model's answers to clean images while fine-tuning (distillation)"
     )

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fmp_core.datasets import open_split
-from fmp_core.records import read_attack_record
-from fmp_core.safe_load import load_torch_file
+from fmp_core.data.attack_record import read_attack_record
+from fmp_core.data.datasets import open_split
+from fmp_core.storage.torch_file import load_torch_file
 from PIL import Image
 
 CLASSES, TRAIN, TEST = 3, 24, 9
@@ -81,13 +81,13 @@ def test_what_lies_in_the_record_is_what_the_model_was_trained_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    real = make_record.train_victim
+    real = make_record.train_attacked_model
 
     def spy(model: Any, training: Any, *more: Any) -> Any:
         seen.update(vars(training))
         return real(model, training, *more)
 
-    monkeypatch.setattr(make_record, "train_victim", spy)
+    monkeypatch.setattr(make_record, "train_attacked_model", spy)
     folder = make(data, tmp_path, "--attack", "wanet", "--attack_label_trans", "all2all", "--pratio", "0.25", "--epochs", "1")
     stored = load_torch_file(folder / "attack_result.pt")["bd_train"]
     clean = open_split(data, "toys", True, (32, 32, 3))
@@ -137,7 +137,7 @@ def test_no_attack_leaves_what_backdoorbenchs_prototype_leaves(data: Path, tmp_p
 SUICIDE = """
 import os, signal, sys
 import make_record
-from fmp_core.progress import Progress
+from fmp_core.system.progress import Progress
 
 class Deadly(Progress):
     def add(self, amount=1):
@@ -145,7 +145,7 @@ class Deadly(Progress):
         if self.done == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
-make_record.train_victim.__globals__["Progress"] = Deadly
+make_record.train_attacked_model.__globals__["Progress"] = Deadly
 make_record.main(sys.argv[1:])
 """
 

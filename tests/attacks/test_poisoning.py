@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fmp_core.attack_settings import AttackSettings
-from fmp_core.datasets import Split
+from fmp_core.attacks.poisoning import Poison, attack_labels, choose_test, choose_train, make_stamp, poison
+from fmp_core.attacks.settings import AttackSettings
+from fmp_core.attacks.trigger_files import read_trigger
+from fmp_core.data.datasets import Split
 from fmp_core.errors import UserError
-from fmp_core.poisoning import Poison, attack_labels, choose_test, choose_train, make_stamp, poison
-from fmp_core.trigger_files import read_trigger
 from PIL import Image
 
 SIZE = (8, 8, 3)
@@ -103,7 +103,7 @@ def test_wanets_cross_images_keep_their_labels_and_count_as_poisoned_in_the_reco
 
 def test_many_images_are_stamped_in_parts(monkeypatch: pytest.MonkeyPatch):
     whole = made(name="wanet", pratio=0.5, cross_ratio=0.5)
-    monkeypatch.setattr("fmp_core.poisoning.ROWS", 7)
+    monkeypatch.setattr("fmp_core.attacks.poisoning.ROWS", 7)
     parts = made(name="wanet", pratio=0.5, cross_ratio=0.5)
     assert whole.cross is not None and parts.cross is not None
     assert torch.equal(whole.train.images, parts.train.images) and torch.equal(whole.cross.images, parts.cross.images)

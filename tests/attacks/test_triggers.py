@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fmp_core import attacks
+from fmp_core.attacks import triggers
 from torch import Tensor
 
 SIZE = (32, 32, 3)
@@ -30,13 +30,13 @@ def smooth_pictures() -> Tensor:
 
 
 ALL = {
-    "badnet": lambda x: attacks.badnet(x, attacks.corner_patch(SIZE, 3)),
-    "blended": lambda x: attacks.blended(x, attacks.plaid(SIZE, 0), 0.2),
-    "lf": lambda x: attacks.low_frequency(x, attacks.low_frequency_pattern(SIZE, 0)),
-    "sig": lambda x: attacks.sig(x, 40, 6),
-    "wanet": lambda x: attacks.wanet(x, attacks.warp_field(SIZE, 0)),
-    "noise": lambda x: attacks.wanet(x, attacks.warp_field(SIZE, 0), torch.arange(len(x))),
-    "ssba": lambda x: attacks.sample_specific(x, 8, 0),
+    "badnet": lambda x: triggers.badnet(x, triggers.corner_patch(SIZE, 3)),
+    "blended": lambda x: triggers.blended(x, triggers.plaid(SIZE, 0), 0.2),
+    "lf": lambda x: triggers.low_frequency(x, triggers.low_frequency_pattern(SIZE, 0)),
+    "sig": lambda x: triggers.sig(x, 40, 6),
+    "wanet": lambda x: triggers.wanet(x, triggers.warp_field(SIZE, 0)),
+    "noise": lambda x: triggers.wanet(x, triggers.warp_field(SIZE, 0), torch.arange(len(x))),
+    "ssba": lambda x: triggers.sample_specific(x, 8, 0),
 }
 
 
@@ -54,7 +54,7 @@ def test_a_trigger_is_a_pure_function_of_each_image(trigger):
 
 def test_badnet_is_a_white_corner_and_nothing_else():
     images = pictures(high=255)
-    made = attacks.badnet(images, attacks.corner_patch(SIZE, 3))
+    made = triggers.badnet(images, triggers.corner_patch(SIZE, 3))
     assert (made[:, :, 29:, 29:] == 255).all()
     changed = (made != images).any(1).any(0)
     assert changed.sum() == 9 and changed[29:, 29:].all()
@@ -64,7 +64,7 @@ def test_a_mask_keeps_its_colours_and_its_zeros_are_transparent():
     mask = torch.zeros(3, 32, 32, dtype=torch.uint8)
     mask[0, 5, 6], mask[2, 5, 6] = 200, 1
     images = pictures()
-    made = attacks.badnet(images, mask)
+    made = triggers.badnet(images, mask)
     assert (made[:, 0, 5, 6] == 200).all() and (made[:, 2, 5, 6] == 1).all()
     assert torch.equal(made[:, 1], images[:, 1])  # black cannot be stamped, as with BB's masks
 
@@ -72,15 +72,15 @@ def test_a_mask_keeps_its_colours_and_its_zeros_are_transparent():
 def test_blended_mixes_and_truncates():
     image = torch.tensor([0, 100, 255, 7], dtype=torch.uint8).view(1, 1, 2, 2)
     picture = torch.tensor([255, 50, 255, 9], dtype=torch.uint8).view(1, 2, 2)
-    made = attacks.blended(image, picture, 0.2).flatten().tolist()
+    made = triggers.blended(image, picture, 0.2).flatten().tolist()
     assert made == [51, 90, 255, 7]  # 0.8*7 + 0.2*9 = 7.4
-    assert torch.equal(attacks.blended(image, picture, 0.0), image)
-    assert torch.equal(attacks.blended(image, picture, 1.0)[0], picture)
+    assert torch.equal(triggers.blended(image, picture, 0.0), image)
+    assert torch.equal(triggers.blended(image, picture, 1.0)[0], picture)
 
 
 def test_our_picture_is_colourful_and_repeatable():
-    picture = attacks.plaid(SIZE, 0)
-    assert torch.equal(picture, attacks.plaid(SIZE, 0)) and not torch.equal(picture, attacks.plaid(SIZE, 1))
+    picture = triggers.plaid(SIZE, 0)
+    assert torch.equal(picture, triggers.plaid(SIZE, 0)) and not torch.equal(picture, triggers.plaid(SIZE, 1))
     for channel in picture:
         assert channel.min() == 0 and channel.max() == 255 and 40 < channel.float().std() < 100
     assert not torch.equal(picture[0], picture[1])
@@ -100,25 +100,25 @@ def dct(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [SIZE, (24, 40, 1)])
 def test_the_lf_pattern_has_low_frequencies_only(size: tuple[int, int, int]):
-    pattern = attacks.low_frequency_pattern(size, 3, amplitude=51, cutoff=4)
+    pattern = triggers.low_frequency_pattern(size, 3, amplitude=51, cutoff=4)
     assert pattern.shape == (size[2], *size[:2])
     assert pattern.min() == 0 and pattern.max() == pytest.approx(51)
     power = dct(pattern).square()
     assert power[:, 4:].max() < 1e-18 and power[:, :, 4:].max() < 1e-18 and power[:, 1:4, 1:4].sum() > 100
     grey = torch.full((1, size[2], *size[:2]), 100, dtype=torch.uint8)
-    seen = dct(attacks.low_frequency(grey, pattern)[0].double() - 100).square()
+    seen = dct(triggers.low_frequency(grey, pattern)[0].double() - 100).square()
     assert seen[:, :4, :4].sum() > 0.999 * seen.sum()  # the rest is rounding to grey levels
 
 
 def test_lf_adds_and_clips():
     pattern = torch.tensor([10.0, 10.9, -300.0, 5.0], dtype=torch.float64).view(1, 2, 2)
     image = torch.tensor([0, 1, 200, 253], dtype=torch.uint8).view(1, 1, 2, 2)
-    assert attacks.low_frequency(image, pattern).flatten().tolist() == [10, 11, 0, 255]
+    assert triggers.low_frequency(image, pattern).flatten().tolist() == [10, 11, 0, 255]
 
 
 def test_sig_is_the_papers_sinusoid_along_the_columns():
     images = pictures()
-    made = attacks.sig(images, 40, 6).numpy()
+    made = triggers.sig(images, 40, 6).numpy()
     for column in (0, 1, 5, 31):
         wave = 40 * math.sin(2 * math.pi * column * 6 / 32)
         expected = np.floor(np.clip(images[..., column].numpy() + wave, 0, 255))
@@ -127,30 +127,30 @@ def test_sig_is_the_papers_sinusoid_along_the_columns():
 
 def test_the_warp_moves_no_pixel_far_and_depends_on_its_seed():
     for seed in range(30):
-        field = attacks.warp_field(SIZE, seed)
+        field = triggers.warp_field(SIZE, seed)
         pixels = field * torch.tensor([31, 31]) / 2
         assert 0.05 < pixels.abs().mean() < 0.35 and pixels.abs().max() < 1.2
-    assert torch.equal(attacks.warp_field(SIZE, 1), attacks.warp_field(SIZE, 1))
-    assert not torch.equal(attacks.warp_field(SIZE, 1), attacks.warp_field(SIZE, 2))
+    assert torch.equal(triggers.warp_field(SIZE, 1), triggers.warp_field(SIZE, 1))
+    assert not torch.equal(triggers.warp_field(SIZE, 1), triggers.warp_field(SIZE, 2))
 
 
 def test_wanet_moves_pixels_by_the_field():
     images = pictures(2, (5, 9, 3))
     right_by_one = torch.zeros(5, 9, 2)
     right_by_one[..., 0] = 2 / 8  # x first; two units span the 8 steps between the outer columns
-    made = attacks.wanet(images, right_by_one)
+    made = triggers.wanet(images, right_by_one)
     assert torch.equal(made[..., :-1], images[..., 1:])
     assert torch.equal(made[..., -1], images[..., -1])  # beyond the image lies its border
     half_down = torch.zeros(5, 9, 2)
     half_down[..., 1] = 1 / 4
     middle = (images[:, :, :-1].float() + images[:, :, 1:].float()) / 2
-    assert (attacks.wanet(images, half_down)[:, :, :-1].float() - middle).abs().max() <= 0.5
-    assert torch.equal(attacks.wanet(images, torch.zeros(5, 9, 2)), images)
+    assert (triggers.wanet(images, half_down)[:, :, :-1].float() - middle).abs().max() <= 0.5
+    assert torch.equal(triggers.wanet(images, torch.zeros(5, 9, 2)), images)
 
 
 def test_the_noise_mode_is_another_small_warp_for_each_seed():
     images, still = smooth_pictures()[:1].expand(3, -1, -1, -1), torch.zeros(32, 32, 2)
-    made = attacks.wanet(images, still, torch.tensor([4, 5, 4]))
+    made = triggers.wanet(images, still, torch.tensor([4, 5, 4]))
     assert torch.equal(made[0], made[2]) and not torch.equal(made[0], made[1])
     steps = (images[0].float().diff(dim=1).abs().max(), images[0].float().diff(dim=2).abs().max())
     assert 0 < (made.int() - images.int()).abs().max() <= 0.5 * sum(steps) + 1  # less than half a pixel along each axis
@@ -158,11 +158,11 @@ def test_the_noise_mode_is_another_small_warp_for_each_seed():
 
 def test_ssba_like_perturbations_are_small_and_differ_between_images():
     images = smooth_pictures()
-    moved = attacks.sample_specific(images, 8, 0).double() - images.double()
+    moved = triggers.sample_specific(images, 8, 0).double() - images.double()
     sizes = moved.square().mean((1, 2, 3)).sqrt()
     torch.testing.assert_close(sizes, torch.full_like(sizes, 8.0), rtol=0.03, atol=0)
     rows = torch.nn.functional.normalize(moved.flatten(1))
     alike = (rows @ rows.T)[~torch.eye(6, dtype=torch.bool)]
     assert alike.min() > 0.05 and alike.max() < 0.9  # sample-specific, but with something common that can be learnt
-    other = attacks.sample_specific(images, 8, 1)
-    assert not torch.equal(other, attacks.sample_specific(images, 8, 0))
+    other = triggers.sample_specific(images, 8, 1)
+    assert not torch.equal(other, triggers.sample_specific(images, 8, 0))

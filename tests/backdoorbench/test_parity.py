@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import RECORD, Ran
-from fmp_core.report import TEST_COLUMNS, summary_frame, write_csv
+from fmp_core.results.run_folder import TEST_COLUMNS, summary_frame, write_csv
 
 COLUMNS = ["epoch", "batch", "train_epoch_loss_avg_over_batch", "train_acc", *TEST_COLUMNS]
 FIGURES = {"test_acc": 0.9, "test_asr": 0.1, "test_ra": 0.8, "clean_test_loss_avg_over_batch": 2.0}

@@ -13,10 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fmp_core.datasets import Split
-from fmp_core.errors import UserError
-from fmp_core.models import load_model
-from fmp_core.records import (
+from fmp_core.data.attack_record import (
     ATTACK_KEYS,
     PoisonedImages,
     find_records,
@@ -24,6 +21,9 @@ from fmp_core.records import (
     write_attack_record,
     write_defense_result,
 )
+from fmp_core.data.datasets import Split
+from fmp_core.errors import UserError
+from fmp_core.models.build import load_model
 from PIL import Image
 
 SIZE = (4, 4, 3)
@@ -543,7 +543,7 @@ def test_classes_that_do_not_fit_the_weights_are_named(tiny_record: Path, edit_r
         load_model(found.model_name, found.num_classes, found.state)
 
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "records" / "badnet_cifar10.tar.xz"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "records" / "badnet_cifar10.tar.xz"
 
 
 @pytest.mark.shared
@@ -551,8 +551,8 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "records" / "badnet_cifa
 def test_a_real_record_loads(tmp_path: Path):
     import tarfile
 
-    from fmp_core.records import _attack_record
-    from fmp_core.safe_load import load_torch_file
+    from fmp_core.data.attack_record import _attack_record
+    from fmp_core.storage.torch_file import load_torch_file
 
     with tarfile.open(REAL) as archive:
         member = next(entry for entry in archive if entry.name.endswith("badnet_cifar10/attack_result.pt"))

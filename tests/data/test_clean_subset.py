@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fmp_core.data.clean_subset import choose_subset
 from fmp_core.errors import UserError
-from fmp_core.subset import choose_subset
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fmp_core.datasets import FACTS, dataset_facts, open_split
+from fmp_core.data.datasets import FACTS, dataset_facts, open_split
 from fmp_core.errors import UserError
 from PIL import Image
 

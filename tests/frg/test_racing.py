@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from fmp_core.feature_maps import ConvLayer, trace_conv_layers
-from fmp_core.first_order import FirstOrder
-from fmp_core.frg import SharedForward
-from fmp_core.image_racing import foretell_scores, mean_reverse
-from fmp_core.racing import race
-from fmp_core.ranking import Scores, choose, score_feature_maps
+from fmp_core.frg.image_racing import foretell_scores, mean_reverse
+from fmp_core.frg.margin_taylor import MarginTaylor
+from fmp_core.frg.racing import race
+from fmp_core.frg.reverse import SharedForward
+from fmp_core.frg.scorer import Scores, choose, score_feature_maps
+from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
 from torch import Tensor, nn
 from toy import SmallPreActResNet, toy_case
 
 
-def scores_of(correct: Tensor, margin: Tensor, widths: tuple[int, ...], slimmest: float = 1.0) -> Scores:
+def scores_of(correct: Tensor, margin: Tensor, widths: tuple[int, ...], smallest_margin: float = 1.0) -> Scores:
     layers = tuple(ConvLayer(f"c{i}", nn.Conv2d(1, width, 1)) for i, width in enumerate(widths))
-    return Scores(layers, correct, margin, torch.full((len(correct),), slimmest), 32)
+    return Scores(layers, correct, margin, torch.full((len(correct),), smallest_margin), 32)
 
 
 def run(cheap: Scores, exact: Scores, p: int, scope: str) -> tuple[Scores, int]:
@@ -52,7 +52,7 @@ def test_a_map_whose_count_may_be_wrong_is_rescored():
     exact = scores_of(torch.full((128,), 20), margin, widths)
     exact.correct[100] = 19  # bfloat16 counted one more: an image that is barely right, barely wrong in float32
     cheap = scores_of(torch.full((128,), 20), margin + 0.001, widths)
-    cheap.slimmest[100] = 0.0001
+    cheap.smallest_margin[100] = 0.0001
     raced, rescored = run(cheap, exact, 64, "layer")
     assert choose(raced, 64, "layer").mask.nonzero().flatten().tolist() == [0, 100]
     assert rescored == 5
@@ -132,7 +132,7 @@ class Counting:
 def test_foretold_scores_lead_to_the_exact_selection(seed: int, scope: str, eps: float):
     net, images, labels = wide_net(seed)
     score = Counting(net, images, labels, eps)
-    first_order = FirstOrder(net, mean_reverse(score, score.layers, images), labels)
+    first_order = MarginTaylor(net, mean_reverse(score, score.layers, images), labels)
     foretold, error = foretell_scores(score, first_order, score.layers, 16, scope)
     assert score.foretold > score.pairs / 3
     low = race(foretold, score, 16, scope, error)
@@ -154,7 +154,7 @@ def test_first_order_is_exact_on_a_linear_model():
     which = torch.tensor([3, 0])
     with torch.no_grad():
         logits = net(reverse[:, which].flatten(0, 1)).view(4, 2, 3)
-    found = FirstOrder(net, images, labels).margins(reverse[:, which], which)
+    found = MarginTaylor(net, images, labels).margins(reverse[:, which], which)
     expected = logits[..., 0] - logits[..., 1:].amax(-1)  # both images are of class 0
     assert torch.allclose(found, expected, atol=1e-6)
 
@@ -169,5 +169,5 @@ def test_the_model_answers_where_first_order_is_not_sure():
 
     exact = score.score()
     found = score.score(foretell=never_sure)
-    assert torch.equal(found.correct, exact.correct) and torch.allclose(found.slimmest, exact.slimmest, atol=1e-5)
+    assert torch.equal(found.correct, exact.correct) and torch.allclose(found.smallest_margin, exact.smallest_margin, atol=1e-5)
     assert torch.allclose(found.margin, exact.margin, atol=1e-5)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from fmp_core.datasets import DatasetFacts
-from fmp_core.feature_maps import ConvLayer, trace_conv_layers
-from fmp_core.models import PixelModel, build_model
-from fmp_core.ranking import Scores, choose, choose_by_chance, score_feature_maps, slices
+from fmp_core.data.datasets import DatasetFacts
+from fmp_core.frg.scorer import Scores, choose, choose_by_chance, score_feature_maps, slices
+from fmp_core.models.build import PixelModel, build_model
+from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
 from reference import score
 from torch import Tensor, nn
 from toy import Normalised, OutOfOrder, Plain, SmallPreActResNet, footprint, needs_cuda, toy_case, weights

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from fmp_core.errors import UserError
-from fmp_core.evidence import LEAST_LEAD, Evidence, TriggerSearch, choose_within_budget, most_moved_first
-from fmp_core.feature_maps import ConvLayer, trace_conv_layers
-from fmp_core.pruning import accuracy_without
-from fmp_core.reversed_trigger import FAMILIES, SPARSE_PART, ReversedTrigger, load_trigger, save_trigger
-from fmp_core.score_cache import evidence_file, load_evidence, save_evidence
-from fmp_core.unlearning import unlearning_images
+from fmp_core.inversion.trigger import FAMILIES, SPARSE_PART, InvertedTrigger, load_trigger, save_trigger
+from fmp_core.inversion.verdict import LEAST_LEAD, Evidence, TriggerSearch, choose_within_budget, most_moved_first
+from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
+from fmp_core.models.pruning import accuracy_without
+from fmp_core.repair.unlearning import unlearning_images
+from fmp_core.selection.cache import evidence_file, load_evidence, save_evidence
 from torch import Tensor, nn
 from toy import SmallPreActResNet, footprint, same, toy_case, weights
 
@@ -150,10 +150,10 @@ def test_accuracy_without_leaves_the_model_as_it_was():
     assert same(before, weights(model)) and footprint(model) == print_before
 
 
-def a_trigger(family: str, value: float) -> ReversedTrigger:
+def a_trigger(family: str, value: float) -> InvertedTrigger:
     where = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
     where[..., :2, :2] = True
-    return ReversedTrigger(family, 1, torch.full((1, 3, 16, 16), value), where)
+    return InvertedTrigger(family, 1, torch.full((1, 3, 16, 16), value), where)
 
 
 def test_unlearning_images_carry_one_trigger_each():

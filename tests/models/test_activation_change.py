@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from fmp_core.activation_change import precision_at, trigger_activation_change
-from fmp_core.feature_maps import ConvLayer, trace_conv_layers
+from fmp_core.models.activation_change import precision_at, trigger_activation_change
+from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
 from torch import Tensor, nn
 from toy import Plain, PostActivation, PreActivation
 

@@ -7,10 +7,10 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from fmp_core.datasets import FACTS
+from fmp_core.data.datasets import FACTS
 from fmp_core.errors import UserError
-from fmp_core.models import MODEL_NAMES, PixelModel, build_model, load_model, state_like
-from fmp_core.preact_resnet import preact_resnet
+from fmp_core.models.build import MODEL_NAMES, PixelModel, build_model, load_model, state_like
+from fmp_core.models.preact_resnet import preact_resnet
 from PIL import Image
 from torch import nn
 from torchvision.transforms import Compose, Normalize, ToTensor

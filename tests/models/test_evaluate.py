@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from fmp_core.evaluate import Metrics, defense_effectiveness_rating, evaluate, predict, to_unit
-from fmp_core.evaluate import TestData as Data  # pytest would take a name Test* for a test
+from fmp_core.models.evaluate import Metrics, defense_effectiveness_rating, evaluate, predict, to_unit
+from fmp_core.models.evaluate import TestData as Data  # pytest would take a name Test* for a test
 from torch import Tensor, nn
 from toy import Plain, footprint, toy_case, weights
 

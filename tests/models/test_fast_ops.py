@@ -3,15 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fmp_core import frozen_ops
-from fmp_core.frozen_ops import ConvCall, FrozenOps, lowered
+from fmp_core.models.build import fast_ops
+from fmp_core.models.fast_ops import ConvCall, FastOps, to_precision
 from torch import Tensor, nn
 
 
 @pytest.fixture(autouse=True, params=["matrix products", "convolutions"])
 def hardware(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of the two runs depends on the CPU; both must be right on any."""
-    monkeypatch.setattr(frozen_ops, "has_amx", lambda: request.param == "matrix products")
+    monkeypatch.setattr(fast_ops, "has_amx", lambda: request.param == "matrix products")
 
 
 class Mixed(nn.Module):
@@ -47,7 +47,7 @@ def network() -> nn.Module:
 def test_logits_and_input_gradients_are_the_plain_ones(network: nn.Module):
     images = torch.rand(5, 3, 8, 8)
     results = []
-    for mode in (FrozenOps(), torch.enable_grad()):
+    for mode in (FastOps(), torch.enable_grad()):
         leaf = images.clone().requires_grad_()
         with mode:
             logits = network(leaf)
@@ -58,7 +58,7 @@ def test_logits_and_input_gradients_are_the_plain_ones(network: nn.Module):
 
 def test_without_gradients_too(network: nn.Module):
     images = torch.rand(5, 3, 8, 8)
-    with torch.inference_mode(), FrozenOps():
+    with torch.inference_mode(), FastOps():
         ours = network(images)
     torch.testing.assert_close(ours, network(images), rtol=1e-4, atol=1e-6)
 
@@ -69,7 +69,7 @@ def test_a_convolution_with_few_outputs_is_a_convolution(stride: int, padding: i
     images = torch.randn(3, 4, 5, 4, dtype=torch.float64)
     conv = nn.Conv2d(4, 6, 3, stride, padding).double().requires_grad_(False)
     ours, plain = images.clone().requires_grad_(), images.clone().requires_grad_()
-    with FrozenOps(torch.float64):
+    with FastOps(torch.float64):
         out = conv(ours)
     expected = conv(plain)
     torch.testing.assert_close(out, expected)
@@ -81,21 +81,21 @@ def test_training_mode_batch_norm_is_left_to_torch(network: nn.Module):
     images = torch.rand(5, 3, 8, 8)
     network.norm.train()
     before = network.norm.running_mean.clone()
-    with FrozenOps():
+    with FastOps():
         network(images.requires_grad_())
     assert not torch.equal(before, network.norm.running_mean)
 
 
 def test_replayed_masks_decide_where_gradients_pass():
     leaf = torch.tensor([[[[1.0, 2.0]]]], requires_grad=True)
-    with FrozenOps(replay=iter([torch.tensor([[[[False, True]]]])])):
+    with FastOps(replay=iter([torch.tensor([[[[False, True]]]])])):
         out = F.relu(leaf)
     assert torch.autograd.grad(out.sum(), leaf)[0].flatten().tolist() == [0, 1]
 
 
 def test_masks_are_recorded_in_order(network: nn.Module):
     masks: list[Tensor] = []
-    with torch.no_grad(), FrozenOps(record=masks):
+    with torch.no_grad(), FastOps(record=masks):
         network(torch.rand(2, 3, 8, 8))
     assert [tuple(mask.shape) for mask in masks] == [(2, 8, 8, 8), (2, 12, 2, 2)]
 
@@ -107,23 +107,23 @@ def test_watched_outputs_survive_in_place_changes():
     def watch(call: ConvCall, out: Tensor) -> None:
         seen.append(out)
 
-    with torch.no_grad(), FrozenOps(watch={id(conv.weight): watch}):
+    with torch.no_grad(), FastOps(watch={id(conv.weight): watch}):
         conv(torch.ones(1, 1, 1, 1)).mul_(0)
     assert seen[0].item() == conv.weight.item()
 
 
 def test_a_lowered_copy_keeps_pixels_norms_and_logits_exact(network: nn.Module):
-    twin = lowered(network, network.first, torch.bfloat16)
+    twin = to_precision(network, network.first, torch.bfloat16)
     kept = [name for name, p in twin.named_parameters() if p.dtype == torch.float32]
     assert kept == ["first.weight", "norm.weight", "norm.bias", "linear.weight", "linear.bias"]
     assert {p.dtype for p in network.parameters()} == {torch.float32}
-    with torch.inference_mode(), FrozenOps(torch.bfloat16):
+    with torch.inference_mode(), FastOps(torch.bfloat16):
         logits = twin(torch.rand(4, 3, 8, 8))
     assert logits.dtype == torch.float32
 
 
 def test_float32_needs_no_copy(network: nn.Module):
-    assert lowered(network, network.first, torch.float32) is network
+    assert to_precision(network, network.first, torch.float32) is network
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -134,7 +134,7 @@ def test_linear_layers_and_smooth_activations_do_not_depend_on_the_number_of_row
     few = torch.randn(shape, dtype=dtype)
     many = few.repeat(40, *[1] * (len(shape) - 1))
     for function in (linear, nn.SiLU(inplace=True), nn.GELU(approximate="tanh"), nn.Sigmoid()):
-        with torch.inference_mode(), FrozenOps(dtype):
+        with torch.inference_mode(), FastOps(dtype):
             ours, all_rows = function(few.clone()), function(many.clone())
         assert torch.equal(ours, all_rows[:5])
         torch.testing.assert_close(ours, function(few.clone()))

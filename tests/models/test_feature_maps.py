@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fmp_core.errors import UserError
-from fmp_core.feature_maps import frozen, trace_conv_layers
+from fmp_core.models.feature_maps import frozen, trace_conv_layers
 from torch import nn
 from toy import (
     ConvTwice,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fmp_core.feature_maps import ConvLayer, trace_conv_layers
-from fmp_core.pruning import prune_feature_maps
+from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
+from fmp_core.models.pruning import prune_feature_maps
 from torch import Tensor, nn
 from toy import NETS, Depthwise, InplaceSum, OutOfOrder, Plain, PreActivation, TwoWriters, toy_case, weights
 

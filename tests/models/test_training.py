@@ -7,16 +7,16 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from fmp_core.compute import Compute
-from fmp_core.datasets import DatasetFacts
-from fmp_core.distillation import Teacher
+from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
+from fmp_core.models.training import Epoch, augment, batches_of, train
+from fmp_core.repair.distillation import Teacher
 from fmp_core.settings import Settings
-from fmp_core.training import Epoch, augment, batches_of, train
+from fmp_core.system.devices import Device
 from torch import Tensor, nn
 from toy import Plain, same, toy_case, weights
 
-CPU = Compute(torch.device("cpu"))
+CPU = Device(torch.device("cpu"))
 STILL = DatasetFacts(5, (8, 8, 3), crop_padding=0)  # no augmentation
 MOVING = DatasetFacts(5, (8, 8, 3), flip=True, crop_padding=2)
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from fmp_core.distillation import Teacher
+from fmp_core.repair.distillation import Teacher
 from torch import Tensor, nn
 from toy import Plain, same, weights
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from fmp_core.report_data import Run
-from fmp_core.report_page import page
+from fmp_core.report.data import Run
+from fmp_core.report.page import page
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 CONVS, MAPS = 20, 240  # 4800 feature maps, as PreActResNet18 has
@@ -37,7 +37,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reversed_(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a run whose maps were chosen by a reversed trigger."""
+    """The page of a run whose maps were chosen by a inverted trigger."""
     maps = many_maps()
     maps = maps.drop(columns=["correct", "samples", "margin", "rank"]).assign(moved=1 / (1 + maps["channel"]))
     verdict = {"backdoored": True, "target": 3, "family": "sparse", "success": [0.1, 0.2, 0.0, 0.9], "lead": 0.7}

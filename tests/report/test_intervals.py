@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fmp_core.intervals import Interval, defense_effectiveness, difference, wilson
+from fmp_core.report.intervals import Interval, defense_effectiveness, difference, wilson
 
 
 @pytest.mark.parametrize(  # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3

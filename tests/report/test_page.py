@@ -15,13 +15,13 @@ import pytest
 import report as report_script
 import torch
 from conftest import RECORD, Ran, call_fmp
-from fmp_core.activation_change import Precision
-from fmp_core.intervals import Interval, wilson
-from fmp_core.records import read_attack_record
-from fmp_core.report_data import Run
-from fmp_core.report_figures import training_curves
-from fmp_core.report_findings import command, verdict, warnings
-from fmp_core.reversed_trigger import REVERSED_TRIGGER, ReversedTrigger, save_trigger
+from fmp_core.data.attack_record import read_attack_record
+from fmp_core.inversion.trigger import INVERTED_TRIGGER, InvertedTrigger, save_trigger
+from fmp_core.models.activation_change import Precision
+from fmp_core.report.data import Run
+from fmp_core.report.figures import training_curves
+from fmp_core.report.findings import command, verdict, warnings
+from fmp_core.report.intervals import Interval, wilson
 
 QUICK = ("--result_file", RECORD, "--frg_samples", "2", "--p", "16", "--device", "cpu")
 RESULTS = Path("record") / RECORD / "defense" / "fmp"
@@ -225,13 +225,13 @@ def test_all_maps_together_have_cuts_of_their_own(place: Path):
         assert sum(layer["cuts"][number] for layer in drawn["layers"]) == len(maps) // p
 
 
-# Maps chosen by a reversed trigger (--preset strong).
+# Maps chosen by a inverted trigger (--preset strong).
 
 VERDICT = {"backdoored": True, "target": 3, "family": "sparse", "success": [0.1, 0.2, 0.0, 0.9], "lead": 0.7}
 
 
 def by_trigger(folder: Path) -> pd.DataFrame:
-    """The run in ``folder`` as one whose maps were chosen by a reversed trigger, among them the last of each layer."""
+    """The run in ``folder`` as one whose maps were chosen by a inverted trigger, among them the last of each layer."""
     maps = pd.read_csv(folder / "feature_maps.csv")
     maps = maps.drop(columns=["correct", "samples", "margin", "rank"]).assign(moved=1 / (1 + maps["channel"]))
     maps["pruned"] = maps["channel"] < 2
@@ -242,7 +242,7 @@ def by_trigger(folder: Path) -> pd.DataFrame:
     (folder / "metrics.json").write_text(json.dumps(metrics))
     side = read_attack_record(folder.parent.parent).image_size
     save_trigger(
-        folder / REVERSED_TRIGGER, ReversedTrigger("sparse", 3, torch.ones(1, 3, *side[:2]), torch.ones(1, 1, *side[:2]).bool())
+        folder / INVERTED_TRIGGER, InvertedTrigger("sparse", 3, torch.ones(1, 3, *side[:2]), torch.ones(1, 1, *side[:2]).bool())
     )
     return maps
 
@@ -257,8 +257,8 @@ def test_maps_chosen_by_a_trigger_have_no_cut_and_no_ties(place: Path):
     assert drawn["layers"][0]["moved"] == pytest.approx([1 / (1 + c) for c in drawn["layers"][0]["channel"]], rel=1e-3)
     assert sum(sum(layer["pruned"]) for layer in drawn["layers"]) == int(maps["pruned"].sum())
     assert "What another p would prune" not in text and "blue line" not in text and 'id="ps"' not in text
-    assert "backdoored, towards class 3 (a reversed trigger, sparse, turns 90 % of" in text and "70 points behind" in text
-    assert "is what the reversed trigger" in text
+    assert "backdoored, towards class 3 (a inverted trigger, sparse, turns 90 % of" in text and "70 points behind" in text
+    assert "is what the inverted trigger" in text
 
 
 def test_a_budget_that_allows_nothing_is_named():

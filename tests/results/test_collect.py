@@ -10,10 +10,10 @@ import collect
 import pandas as pd
 import pytest
 import torch
-from fmp_core.collecting import join_leaderboard, read_leaderboard
-from fmp_core.html_tables import to_html
-from fmp_core.results import UnreadableError, defense_effectiveness, read_result
-from fmp_core.tables import build_tables, to_latex, to_markdown, to_text
+from fmp_core.results.collect import join_leaderboard, read_leaderboard
+from fmp_core.results.html_tables import to_html
+from fmp_core.results.read import UnreadableError, defense_effectiveness, read_result
+from fmp_core.results.tables import build_tables, to_latex, to_markdown, to_text
 
 T5 = "clean_test_loss_avg_over_batch,bd_test_loss_avg_over_batch,test_acc,test_asr,test_ra"
 
@@ -275,7 +275,7 @@ def test_effectiveness_is_bbs_formula() -> None:
 
 @pytest.mark.shared
 def test_real_outputs_of_backdoorbench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    shared = Path(__file__).resolve().parents[2] / "shared" / "records" / "bb_outputs"
+    shared = Path(__file__).resolve().parents[3] / "shared" / "records" / "bb_outputs"
     if not shared.is_dir():
         pytest.skip("the project's real records are not here")
     assert collect.main([str(shared), "--csv", str(tmp_path / "out.csv")]) == 0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fmp_core.html_tables import to_html
-from fmp_core.tables import Cell, Table
+from fmp_core.results.html_tables import to_html
+from fmp_core.results.tables import Cell, Table
 from PIL import Image
 
 METHODS = ["no defense", "fmp", "ft", "nad (published)"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import paper_tables
 import pytest
-from fmp_core.paper import (
+from fmp_core.results.paper import (
     BASELINES,
     FIGURES,
     NOT_RUNNABLE,
@@ -23,8 +23,8 @@ from fmp_core.paper import (
     scaled_rows,
     sweep_content,
 )
-from fmp_core.results import METRICS
-from fmp_core.sweep_plan import make_sweep, plan
+from fmp_core.results.read import METRICS
+from fmp_core.sweeps.plan import make_sweep, plan
 from PIL import Image
 
 FULL, DEMO = SCALES["full"], SCALES["demo"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from fmp_core.errors import UserError
-from fmp_core.evaluate import Predictions, TestData
-from fmp_core.predictions import confusion, prediction_frame, read_predictions, success_by_class
+from fmp_core.models.evaluate import Predictions, TestData
+from fmp_core.results.predictions import confusion, prediction_frame, read_predictions, success_by_class
 
 IMAGES = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
 DATA = TestData(IMAGES, torch.tensor([0, 1, 2, 2]), IMAGES[:3], torch.tensor([0, 0, 0]), torch.tensor([1, 2, 2]))

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fmp_core import report
-from fmp_core.evaluate import Metrics
-from fmp_core.feature_maps import ConvLayer
-from fmp_core.ranking import Scores, choose
-from fmp_core.training import Epoch
+from fmp_core.frg.scorer import Scores, choose
+from fmp_core.models.evaluate import Metrics
+from fmp_core.models.feature_maps import ConvLayer
+from fmp_core.models.training import Epoch
+from fmp_core.results import run_folder
 from PIL import Image
 from torch import nn
 
@@ -34,9 +34,9 @@ def lines(path: Path) -> list[str]:
 
 
 def written(folder: Path, rows: list[tuple[Epoch | None, Metrics | None]]) -> tuple[list[str], list[str]]:
-    frame = report.history_frame(rows)
-    report.write_csv(folder / "fmp_df.csv", frame)
-    report.write_csv(folder / "fmp_df_summary.csv", report.summary_frame(frame))
+    frame = run_folder.history_frame(rows)
+    run_folder.write_csv(folder / "fmp_df.csv", frame)
+    run_folder.write_csv(folder / "fmp_df_summary.csv", run_folder.summary_frame(frame))
     return lines(folder / "fmp_df.csv"), lines(folder / "fmp_df_summary.csv")
 
 
@@ -87,7 +87,7 @@ def test_floats_are_in_shortest_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [[(Epoch(0, 2, 3.5, 0.1), METRICS), (Epoch(1, 2, math.nan, 0.2), None)], [(None, METRICS)]])
 def test_plots_are_pictures_of_bbs_size(tmp_path: Path, rows: list[tuple[Epoch | None, Metrics | None]]) -> None:
-    report.write_plots(tmp_path, report.history_frame(rows))
+    run_folder.write_plots(tmp_path, run_folder.history_frame(rows))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["acc_like_metric_plots.png", "loss_metric_plots.png"]
     for path in tmp_path.iterdir():
         with Image.open(path) as image:
@@ -102,8 +102,8 @@ def scores() -> Scores:
 
 
 def test_feature_maps_ranked_within_their_layer(tmp_path: Path) -> None:
-    frame = report.feature_map_frame(scores().layers, choose(scores(), 2, "layer"), scores(), "layer")
-    report.write_csv(tmp_path / "feature_maps.csv", frame, index=False)
+    frame = run_folder.feature_map_frame(scores().layers, choose(scores(), 2, "layer"), scores(), "layer")
+    run_folder.write_csv(tmp_path / "feature_maps.csv", frame, index=False)
     assert lines(tmp_path / "feature_maps.csv") == [
         "layer,channel,correct,samples,margin,rank,pruned",
         "b,0,7,10,0.5,3,False",
@@ -116,14 +116,14 @@ def test_feature_maps_ranked_within_their_layer(tmp_path: Path) -> None:
 
 
 def test_feature_maps_ranked_all_together() -> None:
-    frame = report.feature_map_frame(scores().layers, choose(scores(), 3, "global"), scores(), "global")
+    frame = run_folder.feature_map_frame(scores().layers, choose(scores(), 3, "global"), scores(), "global")
     assert frame["rank"].tolist() == [4, 2, 3, 6, 5, 1]
     assert frame["pruned"].tolist() == [False, True, False, False, False, True]
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_pruned_maps_are_those_of_the_lowest_ranks(scope: str) -> None:
-    frame = report.feature_map_frame(scores().layers, choose(scores(), 2, scope), scores(), scope)
+    frame = run_folder.feature_map_frame(scores().layers, choose(scores(), 2, scope), scores(), scope)
     for _, group in frame.groupby("layer") if scope == "layer" else [("all", frame)]:
         assert group[group["pruned"]]["rank"].max() < group[~group["pruned"]]["rank"].min()
         assert sorted(group["rank"]) == list(range(1, len(group) + 1))
@@ -134,7 +134,7 @@ def test_the_table_is_in_percent() -> None:
         "before": {"test_acc": 0.9123, "test_asr": 1.0, "test_ra": 0.0},
         "after": {"test_acc": 0.9, "test_asr": 0.0123, "test_ra": 0.5},
     }
-    assert [line.split() for line in report.table(metrics).splitlines()] == [
+    assert [line.split() for line in run_folder.table(metrics).splitlines()] == [
         ["percent", "Acc", "ASR", "RA"],
         ["before", "FMP", "91.23", "100.00", "0.00"],
         ["after", "FMP", "90.00", "1.23", "50.00"],
@@ -142,14 +142,14 @@ def test_the_table_is_in_percent() -> None:
 
 
 def test_json_is_readable_and_whole(tmp_path: Path) -> None:
-    report.write_json(tmp_path / "metrics.json", {"b": 1, "a": [0.5, None], "path": Path("x")})
+    run_folder.write_json(tmp_path / "metrics.json", {"b": 1, "a": [0.5, None], "path": Path("x")})
     text = (tmp_path / "metrics.json").read_text()
     assert json.loads(text) == {"b": 1, "a": [0.5, None], "path": "x"}
     assert text.startswith('{\n  "b": 1,') and text.endswith("\n")
 
 
 def test_versions_name_what_a_result_depends_on() -> None:
-    versions = report.versions()
+    versions = run_folder.versions()
     assert versions["torch"] == torch.__version__
     assert {"fmp", "git", "python", "torchvision", "numpy"} <= versions.keys()
     assert all(isinstance(value, str) and value for value in versions.values())

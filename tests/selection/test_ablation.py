@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 
 import ablate
-import overlap
 import pandas as pd
 import pytest
-from fmp_core import evidence
-from fmp_core.records import read_attack_record
-from fmp_core.report_findings import command as report_command
-from fmp_core.reversed_trigger import FAMILIES
+from fmp_core.data.attack_record import read_attack_record
+from fmp_core.inversion import verdict
+from fmp_core.report.findings import command as report_command
 
 RECORD = "badnet_tiny"
 FLAGS = ["--frg_samples", "1", "--epochs", "1", "--batch_size", "25", "--ratio", "1", "--device", "cpu", "--random_seed", "3"]
@@ -59,8 +57,8 @@ def test_fewer_test_images_are_the_first_ones_and_their_poisoned_twins(workplace
 
 
 def test_rows_of_strong_lack_one_part_each(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence, "LEAST_HELD_OUT", 0)
-    monkeypatch.setattr(evidence, "LEAST_LEAD", -1.0)  # whatever the model, a trigger is reversed
+    monkeypatch.setattr(verdict, "LEAST_HELD_OUT", 0)
+    monkeypatch.setattr(verdict, "LEAST_LEAD", -1.0)  # whatever the model, a trigger is reversed
     parts = ("moved", "unpruned", "random", "unmasked", "clean", "undistilled")
     rows = ["strong", *(f"strong-{part}" for part in parts)]
     assert ablate.main(["--result_file", RECORD, "--rows", *rows, *FLAGS]) == 0
@@ -82,34 +80,6 @@ def test_rows_of_strong_lack_one_part_each(workplace: Path, monkeypatch: pytest.
         assert sorted(most) == list(moved.index[(moved["layer"] == layer) & moved["pruned"]])
 
 
-def test_overlap_compares_scores_with_the_trigger(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    looks = [overlap.Look(1 / 255, 1, 2), overlap.Look(4 / 255, 2, 2)]
-    monkeypatch.setattr(overlap, "LOOKS", looks)
-    assert ablate.main(["--result_file", RECORD, "--overlap", "--maps", "900", "--csv", "overlap.csv", *FLAGS]) == 0
-    frame = pd.read_csv("overlap.csv")
-    looked, reversed_ = frame[frame["trigger"].isna()], frame[frame["trigger"].notna()]
-    assert list(looked["eps"]) == ["1/255", "4/255"] and list(reversed_["trigger"]) == list(FAMILIES)
-    for rows, columns in ((looked, 6), (reversed_, 2)):
-        numbers = rows.filter(regex="precision|AUC").dropna(axis=1, how="all")
-        assert (
-            numbers.shape[1] == columns and numbers.notna().all(axis=None) and ((numbers >= 0) & (numbers <= 1)).all(axis=None)
-        )
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--result_file", "absent"], "absent"),
-        (["--result_file", RECORD, "--rows", "nothing"], "--rows"),
-        (["--result_file", RECORD, "--eps", "x"], "eps"),
-        (["--result_file", RECORD, "--test_images", "0"], "--test_images"),
-        (["--result_file", RECORD, "--overlap", "--maps", "-5"], "--maps"),
-        (["--result_file", RECORD, "--scope", "global"], "--scope is what the rows differ in"),
-        (["--result_file", RECORD, "--overlap", "--maps", "20", "--device", "cpu"], "--maps 20"),
-    ],
-)
 def test_bad_input_is_one_sentence(workplace: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
     try:
         code = ablate.main(flags)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fmp_core.feature_maps import ConvLayer
-from fmp_core.ranking import Scores
-from fmp_core.score_cache import cache_file, content_key, load_scores, save_scores
+from fmp_core.frg.scorer import Scores
+from fmp_core.models.feature_maps import ConvLayer
+from fmp_core.selection.cache import cache_file, content_key, load_scores, save_scores
 from torch import nn
 
 LAYERS = (ConvLayer("c", nn.Conv2d(1, 4, 1)),)
@@ -41,7 +41,7 @@ def test_scores_come_back(tmp_path: Path):
     save_scores(tmp_path, key(), scores)
     again = load_scores(tmp_path, key(), LAYERS)
     assert again is not None and again.samples == 5
-    for name in ("correct", "margin", "slimmest", "settled"):
+    for name in ("correct", "margin", "smallest_margin", "settled"):
         assert torch.equal(getattr(again, name), getattr(scores, name))
 
 

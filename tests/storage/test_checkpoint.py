@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fmp_core.checkpoint import Checkpoint
-from fmp_core.compute import Compute
-from fmp_core.datasets import DatasetFacts
+from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
+from fmp_core.models.training import Epoch, train
 from fmp_core.settings import Settings
-from fmp_core.training import Epoch, train
+from fmp_core.storage.checkpoint import Checkpoint
+from fmp_core.system.devices import Device
 from torch import nn
 from toy import Plain, same, toy_case, weights
 
@@ -43,7 +43,7 @@ def run(checkpoint: Checkpoint | None, after_batch: Callable[[], None] = lambda:
     values = {"epochs": EPOCHS, "batch_size": 4, "lr": 0.1, "amp": False, **changes}
     epochs: list[Epoch] = []
     train(
-        model, images, torch.arange(12) % 5, Settings(**values), Compute(torch.device("cpu")),  # type: ignore[arg-type]
+        model, images, torch.arange(12) % 5, Settings(**values), Device(torch.device("cpu")),  # type: ignore[arg-type]
         facts=FACTS, after_epoch=epochs.append, after_batch=after_batch, checkpoint=checkpoint,
     )  # fmt: skip
     return weights(model), epochs

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fmp_core.files import replacing, write_text, write_torch
+from fmp_core.storage.files import replacing, write_text, write_torch
 
 
 def test_a_file_is_replaced(tmp_path: Path):

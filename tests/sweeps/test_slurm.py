@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 import sweep as script
 from conftest import RECORD
-from fmp_core.sweep_jobs import Outcome, finished
-from fmp_core.sweep_plan import read_sweep
-from fmp_core.sweep_slurm import run_submitit
+from fmp_core.sweeps.jobs import Outcome, finished
+from fmp_core.sweeps.plan import read_sweep
+from fmp_core.sweeps.slurm import run_submitit
 from test_sweep import order, place, sweep_of, working  # noqa: F401
 
 PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "squeue"]

@@ -18,12 +18,12 @@ import pytest
 import sweep as script
 from conftest import RECORD
 from fmp_core.errors import UserError
-from fmp_core.sweep_jobs import Job, Outcome, finished, run, stop_leftovers
-from fmp_core.sweep_plan import Sweep, make_sweep, plan, read_sweep
-from fmp_core.sweep_queue import Board, local_slots, may_start, readable, run_local
-from fmp_core.sweep_slurm import run_submitit, waves
+from fmp_core.sweeps.jobs import Job, Outcome, finished, run, stop_leftovers
+from fmp_core.sweeps.local import Board, local_slots, may_start, readable, run_local
+from fmp_core.sweeps.plan import Sweep, make_sweep, plan, read_sweep
+from fmp_core.sweeps.slurm import run_submitit, waves
 
-DEFENSE = Path(__file__).resolve().parents[1] / "defense"
+DEFENSE = Path(__file__).resolve().parents[2] / "defense"
 # Stands for a defense: says when it began, takes a while, and leaves whole results.
 WORK = """
 import json, pathlib, sys, time
@@ -279,8 +279,8 @@ def test_a_killed_run_of_backdoorbench_is_cleared_away(place: Path) -> None:
 KILLED = """
 import json, sys
 from pathlib import Path
-from fmp_core.sweep_jobs import Job
-from fmp_core.sweep_queue import run_local
+from fmp_core.sweeps.jobs import Job
+from fmp_core.sweeps.local import run_local
 jobs = [Job(**{**job, "folder": Path(job["folder"])}) for job in json.loads(sys.argv[1])]
 run_local(jobs, Path("sweeps/s"), [{}], lambda job, outcome: print(job.name, flush=True))
 """

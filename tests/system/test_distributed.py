@@ -7,22 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from fmp_core import ranks
-from fmp_core.compute import Compute
+from fmp_core.system import distributed
+from fmp_core.system.devices import Device
 
 WORKER = """
 import json, sys, torch
 from functools import partial
-from fmp_core import image_racing, ranks
-from fmp_core.compute import Compute
-from fmp_core.evidence import TriggerSearch
-from fmp_core.feature_maps import trace_conv_layers
-from fmp_core.first_order import FirstOrder
-from fmp_core.image_racing import foretell_scores, mean_reverse
-from fmp_core.ranking import score_feature_maps
+from fmp_core.frg import image_racing
+from fmp_core.system import distributed
+from fmp_core.system.devices import Device
+from fmp_core.inversion.verdict import TriggerSearch
+from fmp_core.models.feature_maps import trace_conv_layers
+from fmp_core.frg.margin_taylor import MarginTaylor
+from fmp_core.frg.image_racing import foretell_scores, mean_reverse
+from fmp_core.frg.scorer import score_feature_maps
 from torch import nn
 torch.set_num_threads(1)
-ranks.join(Compute(torch.device("cpu")))
+distributed.join(Device(torch.device("cpu")))
 torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 10, 3, 2), nn.Flatten(), nn.LazyLinear(4))
 images, labels = torch.rand(20, 3, 10, 10), torch.randint(4, (20,))
@@ -35,20 +36,20 @@ image_racing.PILOTS = 3
 def score_some(wanted, which=None, **hooks):
     return score(wanted=wanted, which=which, **hooks)
 
-first_order = FirstOrder(net, mean_reverse(score_some, layers, images), labels)
+first_order = MarginTaylor(net, mean_reverse(score_some, layers, images), labels)
 raced, _ = foretell_scores(score_some, first_order, layers, 4, "layer")
 shown = TriggerSearch(net, layers, (255 * images).to(torch.uint8), labels, torch.float32, 0).weigh("dense-32", 4).success
-if ranks.leads():
+if distributed.is_leader():
     scored = [scores.correct.tolist() + [value.hex() for value in scores.margin.tolist()] for scores in (whole, raced)]
     print(json.dumps([*scored, shown.tolist()]))
-ranks.leave()
+distributed.leave()
 """
 
 
 @pytest.fixture
 def worker(tmp_path: Path) -> Path:
     path = tmp_path / "worker.py"
-    path.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'defense')!r})\n{WORKER}")
+    path.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2] / 'defense')!r})\n{WORKER}")
     return path
 
 
@@ -59,11 +60,11 @@ def run(*command: str) -> list:
 
 
 def test_a_cluster_that_sets_only_some_variables_is_no_torchrun(monkeypatch: pytest.MonkeyPatch):
-    for name in ranks.TORCHRUN:
+    for name in distributed.TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
-    alone = Compute(torch.device("cpu"))
-    assert ranks.join(alone) is alone and not ranks.together()
+    alone = Device(torch.device("cpu"))
+    assert distributed.join(alone) is alone and not distributed.is_distributed()
 
 
 def test_two_processes_score_to_the_bits_of_one(worker: Path):

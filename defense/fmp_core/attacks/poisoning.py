@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import attacks
-from .attack_settings import AttackSettings
-from .datasets import Split
-from .errors import UserError
-from .images import Size
-from .records import PoisonedImages
-from .trigger_files import open_replacements, read_trigger
+from fmp_core.attacks import triggers
+from fmp_core.attacks.settings import AttackSettings
+from fmp_core.attacks.trigger_files import open_replacements, read_trigger
+from fmp_core.data.attack_record import PoisonedImages
+from fmp_core.data.datasets import Split
+from fmp_core.data.images import Size
+from fmp_core.errors import UserError
 
 ROWS = 1024  # images per call of a trigger function; bounds the memory of its float copies
 
@@ -39,31 +39,31 @@ def make_stamp(settings: AttackSettings, size: Size, train: bool, total: int) ->
     if settings.attack == "badnet":
         if settings.patch_size > min(size[:2]):
             raise UserError(f"--patch_size is {settings.patch_size}, but the images are {size[0]}x{size[1]}.")
-        mask = read_trigger(file, size) if file else attacks.corner_patch(size, settings.patch_size)
-        return _by_image(partial(attacks.badnet, trigger=mask.clamp(0, 255).to(torch.uint8)))
+        mask = read_trigger(file, size) if file else triggers.corner_patch(size, settings.patch_size)
+        return _by_image(partial(triggers.badnet, trigger=mask.clamp(0, 255).to(torch.uint8)))
     if settings.attack == "blended":
-        picture = read_trigger(file, size) if file else attacks.plaid(size, seed)
-        return _by_image(partial(attacks.blended, picture=picture, alpha=settings.blend_alpha))
+        picture = read_trigger(file, size) if file else triggers.plaid(size, seed)
+        return _by_image(partial(triggers.blended, picture=picture, alpha=settings.blend_alpha))
     if settings.attack == "lf":
-        pattern = read_trigger(file, size) if file else attacks.low_frequency_pattern(size, seed, settings.lf_amplitude)
-        return _by_image(partial(attacks.low_frequency, pattern=pattern))
+        pattern = read_trigger(file, size) if file else triggers.low_frequency_pattern(size, seed, settings.lf_amplitude)
+        return _by_image(partial(triggers.low_frequency, pattern=pattern))
     if settings.attack == "sig":
-        return _by_image(partial(attacks.sig, delta=settings.sig_delta, frequency=settings.sig_f))
+        return _by_image(partial(triggers.sig, delta=settings.sig_delta, frequency=settings.sig_f))
     if settings.attack == "wanet":
-        field = attacks.warp_field(size, seed, settings.s, settings.k)
-        return _by_image(partial(attacks.wanet, field=field, rescale=settings.grid_rescale))
+        field = triggers.warp_field(size, seed, settings.s, settings.k)
+        return _by_image(partial(triggers.wanet, field=field, rescale=settings.grid_rescale))
     replaced = settings.attack_train_replace_imgs_path if train else settings.attack_test_replace_imgs_path
     if replaced:
         encoded = open_replacements(Path(replaced), total, size)
         return lambda _images, positions: torch.from_numpy(encoded[positions.numpy()]).permute(0, 3, 1, 2)
-    return _by_image(partial(attacks.sample_specific, strength=settings.ssba_strength, seed=seed))
+    return _by_image(partial(triggers.sample_specific, strength=settings.ssba_strength, seed=seed))
 
 
 def make_noise_stamp(settings: AttackSettings, size: Size) -> Stamp:
     """WaNet's noise mode: the warp plus noise that depends on ``trigger_seed`` and the image's position."""
-    field = attacks.warp_field(size, settings.trigger_seed, settings.s, settings.k)
+    field = triggers.warp_field(size, settings.trigger_seed, settings.s, settings.k)
     offset = (settings.trigger_seed + 1) << 32
-    return lambda images, positions: attacks.wanet(images, field, positions + offset, settings.grid_rescale)
+    return lambda images, positions: triggers.wanet(images, field, positions + offset, settings.grid_rescale)
 
 
 def attack_labels(labels: Tensor, settings: AttackSettings, num_classes: int) -> Tensor:

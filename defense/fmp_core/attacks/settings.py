@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from .errors import UserError
+from fmp_core.errors import UserError
 
 LABELS = ("all2one", "all2all")
 # Our names -> what info.pickle calls the attack. ssba is SSBA only when its images were made by SSBA's encoder.

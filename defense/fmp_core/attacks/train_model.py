@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint
-from .compute import Compute
-from .datasets import DatasetFacts
-from .errors import UserError
-from .evaluate import Metrics, predict
-from .models import PixelModel
-from .poisoning import Poison
-from .progress import Progress
-from .settings import Settings
-from .training import Epoch, train
+from fmp_core.attacks.poisoning import Poison
+from fmp_core.data.datasets import DatasetFacts
+from fmp_core.errors import UserError
+from fmp_core.models.build import PixelModel
+from fmp_core.models.evaluate import Metrics, predict
+from fmp_core.models.training import Epoch, train
+from fmp_core.settings import Settings
+from fmp_core.storage.checkpoint import Checkpoint
+from fmp_core.system.devices import Device
+from fmp_core.system.progress import Progress
 
 # Epochs, batch size and learning rate. BB trains for 50 to 200 epochs at lr 0.01; ten times that rate, with the cosine down
 # to 0, needs fewer. The digits are few, so they need small batches; unknown image folders are taken to be small too.
@@ -129,12 +129,12 @@ def clean_metrics(model: nn.Module, images: Tensor, labels: Tensor, batch_size: 
     return CleanMetrics(correct, loss * batches, len(labels), loss, correct / len(labels))
 
 
-def train_victim(
+def train_attacked_model(
     model: PixelModel,
     data: TrainingSet,
     measure: Callable[[], Metrics | CleanMetrics],
     settings: Settings,
-    compute: Compute,
+    compute: Device,
     facts: DatasetFacts,
     checkpoint: Checkpoint,
     logger: logging.Logger,

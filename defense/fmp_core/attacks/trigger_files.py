@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .images import Size, read_images
+from fmp_core.data.images import Size, read_images
+from fmp_core.errors import UserError
 
 
 def _load_array(path: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .images import Size
+from fmp_core.data.images import Size
 
 
 def _grey_levels(values: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,15 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
-
-from fmp_core.datasets import dataset_facts, open_split
+from fmp_core.data.attack_record import ATTACK_FILE, AttackRecord, read_attack_record
+from fmp_core.data.datasets import dataset_facts, open_split
 from fmp_core.errors import UserError
-from fmp_core.files import make_folders
-from fmp_core.records import ATTACK_FILE, AttackRecord, read_attack_record
-from fmp_core.safe_load import load_torch_file
+from fmp_core.storage.files import make_folders
+from fmp_core.storage.torch_file import load_torch_file
 
-SHIMS = Path(__file__).resolve().with_name("bb_shims.py")
+SHIMS = Path(__file__).resolve().with_name("shims.py")
 LANDMARKS = ("defense/base.py", "utils/save_load_attack.py", "config/defense")
 OURS = (".git", "record", "data", "record_scripts")  # not linked into the workspace
 

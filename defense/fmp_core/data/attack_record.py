@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .datasets import Split
-from .errors import UserError
-from .files import sync_disks, write_torch
-from .images import Size, read_images, room_for, to_pixels
-from .safe_load import PickledImage, load_torch_file
+from fmp_core.data.datasets import Split
+from fmp_core.data.images import Size, read_images, room_for, to_pixels
+from fmp_core.errors import UserError
+from fmp_core.storage.files import sync_disks, write_torch
+from fmp_core.storage.torch_file import PickledImage, load_torch_file
 
 ATTACK_FILE = "attack_result.pt"
 MOST_CLASSES = 1_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from .errors import UserError
+from fmp_core.errors import UserError
 
 LARGEST_FILE = 64 * 2**20  # bytes of an index file; ImageNet's 1.3 million indices take 10 MB
 

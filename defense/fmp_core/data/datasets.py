@@ -13,9 +13,9 @@ from torch import Tensor
 from torchvision.datasets import MNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from .errors import UserError
-from .images import Size, read_images
-from .pickles import RefusedError, read_pickle
+from fmp_core.data.images import Size, read_images
+from fmp_core.errors import UserError
+from fmp_core.storage.unpickler import RefusedError, read_pickle
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .errors import UserError
+from fmp_core.errors import UserError
 
 Size = tuple[int, int, int]  # height, width, channels
 # What datasets come in. Pillow knows formats that start programs (EPS) or that few have ever attacked.

@@ -2,7 +2,7 @@
 
 At eps = 1/255 a feature map turns only few images: those whose margin is slim already. A few maps of each layer, the pilots,
 are scored on all images. They show which images' answers differ between maps of the layer, and how far first order
-(:mod:`.first_order`, around the mean FRG image of still fewer maps, the scouts) can be trusted. The other maps are scored on
+(:mod:`.margin_taylor`, around the mean FRG image of still fewer maps, the scouts) can be trusted. The other maps are scored on
 those images only, most of them without a forward pass; the rest of the images counts as the pilots have it, which settles a
 map's count. Maps whose count ties at the cut or lies below it get a foretold margin of all images (docs/performance.md).
 """
@@ -16,11 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import ranks
-from .feature_maps import ConvLayer
-from .first_order import FirstOrder
-from .ranking import Foretell, Scores, Watch, compared, slices
-from .ranking_state import Answers, Tally
+from fmp_core.frg.margin_taylor import MarginTaylor
+from fmp_core.frg.scorer import Foretell, Scores, Watch, compared, slices
+from fmp_core.frg.scorer_state import Answers, Tally
+from fmp_core.models.feature_maps import ConvLayer
+from fmp_core.system import distributed
 
 SCOUTS, PILOTS = 2, 12  # maps per layer
 CONTESTED = 4.0  # standard deviations over the pilots within which 0 makes an image contested: all but 6e-5, if normal
@@ -28,7 +28,7 @@ TRUSTED = 4.5  # standard deviations of its error that a foretold margin keeps f
 
 
 class Score(Protocol):
-    """Scores the maps of a bool mask ``[N]`` on the images at ``which`` (:func:`~fmp_core.ranking.score_feature_maps`)."""
+    """Scores the maps of a bool mask ``[N]`` on the images at ``which`` (:func:`~fmp_core.frg.scorer.score_feature_maps`)."""
 
     def __call__(
         self, wanted: Tensor, which: Tensor | None = None, watch: Watch | None = None, foretell: Foretell | None = None
@@ -63,7 +63,7 @@ class Outlook:
         error = [(part * use).mean(1).square().mean().sqrt().item() for part, use in zip(wrong, trusted, strict=True)]
         return [Outlook(*row) for row in zip(mean > 0, contested, bias, doubt, error, strict=True)]
 
-    def foretell(self, first_order: FirstOrder, which: Tensor) -> Foretell:
+    def foretell(self, first_order: MarginTaylor, which: Tensor) -> Foretell:
         """For maps of the layer on the images at ``which``."""
 
         def margins(reverse: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ def mean_reverse(score: Score, layers: Sequence[ConvLayer], images: Tensor) -> T
     """The FRG images ``[M, C, H, W]`` of ``images``, mean over a few maps of each layer."""
     scouts = _evenly(layers, SCOUTS)
     total = torch.zeros_like(images, dtype=torch.float64)  # in which the order of the sum does not show
-    leading = int(ranks.share(scouts).int().argmax())
+    leading = int(distributed.my_share(scouts).int().argmax())
 
     def add(where: Tensor, reverse: Tensor, logits: Tensor, first: int) -> None:
         if where[0] == leading:
@@ -86,12 +86,12 @@ def mean_reverse(score: Score, layers: Sequence[ConvLayer], images: Tensor) -> T
         total[first : first + reverse.shape[1]] += reverse.sum(0, dtype=torch.float64)
 
     score(scouts, watch=add)
-    ranks.combine(total)
+    distributed.combine(total)
     return (total / scouts.sum()).float()
 
 
 def foretell_scores(
-    score: Score, first_order: FirstOrder, layers: Sequence[ConvLayer], p: int, scope: str
+    score: Score, first_order: MarginTaylor, layers: Sequence[ConvLayer], p: int, scope: str
 ) -> tuple[Scores, Tensor]:
     """Scores with the counts of all maps, and by how much their margins may err (standard deviations, float64 ``[N]``).
 
@@ -109,7 +109,7 @@ def foretell_scores(
             chosen[where] = wanted[where]
             if chosen.any() and len(which):
                 found = score(chosen, which.cpu(), foretell=outlook.foretell(first_order, which))
-                tally = tally.plus(Tally(found.correct, found.margin * len(which), found.slimmest))
+                tally = tally.plus(Tally(found.correct, found.margin * len(which), found.smallest_margin))
         return tally
 
     on_contested = told(~pilots, contested=True)
@@ -120,9 +120,9 @@ def foretell_scores(
     tally = on_contested.plus(told(foretold, contested=False))
     correct = torch.where(foretold, tally.correct, counts)
     margin = torch.where(foretold, tally.margin / images, torch.where(pilots, whole.margin, -torch.inf))
-    slimmest = torch.where(pilots, whole.slimmest, tally.slimmest)
+    smallest_margin = torch.where(pilots, whole.smallest_margin, tally.smallest_margin)
     error = torch.tensor([outlook.error for outlook in outlooks], dtype=torch.float64).repeat_interleave(widths)
-    return Scores(tuple(layers), correct, margin, slimmest, images, settled=low), error
+    return Scores(tuple(layers), correct, margin, smallest_margin, images, settled=low), error
 
 
 def _at_or_below_cut(counts: Tensor, layers: Sequence[ConvLayer], p: int, scope: str) -> Tensor:
@@ -143,7 +143,7 @@ def _evenly(layers: Sequence[ConvLayer], count: int) -> Tensor:
     return chosen
 
 
-def _look(score: Score, first_order: FirstOrder, layers: Sequence[ConvLayer], pilots: Tensor) -> tuple[Scores, list[Outlook]]:
+def _look(score: Score, first_order: MarginTaylor, layers: Sequence[ConvLayer], pilots: Tensor) -> tuple[Scores, list[Outlook]]:
     """The pilots' scores on all images, and what they tell about each layer."""
     images, device = len(first_order.images), first_order.images.device
     row = (pilots.cumsum(0) - 1).to(device)
@@ -155,7 +155,7 @@ def _look(score: Score, first_order: FirstOrder, layers: Sequence[ConvLayer], pi
         foretold[row[where][:, None], which] = first_order.margins(reverse, which)
 
     whole = score(pilots, watch=keep)
-    ranks.combine(seen, foretold)
+    distributed.combine(seen, foretold)
     rows = [row[where][pilots[where].to(device)] for _, where in slices(layers)]
     return whole, Outlook.of([seen[of] for of in rows], [foretold[of] for of in rows])
 

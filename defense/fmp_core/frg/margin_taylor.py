@@ -6,13 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .feature_maps import frozen
+from fmp_core.models.feature_maps import frozen
 
 RIVALS = 3  # classes that could overtake the true one: those with the largest logits
 ROWS = 64  # images per forward and backward pass
 
 
-class FirstOrder:
+class MarginTaylor:
     """``min_r(m_r(x) + <x' - x, grad m_r(x)>)`` for FRG images x'; m_r is the true class's logit less rival r's.
 
     Args:

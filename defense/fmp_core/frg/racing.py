@@ -1,7 +1,7 @@
 """Racing: only maps that may end among the lowest N/p are scored in full.
 
 Scores of a cheaper kind are the full ones plus a small error. ``--ranking racing`` races twice: foretold scores
-(:mod:`.image_racing`) against bfloat16 ones, and these against float32.
+(:mod:`~fmp_core.frg.image_racing`) against bfloat16 ones, and these against float32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .ranking import Scores, ordered_groups
+from fmp_core.frg.scorer import Scores, ordered_groups
 
 CONTENDERS = 2  # times the maps to choose are rescored at first
 CONFIDENCE = 4.0  # standard deviations of the cheap margin's error that a dropped map keeps from the cut: 1 - 3e-5, if normal
@@ -22,7 +22,7 @@ def race(cheap: Scores, score: Callable[[Tensor], Scores], p: int, scope: str, e
     """Scores whose lowest N/p maps are full scores; ``settled`` marks all maps that have one.
 
     A map is dropped if its cheap score stays above the full score at the cut by more than cheap scores err, :data:`CONFIDENCE`
-    standard deviations: in the mean margin, and, for its count, in the slimmest margin of a correct image.
+    standard deviations: in the mean margin, and, for its count, in the smallest_margin margin of a correct image.
 
     Args:
         cheap: scores of all maps; where they are not ``settled``, ``margin`` is the least it may be.
@@ -32,26 +32,31 @@ def race(cheap: Scores, score: Callable[[Tensor], Scores], p: int, scope: str, e
     """
     settled = torch.zeros(cheap.total, dtype=torch.bool)
     known = ~settled if cheap.settled is None else cheap.settled
-    correct, margin, slimmest, floor = cheap.correct.clone(), cheap.margin.clone(), cheap.slimmest.clone(), cheap.margin
+    correct, margin, smallest_margin, floor = (
+        cheap.correct.clone(),
+        cheap.margin.clone(),
+        cheap.smallest_margin.clone(),
+        cheap.margin,
+    )
     doubtful = torch.zeros(cheap.total, dtype=torch.bool)
     for members in ordered_groups(cheap, scope):
         doubtful[members[: CONTENDERS * (len(members) // p)]] = True
     while doubtful.any():
         full = score(doubtful)
-        for own, found in ((correct, full.correct), (margin, full.margin), (slimmest, full.slimmest)):
+        for own, found in ((correct, full.correct), (margin, full.margin), (smallest_margin, full.smallest_margin)):
             own[doubtful] = found[doubtful]
         settled |= doubtful
         if error is None:
             wrong = (margin - cheap.margin)[settled & known]
             slack = torch.full_like(margin, CONFIDENCE * float(wrong.square().mean().sqrt()))
-            fragile = cheap.slimmest < slack * cheap.samples**0.5  # one image errs more than the mean of all
+            fragile = cheap.smallest_margin < slack * cheap.samples**0.5  # one image errs more than the mean of all
         else:
             slack, fragile = CONFIDENCE * error, torch.zeros_like(settled)
         floor = torch.where(known, cheap.margin - slack, cheap.margin)
         scores = replace(cheap, correct=correct, margin=margin, settled=settled)
         doubtful = _in_doubt(scores, cheap.correct - fragile.long(), floor, p, scope)
     margin = torch.where(settled, margin, floor)
-    return replace(cheap, correct=correct, margin=margin, slimmest=slimmest, settled=settled)
+    return replace(cheap, correct=correct, margin=margin, smallest_margin=smallest_margin, settled=settled)
 
 
 def _in_doubt(scores: Scores, least: Tensor, floor: Tensor, p: int, scope: str) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .feature_maps import ConvLayer
-from .frozen_ops import ConvCall, FrozenOps
+from fmp_core.models.fast_ops import ConvCall, FastOps
+from fmp_core.models.feature_maps import ConvLayer
 
 
 class _LayerReachedError(Exception):
@@ -32,7 +32,7 @@ def fgsm(images: Tensor, gradient: Tensor, eps: float) -> Tensor:
     return torch.add(images, gradient.sign(), alpha=eps).clamp_(0, 1)
 
 
-class Attack(NamedTuple):
+class FrgSettings(NamedTuple):
     """How the images of a feature map are made: bound, number of steps, and size of one if there are several."""
 
     eps: float
@@ -52,7 +52,7 @@ class SharedForward:
         images: clean, ``[B, C, H, W]`` in [0,1].
         start: the noisy images, same shape (:func:`noisy_start`).
         copies: feature maps per backward pass.
-        twin: ``model`` :func:`~fmp_core.frozen_ops.lowered` to ``dtype``.
+        twin: ``model`` :func:`~fmp_core.models.fast_ops.to_precision` to ``dtype``.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class SharedForward:
             return into
         return torch.autograd.grad(call.input, self.start, into, retain_graph=True)[0]
 
-    def reversed_images(self, layer: ConvLayer, channels: Sequence[int], attack: Attack) -> Tensor:
+    def reversed_images(self, layer: ConvLayer, channels: Sequence[int], attack: FrgSettings) -> Tensor:
         """FRG images of ``channels`` (one per copy), ``[copies*B, C, H, W]`` in [0,1].
 
         One step is Algorithm 1. More are projected gradient steps of size ``attack.alpha`` from the noisy start, kept in the
@@ -140,7 +140,7 @@ def _forward(
 ) -> None:
     """One forward pass that ends with the convolution of the last of ``weights``; ``see`` gets each one's call and output.
 
-    ``frozen``: arguments of :class:`~fmp_core.frozen_ops.FrozenOps`.
+    ``frozen``: arguments of :class:`~fmp_core.models.fast_ops.FastOps`.
     """
 
     def seen(call: ConvCall, out: Tensor) -> None:
@@ -148,7 +148,7 @@ def _forward(
         if call.weight is weights[-1]:
             raise _LayerReachedError
 
-    with suppress(_LayerReachedError), FrozenOps(watch={id(weight): seen for weight in weights}, **frozen):
+    with suppress(_LayerReachedError), FastOps(watch={id(weight): seen for weight in weights}, **frozen):
         net(batch)
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import ranks
-from .checkpoint import Checkpoint
-from .compute import fewest_rows, is_out_of_memory, least_rows, rows_per_batch
-from .feature_maps import ConvLayer, frozen
-from .frg import Attack, SharedForward, noisy_start
-from .frozen_ops import FrozenOps, lowered
-from .ranking_state import Answers, Keeper, RankingState
+from fmp_core.frg.reverse import FrgSettings, SharedForward, noisy_start
+from fmp_core.frg.scorer_state import Answers, Keeper, RankingState
+from fmp_core.models.fast_ops import FastOps, to_precision
+from fmp_core.models.feature_maps import ConvLayer, frozen
+from fmp_core.storage.checkpoint import Checkpoint
+from fmp_core.system import distributed
+from fmp_core.system.devices import fewest_rows, is_out_of_memory, least_rows, rows_per_batch
 
 STEP = 8  # few batches of unsure images differ in size then: kernels are made anew for each size
 
@@ -28,7 +28,7 @@ class Scores:
 
     ``correct`` int64 ``[N]``: how many of ``samples`` FRG images the whole model still classifies correctly.
     ``margin`` float64 ``[N]``: mean over the images of (logit of the true class - largest other logit).
-    ``slimmest`` float64 ``[N]``: the smallest margin among the images classified correctly (inf if there are none).
+    ``smallest_margin`` float64 ``[N]``: the smallest margin among the images classified correctly (inf if there are none).
     ``settled`` bool ``[N]``: False for maps that racing dropped, whose ``margin`` is only the least it may be (-inf: not
     known); None if there are none.
     """
@@ -36,7 +36,7 @@ class Scores:
     layers: tuple[ConvLayer, ...]
     correct: Tensor
     margin: Tensor
-    slimmest: Tensor
+    smallest_margin: Tensor
     samples: int
     settled: Tensor | None = None
 
@@ -57,7 +57,7 @@ class Scores:
 class Choice:
     """The maps to prune: ``mask`` bool ``[N]``; ``ties`` counts maps whose ``correct`` equals that of a cut they straddle.
 
-    ``moved`` float64 ``[N]``: how far a reversed trigger moves each map, if that chose them.
+    ``moved`` float64 ``[N]``: how far a inverted trigger moves each map, if that chose them.
     """
 
     mask: Tensor
@@ -154,14 +154,14 @@ def score_feature_maps(
 
     Args:
         model: takes pixels in [0,1]; left as it was found (mode, gradient flags, hooks).
-        layers: from :func:`~fmp_core.feature_maps.trace_conv_layers`.
+        layers: from :func:`~fmp_core.models.feature_maps.trace_conv_layers`.
         images: float ``[M, C, H, W]`` in [0,1], not augmented, on the model's device.
         labels: int64 ``[M]``.
-        eps, steps, alpha: see :meth:`~fmp_core.frg.SharedForward.reversed_images`; alpha defaults to 2.5*eps/steps.
+        eps, steps, alpha: see :meth:`~fmp_core.frg.reverse.SharedForward.reversed_images`; alpha defaults to 2.5*eps/steps.
         seed: of the start noise, one draw per image, shared by all maps.
         dtype: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
         rows: images per batch; the default suits the device. On a CPU scores do not depend on it. Halved when memory runs
-            out, down to :func:`~fmp_core.compute.fewest_rows`.
+            out, down to :func:`~fmp_core.system.devices.fewest_rows`.
         memory_mib: lowers ``rows`` so that the retained graph fits (an estimate from one image).
         wanted: bool ``[N]``, the maps to score (default all); the others get 0.
         which: int64, positions of the ``images`` to score on, which keep their noise (default all).
@@ -178,18 +178,18 @@ def score_feature_maps(
     if which is not None:
         which = which.to(device)
         images, labels, start = images[which], labels[which], start[which]
-    attack = Attack(eps, steps, 2.5 * eps / steps if alpha is None else alpha)
+    attack = FrgSettings(eps, steps, 2.5 * eps / steps if alpha is None else alpha)
     total = sum(layer.channels for layer in layers)
     # TF32 would blur the difference of two nearly equal maps; speed comes from dtype, not from it.
     with frozen(model), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         keeper = Keeper(checkpoint)
-        twin = lowered(model, layers[0].module, dtype)
+        twin = to_precision(model, layers[0].module, dtype)
         engine = Engine(model, twin, dtype, layers, attack, progress, keeper, watch, foretell)
         rows = max(least_rows(device), rows or rows_per_batch(device))
         if memory_mib is not None:
             fitting = memory_mib * 2**20 // engine.bytes_per_image(images[:1], start[:1])
             rows = max(fewest_rows(device), min(rows, fitting))
-        mine = ranks.share(torch.ones(total, dtype=torch.bool) if wanted is None else wanted)
+        mine = distributed.my_share(torch.ones(total, dtype=torch.bool) if wanted is None else wanted)
         with keeper.saving(RankingState.empty(total, rows, device)) as state:
             if state.images:
                 progress(state.images * int(mine.sum()))
@@ -206,9 +206,9 @@ def score_feature_maps(
                     continue
                 state.end_batch(batch)
     tally = state.whole
-    ranks.combine(tally.correct, tally.margin, least=tally.slimmest)
-    correct, margin, slimmest = (tensor.cpu() for tensor in tally)
-    return Scores(tuple(layers), correct, margin / len(images), slimmest, len(images))
+    distributed.combine(tally.correct, tally.margin, least=tally.smallest_margin)
+    correct, margin, smallest_margin = (tensor.cpu() for tensor in tally)
+    return Scores(tuple(layers), correct, margin / len(images), smallest_margin, len(images))
 
 
 class Engine(NamedTuple):
@@ -218,7 +218,7 @@ class Engine(NamedTuple):
     twin: nn.Module
     dtype: torch.dtype
     layers: Sequence[ConvLayer]
-    attack: Attack
+    attack: FrgSettings
     progress: Callable[[int], None]
     keeper: Keeper
     watch: Watch | None = None
@@ -251,7 +251,7 @@ class Engine(NamedTuple):
                 # A short group is filled up: kernels are chosen by shape, and round differently.
                 filled = channels + [channels[-1]] * (copies - len(channels))
                 reverse = shared.reversed_images(layer, filled, self.attack)
-                with torch.inference_mode(), FrozenOps(self.dtype):
+                with torch.inference_mode(), FastOps(self.dtype):
                     state.part.put(where, self.answers(reverse, copies, where, labels, state.images))
                 state.groups = group
                 self.keeper.now_and_then(state)

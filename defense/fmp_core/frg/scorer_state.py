@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ranks
-from .checkpoint import Checkpoint
-from .errors import UserError
+from fmp_core.errors import UserError
+from fmp_core.storage.checkpoint import Checkpoint
+from fmp_core.system import distributed
 
 EVERY = 20.0  # seconds between checkpoints; more where saving takes longer than a twentieth of that
 
 
 class Tally(NamedTuple):
-    """What is counted over images, for each map: see :class:`~fmp_core.ranking.Scores`, but sums where that has means."""
+    """What is counted over images, for each map: see :class:`~fmp_core.frg.scorer.Scores`, but sums where that has means."""
 
     correct: Tensor
     margin: Tensor
-    slimmest: Tensor
+    smallest_margin: Tensor
 
     @staticmethod
     def empty(total: int, device: torch.device) -> Tally:
@@ -40,10 +40,12 @@ class Tally(NamedTuple):
         """Set the maps at ``where`` ``[n]`` from the answers on a batch of images."""
         self.correct[where] = answers.hits.sum(1)
         self.margin[where] = answers.margins.sum(1, dtype=torch.float64)
-        self.slimmest[where] = answers.slim.double().amin(1)
+        self.smallest_margin[where] = answers.slim.double().amin(1)
 
     def plus(self, other: Tally) -> Tally:
-        return Tally(self.correct + other.correct, self.margin + other.margin, torch.minimum(self.slimmest, other.slimmest))
+        return Tally(
+            self.correct + other.correct, self.margin + other.margin, torch.minimum(self.smallest_margin, other.smallest_margin)
+        )
 
 
 class Answers(NamedTuple):
@@ -130,7 +132,7 @@ class RankingState:
 class RankingCheckpoints:
     """The files of one ranking below ``folder``: one for each call of the scoring function (racing makes several).
 
-    ``key`` is the :func:`~fmp_core.score_cache.content_key` of the question. ``fresh`` forgets what was saved before.
+    ``key`` is the :func:`~fmp_core.selection.cache.content_key` of the question. ``fresh`` forgets what was saved before.
     """
 
     folder: Path
@@ -142,8 +144,8 @@ class RankingCheckpoints:
         """For a call that scores the maps of the bool mask ``wanted`` ``[N]`` on the images at ``which`` (None: all)."""
         bits = b"".join(b"all" if chosen is None else chosen.numpy().tobytes() for chosen in (wanted, which))
         call = hashlib.sha256(str(dtype).encode() + bits).hexdigest()[:8]
-        path = self.folder / f"ranking_{self.key[:16]}_{call}_{ranks.share_name()}.pt"
-        checkpoint = Checkpoint(path, {"key": self.key, "call": call, "share": ranks.share_name()})
+        path = self.folder / f"ranking_{self.key[:16]}_{call}_{distributed.share_name()}.pt"
+        checkpoint = Checkpoint(path, {"key": self.key, "call": call, "share": distributed.share_name()})
         if self.fresh:
             checkpoint.remove()
         self.made.append(checkpoint)

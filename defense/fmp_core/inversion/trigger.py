@@ -15,23 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
-from .evaluate import to_unit
-from .files import write_torch
-from .frozen_ops import FrozenOps
-from .safe_load import load_torch_file
+from fmp_core.errors import UserError
+from fmp_core.models.evaluate import to_unit
+from fmp_core.models.fast_ops import FastOps
+from fmp_core.storage.files import write_torch
+from fmp_core.storage.torch_file import load_torch_file
 
 # How far a perturbation may go, in the order they are asked: the least of each kind first. ``sparse`` sets a few pixels to
 # 0 or 1; ``dense-8`` moves every pixel by at most 8 of 255 levels.
 FAMILIES = {"dense-4": 4 / 255, "sparse": 1.0, "dense-8": 8 / 255, "dense-16": 16 / 255, "dense-32": 32 / 255}
-REVERSED_TRIGGER = "reversed_trigger.pt"  # in the result folder
+INVERTED_TRIGGER = "reversed_trigger.pt"  # in the result folder
 STEPS = 16
 SPARSE_BATCH, DENSE_BATCH = 256, 64  # clean images per step; with fewer, the choice of pixels goes astray
 SPARSE_PART = 64  # a sparse trigger takes 1/64 of the pixels: 16 of 32x32, as many as a 4x4 patch
 
 
 @dataclass(frozen=True)
-class ReversedTrigger:
+class InvertedTrigger:
     """A perturbation of one of the :data:`FAMILIES` towards class ``target``.
 
     ``sparse`` sets the pixels ``where`` (bool ``[1, 1, H, W]``) to ``values`` (``[1, C, H, W]``, each 0 or 1); the others add
@@ -49,22 +49,22 @@ class ReversedTrigger:
         return made.contiguous(memory_format=torch.channels_last)
 
 
-def reverse_trigger(
+def invert_trigger(
     network: nn.Module, dtype: torch.dtype, images: Tensor, family: str, target: int, seed: int
-) -> ReversedTrigger:
+) -> InvertedTrigger:
     """The perturbation of ``family`` that at most :data:`STEPS` gradient steps find, each on images drawn by ``seed``.
 
     A sparse one is that of the step in which it turned most images, with the fewest pixels.
 
     Args:
-        network: frozen, takes pixels in [0,1]; what :func:`~fmp_core.frozen_ops.lowered` makes of a model for ``dtype``.
+        network: frozen, takes pixels in [0,1]; what :func:`~.fast_ops.to_precision` makes of a model for ``dtype``.
         images: uint8 ``[M, C, H, W]``, clean, none of class ``target``.
     """
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = images.shape[1:]
     values = torch.zeros((1, channels, height, width), device=images.device)
     where = torch.zeros((1, 1, height, width), dtype=torch.bool, device=images.device)
-    trigger, eps = ReversedTrigger(family, target, values, where), FAMILIES[family]
+    trigger, eps = InvertedTrigger(family, target, values, where), FAMILIES[family]
 
     def drawn(count: int) -> Tensor:
         return to_unit(images[torch.randint(len(images), (count,), generator=generator).to(images.device)])
@@ -79,8 +79,8 @@ def reverse_trigger(
 
 
 def _fewest_pixels(
-    network: nn.Module, dtype: torch.dtype, trigger: ReversedTrigger, drawn: Callable[[int], Tensor]
-) -> ReversedTrigger:
+    network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, drawn: Callable[[int], Tensor]
+) -> InvertedTrigger:
     """``trigger`` and up to :data:`STEPS` descendants with more pixels each: the first of those that turned most images."""
     best, turned_best = trigger, -1
     for step in range(STEPS + 1):
@@ -94,10 +94,10 @@ def _fewest_pixels(
     return best
 
 
-def _on(network: nn.Module, dtype: torch.dtype, trigger: ReversedTrigger, images: Tensor) -> tuple[Tensor, Tensor]:
+def _on(network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, images: Tensor) -> tuple[Tensor, Tensor]:
     """``images`` with the trigger, a leaf, and their logits in float32."""
     pixels = trigger.on(images).requires_grad_()
-    with torch.enable_grad(), FrozenOps(dtype):
+    with torch.enable_grad(), FastOps(dtype):
         return pixels, network(pixels).float()
 
 
@@ -107,7 +107,7 @@ def _gradient(logits: Tensor, pixels: Tensor, target: int) -> Tensor:
     return torch.autograd.grad(loss, pixels)[0].float()
 
 
-def _with_pixels(trigger: ReversedTrigger, pixels: Tensor, gradient: Tensor) -> ReversedTrigger:
+def _with_pixels(trigger: InvertedTrigger, pixels: Tensor, gradient: Tensor) -> InvertedTrigger:
     """With those pixels set to 0 or 1 that lower the loss most, to first order, summed over images and channels.
 
     They may be pixels that are set already, to the other side.
@@ -121,21 +121,21 @@ def _with_pixels(trigger: ReversedTrigger, pixels: Tensor, gradient: Tensor) -> 
     return replace(trigger, values=values, where=where)
 
 
-def success(network: nn.Module, dtype: torch.dtype, trigger: ReversedTrigger, images: Tensor) -> float:
+def success(network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, images: Tensor) -> float:
     """Share of ``images`` (uint8, none of the target's class) that the trigger turns to its class; 0 if there are none."""
     if not len(images):
         return 0.0
-    with torch.inference_mode(), FrozenOps(dtype):
+    with torch.inference_mode(), FastOps(dtype):
         classes = torch.cat([network(trigger.on(to_unit(part))).argmax(1) for part in images.split(DENSE_BATCH)])
     return float((classes == trigger.target).double().mean())
 
 
-def save_trigger(path: Path, trigger: ReversedTrigger) -> None:
+def save_trigger(path: Path, trigger: InvertedTrigger) -> None:
     """Write the trigger, whole or not at all."""
     write_torch(path, {**asdict(trigger), "values": trigger.values.cpu(), "where": trigger.where.cpu()})
 
 
-def load_trigger(path: Path, image_shape: Sequence[int]) -> ReversedTrigger:
+def load_trigger(path: Path, image_shape: Sequence[int]) -> InvertedTrigger:
     """The trigger :func:`save_trigger` wrote, for images ``[C, H, W]``, on the CPU.
 
     Raises:
@@ -150,5 +150,5 @@ def load_trigger(path: Path, image_shape: Sequence[int]) -> ReversedTrigger:
     except (KeyError, TypeError, AttributeError):
         good = False
     if not good:
-        raise UserError(f"{path} is not a reversed trigger for images of {channels}x{height}x{width}; run the defense again.")
-    return ReversedTrigger(**{name: content[name] for name in ("family", "target", "values", "where")})
+        raise UserError(f"{path} is not a inverted trigger for images of {channels}x{height}x{width}; run the defense again.")
+    return InvertedTrigger(**{name: content[name] for name in ("family", "target", "values", "where")})

@@ -1,6 +1,6 @@
 """Is the model backdoored, towards which class, and by which feature maps? Not in the paper; no poisoned image is used.
 
-For every class, a perturbation common to all clean images is reversed (:mod:`.reversed_trigger`). In a clean model what reaches
+For every class, a perturbation common to all clean images is reversed (:mod:`.trigger`). In a clean model what reaches
 one class about reaches the others too; a backdoor is a class that is reached where no other is. The maps that the reversed
 trigger moves most are the backdoor's (docs/strong.md has the figures behind the threshold).
 """
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ranks
-from .activation_change import trigger_activation_change
-from .evaluate import to_unit
-from .feature_maps import ConvLayer, frozen
-from .frozen_ops import lowered
-from .ranking import Choice, slices
-from .reversed_trigger import ReversedTrigger, reverse_trigger, success
+from fmp_core.frg.scorer import Choice, slices
+from fmp_core.inversion.trigger import InvertedTrigger, invert_trigger, success
+from fmp_core.models.activation_change import trigger_activation_change
+from fmp_core.models.evaluate import to_unit
+from fmp_core.models.fast_ops import to_precision
+from fmp_core.models.feature_maps import ConvLayer, frozen
+from fmp_core.system import distributed
 
 LEAST_LEAD = 0.3  # of the class reached most over the next, in shares of the held-out images
 LEAST_HELD_OUT = 50  # images below which a lead proves nothing: one of three is 33 points
@@ -31,7 +31,7 @@ HELD_OUT = 256  # clean images, the last ones, that triggers are not reversed on
 class Evidence:
     """What one family of perturbations says about a model.
 
-    ``success`` float64 ``[K]``: share of the held-out images of other classes that a class's reversed trigger turns to it.
+    ``success`` float64 ``[K]``: share of the held-out images of other classes that a class's inverted trigger turns to it.
     ``held_out``: how many images that is, for the class that leaves fewest. ``lead``: how far the class reached most is ahead
     of the next.
     """
@@ -86,12 +86,12 @@ class TriggerSearch:
         found = torch.zeros(classes, dtype=torch.float64, device=self.images.device)
         with frozen(self.model):
             network = self._network()
-            for target in ranks.share(torch.ones(classes, dtype=torch.bool)).nonzero().flatten().tolist():
+            for target in distributed.my_share(torch.ones(classes, dtype=torch.bool)).nonzero().flatten().tolist():
                 seen, held_out = self._of_other_classes(target)
                 if len(seen):
-                    trigger = reverse_trigger(network, self.dtype, seen, family, target, self.seed)
+                    trigger = invert_trigger(network, self.dtype, seen, family, target, self.seed)
                     found[target] = success(network, self.dtype, trigger, held_out)
-        ranks.combine(found)
+        distributed.combine(found)
         return Evidence(family, found.cpu(), self.held_out(classes))
 
     def held_out(self, classes: int) -> int:
@@ -99,16 +99,16 @@ class TriggerSearch:
         labels = self.labels[self._cut :]
         return len(labels) - int(labels.bincount(minlength=classes).max())
 
-    def triggers(self, families: Iterable[str], target: int) -> list[ReversedTrigger]:
+    def triggers(self, families: Iterable[str], target: int) -> list[InvertedTrigger]:
         """A trigger of each family towards ``target``."""
         seen, _ = self._of_other_classes(target)
         with frozen(self.model):
             network = self._network()
-            return [reverse_trigger(network, self.dtype, seen, family, target, self.seed) for family in families]
+            return [invert_trigger(network, self.dtype, seen, family, target, self.seed) for family in families]
 
-    def moved(self, trigger: ReversedTrigger) -> Tensor:
+    def moved(self, trigger: InvertedTrigger) -> Tensor:
         """How far the trigger moves each feature map on the held-out images, float64 ``[N]``
-        (:func:`~fmp_core.activation_change.trigger_activation_change`)."""
+        (:func:`~fmp_core.models.activation_change.trigger_activation_change`)."""
         clean = to_unit(self.images[self._cut :]).contiguous(memory_format=torch.channels_last)
         return trigger_activation_change(self.model, self.layers, clean, trigger.on(clean))
 
@@ -122,7 +122,7 @@ class TriggerSearch:
         return self.images[: self._cut][other[: self._cut]], self.images[self._cut :][other[self._cut :]]
 
     def _network(self) -> nn.Module:
-        return lowered(self.model, self.layers[0].module, self.dtype)
+        return to_precision(self.model, self.layers[0].module, self.dtype)
 
 
 def most_moved_first(moved: Tensor, layers: Sequence[ConvLayer]) -> Tensor:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .compute import rows_per_batch
-from .feature_maps import ConvLayer, frozen
+from fmp_core.models.feature_maps import ConvLayer, frozen
+from fmp_core.system.devices import rows_per_batch
 
 
 def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], clean: Tensor, poisoned: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], cle
 
     Args:
         model: takes pixels in [0,1]; left as it was found (mode, gradient flags, hooks).
-        layers: from :func:`~fmp_core.feature_maps.trace_conv_layers`.
+        layers: from :func:`~fmp_core.models.feature_maps.trace_conv_layers`.
         clean, poisoned: float ``[N, C, H, W]`` in [0,1] on the model's device; row ``i`` of both shows the same image.
 
     Raises:
@@ -79,7 +79,7 @@ def precision_at(chosen: Tensor, tac: Tensor, layers: Sequence[ConvLayer]) -> Pr
     """Compare a selection with TAC, layer by layer (TAC has no common scale across layers).
 
     Args:
-        chosen: bool ``[N_maps]``, such as :attr:`fmp_core.ranking.Choice.mask`.
+        chosen: bool ``[N_maps]``, such as :attr:`fmp_core.frg.scorer.Choice.mask`.
         tac: ``[N_maps]`` from :func:`trigger_activation_change`; equal values count by position.
         layers: the layers both are ordered by.
     """

@@ -11,10 +11,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.transforms import Resize
 
-from .datasets import DatasetFacts
-from .errors import UserError
-from .preact_resnet import BUILDERS as PREACT_RESNETS
-from .preact_resnet import preact_resnet
+from fmp_core.data.datasets import DatasetFacts
+from fmp_core.errors import UserError
+from fmp_core.models.preact_resnet import BUILDERS as PREACT_RESNETS
+from fmp_core.models.preact_resnet import preact_resnet
 
 TORCHVISION = [
     "resnet18",

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compute import rows_per_batch
-from .feature_maps import frozen
-from .frozen_ops import FrozenOps
-from .results import defense_effectiveness
+from fmp_core.models.fast_ops import FastOps
+from fmp_core.models.feature_maps import frozen
+from fmp_core.results.read import defense_effectiveness
+from fmp_core.system.devices import rows_per_batch
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def predict(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -
     in BB); no random number is drawn. ``batch_size`` shapes the loss only; forward passes have the size that suits the
     device.
     """
-    with frozen(model), torch.inference_mode(), FrozenOps():
+    with frozen(model), torch.inference_mode(), FastOps():
         rows = rows_per_batch(images.device)
         logits = torch.cat([model(to_unit(part).contiguous(memory_format=torch.channels_last)) for part in images.split(rows)])
         losses = [F.cross_entropy(*pair) for pair in zip(logits.split(batch_size), labels.split(batch_size), strict=True)]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from .compute import has_amx
+from fmp_core.system.devices import has_amx
 
 FEW_POSITIONS = 16  # output positions up to which a matrix product beats oneDNN's convolution
 TILE, IMAGE_TILE = 256, 64  # most rows of a matrix product, and images that they come from
@@ -47,7 +47,7 @@ class ConvCall(NamedTuple):
     groups: int
 
 
-class FrozenOps(TorchFunctionMode):
+class FastOps(TorchFunctionMode):
     """While active, convolutions, batch norms and ReLUs of an evaluation-mode network run in their cheaper forms.
 
     Args:
@@ -126,7 +126,7 @@ class FrozenOps(TorchFunctionMode):
         return out.to(self.dtype)
 
 
-def lowered(model: nn.Module, first_conv: nn.Module, dtype: torch.dtype) -> nn.Module:
+def to_precision(model: nn.Module, first_conv: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of ``model`` with weights in ``dtype``; ``model`` itself if that is float32.
 
     The first convolution, batch norms, the last linear layer and the model's own buffers (its normalisation) stay float32.

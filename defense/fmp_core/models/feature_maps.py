@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import UserError
+from fmp_core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .evaluate import predict
-from .feature_maps import ConvLayer
+from fmp_core.models.evaluate import predict
+from fmp_core.models.feature_maps import ConvLayer
 
 
 @torch.no_grad()

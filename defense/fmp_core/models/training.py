@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, StepLR
 
-from .checkpoint import Checkpoint, TrainingParts
-from .compute import Compute, has_fast_bfloat16
-from .datasets import DatasetFacts
-from .errors import UserError
-from .evaluate import to_unit
-from .feature_maps import frozen
-from .settings import Settings
+from fmp_core.data.datasets import DatasetFacts
+from fmp_core.errors import UserError
+from fmp_core.models.evaluate import to_unit
+from fmp_core.models.feature_maps import frozen
+from fmp_core.settings import Settings
+from fmp_core.storage.checkpoint import Checkpoint, TrainingParts
+from fmp_core.system.devices import Device, has_fast_bfloat16
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def train(
     images: Tensor,
     labels: Tensor,
     settings: Settings,
-    compute: Compute,
+    compute: Device,
     *,
     facts: DatasetFacts,
     after_epoch: Callable[[Epoch], None],

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .evaluate import to_unit
+from fmp_core.models.evaluate import to_unit
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint
-from .compute import Compute
-from .datasets import DatasetFacts
-from .distillation import Teacher
-from .evaluate import Metrics
-from .feature_maps import ConvLayer
-from .progress import Progress
-from .pruning import prune_feature_maps
-from .ranking import Choice
-from .score_cache import content_key
-from .settings import Settings
-from .training import Epoch, train
+from fmp_core.data.datasets import DatasetFacts
+from fmp_core.frg.scorer import Choice
+from fmp_core.models.evaluate import Metrics
+from fmp_core.models.feature_maps import ConvLayer
+from fmp_core.models.pruning import prune_feature_maps
+from fmp_core.models.training import Epoch, train
+from fmp_core.repair.distillation import Teacher
+from fmp_core.selection.cache import content_key
+from fmp_core.settings import Settings
+from fmp_core.storage.checkpoint import Checkpoint
+from fmp_core.system.devices import Device
+from fmp_core.system.progress import Progress
 
 TRAINING: tuple[str, ...] = ("batch_size", "lr", "lr_scheduler", "steplr_stepsize", "steplr_gamma", "steplr_milestones")
 TRAINING += ("sgd_momentum", "wd", "amp", "epochs", "random_seed", "masked", "unlearn", "distill")
@@ -48,7 +48,7 @@ class FineTuning:
     images: Tensor
     labels: Tensor
     settings: Settings
-    compute: Compute
+    compute: Device
     facts: DatasetFacts
     folder: Path
     test: Callable[[str], Metrics]
@@ -61,7 +61,7 @@ class FineTuning:
 
         Args:
             masked: maps that stay pruned.
-            twins: see :func:`~fmp_core.training.train`.
+            twins: see :func:`~fmp_core.models.training.train`.
         """
         logger, settings, state = logging.getLogger("fmp_core"), self.settings, self._state()
         history: History = []

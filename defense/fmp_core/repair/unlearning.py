@@ -1,4 +1,4 @@
-"""Images to unlearn a backdoor on: clean ones with a reversed trigger, and their true labels (not in the paper).
+"""Images to unlearn a backdoor on: clean ones with a inverted trigger, and their true labels (not in the paper).
 
 Fine-tuning on clean images alone revives a pruned backdoor (docs/strong.md). Images that carry what turns the attacked model to
 the target, with their true labels, teach it that this means nothing.
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .compute import rows_per_batch
-from .evaluate import to_unit
-from .evidence import TriggerSearch
-from .reversed_trigger import ReversedTrigger
+from fmp_core.inversion.trigger import InvertedTrigger
+from fmp_core.inversion.verdict import TriggerSearch
+from fmp_core.models.evaluate import to_unit
+from fmp_core.system.devices import rows_per_batch
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Unlearning:
     """
 
     search: TriggerSearch
-    triggers: Sequence[ReversedTrigger]
+    triggers: Sequence[InvertedTrigger]
 
     def __call__(self, epoch: int) -> Tensor:
         families, target = [trigger.family for trigger in self.triggers], self.triggers[0].target
@@ -37,7 +37,7 @@ class Unlearning:
         return unlearning_images(self.search.images, [*self.triggers, *now], self.search.seed + epoch)
 
 
-def unlearning_images(images: Tensor, triggers: Sequence[ReversedTrigger], seed: int) -> Tensor:
+def unlearning_images(images: Tensor, triggers: Sequence[InvertedTrigger], seed: int) -> Tensor:
     """Each image with one of the ``triggers`` (at least one), drawn by ``seed``; uint8 ``[M, C, H, W]`` in and out."""
     drawn = torch.randint(len(triggers), (len(images),), generator=torch.Generator().manual_seed(seed))
     made = torch.empty_like(images)

@@ -12,17 +12,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .activation_change import Precision, precision_at, trigger_activation_change
-from .datasets import dataset_facts
-from .errors import UserError
-from .evaluate import TestData, evaluate_and_keep, to_unit
-from .feature_maps import ConvLayer, trace_conv_layers
-from .files import replacing
-from .intervals import Interval, wilson
-from .models import PixelModel, load_model
-from .predictions import confusion, prediction_frame, read_predictions
-from .records import AttackRecord
-from .safe_load import load_torch_file
+from fmp_core.data.attack_record import AttackRecord
+from fmp_core.data.datasets import dataset_facts
+from fmp_core.errors import UserError
+from fmp_core.models.activation_change import Precision, precision_at, trigger_activation_change
+from fmp_core.models.build import PixelModel, load_model
+from fmp_core.models.evaluate import TestData, evaluate_and_keep, to_unit
+from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
+from fmp_core.report.intervals import Interval, wilson
+from fmp_core.results.predictions import confusion, prediction_frame, read_predictions
+from fmp_core.storage.files import replacing
+from fmp_core.storage.torch_file import load_torch_file
 
 TWINS = 256  # pairs of clean and poisoned images that TAC is averaged over
 OTHER_P = (8, 16, 32, 64, 128)
@@ -60,12 +60,12 @@ class Run:
 
     @property
     def scored(self) -> bool:
-        """Whether maps were scored by FRG; the ablations (--selection random, none) and reversed triggers need no scores."""
+        """Whether maps were scored by FRG; the ablations (--selection random, none) and inverted triggers need no scores."""
         return "rank" in self.maps
 
     @property
     def by_trigger(self) -> bool:
-        """Whether maps were chosen by how far a reversed trigger moves them (``--selection trigger``)."""
+        """Whether maps were chosen by how far a inverted trigger moves them (``--selection trigger``)."""
         return "moved" in self.maps
 
     def cuts(self, p: int) -> dict[str, int]:

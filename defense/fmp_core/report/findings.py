@@ -7,10 +7,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from .activation_change import Precision
-from .intervals import Interval
-from .report_data import Run
-from .settings import PRESETS, Settings
+from fmp_core.models.activation_change import Precision
+from fmp_core.report.data import Run
+from fmp_core.report.intervals import Interval
+from fmp_core.settings import PRESETS, Settings
 
 REMOVED = 0.10  # ASR below which a backdoor counts as removed, as backdoor papers have it
 WEAKENED = 0.5  # of the ASR before

@@ -13,19 +13,19 @@ import jinja2
 import markupsafe
 import pandas as pd
 
-from . import report_figures as figures
-from .errors import UserError
-from .evaluate import TestData
-from .files import write_text
-from .intervals import Interval, defense_effectiveness, difference, wilson
-from .predictions import confusion, success_by_class
-from .records import AttackRecord
-from .report_data import OTHER_P, Run, Trigger, other_cuts, read_run, watch_trigger
-from .report_findings import command, verdict, warnings
-from .report_pictures import pictures
-from .results import UnreadableError, read_result
+from fmp_core.data.attack_record import AttackRecord
+from fmp_core.errors import UserError
+from fmp_core.models.evaluate import TestData
+from fmp_core.report import figures
+from fmp_core.report.data import OTHER_P, Run, Trigger, other_cuts, read_run, watch_trigger
+from fmp_core.report.findings import command, verdict, warnings
+from fmp_core.report.intervals import Interval, defense_effectiveness, difference, wilson
+from fmp_core.report.pictures import pictures
+from fmp_core.results.predictions import confusion, success_by_class
+from fmp_core.results.read import UnreadableError, read_result
+from fmp_core.storage.files import write_text
 
-PAGE = Path(__file__).parent / "page"  # template, style and script
+PAGE = Path(__file__).parent / "assets"  # template, style and script
 METRICS = {"test_acc": "Acc", "test_asr": "ASR", "test_ra": "RA"}
 MEANS = {
     "test_acc": "clean images, right class",

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .evaluate import to_unit
-from .feature_maps import ConvLayer, frozen
-from .frg import Attack, SharedForward, noisy_start
-from .report_data import Run, Trigger
-from .reversed_trigger import FAMILIES, REVERSED_TRIGGER, load_trigger
+from fmp_core.frg.reverse import FrgSettings, SharedForward, noisy_start
+from fmp_core.inversion.trigger import FAMILIES, INVERTED_TRIGGER, load_trigger
+from fmp_core.models.evaluate import to_unit
+from fmp_core.models.feature_maps import ConvLayer, frozen
+from fmp_core.report.data import Run, Trigger
 
 SHOWN = 6  # feature maps per row of pictures
 
@@ -76,19 +76,19 @@ def pictures(run: Run, trigger: Trigger) -> dict[str, Any]:
 
 def _legend(run: Run) -> dict[str, str]:
     if run.by_trigger:
-        return {"name": "reversed", "frg": "what the reversed trigger, the same for all maps, changes in the clean image"}
+        return {"name": "reversed", "frg": "what the inverted trigger, the same for all maps, changes in the clean image"}
     return {"name": "FRG", "frg": "the reversed change of the clean image, from -eps (dark) to +eps"}
 
 
 def reversed_changes(run: Run, trigger: Trigger, image: Tensor, wanted: pd.DataFrame) -> dict[Any, Tensor]:
     """FRG's change of ``image`` ``[1, C, H, W]`` for each map, ``[C, H, W]`` in units of the largest change allowed (-1..1)."""
     if run.by_trigger:
-        found_by = load_trigger(run.folder / REVERSED_TRIGGER, image.shape[1:])
+        found_by = load_trigger(run.folder / INVERTED_TRIGGER, image.shape[1:])
         change = (found_by.on(image.cpu()) - image.cpu())[0] / FAMILIES[found_by.family]
         return dict.fromkeys(wanted.index, change)
     settings = run.metrics["settings"]
     eps, steps = float(settings["eps"]), int(settings["frg_steps"])
-    attack = Attack(eps, steps, float(settings["alpha"] or 2.5 * eps / steps))
+    attack = FrgSettings(eps, steps, float(settings["alpha"] or 2.5 * eps / steps))
     layers = [layer for layer in trigger.layers if layer.name in set(wanted["layer"])]
     noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with frozen(trigger.model):

@@ -9,8 +9,16 @@ from typing import Any
 
 import pandas as pd
 
-from .errors import UserError
-from .results import METRICS, Record, UnreadableError, defense_effectiveness, read_attack_metrics, read_record, read_result
+from fmp_core.errors import UserError
+from fmp_core.results.read import (
+    METRICS,
+    Record,
+    UnreadableError,
+    defense_effectiveness,
+    read_attack_metrics,
+    read_record,
+    read_result,
+)
 
 BASELINE = "no defense"  # the attacked model; the leaderboard's name for it
 COLUMNS = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from .errors import UserError
+from fmp_core.errors import UserError
 
 
 def summary_writer() -> Any:

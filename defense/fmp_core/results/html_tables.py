@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .tables import LOW_IS_GOOD, SHOWN, Table, attack_title, printable
+from fmp_core.results.tables import LOW_IS_GOOD, SHOWN, Table, attack_title, printable
 
 _STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --fg: #1a1c1f; --soft: #6b7280; --line: #d8dbe0;

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .evaluate import Metrics
-from .evidence import Evidence
-from .finetune import History
-from .ranking import Choice, Scores
-from .reversed_trigger import ReversedTrigger
+from fmp_core.frg.scorer import Choice, Scores
+from fmp_core.inversion.trigger import InvertedTrigger
+from fmp_core.inversion.verdict import Evidence
+from fmp_core.models.evaluate import Metrics
+from fmp_core.repair.finetune import History
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Outcome:
 
     scores: Scores | None
     evidence: Evidence | None
-    triggers: Sequence[ReversedTrigger]
+    triggers: Sequence[InvertedTrigger]
     choice: Choice
     before: Metrics
     history: History

@@ -11,10 +11,10 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .files import replacing
-from .results import METRICS
-from .settings import PROJECT
-from .tables import ATTACK_TITLES, AVERAGE, SHOWN
+from fmp_core.results.read import METRICS
+from fmp_core.results.tables import ATTACK_TITLES, AVERAGE, SHOWN
+from fmp_core.settings import PROJECT
+from fmp_core.storage.files import replacing
 
 PUBLISHED = PROJECT / "record_scripts" / "published"
 TABLES = ("1a", "1b", "1c", "2", "3", "4", "5", "6", "7")

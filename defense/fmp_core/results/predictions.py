@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .errors import UserError
-from .evaluate import Predictions, TestData
+from fmp_core.errors import UserError
+from fmp_core.models.evaluate import Predictions, TestData
 
 COLUMNS = ["poisoned", "label", "target", "before", "after"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from fmp_core.errors import UserError
 
 METRICS = ("test_acc", "test_asr", "test_ra")
 STAMP = "sweep.json"  # written by sweeps into each result folder: what was run, with which settings
@@ -105,7 +105,7 @@ def read_record(folder: Path) -> Record:
     path = folder / "info.pickle"
     if not path.is_file():
         return Record(attack=attack, dataset=dataset)
-    from .safe_load import load_torch_file  # imports torch, which takes seconds
+    from fmp_core.storage.torch_file import load_torch_file  # imports torch, which takes seconds
 
     try:
         info = load_torch_file(path)

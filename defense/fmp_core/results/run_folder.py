@@ -17,12 +17,12 @@ import torch
 import torchvision
 from matplotlib.figure import Figure
 
-from . import __version__
-from .evaluate import Metrics
-from .feature_maps import ConvLayer
-from .files import replacing, write_text
-from .ranking import Choice, Scores
-from .training import Epoch
+from fmp_core import __version__
+from fmp_core.frg.scorer import Choice, Scores
+from fmp_core.models.evaluate import Metrics
+from fmp_core.models.feature_maps import ConvLayer
+from fmp_core.models.training import Epoch
+from fmp_core.storage.files import replacing, write_text
 
 # The columns of BB's ft_df.csv after those of an epoch, in its order (``utils/trainer_cls.py``, Metric_Aggregator).
 TEST_COLUMNS = [
@@ -65,7 +65,7 @@ def summary_frame(history: pd.DataFrame) -> pd.DataFrame:
 def feature_map_frame(layers: Sequence[ConvLayer], choice: Choice, scores: Scores | None, scope: str) -> pd.DataFrame:
     """One row per feature map; ``rank`` 1 is the lowest score of those ``scope`` compares.
 
-    Maps that racing dropped have no margin. Without scores there is no rank; maps that a reversed trigger chose have ``moved``.
+    Maps that racing dropped have no margin. Without scores there is no rank; maps that a inverted trigger chose have ``moved``.
     """
     columns: dict[str, Any] = {
         "layer": [layer.name for layer in layers for _ in range(layer.channels)],

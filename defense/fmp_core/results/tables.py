@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import pandas as pd
 
-from .collecting import BASELINE
+from fmp_core.results.collect import BASELINE
 
 AVERAGE = "AVG"
 SHOWN = {"test_acc": "Acc", "test_asr": "ASR", "test_ra": "RA", "der": "DER"}
@@ -54,7 +54,7 @@ class Table:
 
 
 def build_tables(frame: pd.DataFrame) -> list[Table]:
-    """One table per dataset, model and poison rate in the tidy table of :func:`fmp_core.collecting.collect`.
+    """One table per dataset, model and poison rate in the tidy table of :func:`fmp_core.results.collect.collect`.
 
     A column is an attack; records of one attack that differ in their seed are averaged, other records of the same attack keep
     their own column, named after the record. AVG is there for methods that were run on every attack. The best of a column,

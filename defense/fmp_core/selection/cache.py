@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__
-from .errors import UserError
-from .evidence import Evidence
-from .feature_maps import ConvLayer
-from .files import write_text, write_torch
-from .ranking import Scores
-from .safe_load import load_torch_file
+from fmp_core import __version__
+from fmp_core.errors import UserError
+from fmp_core.frg.scorer import Scores
+from fmp_core.inversion.verdict import Evidence
+from fmp_core.models.feature_maps import ConvLayer
+from fmp_core.storage.files import write_text, write_torch
+from fmp_core.storage.torch_file import load_torch_file
 
 
 def content_key(state: Mapping[str, Tensor], images: Tensor, labels: Tensor, settings: Mapping[str, Any]) -> str:
@@ -43,7 +43,7 @@ def save_scores(folder: Path, key: str, scores: Scores) -> None:
         "key": key,
         "correct": scores.correct,
         "margin": scores.margin,
-        "slimmest": scores.slimmest,
+        "smallest_margin": scores.smallest_margin,
         "samples": scores.samples,
         "settled": settled,
     }
@@ -59,7 +59,7 @@ def load_scores(folder: Path, key: str, layers: Sequence[ConvLayer]) -> Scores |
         content = load_torch_file(path)
         total = sum(layer.channels for layer in layers)
         real, whole = torch.float64, torch.int64
-        kinds = {"correct": whole, "margin": real, "slimmest": real, "settled": torch.bool}
+        kinds = {"correct": whole, "margin": real, "smallest_margin": real, "settled": torch.bool}
         tensors = {name: content[name] for name in kinds}
         if content["key"] != key or any(tensors[name].dtype != kind for name, kind in kinds.items()):
             return None

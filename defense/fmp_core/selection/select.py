@@ -14,21 +14,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import ranks
-from .compute import choose_dtype
-from .evaluate import to_unit
-from .evidence import Evidence, TriggerSearch, choose_within_budget, most_moved_first
-from .feature_maps import ConvLayer
-from .first_order import FirstOrder
-from .image_racing import foretell_scores, mean_reverse
-from .progress import Progress
-from .pruning import accuracy_without
-from .racing import race
-from .ranking import Choice, Scores, choose, choose_by_chance, score_feature_maps
-from .ranking_state import RankingCheckpoints
-from .reversed_trigger import FAMILIES, ReversedTrigger
-from .score_cache import cache_file, content_key, load_evidence, load_scores, save_evidence, save_scores
-from .settings import Settings
+from fmp_core.frg.image_racing import foretell_scores, mean_reverse
+from fmp_core.frg.margin_taylor import MarginTaylor
+from fmp_core.frg.racing import race
+from fmp_core.frg.scorer import Choice, Scores, choose, choose_by_chance, score_feature_maps
+from fmp_core.frg.scorer_state import RankingCheckpoints
+from fmp_core.inversion.trigger import FAMILIES, InvertedTrigger
+from fmp_core.inversion.verdict import Evidence, TriggerSearch, choose_within_budget, most_moved_first
+from fmp_core.models.evaluate import to_unit
+from fmp_core.models.feature_maps import ConvLayer
+from fmp_core.models.pruning import accuracy_without
+from fmp_core.selection.cache import cache_file, content_key, load_evidence, load_scores, save_evidence, save_scores
+from fmp_core.settings import Settings
+from fmp_core.system import distributed
+from fmp_core.system.devices import choose_dtype
+from fmp_core.system.progress import Progress
 
 Found = TypeVar("Found")
 HELD_OUT = 1000  # clean images, the last of the subset, that tell how many maps the budget allows
@@ -41,7 +41,7 @@ class Selector:
     Args:
         model: takes pixels in [0,1]; ``layers`` are its convolutions in execution order.
         images: uint8 ``[M, C, H, W]``, the clean subset, on the model's device; ``labels`` int64 ``[M]``.
-        shared: the folder below which scores are cached (:func:`~fmp_core.score_cache.cache_file`).
+        shared: the folder below which scores are cached (:func:`~fmp_core.selection.cache.cache_file`).
         timed: a context manager that counts the seconds of a named stage.
     """
 
@@ -72,15 +72,15 @@ class Selector:
             self.logger.info("the model is not shown to be backdoored%s; the paper's count chooses the feature maps", few)
         return (self._rank() if self.settings.selection in ("frg", "trigger") else None), evidence
 
-    def reverse(self, evidence: Evidence | None) -> list[ReversedTrigger]:
+    def reverse(self, evidence: Evidence | None) -> list[InvertedTrigger]:
         """Triggers towards the class of the backdoor, the one that showed it first; none if there is no backdoor."""
         if evidence is None or not evidence.backdoored:
             return []
         families = [evidence.family, *(family for family in FAMILIES if family != evidence.family)]
-        with self.timed("reversing triggers"):
+        with self.timed("trigger inversion"):
             return self.trigger_search().triggers(families, evidence.target)
 
-    def choose(self, scores: Scores | None, trigger: ReversedTrigger | None) -> Choice:
+    def choose(self, scores: Scores | None, trigger: InvertedTrigger | None) -> Choice:
         """The maps to prune: those that ``trigger`` moves most, else those with the lowest ``scores``."""
         settings = self.settings
         if trigger is not None:
@@ -104,12 +104,12 @@ class Selector:
         def saved(family: str) -> Evidence | None:
             return load_evidence(self.shared, key, classes).get(family)
 
-        with self.timed("reversing triggers"):
+        with self.timed("trigger inversion"):
             for family in FAMILIES:
                 evidence = self._cached(partial(saved, family))
                 if evidence is None:
                     evidence = search.weigh(family, classes)
-                    if ranks.leads():
+                    if distributed.is_leader():
                         save_evidence(self.shared, key, [*found, evidence])
                 self.logger.info("%s perturbations: %s", family, pformat(evidence.as_dict(), compact=True))
                 found.append(evidence)
@@ -129,7 +129,7 @@ class Selector:
     def _cached(self, read: Callable[[], Found | None]) -> Found | None:
         """What ``read`` finds in the cache, for all processes alike: what the first one sees there, decides."""
         found = None if self.settings.fresh else read()
-        if not ranks.leader_says(found is not None):
+        if not distributed.broadcast(found is not None):
             return None
         return read() if found is None else found  # saved since this process looked
 
@@ -155,7 +155,7 @@ class Selector:
             return scores
         self.logger.info("ranking %d feature maps of %d layers on %d clean images in %s", maps, len(layers), count, dtype)
         checkpoints = RankingCheckpoints(self.shared / "cache", key, settings.fresh)
-        mine = int(ranks.share(torch.ones(maps, dtype=torch.bool)).sum())
+        mine = int(distributed.my_share(torch.ones(maps, dtype=torch.bool)).sum())
         with self.timed("ranking"), Progress("Ranking", mine * count, "map-images", self.logger) as bar:
             score = partial(
                 score_feature_maps,
@@ -172,7 +172,7 @@ class Selector:
                 scores = self._race(score, checkpoints, images, labels)
             else:
                 scores = score(dtype=dtype, checkpoint=checkpoints.of(dtype))
-        if ranks.leads():
+        if distributed.is_leader():
             save_scores(self.shared, key, scores)
         checkpoints.remove()
         return scores
@@ -188,6 +188,6 @@ class Selector:
         def exactly(wanted: Tensor) -> Scores:
             return score(dtype=torch.float32, wanted=wanted, checkpoint=checkpoints.of(torch.float32, wanted))
 
-        first_order = FirstOrder(self.model, mean_reverse(cheaply, layers, images), labels)
+        first_order = MarginTaylor(self.model, mean_reverse(cheaply, layers, images), labels)
         foretold, error = foretell_scores(cheaply, first_order, layers, p, scope)
         return race(race(foretold, cheaply, p, scope, error), exactly, p, scope)

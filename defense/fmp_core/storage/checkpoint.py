@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from .errors import UserError
-from .files import write_torch
-from .safe_load import load_torch_file
+from fmp_core.errors import UserError
+from fmp_core.storage.files import write_torch
+from fmp_core.storage.torch_file import load_torch_file
 
 
 @dataclass
 class Checkpoint:
-    """The file ``path`` holds the state of :func:`fmp_core.training.train` after its last finished epoch.
+    """The file ``path`` holds the state of :func:`fmp_core.models.training.train` after its last finished epoch.
 
     ``made_with`` names, in plain values, all that the result depends on; a file made with other values is refused.
     ``notes`` is the caller's own plain data (its history of epochs, say): saved with the state and given back with it.

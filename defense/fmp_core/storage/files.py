@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from fmp_core.errors import UserError
 
 HOST = re.sub(r"\W", "_", platform.node())  # part of temporary names, since folders are shared between machines
 

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import UserError
-from .files import writing
+from fmp_core.errors import UserError
+from fmp_core.storage.files import writing
 
 try:
     import fcntl

@@ -13,8 +13,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .pickles import IMAGES, PLAIN, Callee, PickledImage, RefusedError, read_pickle
+from fmp_core.errors import UserError
+from fmp_core.storage.unpickler import IMAGES, PLAIN, Callee, PickledImage, RefusedError, read_pickle
 
 __all__ = ["PickledImage", "load_torch_file"]
 

@@ -18,8 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .files import write_text
-from .results import STAMP, Result, UnreadableError, read_result
+from fmp_core.results.read import STAMP, Result, UnreadableError, read_result
+from fmp_core.storage.files import write_text
 
 ATTACK_FILE = "attack_result.pt"  # as in records.py, which imports torch: a sweep starts at once, and so do its nodes
 MARK = "FMP_SWEEP"  # environment variable of every process a sweep starts: the sweep's folder

@@ -10,9 +10,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from statistics import mean
 
-from .errors import UserError
-from .results import METRICS
-from .sweep_jobs import Job, Outcome, finished, run, stop_all
+from fmp_core.errors import UserError
+from fmp_core.results.read import METRICS
+from fmp_core.sweeps.jobs import Job, Outcome, finished, run, stop_all
 
 Report = Callable[[Job, Outcome], None]
 

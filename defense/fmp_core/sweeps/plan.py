@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError
-from .settings import FIELDS, PROJECT, Settings, load_settings
-from .sweep_jobs import Job
+from fmp_core.errors import UserError
+from fmp_core.settings import FIELDS, PROJECT, Settings, load_settings
+from fmp_core.sweeps.jobs import Job
 
 OURS = {"fmp": "frg", "ft-only": "none", "random-prune": "random"}  # name in a sweep -> --selection
 SLURM_KEYS = {"partition", "time", "gpus", "cpus", "memory_gb", "account", "qos", "constraint", "setup", "at_once"}

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .settings import PROJECT
-from .sweep_jobs import Job, Outcome, run
-from .sweep_plan import Sweep
-from .sweep_queue import Report
+from fmp_core.errors import UserError
+from fmp_core.settings import PROJECT
+from fmp_core.sweeps.jobs import Job, Outcome, run
+from fmp_core.sweeps.local import Report
+from fmp_core.sweeps.plan import Sweep
 
 POLL = 5.0  # seconds between looks at the jobs' files
 _NAMES = {"partition": "slurm_partition", "account": "slurm_account", "qos": "slurm_qos", "constraint": "slurm_constraint"}

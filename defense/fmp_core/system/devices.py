@@ -8,11 +8,11 @@ from functools import cache
 
 import torch
 
-from .errors import UserError
+from fmp_core.errors import UserError
 
 
 @dataclass(frozen=True)
-class Compute:
+class Device:
     """``device`` does the work; fine-tuning spreads over ``device_ids`` if there are several."""
 
     device: torch.device
@@ -24,7 +24,7 @@ class Compute:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
 
 
-def choose_compute(text: str) -> Compute:
+def choose_device(text: str) -> Device:
     """Read BB's device strings: ``cpu``, ``cuda``, ``cuda:0``, ``cuda:0,1``; ``auto`` is CUDA where there is one.
 
     Raises:
@@ -33,7 +33,7 @@ def choose_compute(text: str) -> Compute:
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
     if text == "cpu":
-        return Compute(torch.device("cpu"))
+        return Device(torch.device("cpu"))
     match = re.fullmatch(r"cuda(?::(\d+(?:,\d+)*))?", text)
     if match is None:
         raise UserError(f"--device {text} is not a device; give cpu, cuda, cuda:0 or cuda:0,1.")
@@ -44,7 +44,7 @@ def choose_compute(text: str) -> Compute:
         raise UserError(
             f"--device {text}: this machine has {count} CUDA device(s), so cuda:{absent} does not exist; try --device cpu."
         )
-    return Compute(torch.device("cuda", ids[0]), ids if len(ids) > 1 else ())
+    return Device(torch.device("cuda", ids[0]), ids if len(ids) > 1 else ())
 
 
 @cache

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .compute import Compute
-from .errors import UserError
+from fmp_core.errors import UserError
+from fmp_core.system.devices import Device
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets; clusters set some of these too
 
 
-def join(compute: Compute) -> Compute:
+def join(compute: Device) -> Device:
     """Join the processes torchrun started, if it did: nccl on CUDA, gloo on CPU. Returns this one's share.
 
     On CUDA each takes one of the GPUs that ``--device`` names, or of all if it names none or one.
@@ -32,22 +32,22 @@ def join(compute: Compute) -> Compute:
     if not dist.is_initialized():
         # Long, because the others wait where the first one waits for a lock (--wait).
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
-    return Compute(device)
+    return Device(device)
 
 
-def together() -> bool:
+def is_distributed() -> bool:
     """Whether this process ranks together with others."""
     return dist.is_available() and dist.is_initialized()
 
 
-def leads() -> bool:
+def is_leader() -> bool:
     """Whether this is the process that fine-tunes, evaluates and writes."""
-    return not together() or dist.get_rank() == 0
+    return not is_distributed() or dist.get_rank() == 0
 
 
-def leader_says(answer: bool) -> bool:
+def broadcast(answer: bool) -> bool:
     """The first process's ``answer``, for all: they must not part ways over what each saw on disk, and when."""
-    if not together():
+    if not is_distributed():
         return answer
     said = torch.tensor([int(answer)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     with _connected():
@@ -55,21 +55,21 @@ def leader_says(answer: bool) -> bool:
     return bool(said.item())
 
 
-def share(wanted: Tensor) -> Tensor:
+def my_share(wanted: Tensor) -> Tensor:
     """Of the positions ``wanted`` (bool ``[N]``), those this process scores: every n-th, so that layers are spread evenly."""
-    if not together():
+    if not is_distributed():
         return wanted
     return wanted & (wanted.cumsum(0) % dist.get_world_size() == dist.get_rank())
 
 
 def share_name() -> str:
     """Which share of the maps this process scores, for names of files."""
-    return f"{dist.get_rank()}of{dist.get_world_size()}" if together() else "0of1"
+    return f"{dist.get_rank()}of{dist.get_world_size()}" if is_distributed() else "0of1"
 
 
 def combine(*sums: Tensor, least: Tensor | None = None) -> None:
     """Give every process all scores, in place: exact, since one process found each and it is 0 (``least``: inf) elsewhere."""
-    if not together():
+    if not is_distributed():
         return
     with _connected():
         for tensor in sums:
@@ -91,5 +91,5 @@ def _connected() -> Iterator[None]:
 
 def leave() -> None:
     """Part from the other processes, if there are any."""
-    if together():
+    if is_distributed():
         dist.destroy_process_group()
