@@ -10,9 +10,10 @@ import collect
 import pandas as pd
 import pytest
 import torch
+from fmp_core.metrics import defense_effectiveness
 from fmp_core.results.collect import join_leaderboard, read_leaderboard
 from fmp_core.results.html_tables import to_html
-from fmp_core.results.read import UnreadableError, defense_effectiveness, read_result
+from fmp_core.results.read import UnreadableError, read_result
 from fmp_core.results.tables import build_tables, to_latex, to_markdown, to_text
 
 T5 = "clean_test_loss_avg_over_batch,bd_test_loss_avg_over_batch,test_acc,test_asr,test_ra"

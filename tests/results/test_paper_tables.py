@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import paper_tables
 import pytest
+from fmp_core.metrics import METRICS
 from fmp_core.results.paper import (
     BASELINES,
     FIGURES,
@@ -23,7 +24,6 @@ from fmp_core.results.paper import (
     scaled_rows,
     sweep_content,
 )
-from fmp_core.results.read import METRICS
 from fmp_core.sweeps.plan import make_sweep, plan
 from PIL import Image
 

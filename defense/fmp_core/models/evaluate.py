@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fmp_core.metrics import defense_effectiveness
 from fmp_core.models.fast_ops import FastOps
 from fmp_core.models.feature_maps import frozen
-from fmp_core.results.read import defense_effectiveness
 from fmp_core.system.devices import rows_per_batch
 
 

@@ -10,15 +10,8 @@ from typing import Any
 import pandas as pd
 
 from fmp_core.errors import UserError
-from fmp_core.results.read import (
-    METRICS,
-    Record,
-    UnreadableError,
-    defense_effectiveness,
-    read_attack_metrics,
-    read_record,
-    read_result,
-)
+from fmp_core.metrics import METRICS, defense_effectiveness
+from fmp_core.results.read import Record, UnreadableError, read_attack_metrics, read_record, read_result
 
 BASELINE = "no defense"  # the attacked model; the leaderboard's name for it
 COLUMNS = [

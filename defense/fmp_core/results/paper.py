@@ -11,7 +11,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fmp_core.results.read import METRICS
+from fmp_core.metrics import METRICS
 from fmp_core.results.tables import ATTACK_TITLES, AVERAGE, SHOWN
 from fmp_core.settings import PROJECT
 from fmp_core.storage.files import replacing

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fmp_core.errors import UserError
+from fmp_core.metrics import METRICS
 
-METRICS = ("test_acc", "test_asr", "test_ra")
 STAMP = "sweep.json"  # written by sweeps into each result folder: what was run, with which settings
 MOST_BYTES = 16 * 2**20  # no metric csv of BB comes near this
 ATTACK_NAMES = {"lowfrequency": "lf", "label_consistent": "lc"}  # info.pickle's names -> those of files and leaderboard
@@ -121,13 +121,6 @@ def read_record(folder: Path) -> Record:
         pratio=_number(info.get("pratio")),
         seed=_whole(info.get("random_seed")),
     )
-
-
-def defense_effectiveness(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """DER in [0,1] from two sets of METRICS (BB ``utils/metric.py``)."""
-    asr_drop = max(0.0, before["test_asr"] - after["test_asr"])
-    acc_drop = max(0.0, before["test_acc"] - after["test_acc"])
-    return (asr_drop - acc_drop + 1) / 2
 
 
 def _summary_file(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 from fmp_core.errors import UserError
-from fmp_core.results.read import METRICS
+from fmp_core.metrics import METRICS
 from fmp_core.sweeps.jobs import Job, Outcome, finished, run, stop_all
 
 Report = Callable[[Job, Outcome], None]
