@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fmp_core.frg.margin_taylor import MarginTaylor
-from fmp_core.frg.scorer import Foretell, Scores, Watch, compared, slices
+from fmp_core.frg.scorer import Foretell, Scores, Watch, slices
 from fmp_core.frg.scorer_state import Answers, Tally
+from fmp_core.frg.scores import comparison_groups
 from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.system import distributed
 
@@ -128,7 +129,7 @@ def foretell_scores(
 def _at_or_below_cut(counts: Tensor, layers: Sequence[ConvLayer], p: int, scope: str) -> Tensor:
     """The maps whose count is that of the last of the lowest N/p of their group, or lower; bool ``[N]``."""
     found = torch.zeros(len(counts), dtype=torch.bool)
-    for group in compared(layers, scope):
+    for group in comparison_groups(layers, scope):
         fewest = (group.stop - group.start) // p
         if fewest:
             found[group] = counts[group] <= counts[group].kthvalue(fewest).values

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fmp_core.frg.reverse import FrgSettings, SharedForward, noisy_start
 from fmp_core.frg.scorer_state import Answers, Keeper, RankingState
+from fmp_core.frg.scores import Scores, comparison_groups, cuts, layer_slices, lowest
 from fmp_core.models.fast_ops import FastOps, to_precision
 from fmp_core.models.feature_maps import ConvLayer, frozen
 from fmp_core.storage.checkpoint import Checkpoint
@@ -20,37 +20,6 @@ from fmp_core.system import distributed
 from fmp_core.system.devices import fewest_rows, is_out_of_memory, least_rows, rows_per_batch
 
 STEP = 8  # few batches of unsure images differ in size then: kernels are made anew for each size
-
-
-@dataclass(frozen=True)
-class Scores:
-    """FRG scores of all N feature maps, layers in execution order, channels within them.
-
-    ``correct`` int64 ``[N]``: how many of ``samples`` FRG images the whole model still classifies correctly.
-    ``margin`` float64 ``[N]``: mean over the images of (logit of the true class - largest other logit).
-    ``smallest_margin`` float64 ``[N]``: the smallest margin among the images classified correctly (inf if there are none).
-    ``settled`` bool ``[N]``: False for maps that racing dropped, whose ``margin`` is only the least it may be (-inf: not
-    known); None if there are none.
-    """
-
-    layers: tuple[ConvLayer, ...]
-    correct: Tensor
-    margin: Tensor
-    smallest_margin: Tensor
-    samples: int
-    settled: Tensor | None = None
-
-    @property
-    def total(self) -> int:
-        return len(self.correct)
-
-    def order(self) -> Tensor:
-        """Positions, int64 ``[N]``, from the lowest score up; ties of ``correct`` by ``margin``, then by position.
-
-        Maps that racing dropped come after all others.
-        """
-        dropped = torch.zeros(self.total) if self.settled is None else ~self.settled
-        return torch.from_numpy(np.lexsort((self.margin.numpy(), self.correct.numpy(), dropped.numpy())))  # last key first
 
 
 @dataclass(frozen=True)
@@ -68,13 +37,7 @@ class Choice:
         return {layer.name: self.mask[where] for layer, where in slices(layers)}
 
 
-def slices(layers: Sequence[ConvLayer]) -> list[tuple[ConvLayer, slice]]:
-    """Each layer with the positions of its maps among the maps of all layers."""
-    found, start = [], 0
-    for layer in layers:
-        found.append((layer, slice(start, start + layer.channels)))
-        start += layer.channels
-    return found
+slices = layer_slices
 
 
 class Watch(Protocol):
@@ -92,22 +55,13 @@ class Foretell(Protocol):
 
 
 def choose(scores: Scores, p: int, scope: str) -> Choice:
-    """The lowest N/p maps (rounded down) of all maps together (``global``, the paper) or of each layer (``layer``, the
-    released code)."""
-    mask = torch.zeros(scores.total, dtype=torch.bool)
-    ties = 0
-    for members in ordered_groups(scores, scope):
-        count = len(members) // p
-        mask[members[:count]] = True
-        if 0 < count < len(members) and scores.correct[members[count - 1]] == scores.correct[members[count]]:
-            ties += int((scores.correct[members] == scores.correct[members[count]]).sum())
-    return Choice(mask, ties)
+    return Choice(*lowest(scores, p, scope))
 
 
 def choose_by_chance(layers: Sequence[ConvLayer], p: int, scope: str, seed: int) -> Choice:
     """As many maps as :func:`choose` takes, drawn without looking at the model: the control of FMP's ranking."""
     generator = torch.Generator().manual_seed(seed)
-    groups = compared(layers, scope)
+    groups = comparison_groups(layers, scope)
     mask = torch.zeros(groups[-1].stop, dtype=torch.bool)
     for group in groups:
         size = group.stop - group.start
@@ -115,16 +69,8 @@ def choose_by_chance(layers: Sequence[ConvLayer], p: int, scope: str, seed: int)
     return Choice(mask)
 
 
-def compared(layers: Sequence[ConvLayer], scope: str) -> list[slice]:
-    """The positions of the maps that are compared with each other: of all maps, or of each layer's."""
-    wheres = [where for _, where in slices(layers)]
-    return [slice(0, wheres[-1].stop)] if scope == "global" else wheres
-
-
 def ordered_groups(scores: Scores, scope: str) -> list[Tensor]:
-    """Positions of the maps that are compared with each other, each group from its lowest score up."""
-    order = scores.order()
-    return [order[(order >= group.start) & (order < group.stop)] for group in compared(scores.layers, scope)]
+    return [cut.order for cut in cuts(scores, 1, scope)]
 
 
 def score_feature_maps(
