@@ -174,7 +174,7 @@ def test_an_impossible_yaml_value_is_refused_by_key_and_file(key: str, value: An
     path = settings_file(tmp_path, **{key: value})
     with pytest.raises(UserError) as caught:
         read_yaml(Path(path))
-    assert f"{key} in {path} is {value!r}, but must be " in str(caught.value)
+    assert f"{path}: {key} is {value!r}, but must be " in str(caught.value)
 
 
 def test_an_unknown_yaml_key_is_refused_by_name_and_file(tmp_path: Path):

@@ -1,177 +1,180 @@
-"""One run's settings: dataclass defaults < YAML file < command-line flags."""
+"""The settings of a run of ``fmp.py``: dataclass defaults < YAML file < preset < command-line flags."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import re
-from collections.abc import Callable, Mapping
+import enum
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
-
+from fmp_core import fields
 from fmp_core.errors import UserError
+from fmp_core.fields import BOOLEAN, NAME, Kind, choice, integer, number, numbers, or_word, setting, text
 
-LARGEST_YAML = 2**18  # bytes; ours have 3000
 DEFAULT_YAML = "./config/defense/fmp/config.yaml"
 PROJECT = Path(__file__).resolve().parents[2]  # holds config/, in a BackdoorBench checkout too
 
 
-class Kind(NamedTuple):
-    """How a setting's text or YAML value is read; ``parse`` raises ValueError on an impossible value."""
+class Stage(enum.Enum):
+    """What a setting touches, in the order of a run. The first stage of a setting is its group in ``--help``."""
 
-    parse: Callable[[Any], Any]
-    expects: str
-
-
-def _integer(low: int, high: int | None = None) -> Kind:
-    def parse(value: Any) -> int:
-        if isinstance(value, bool) or int(str(value)) < low or (high is not None and int(str(value)) > high):
-            raise ValueError
-        return int(str(value))
-
-    return Kind(parse, f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}"))
-
-
-def _number(low: float, high: float = float("inf"), *, above: bool = False) -> Kind:
-    """A finite number in [low, high], or ]low, high] with ``above``; fractions such as ``1/255`` are welcome."""
-
-    def parse(value: Any) -> float:
-        if isinstance(value, bool):
-            raise ValueError
-        numerator, _, denominator = str(value).partition("/")
-        number = float(numerator) / float(denominator or 1)
-        if not math.isfinite(number) or not (low < number if above else low <= number) or number > high:
-            raise ValueError
-        return number
-
-    bound = f"above {low:g}" if above else f"of at least {low:g}"
-    return Kind(parse, f"a number {bound}" + (f" and at most {high:g}" if high < float("inf") else ""))
+    NAMING = "the record and the folders"
+    RUN = "the run"
+    LOADING = "data and attacked model"
+    RANKING = "ranking feature maps (FRG)"
+    INVERSION = "trigger inversion"
+    CHOOSING = "choosing the feature maps to prune"
+    FINE_TUNING = "fine-tuning"
+    TRAINING = "training of the attacked model"  # by make_record.py, which borrows these settings
+    TESTING = "testing"
+    OUTPUT = "output"
+    NO_EFFECT = "flags of BackdoorBench without effect"
 
 
-def _choice(*names: str) -> Kind:
-    def parse(value: Any) -> str:
-        if value not in names:
-            raise ValueError
-        return str(value)
-
-    return Kind(parse, "one of " + ", ".join(names))
+def _setting(
+    stages: Stage | tuple[Stage, ...], default: Any, kind: Kind, help: str, *, decides: bool = True, **more: Any
+) -> Any:
+    """A field and its tag: the stages it touches, and whether it ``decides`` what comes of them (or only where and how)."""
+    return setting(default, kind, help, stages=stages if isinstance(stages, tuple) else (stages,), decides=decides, **more)
 
 
-def _parse_boolean(value: Any) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "false", "1", "0"):
-        raise ValueError
-    return text in ("true", "1")
+_place = partial(_setting, Stage.NAMING, decides=False)
+_run = partial(_setting, Stage.RUN, decides=False)
+_loading = partial(_setting, Stage.LOADING)
+_ranking = partial(_setting, Stage.RANKING)
+_choosing = partial(_setting, Stage.CHOOSING)
+_tuning = partial(_setting, Stage.FINE_TUNING)
+_training = partial(_setting, (Stage.FINE_TUNING, Stage.TRAINING))
+_testing = partial(_setting, Stage.TESTING)
+_output = partial(_setting, Stage.OUTPUT, decides=False)
+_no_effect = partial(_setting, Stage.NO_EFFECT, help="no effect: images live on the device", decides=False)
 
-
-def _parse_text(value: Any) -> str:
-    if not isinstance(value, (str, Path)) or not str(value):
-        raise ValueError
-    return str(value)
-
-
-def _parse_name(value: Any) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=-]{0,99}", str(value)):
-        raise ValueError
-    return str(value)
-
-
-def _parse_milestones(value: Any) -> tuple[int, ...]:
-    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
-    return tuple(_integer(1).parse(part) for part in parts)
-
-
-_BOOLEAN = Kind(_parse_boolean, "True or False")
-_TEXT = Kind(_parse_text, "a text")
-_NAME = Kind(_parse_name, "a folder name of letters, digits, '.', '_', '=' and '-'")
-_SAMPLES = Kind(lambda v: "all" if v == "all" else _integer(1).parse(v), "a whole number of at least 1, or all")
-_CHUNK = Kind(lambda v: "auto" if v == "auto" else _integer(1).parse(v), "a whole number of at least 1, or auto")
-_MILESTONES = Kind(_parse_milestones, "epochs separated by commas, such as 5,8")
-
-
-def _setting(default: Any, kind: Kind, help: str, short: str | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"kind": kind, "help": help, "short": short})
+_FOLDER = text("FOLDER")
+_STATISTIC = "one or three numbers of images in [0,1], such as 0.5 or 0.49,0.48,0.45"
+_CHECKED = "checked against the record"
+_SEEDED = (Stage.LOADING, Stage.RANKING, Stage.INVERSION, Stage.FINE_TUNING, Stage.TRAINING)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Every setting of a run. A field is a flag (``--name``) and a YAML key of the same name.
 
-    Names are BackdoorBench's wherever BB has the flag (``defense/ft.py``, ``defense/fp.py``).
+    Names are BackdoorBench's wherever BB has the flag (``defense/ft.py``, ``defense/fp.py``). What each setting touches is
+    said here alone: :func:`names` and the functions after it derive from it what a cache, a sweep or a checkpoint depends on.
     """
 
-    preset: str = _setting("paper", _choice("paper", "strong"), "strong: see docs/strong.md; flags override it")
-    result_file: str | None = _setting(None, _TEXT, "the attack record: a folder name below --record_root")
-    record_root: str = _setting("./record", _TEXT, "the folder of attack records")
-    dataset_path: str = _setting("./data", _TEXT, "the folder of datasets; the dataset's name is appended")
-    dataset: str | None = _setting(None, _TEXT, "checked against the record")
-    model: str | None = _setting(None, _TEXT, "checked against the record")
-    num_classes: int | None = _setting(None, _integer(2), "checked against the record")
-    device: str = _setting("auto", _TEXT, "auto (CUDA where there is one), cpu, cuda, cuda:0 or cuda:0,1")
-    random_seed: int = _setting(0, _integer(0, 2**32 - 1), "seed of the clean subset, the FRG noise and fine-tuning")
+    result_file: str | None = _place(None, text("RECORD"), "the attack record: a folder name below --record_root")
+    record_root: str = _place("./record", _FOLDER, "the folder of attack records")
+    dataset_path: str = _place("./data", _FOLDER, "the folder of datasets; the dataset's name is appended")
+    save_folder: str | None = _place(None, _FOLDER, "where results go, instead of <record>/defense; for read-only records")
+    defense_name: str = _place("fmp", NAME, "the result folder's name, below <record>/defense or --save_folder")
+    log: str | None = _place(None, _FOLDER, "folder of the log (default: log/ in the result folder)")
+    checkpoint_save: str | None = _place(None, _FOLDER, "folder of saved epochs (default: checkpoint/ in the result folder)")
 
-    ratio: float = _setting(0.1, _number(0, 1, above=True), "share of the clean training set the defender owns")
-    index: str | None = _setting(None, _TEXT, "text file of clean-training-set indices to use instead of --ratio")
-
-    p: int = _setting(64, _integer(1), "the N/p lowest feature maps are pruned")
-    eps: float = _setting(1 / 255, _number(0, 1, above=True), "FRG perturbation bound in pixel space [0,1], e.g. 1/255")
-    frg_steps: int = _setting(1, _integer(1), "FRG gradient steps; 1 is Algorithm 1")
-    alpha: float | None = _setting(
-        None, _number(0, 1, above=True), "FRG step size if frg_steps > 1 (default 2.5*eps/frg_steps)"
+    # Does not decide: what it sets, does.
+    preset: str = _run("paper", choice("paper", "strong"), "strong: see docs/strong.md; single flags override what it sets")
+    device: str = _setting(
+        (Stage.RUN, Stage.TRAINING),
+        "auto",
+        text("DEVICE"),
+        "auto (CUDA where there is one), cpu, cuda, cuda:0 or cuda:0,1",
+        decides=False,
     )
-    frg_samples: int | str = _setting(32, _SAMPLES, "clean images each feature map is scored on, or all")
-    scope: str = _setting("layer", _choice("layer", "global"), "choose N/p in each layer, or of all maps together")
-    selection: str = _setting(
+    fresh: bool = _run(False, BOOLEAN, "use neither cached scores nor the state of an interrupted run")
+    wait: bool = _run(False, BOOLEAN, "wait while another run works in the same result folder, instead of ending")
+
+    dataset: str | None = _loading(None, text("NAME"), _CHECKED, decides=False)
+    model: str | None = _loading(None, text("NAME"), _CHECKED, decides=False)
+    num_classes: int | None = _loading(None, integer(2), _CHECKED, decides=False)
+    mean: tuple[float, ...] | None = _loading(
+        None,
+        numbers(number(0, 1), _STATISTIC, "MEAN", lengths=(1, 3)),
+        "mean that the model's preprocessing subtracts; goes with --std (default: the dataset's)",
+    )
+    std: tuple[float, ...] | None = _loading(
+        None,
+        numbers(number(0, above=True), _STATISTIC + ", above 0", "STD", lengths=(1, 3)),
+        "standard deviation that it divides by; goes with --mean (default: the dataset's)",
+    )
+    ratio: float = _loading(0.1, number(0, 1, above=True, metavar="RATIO"), "share of the clean training set the defender owns")
+    index: str | None = _loading(None, text("FILE"), "text file of clean-training-set indices to use instead of --ratio")
+    random_seed: int = _setting(
+        _SEEDED, 0, integer(0, 2**32 - 1, metavar="SEED"), "seed of the clean subset, the FRG noise and fine-tuning"
+    )
+
+    eps: float = _ranking(
+        1 / 255, number(0, 1, above=True, metavar="EPS"), "perturbation bound in pixel space [0,1]", shown="1/255"
+    )
+    frg_steps: int = _ranking(1, integer(1), "gradient steps; 1 is Algorithm 1 of the paper")
+    alpha: float | None = _ranking(
+        None, number(0, 1, above=True, metavar="ALPHA"), "step size if there are several (default 2.5*eps/frg_steps)"
+    )
+    frg_samples: int | str = _ranking(32, or_word(integer(1), "all"), "clean images each feature map is scored on")
+    ranking: str = _ranking(
+        "exact",
+        choice("exact", "racing"),
+        "score every feature map on every image, or drop early those that will not be chosen",
+    )
+    dtype: str = _setting(
+        (Stage.RANKING, Stage.INVERSION),
+        "fp32",
+        choice("fp32", "bf16", "auto"),
+        "precision of ranking and trigger inversion; auto: bf16 where the hardware has it",
+    )
+    chunk: int | str = _ranking("auto", or_word(integer(1), "auto"), "images per batch of ranking", decides=False)
+    memory: int | None = _ranking(
+        None, integer(64, metavar="MIB"), "MiB that ranking may keep; lowers the chunk", decides=False
+    )
+
+    selection: str = _choosing(
         "frg",
-        _choice("frg", "trigger", "random", "none"),
-        "by FRG's count, or by how far a inverted trigger moves maps (strong); the ablations take as many by chance, or none",
+        choice("frg", "trigger", "random", "none"),
+        "by FRG's scores, or by how far an inverted trigger changes activations (strong); ablations: at random, or none",
     )
-    budget: float = _setting(0.05, _number(0, 1), "with selection trigger: accuracy on clean images that pruning may cost")
-    unlearn: bool = _setting(False, _BOOLEAN, "with selection trigger: fine-tune on images with inverted triggers, too")
-    distill: float = _setting(
-        0.0, _number(0), "weight of keeping the attacked model's answers to clean images while fine-tuning (distillation)"
+    p: int = _choosing(64, integer(1, metavar="P"), "the N/p lowest-scored of N feature maps are pruned")
+    scope: str = _choosing("layer", choice("layer", "global"), "N/p in each layer, or of all layers together")
+    budget: float = _choosing(
+        0.05, number(0, 1, metavar="SHARE"), "with --selection trigger: accuracy on clean images that pruning may cost"
     )
-    masked: bool = _setting(False, _BOOLEAN, "keep pruned feature maps at zero while fine-tuning")
 
-    ranking: str = _setting(
-        "exact", _choice("exact", "racing"), "score every map on every image, or drop maps early that will not be chosen"
+    masked: bool = _tuning(False, BOOLEAN, "keep pruned feature maps at zero while fine-tuning")
+    unlearn: bool = _tuning(False, BOOLEAN, "with --selection trigger: train on images with inverted triggers, too")
+    distill: float = _tuning(0.0, number(0, metavar="WEIGHT"), "weight of keeping the attacked model's outputs on clean images")
+    epochs: int = _training(10, integer(0), "fine-tuning epochs; 0 prunes and evaluates only")
+    batch_size: int = _setting(
+        (Stage.FINE_TUNING, Stage.TRAINING, Stage.TESTING), 256, integer(2), "batch size of fine-tuning and testing"
     )
-    dtype: str = _setting("fp32", _choice("fp32", "bf16", "auto"), "precision of ranking; auto: bf16 if in hardware")
-    chunk: int | str = _setting("auto", _CHUNK, "images per batch of ranking")
-    memory: int | None = _setting(None, _integer(64), "MiB that ranking may keep; lowers the chunk")
-    fresh: bool = _setting(False, _BOOLEAN, "start afresh: use neither cached scores nor the state of an interrupted run")
-
-    epochs: int = _setting(10, _integer(0), "fine-tuning epochs; 0 prunes and evaluates only")
-    batch_size: int = _setting(256, _integer(2), "batch size of fine-tuning and evaluation")
-    lr: float = _setting(0.01, _number(0, above=True), "learning rate")
-    lr_scheduler: str = _setting(
-        "CosineAnnealingLR", _choice("CosineAnnealingLR", "StepLR", "MultiStepLR"), "learning-rate schedule, per epoch"
+    lr: float = _training(0.01, number(0, above=True, metavar="LR"), "learning rate")
+    lr_scheduler: str = _training(
+        "CosineAnnealingLR", choice("CosineAnnealingLR", "StepLR", "MultiStepLR"), "learning-rate schedule, per epoch"
     )
-    steplr_stepsize: int = _setting(5, _integer(1), "StepLR: epochs between steps")
-    steplr_gamma: float = _setting(0.1, _number(0, above=True), "StepLR, MultiStepLR: factor of a step")
-    steplr_milestones: tuple[int, ...] = _setting((5, 8), _MILESTONES, "MultiStepLR: epochs of the steps, e.g. 5,8")
-    client_optimizer: str = _setting("sgd", _choice("sgd"), "optimizer of fine-tuning")
-    sgd_momentum: float = _setting(0.9, _number(0, 1), "momentum of SGD")
-    wd: float = _setting(5e-4, _number(0), "weight decay of SGD")
-    amp: bool = _setting(True, _BOOLEAN, "fine-tune under bfloat16 autocast where the device has it in hardware")
-    frequency_test: int = _setting(1, _integer(0), "test every n-th epoch; 0 tests after the last only")
-    frequency_save: int = _setting(0, _integer(0), "save the model every n-th epoch into checkpoint/; 0 never")
+    steplr_stepsize: int = _training(5, integer(1), "StepLR: epochs between steps")
+    steplr_gamma: float = _training(0.1, number(0, above=True, metavar="FACTOR"), "StepLR, MultiStepLR: factor of a step")
+    steplr_milestones: tuple[int, ...] = _training(
+        (5, 8), numbers(integer(1), "epochs separated by commas, such as 5,8", "N,N"), "MultiStepLR: epochs of the steps"
+    )
+    sgd_momentum: float = _training(0.9, number(0, 1, metavar="MOMENTUM"), "momentum of SGD")
+    wd: float = _training(5e-4, number(0, metavar="WD"), "weight decay of SGD")
+    amp: bool = _training(True, BOOLEAN, "train under bfloat16 autocast where the device has it in hardware")
+    client_optimizer: str = _tuning("sgd", choice("sgd"), "optimizer of fine-tuning")
 
-    wait: bool = _setting(False, _BOOLEAN, "wait while another run works in the same result folder, instead of ending")
-    defense_name: str = _setting("fmp", _NAME, "the result folder's name below record/<record>/defense")
-    report: bool = _setting(True, _BOOLEAN, "write report.html beside the results")
-    tensorboard: bool = _setting(False, _BOOLEAN, "also write TensorBoard event files into tensorboard/")
-    log: str | None = _setting(None, _TEXT, "folder of the log (default: log/ in the result folder)")
-    checkpoint_save: str | None = _setting(None, _TEXT, "folder of saved epochs (default: checkpoint/ in the result folder)")
+    test_images: int | None = _testing(None, integer(1), "test on an even sample of N images of each test set (default: all)")
+    frequency_test: int = _testing(1, integer(0), "test every N-th epoch; 0 tests after the last only")
 
-    num_workers: float = _setting(0, _number(0), "no effect (BackdoorBench's flag): data lives on the device")
-    pin_memory: bool = _setting(True, _BOOLEAN, "no effect (BackdoorBench's flag)", "-pm")
-    non_blocking: bool = _setting(True, _BOOLEAN, "no effect (BackdoorBench's flag)", "-nb")
-    prefetch: bool = _setting(False, _BOOLEAN, "no effect (BackdoorBench's flag)", "-pf")
-    checkpoint_load: str | None = _setting(None, _TEXT, "no effect (BackdoorBench's flag)")
+    report: bool = _output(True, BOOLEAN, "write report.html beside the results")
+    tensorboard: bool = _output(False, BOOLEAN, "also write TensorBoard event files into tensorboard/")
+    frequency_save: int = _output(0, integer(0), "save the model every N-th epoch into checkpoint/; 0 never")
+    quiet: bool = _output(False, BOOLEAN, "print warnings and errors only; the log file is as ever")
+    log_level: str = _output("info", choice("debug", "info", "warning"), "what is printed while the program runs")
+
+    num_workers: float = _no_effect(0, number(0, metavar="N"))
+    pin_memory: bool = _no_effect(True, BOOLEAN, short="-pm")
+    non_blocking: bool = _no_effect(True, BOOLEAN, short="-nb")
+    prefetch: bool = _no_effect(False, BOOLEAN, short="-pf")
+    checkpoint_load: str | None = _no_effect(None, text("FILE"))
 
 
 # What a preset sets, over the YAML file; a flag overrides it.
@@ -179,31 +182,62 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "strong": {"selection": "trigger", "masked": True, "unlearn": True, "distill": 1.0, "dtype": "auto", "lr": 0.02},
 }
-FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+FIELDS = fields.fields_of(Settings)
+
+
+def names(*stages: Stage, decides: bool = True) -> tuple[str, ...]:
+    """The settings that touch one of ``stages``; without ``decides`` also those that only say where or how fast."""
+    return tuple(
+        name
+        for name, field in FIELDS.items()
+        if set(stages) & set(field.metadata["stages"]) and (field.metadata["decides"] or not decides)
+    )
+
+
+def deciding_result() -> tuple[str, ...]:
+    """The settings that a run's numbers depend on; any other may change without making a result stale."""
+    return names(*Stage)
+
+
+def deciding_ranking(settings: Settings) -> tuple[str, ...]:
+    """The settings that the scores of a run depend on: runs alike in these (and in the record) rank alike."""
+    race = ("p", "scope") if settings.ranking == "racing" else ()  # only the maps near the cut are scored in full
+    return (*names(Stage.LOADING, Stage.RANKING), *race)
+
+
+def deciding_inversion() -> tuple[str, ...]:
+    """The settings that inverted triggers depend on: runs alike in these (and in the record) search once."""
+    return names(Stage.LOADING, Stage.INVERSION)
+
+
+def deciding_fine_tuning() -> tuple[str, ...]:
+    """The settings that the state of an interrupted fine-tuning depends on: the model it began with, each step, each test."""
+    return deciding_result()
+
+
+def training_settings() -> tuple[str, ...]:
+    """The settings that ``make_record.py`` trains an attacked model with; they are flags of it, too."""
+    return names(Stage.TRAINING, decides=False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare one flag per setting, all defaulting to None so that a YAML value is overridden only by a flag given."""
-    parser.add_argument("--yaml_path", default=None, help=f"settings file (default {DEFAULT_YAML})")
+    """Declare one flag per setting, grouped by stage; see :func:`fmp_core.fields.add_flags`."""
+    parser.add_argument("--yaml_path", default=None, metavar="FILE", help=f"settings file (default {DEFAULT_YAML})")
+    for title, grouped in groups().items():
+        fields.add_flags(parser.add_argument_group(title), Settings, grouped)
+
+
+def groups() -> dict[str, list[str]]:
+    """The settings of each group of ``--help``, in the order of a run."""
+    found: dict[str, list[str]] = {}
     for name, field in FIELDS.items():
-        short = [field.metadata["short"]] if field.metadata["short"] else []
-        # Values stay text here and are parsed in one place, so a bad YAML key and a bad flag read alike.
-        # A bare ``--amp`` or ``--fresh`` means True, as users type it; BB's ``--amp True`` works too.
-        bare: dict[str, Any] = {"nargs": "?", "const": "True"} if field.metadata["kind"] is _BOOLEAN else {}
-        parser.add_argument(*short, f"--{name}", default=None, metavar=name.upper(), help=field.metadata["help"], **bare)
+        found.setdefault(field.metadata["stages"][0].value, []).append(name)
+    return found
 
 
 def parse_value(name: str, value: Any, source: str) -> Any:
-    """Parse one setting.
-
-    Raises:
-        UserError: the value is impossible; names ``source`` (a flag or a file and key).
-    """
-    kind = FIELDS[name].metadata["kind"]
-    try:
-        return kind.parse(value)
-    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
-        raise UserError(f"{source} is {value!r}, but must be {kind.expects}.") from None
+    """One setting of :class:`Settings`. Raises UserError, naming ``source``, if it is impossible."""
+    return fields.parse_value(Settings, name, value, source)
 
 
 def find_config(path: str) -> Path:
@@ -218,50 +252,28 @@ def find_config(path: str) -> Path:
     raise UserError(f"--yaml_path {path} does not exist, neither in {Path.cwd()} nor in {PROJECT}.")
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few of them can stand for a value whose text fills any memory."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("settings need no *aliases")
-        return super().compose_node(parent, index)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file; blank values are left out, as BackdoorBench does.
 
     Raises:
         UserError: not readable YAML, not a mapping, an unknown key or an impossible value.
     """
-    try:
-        if path.stat().st_size > LARGEST_YAML:
-            raise OSError(f"it is larger than {LARGEST_YAML >> 10} KiB")
-        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"Settings file {path} cannot be read as YAML: {detail}.") from None
-    if content is None:
-        return {}
-    if not isinstance(content, Mapping):
-        raise UserError(f"Settings file {path} must hold 'key: value' lines, not a {type(content).__name__}.")
-    for key in content:
-        if key not in FIELDS:
-            raise UserError(f"Settings file {path} has the unknown key {key!r}; known keys: {', '.join(FIELDS)}.")
-    return {k: parse_value(k, v, f"{k} in {path}") for k, v in content.items() if v is not None}
+    return fields.parse_mapping(Settings, fields.read_yaml_mapping(path, "Settings file"), f"Settings file {path}")
 
 
 def load_settings(flags: Mapping[str, Any]) -> Settings:
     """Merge defaults, the YAML file named by ``flags['yaml_path']`` (or the default one), the preset, and ``flags``.
 
     Raises:
-        UserError: an unknown key or an impossible value anywhere.
+        UserError: an unknown key or an impossible value anywhere, or --mean without --std.
     """
-    given = {key: value for key, value in flags.items() if value is not None}
-    yaml_path = given.pop("yaml_path", DEFAULT_YAML)
-    for key in given:
-        if key not in FIELDS:
+    for key in flags:
+        if key not in FIELDS and key != "yaml_path" and flags[key] is not None:
             raise UserError(f"{key!r} is not a setting of FMP; known settings: {', '.join(FIELDS)}.")
-    values = read_yaml(find_config(str(yaml_path)))
-    chosen = {key: parse_value(key, value, f"--{key}") for key, value in given.items()}
+    values = read_yaml(find_config(str(flags.get("yaml_path") or DEFAULT_YAML)))
+    chosen = fields.parse_flags(Settings, flags)
     values |= PRESETS[chosen.get("preset") or values.get("preset") or "paper"] | chosen
-    return Settings(**values)
+    settings = Settings(**values)
+    if (settings.mean is None) != (settings.std is None):
+        raise UserError("--mean and --std describe one preprocessing; give both, or leave both out.")
+    return settings
