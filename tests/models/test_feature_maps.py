@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fmp_core.errors import UserError
+from fmp_core.models.build import build_model
 from fmp_core.models.feature_maps import frozen, trace_conv_layers
 from torch import nn
 from toy import (
@@ -81,6 +82,58 @@ def test_a_conv_that_is_never_run_has_no_feature_maps() -> None:
 def test_a_conv_called_twice_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"convolution conv more than once"):
         trace_conv_layers(ConvTwice(), toy_images(1))
+
+
+class Head(nn.Module):
+    """Two convolutions; what lies behind the second is given."""
+
+    def __init__(self, *behind: nn.Module):
+        super().__init__()
+        self.body, self.last, self.behind = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 1), nn.Sequential(*behind)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.behind(self.last(self.body(x).relu()))
+
+
+POOL = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    "behind, is_output",
+    [
+        (POOL, True),
+        ((nn.ReLU(inplace=True), *POOL), True),  # SqueezeNet's
+        ((nn.Dropout(), nn.MaxPool2d(2), nn.LeakyReLU(), *POOL, nn.Softmax(1)), True),
+        ((nn.BatchNorm2d(5), *POOL), False),
+        ((*POOL, nn.Linear(5, 5)), False),
+        ((nn.PReLU(), *POOL), False),
+    ],
+)
+def test_a_convolution_that_gives_the_output_is_no_feature_layer(behind: tuple[nn.Module, ...], is_output: bool) -> None:
+    expected = ["body"] if is_output else ["body", "last"]
+    assert [layer.name for layer in trace_conv_layers(Head(*behind), toy_images(2))] == expected
+
+
+def test_several_output_convolutions_are_all_left_out() -> None:
+    """Class scores summed over two scales, as in fully convolutional networks."""
+    network = Head()
+    network.other = nn.Conv2d(6, 5, 1)
+    network.forward = lambda x: network.last(network.body(x)).mean((2, 3)) + network.other(network.body(x)).amax((2, 3))  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="body more than once"):
+        trace_conv_layers(network, toy_images(1))
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        shared = network.body(x)
+        return network.last(shared).mean((2, 3)) + network.other(shared).amax((2, 3))
+
+    network.forward = forward  # type: ignore[method-assign]
+    assert [layer.name for layer in trace_conv_layers(network, toy_images(1))] == ["body"]
+
+
+def test_squeezenets_classifier_is_its_output() -> None:
+    network = build_model("squeezenet1_0", 10)
+    layers = trace_conv_layers(network, torch.rand(1, 3, 32, 32))
+    assert layers[-1].name == "features.12.expand3x3" and sum(layer.channels for layer in layers) == 2976
 
 
 def test_a_network_without_convolutions_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
-from fmp_core.models.training import Epoch, augment, batches_of, train
+from fmp_core.models.training import Crops, Epoch, Trainer, batches_of
 from fmp_core.repair.distillation import Teacher
 from fmp_core.settings import Settings
 from fmp_core.system.devices import Device
@@ -30,7 +32,7 @@ def run(model: nn.Module, facts: DatasetFacts = STILL, count: int = 10, **change
     settings = Settings(**{"epochs": 2, "batch_size": 4, "amp": False, **changes})  # type: ignore[arg-type]
     images, labels = subset(count)
     epochs: list[Epoch] = []
-    train(model, images, labels, settings, CPU, facts=facts, after_epoch=epochs.append)
+    Trainer(settings, CPU, facts).train(model, images, labels, after_epoch=epochs.append)
     return epochs
 
 
@@ -50,9 +52,8 @@ def trained_weight(epochs: int, **changes: object) -> list[float]:
     model, seen = OneWeight(), []
     settings = Settings(**{"epochs": epochs, "batch_size": 6, "amp": False, **changes})  # type: ignore[arg-type]
     images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
-    train(
-        model, images, torch.ones(6).long(), settings, CPU, facts=STILL, after_epoch=lambda _epoch: seen.append(model.w.item())
-    )
+    trainer = Trainer(settings, CPU, STILL)
+    trainer.train(model, images, torch.ones(6).long(), after_epoch=lambda _epoch: seen.append(model.w.item()))
     return seen
 
 
@@ -84,6 +85,19 @@ def test_step_schedules() -> None:
     assert milestones == pytest.approx(by_hand([1.0, 0.5, 0.5, 0.25]), abs=1e-5)
 
 
+def test_the_rate_falls_by_ten_when_the_loss_no_longer_does() -> None:
+    """BB's yaml of Tiny ImageNet asks for ReduceLROnPlateau: torch's defaults, so after more than ten epochs without a gain."""
+    settings = dataclasses.replace(Settings(epochs=14, batch_size=6, amp=False, lr=1e-9, sgd_momentum=0.0, wd=0.0))
+    object.__setattr__(settings, "lr_scheduler", "ReduceLROnPlateau")
+    model, rates = OneWeight().double(), []
+    images, labels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.ones(6).long()
+    values = [2.0]
+    Trainer(settings, CPU, STILL).train(model, images, labels, after_epoch=lambda _epoch: values.append(model.w.item()))
+    rates = [before - after for before, after in itertools.pairwise(values)]
+    assert all(rate == pytest.approx(rates[0], rel=1e-3) for rate in rates[:11])
+    assert rates[-1] == pytest.approx(rates[0] / 10, rel=1e-3)
+
+
 def test_momentum_and_weight_decay_are_used() -> None:
     actual = trained_weight(3, lr=0.5, sgd_momentum=0.9, wd=0.1)
     assert actual == pytest.approx(by_hand([0.5, 0.375, 0.125], momentum=0.9, decay=0.1), abs=1e-5)
@@ -94,7 +108,7 @@ def test_an_epoch_reports_what_happened() -> None:
     epochs = []
     images, labels = torch.zeros(6, 3, 8, 8).byte(), torch.tensor([0, 0, 0, 1, 1, 1])
     settings = Settings(epochs=2, batch_size=3, lr=1e-12, amp=False)
-    train(model, images, labels, settings, CPU, facts=STILL, after_epoch=epochs.append)
+    Trainer(settings, CPU, STILL).train(model, images, labels, after_epoch=epochs.append)
     # logits (2, 0): always class 0, right for half of the images; losses log(1+e^-2) and log(1+e^2)
     loss = (F.softplus(torch.tensor(-2.0)) + F.softplus(torch.tensor(2.0))).item() / 2
     for number, epoch in enumerate(epochs):
@@ -140,10 +154,12 @@ def crop_of(image: Tensor, padding: int, top: int, left: int, flip: bool) -> Ten
 
 
 @pytest.mark.parametrize(("padding", "flip"), [(2, True), (2, False), (1, True), (0, True), (0, False)])
-def test_augment_is_zero_pad_crop_and_flip_of_each_image(padding: int, flip: bool) -> None:
+def test_crops_are_zero_pad_crop_and_flip_of_each_image(padding: int, flip: bool) -> None:
     facts = DatasetFacts(None, (5, 6, 2), flip=flip, crop_padding=padding)
     images = numbered(60)
-    result = augment(images, torch.Generator().manual_seed(0), facts)
+    crops = Crops.draw(len(images), torch.Generator().manual_seed(0), facts)
+    result = crops(images)
+    assert torch.equal(crops(images), result)  # drawn once, applied as often as one likes
     assert result.dtype == torch.uint8 and result.shape == images.shape
     drawn = set()
     for image, made in zip(images, result, strict=True):
@@ -163,9 +179,9 @@ def test_augment_is_zero_pad_crop_and_flip_of_each_image(padding: int, flip: boo
         assert any(top != left for top, left, _ in drawn)  # the two shifts are independent
 
 
-def test_augment_depends_on_its_generator_alone() -> None:
+def test_crops_depend_on_their_generator_alone() -> None:
     images = numbered(20)
-    first, second, other = (augment(images, torch.Generator().manual_seed(seed), MOVING) for seed in (1, 1, 2))
+    first, second, other = (Crops.draw(20, torch.Generator().manual_seed(seed), MOVING)(images) for seed in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
@@ -235,21 +251,19 @@ def test_training_trains() -> None:
     assert [epoch.epoch for epoch in epochs] == list(range(40))
 
 
-def test_every_batch_is_announced() -> None:
-    calls: list[int] = []
+def test_every_batch_is_announced_with_its_rows_and_predictions() -> None:
+    calls: list[tuple[Tensor, Tensor]] = []
     images, labels = subset(10)
     settings = Settings(epochs=3, batch_size=4)
-    train(
-        toy_case(Plain)[0],
-        images,
-        labels,
-        settings,
-        CPU,
-        facts=STILL,
-        after_epoch=lambda _epoch: None,
-        after_batch=lambda: calls.append(1),
+    epochs: list[Epoch] = []
+    Trainer(settings, CPU, STILL).train(
+        toy_case(Plain)[0], images, labels, after_epoch=epochs.append, on_batch=lambda *batch: calls.append(batch)
     )
     assert len(calls) == 9
+    for number, epoch in enumerate(epochs):
+        rows, predicted = (torch.cat(part) for part in zip(*calls[3 * number : 3 * number + 3], strict=True))
+        assert sorted(rows.tolist()) == list(range(10))
+        assert float((predicted == labels[rows]).double().mean()) == epoch.train_acc
 
 
 def test_a_teacher_pulls_with_its_weight() -> None:
@@ -262,13 +276,13 @@ def test_a_teacher_pulls_with_its_weight() -> None:
     model, teacher = OneWeight(), Teacher(Says(), weight=3.0)
     settings = Settings(epochs=1, batch_size=6, amp=False, lr=1.0, sgd_momentum=0, wd=0)
     images, labels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.ones(6).long()
-    train(model, images, labels, settings, CPU, facts=STILL, after_epoch=lambda _epoch: None, teacher=teacher.loss)
+    Trainer(settings, CPU, STILL).train(model, images, labels, after_epoch=lambda _epoch: None, teacher=teacher.loss)
     says = torch.sigmoid(torch.tensor(2.0))
     assert model.w.item() == pytest.approx(float(2.0 - (says + 3 * (says - 0.8))), abs=1e-6)
 
 
-def test_the_teacher_sees_clean_images_moved_like_their_twins() -> None:
-    """Twins differ from the images in every pixel but those a mask spares; there both nets see the same, crop for crop."""
+def test_the_teacher_sees_clean_images_moved_like_their_substitutes() -> None:
+    """Substitutes differ from the images in the first channel only; in the others both nets see the same, crop for crop."""
     seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}
 
     class Looking(nn.Module):
@@ -281,24 +295,21 @@ def test_the_teacher_sees_clean_images_moved_like_their_twins() -> None:
             return self.linear(pixels.flatten(1))
 
     images, labels = subset(40)
-    twins = images.clone()
-    twins[:, 0] = 255 - images[:, 0]
+    changed = images.clone()
+    changed[:, 0] = 255 - images[:, 0]
     settings = Settings(epochs=1, batch_size=8, amp=False)
-    train(
+    Trainer(settings, CPU, MOVING).train(
         Looking("student"),
         images,
         labels,
-        settings,
-        CPU,
-        facts=MOVING,
-        twins=lambda _epoch: twins,
+        substitutes=lambda _epoch: changed,
         teacher=Teacher(Looking("teacher"), weight=1.0).loss,
         after_epoch=lambda _epoch: None,
     )
     student, teacher = (torch.cat(seen[name]) for name in ("student", "teacher"))
     assert torch.equal(student[:, 1:], teacher[:, 1:])
-    changed = (student[:, 0] != teacher[:, 0]).flatten(1).any(1)
-    assert 5 < int(changed.sum()) < 35  # every other image, by chance, is its twin for the student
+    differ = (student[:, 0] != teacher[:, 0]).flatten(1).any(1)
+    assert 5 < int(differ.sum()) < 35  # every other image, by chance, is substituted for the student
 
 
 def test_no_weight_no_teacher() -> None:
@@ -309,5 +320,5 @@ def test_no_weight_no_teacher() -> None:
     images, labels = subset()
     settings = Settings(epochs=2, batch_size=4, amp=False)
     for model, told in ((one, None), (other, Teacher.copy_of(Plain(), weight=0.0).loss)):
-        train(model, images, labels, settings, CPU, facts=MOVING, after_epoch=lambda _epoch: None, teacher=told)
+        Trainer(settings, CPU, MOVING).train(model, images, labels, after_epoch=lambda _epoch: None, teacher=told)
     assert same(weights(one), weights(other))

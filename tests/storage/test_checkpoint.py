@@ -9,7 +9,7 @@ import pytest
 import torch
 from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
-from fmp_core.models.training import Epoch, train
+from fmp_core.models.training import Epoch, Trainer
 from fmp_core.settings import Settings
 from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system.devices import Device
@@ -24,33 +24,33 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of ours catches it."""
 
 
-def dies_at(batch: int) -> Callable[[], None]:
+def dies_at(batch: int) -> Callable[..., None]:
     left = [batch]
 
-    def after_batch() -> None:
+    def on_batch(*_batch: object) -> None:
         left[0] -= 1
         if left[0] == 0:
             raise Killed
 
-    return after_batch
+    return on_batch
 
 
-def run(checkpoint: Checkpoint | None, after_batch: Callable[[], None] = lambda: None, **changes: object):
+def run(checkpoint: Checkpoint | None, on_batch: Callable[..., None] | None = None, **changes: object):
     """Train a net with batch norm and dropout for 4 epochs of 3 batches; returns its weights and the epochs trained."""
     torch.manual_seed(3)
     model = nn.Sequential(toy_case(Plain)[0], nn.Dropout(0.5))
     images = torch.randint(0, 256, (12, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     values = {"epochs": EPOCHS, "batch_size": 4, "lr": 0.1, "amp": False, **changes}
     epochs: list[Epoch] = []
-    train(
-        model, images, torch.arange(12) % 5, Settings(**values), Device(torch.device("cpu")),  # type: ignore[arg-type]
-        facts=FACTS, after_epoch=epochs.append, after_batch=after_batch, checkpoint=checkpoint,
-    )  # fmt: skip
+    settings = Settings(**values)  # type: ignore[arg-type]
+    trainer = Trainer(settings, Device(torch.device("cpu")), FACTS, checkpoint)
+    trainer.train(model, images, torch.arange(12) % 5, after_epoch=epochs.append, on_batch=on_batch)
     return weights(model), epochs
 
 
-@pytest.mark.parametrize("schedule", ["CosineAnnealingLR", "StepLR", "MultiStepLR"])
-@pytest.mark.parametrize("batch", [1, 4, 8, 12])
+@pytest.mark.parametrize(
+    "batch, schedule", [(1, "StepLR"), (4, "MultiStepLR"), (8, "CosineAnnealingLR"), (12, "ReduceLROnPlateau")]
+)
 def test_a_killed_training_goes_on_with_the_same_bits(batch: int, schedule: str, tmp_path: Path) -> None:
     changes = {"lr_scheduler": schedule, "steplr_stepsize": 1, "steplr_milestones": (1, 2)}
     expected, all_epochs = run(None, **changes)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmp_core.metrics import defense_effectiveness
+from fmp_core.metrics import METRICS
 from fmp_core.models.fast_ops import FastOps
 from fmp_core.models.feature_maps import frozen
 from fmp_core.system.devices import rows_per_batch
@@ -27,6 +29,10 @@ class TestData:
     targets: Tensor
     originals: Tensor
 
+    def __len__(self) -> int:
+        """How many images one evaluation looks at."""
+        return len(self.clean_labels) + len(self.targets)
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -39,15 +45,22 @@ class Metrics:
     bd_test_loss_avg_over_batch: float
 
     def headline(self) -> dict[str, float]:
-        return {"test_acc": self.test_acc, "test_asr": self.test_asr, "test_ra": self.test_ra}
+        return {name: getattr(self, name) for name in METRICS}
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predicted classes of both test sets, int64 ``[N]`` each."""
+    """Predicted classes of both test sets, int64 ``[N]`` each, on the model's device."""
 
     clean: Tensor
     poisoned: Tensor
+
+
+class Evaluation(NamedTuple):
+    """The metrics, and the predictions they were counted from."""
+
+    metrics: Metrics
+    predictions: Predictions
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -55,43 +68,63 @@ def to_unit(pixels: Tensor) -> Tensor:
     return pixels.float().div(255)
 
 
-def predict(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, float]:
-    """Predicted classes, int64 ``[N]``, and the mean over batches of the cross-entropy against ``labels``.
+def even_sample(labels: Tensor, count: int) -> Tensor:
+    """Positions of ``count`` images, ascending, spread evenly over the classes and, within a class, over its images.
 
-    ``images`` are uint8; ``model`` takes pixels in [0,1] and is left as it was found. float32 (TF32 where torch allows it, as
-    in BB); no random number is drawn. ``batch_size`` shapes the loss only; forward passes have the size that suits the
-    device.
+    ``labels`` are int64 ``[N]``; all positions if ``count`` is at least N. Draws no random number.
+    """
+    if count >= len(labels):
+        return torch.arange(len(labels), device=labels.device)
+    by_class = labels.argsort(stable=True)
+    return by_class[torch.arange(count, device=labels.device) * len(labels) // count].sort().values
+
+
+def _ignore(_images: int) -> None:
+    """No one follows the progress."""
+
+
+def predict(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    on_images: Callable[[int], None] = _ignore,
+) -> tuple[Tensor, Tensor]:
+    """Predicted classes, int64 ``[N]``, and the mean over batches of the cross-entropy against ``labels``, float64 ``[]``.
+
+    Both stay on the device, so nothing waits for a GPU here. ``model`` takes pixels in [0,1] and is left as it was found;
+    float32 (TF32 where torch allows it, as in BB); no random number is drawn.
+
+    Args:
+        images: uint8 ``[N, C, H, W]``, N > 0.
+        batch_size: shapes the loss only; forward passes have the size that suits the device.
+        on_images: called after each forward pass with the number of its images.
     """
     with frozen(model), torch.inference_mode(), FastOps():
-        rows = rows_per_batch(images.device)
-        logits = torch.cat([model(to_unit(part).contiguous(memory_format=torch.channels_last)) for part in images.split(rows)])
+        outputs = []
+        for part in images.split(rows_per_batch(images.device)):
+            outputs.append(model(to_unit(part).contiguous(memory_format=torch.channels_last)))
+            on_images(len(part))
+        logits = torch.cat(outputs)
         losses = [F.cross_entropy(*pair) for pair in zip(logits.split(batch_size), labels.split(batch_size), strict=True)]
-        return logits.argmax(1), float(torch.stack(losses).double().mean())
+        return logits.argmax(1), torch.stack(losses).double().mean()
 
 
-def evaluate(model: nn.Module, data: TestData, batch_size: int) -> Metrics:
-    """Acc on the clean test set; ASR and RA on the poisoned one (the same predictions against both labels)."""
-    return evaluate_and_keep(model, data, batch_size)[0]
+def evaluate(model: nn.Module, data: TestData, batch_size: int, on_images: Callable[[int], None] = _ignore) -> Evaluation:
+    """Acc on the clean test set; ASR and RA on the poisoned one (the same predictions against both labels).
 
-
-def evaluate_and_keep(model: nn.Module, data: TestData, batch_size: int) -> tuple[Metrics, Predictions]:
-    """As :func:`evaluate`, and the predictions it counted."""
-    clean, clean_loss = predict(model, data.clean_images, data.clean_labels, batch_size)
-    poisoned, poisoned_loss = predict(model, data.poisoned_images, data.targets, batch_size)
+    Arguments as of :func:`predict`; ``on_images`` sees ``len(data)`` images in all.
+    """
+    clean, clean_loss = predict(model, data.clean_images, data.clean_labels, batch_size, on_images)
+    poisoned, poisoned_loss = predict(model, data.poisoned_images, data.targets, batch_size, on_images)
+    hits = ((clean, data.clean_labels), (poisoned, data.targets), (poisoned, data.originals))
+    counts = [(predicted == labels).sum().double() for predicted, labels in hits]
+    right, success, recovered, clean_mean, poisoned_mean = torch.stack([*counts, clean_loss, poisoned_loss]).tolist()
     metrics = Metrics(
-        test_acc=_share(clean == data.clean_labels),
-        test_asr=_share(poisoned == data.targets),
-        test_ra=_share(poisoned == data.originals),
-        clean_test_loss_avg_over_batch=clean_loss,
-        bd_test_loss_avg_over_batch=poisoned_loss,
+        test_acc=right / len(clean),
+        test_asr=success / len(poisoned),
+        test_ra=recovered / len(poisoned),
+        clean_test_loss_avg_over_batch=clean_mean,
+        bd_test_loss_avg_over_batch=poisoned_mean,
     )
-    return metrics, Predictions(clean, poisoned)
-
-
-def defense_effectiveness_rating(before: Metrics, after: Metrics) -> float:
-    """DER in [0,1]: half of (ASR drop - Acc drop + 1), gains counted as no drop (BB ``utils/metric.py``)."""
-    return defense_effectiveness(before.headline(), after.headline())
-
-
-def _share(hits: Tensor) -> float:
-    return int(hits.sum()) / len(hits)
+    return Evaluation(metrics, Predictions(clean, poisoned))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,15 +52,20 @@ def trace_conv_layers(network: nn.Module, example: Tensor) -> list[ConvLayer]:
     A batch norm belongs to a convolution if every call of it received the very tensor that convolution returned, unchanged
     since: the batch norm after a residual sum belongs to none, even where the sum was made in place.
 
+    A convolution whose output is the network's, but for operations without weights (pooling, ReLU, dropout, ...), is left out:
+    its channels are class scores, not feature maps (SqueezeNet ends so).
+
     Raises:
-        UserError: the model has no Conv2d, or calls one more than once (its maps would be ambiguous).
+        UserError: the model has no feature map, or calls a convolution more than once (its maps would be ambiguous).
     """
     produced: list[tuple[nn.Conv2d, Tensor, int]] = []  # output kept alive, so identity holds; its version when returned
     consumed: dict[nn.Module, list[nn.Conv2d | None]] = {}
+    origins: dict[Any, nn.Conv2d] = {}
 
     def after_conv(module: nn.Module, _inputs: Any, output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
         produced.append((module, output, output._version))
+        origins[output.grad_fn] = module  # kept now: an operation in place gives the tensor another one
 
     def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         source = next((conv for conv, out, version in produced if out is inputs[0] and out._version == version), None)
@@ -73,18 +78,58 @@ def trace_conv_layers(network: nn.Module, example: Tensor) -> list[ConvLayer]:
                 handles.append(module.register_forward_hook(after_conv))
             elif isinstance(module, _BatchNorm):
                 handles.append(module.register_forward_pre_hook(before_norm))
-        with frozen(network), torch.no_grad():
-            network(example)
+        with frozen(network), torch.enable_grad():
+            image = example.detach().requires_grad_()
+            network.requires_grad_(True)  # the graph of operations then shows where weights come in
+            out = network(image.clone())
+            last = _output_layers(out if isinstance(out, Tensor) else out.logits, origins, image)
     finally:
         for handle in handles:
             handle.remove()
 
     names = {module: name for name, module in network.named_modules()}
     convs = [conv for conv, _, _ in produced]
-    if not convs:
-        raise UserError("The model has no Conv2d layer, so it has no feature maps that FMP could rank.")
+    if not set(convs) - last:
+        raise UserError("The model has no Conv2d layer before its output, so it has no feature maps that FMP could rank.")
     repeated = next((names[conv] for conv in convs if convs.count(conv) > 1), None)
     if repeated is not None:
         raise UserError(f"The model calls the convolution {repeated} more than once; FMP needs one feature map per channel.")
     owners = {norm: sources[0] for norm, sources in consumed.items() if len(set(sources)) == 1}
-    return [ConvLayer(names[conv], conv, tuple(norm for norm, owner in owners.items() if owner is conv)) for conv in convs]
+    return [
+        ConvLayer(names[conv], conv, tuple(norm for norm, owner in owners.items() if owner is conv))
+        for conv in convs
+        if conv not in last
+    ]
+
+
+def _output_layers(out: Tensor, origins: Mapping[Any, nn.Conv2d], image: Tensor) -> set[nn.Conv2d]:
+    """The convolutions from which ``out`` is made without further weights.
+
+    Args:
+        origins: the node of autograd's graph that each convolution's output came from.
+        image: the leaf that the network was run on; every other leaf of the graph is a parameter.
+    """
+    found: set[nn.Conv2d] = set()
+    depends: dict[Any, bool] = {None: False}  # whether a node's value depends on the image
+    waiting = [out.grad_fn]
+    while waiting:  # not recursive: graphs are thousands of nodes deep
+        node = waiting[-1]
+        sources = [source for source, _ in node.next_functions] if node is not None else []
+        unknown = [source for source in sources if source not in depends]
+        if node in depends or not unknown:
+            waiting.pop()
+            depends.setdefault(node, getattr(node, "variable", None) is image or any(depends[s] for s in sources))
+        else:
+            waiting += unknown
+    waiting, seen = [out.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        sources = [source for source, _ in node.next_functions if source is not None]
+        if node in origins:
+            found.add(origins[node])
+        elif all(depends[source] for source in sources):  # else weights come in here
+            waiting += sources
+    return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau, StepLR
 
 from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
@@ -29,23 +29,34 @@ class Epoch:
     train_acc: float
 
 
-def augment(images: Tensor, generator: torch.Generator, facts: DatasetFacts) -> Tensor:
-    """BB's training transform for a whole batch: zero-pad, random crop back, and random horizontal flip where ``facts`` say so.
+@dataclass(frozen=True)
+class Crops:
+    """BB's training transform, drawn for ``B`` images: zero-pad by ``padding``, crop at ``shifts``, flip where ``mirrored``.
 
-    uint8 ``[B, C, H, W]`` in, the same out. Random numbers come from a CPU generator, so they do not depend on the device.
+    ``shifts`` are int64 ``[B, 2, 1]`` (down, right) in 0..2*padding, ``mirrored`` is bool ``[B, 1]``. Applied to several
+    batches, it moves their images alike.
     """
-    count, _, height, width = images.shape
-    padding = facts.crop_padding
-    shifts = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    rows = shifts[0] + torch.arange(height)
-    columns = shifts[1] + torch.arange(width)
-    if facts.flip:
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    padded = F.pad(images, [padding] * 4)
-    picture = torch.arange(count, device=images.device)[:, None, None]
-    return padded[picture, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+    padding: int
+    shifts: Tensor
+    mirrored: Tensor
+
+    @staticmethod
+    def draw(count: int, generator: torch.Generator, facts: DatasetFacts) -> Crops:
+        """Draw for ``count`` images from a generator on the CPU, so that no number depends on the device."""
+        shifts = torch.randint(0, 2 * facts.crop_padding + 1, (2, count, 1), generator=generator)
+        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        return Crops(facts.crop_padding, shifts.transpose(0, 1), mirrored & facts.flip)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, C, H, W]`` on the device of the draws -> the same, moved."""
+        count, _, height, width = images.shape
+        rows = self.shifts[:, 0] + torch.arange(height, device=images.device)
+        columns = self.shifts[:, 1] + torch.arange(width, device=images.device)
+        columns = torch.where(self.mirrored, columns.flip(1), columns)
+        padded = F.pad(images, [self.padding] * 4)
+        picture = torch.arange(count, device=images.device)[:, None, None]
+        return padded[picture, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def batches_of(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
@@ -54,85 +65,145 @@ def batches_of(count: int, batch_size: int, generator: torch.Generator) -> list[
     return [batch for batch in batches if len(batch) > 1]
 
 
-def train(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    settings: Settings,
-    compute: Device,
-    *,
-    facts: DatasetFacts,
-    after_epoch: Callable[[Epoch], None],
-    after_batch: Callable[[], None] = lambda: None,
-    twins: Callable[[int], Tensor] | None = None,
-    teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    after_predictions: Callable[[Tensor, Tensor], None] = lambda rows, classes: None,
-    checkpoint: Checkpoint | None = None,
-) -> None:
-    """Train ``model`` in place with SGD for ``settings.epochs`` epochs.
+@dataclass(frozen=True)
+class _Batches:
+    """An epoch's batches: positions int64 ``[B]``, which images to substitute (bool ``[B]``), and their crops."""
 
-    With a ``checkpoint``, the state is saved there after each epoch, and epochs found there are not trained again: a killed
-    and repeated call ends, on a CPU, with the bits of an uninterrupted one.
+    rows: list[Tensor]
+    substituted: list[Tensor]  # empty if there are no substitutes
+    crops: list[Crops]
+
+    def on(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None, Crops]]:
+        """Batch by batch. All are moved to ``device`` at once, so that a GPU waits for none of them."""
+
+        def moved(parts: list[Tensor]) -> tuple[Tensor, ...]:
+            return torch.cat(parts).to(device).split([len(part) for part in parts])
+
+        shifts, mirrored = moved([crops.shifts for crops in self.crops]), moved([crops.mirrored for crops in self.crops])
+        substituted = moved(self.substituted) if self.substituted else [None] * len(self.rows)
+        for rows, coins, *drawn in zip(moved(self.rows), substituted, shifts, mirrored, strict=True):
+            yield rows, coins, Crops(self.crops[0].padding, *drawn)
+
+
+def _draw_batches(count: int, batch_size: int, generator: torch.Generator, facts: DatasetFacts, substitutes: bool) -> _Batches:
+    """Draw an epoch, batch by batch, from a generator on the CPU."""
+    batches = _Batches(batches_of(count, batch_size, generator), [], [])
+    for rows in batches.rows:
+        if substitutes:
+            batches.substituted.append(torch.rand(len(rows), generator=generator) < 0.5)
+        batches.crops.append(Crops.draw(len(rows), generator, facts))
+    return batches
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """SGD as BB configures it: ``Trainer(settings, device, facts).train(model, images, labels, ...)``.
 
     Args:
-        model: takes pixels in [0,1]; on ``compute.device``.
-        images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]``; both on the device.
         settings: batch_size, lr, lr_scheduler, sgd_momentum, wd, amp, epochs, random_seed.
+        device: with several ``device_ids``, the batch is split over them.
         facts: of the dataset; they shape the training transform.
-        twins: called with the number of each epoch as it begins, returns uint8 like ``images``; each image is replaced by its
-            twin every other time, by chance. What it returns may depend on the model, but not on earlier calls.
-        teacher: gives a second loss from the logits, the images of the batch (uint8, never their twins) and their labels.
-        after_epoch: called after each epoch; must leave the model as it found it.
-        after_predictions: called with the positions of a batch and the classes predicted in training mode, both int64 ``[B]``.
-
-    Raises:
-        UserError: fewer than two images, or a checkpoint of other settings.
+        checkpoint: the state is saved there after each epoch, and epochs found there are not trained again: a killed and
+            repeated call ends, on a CPU, with the bits of an uninterrupted one.
     """
-    if len(images) < 2:
-        raise UserError(f"Fine-tuning needs at least 2 clean images, not {len(images)}; raise --ratio.")
-    optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.wd)
-    scheduler = _scheduler(optimizer, settings)
-    generator = torch.Generator().manual_seed(settings.random_seed)
-    parallel = nn.DataParallel(model, list(compute.device_ids)) if compute.device_ids else model
-    bfloat16 = settings.amp and has_fast_bfloat16(compute.device) and not _meets_faulty_kernel(model, images[:1])
-    cuda = compute.device_ids or ((compute.device.index,) if compute.device.type == "cuda" else ())
-    with torch.random.fork_rng(devices=cuda):  # dropout draws from the global generator
-        torch.default_generator.manual_seed(settings.random_seed)
-        for index in cuda:
-            torch.cuda.default_generators[index].manual_seed(settings.random_seed)
-        parts = TrainingParts(model, optimizer, scheduler, generator, cuda)
-        saved = checkpoint.load() if checkpoint else None
-        for number in range(parts.restore(saved) if saved else 0, settings.epochs):
-            substitutes = twins(number) if twins is not None else None
-            model.train()
-            losses, hits, seen = [], torch.zeros((), dtype=torch.int64, device=images.device), 0
-            for batch in batches_of(len(images), settings.batch_size, generator):
-                batch = batch.to(images.device)
-                pixels = images[batch]
-                if substitutes is not None:
-                    coin = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
-                    pixels = torch.where(coin.to(images.device), substitutes[batch], pixels)
-                # A teacher's images lie behind the others' channels, and so are cropped and flipped alike.
-                moved = augment(pixels if teacher is None else torch.cat([pixels, images[batch]], 1), generator, facts)
-                pixels, plain = moved[:, : images.shape[1]], moved[:, images.shape[1] :]
-                with torch.autocast(compute.device.type, torch.bfloat16, enabled=bfloat16):
-                    logits = parallel(to_unit(pixels).contiguous(memory_format=torch.channels_last))
-                    loss = F.cross_entropy(logits, labels[batch])
-                    if teacher is not None:
-                        loss = loss + teacher(logits, plain, labels[batch])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.detach().float())
-                predicted = logits.detach().argmax(1)
-                hits += (predicted == labels[batch]).sum()
-                after_predictions(batch, predicted)
-                seen += len(batch)
-                after_batch()
-            scheduler.step()
-            after_epoch(Epoch(number, len(losses), float(torch.stack(losses).double().mean()), int(hits) / seen))
-            if checkpoint:
-                checkpoint.save(parts.state(number + 1))
+
+    settings: Settings
+    device: Device
+    facts: DatasetFacts
+    checkpoint: Checkpoint | None = None
+
+    def train(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        after_epoch: Callable[[Epoch], None],
+        on_batch: Callable[[Tensor, Tensor], None] | None = None,
+        substitutes: Callable[[int], Tensor] | None = None,
+        teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        """Train ``model`` in place for ``settings.epochs`` epochs.
+
+        Args:
+            model: takes pixels in [0,1]; on the device.
+            images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]``; both on the device.
+            after_epoch: called after each epoch; must leave the model as it found it.
+            on_batch: called after each step with the positions of the batch and the classes that were predicted in training
+                mode, both int64 ``[B]`` on the device.
+            substitutes: called with the number of each epoch as it begins, returns uint8 like ``images``; each image is
+                replaced by its substitute every other time, by chance. What it returns may depend on the model, but not on
+                earlier calls.
+            teacher: gives a second loss from the logits, the images of the batch (uint8, never substituted, moved like those
+                the model sees) and their labels.
+
+        Raises:
+            UserError: fewer than two images, or a checkpoint of other settings.
+        """
+        if len(images) < 2:
+            raise UserError(f"Fine-tuning needs at least 2 clean images, not {len(images)}; raise --ratio.")
+        settings, ids = self.settings, self.device.device_ids
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.wd
+        )
+        scheduler = _scheduler(optimizer, settings)
+        generator = torch.Generator().manual_seed(settings.random_seed)
+        bfloat16 = settings.amp and has_fast_bfloat16(self.device.device) and not _meets_faulty_kernel(model, images[:1])
+        learner = _Learner(nn.DataParallel(model, list(ids)) if ids else model, optimizer, bfloat16, teacher, on_batch)
+        cuda = ids or ((self.device.device.index,) if self.device.device.type == "cuda" else ())
+        with torch.random.fork_rng(devices=cuda):  # dropout draws from the global generator
+            torch.default_generator.manual_seed(settings.random_seed)
+            for index in cuda:
+                torch.cuda.default_generators[index].manual_seed(settings.random_seed)
+            parts = TrainingParts(model, optimizer, scheduler, generator, cuda)
+            saved = self.checkpoint.load() if self.checkpoint else None
+            for number in range(parts.restore(saved) if saved else 0, settings.epochs):
+                changed = images if substitutes is None else substitutes(number)
+                batches = _draw_batches(len(images), settings.batch_size, generator, self.facts, substitutes is not None)
+                epoch = learner.epoch(number, images, changed, labels, batches)
+                if isinstance(scheduler, ReduceLROnPlateau):
+                    scheduler.step(epoch.train_epoch_loss_avg_over_batch)  # as BB
+                else:
+                    scheduler.step()
+                after_epoch(epoch)
+                if self.checkpoint:
+                    self.checkpoint.save(parts.state(number + 1))
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """What one optimiser step needs."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    bfloat16: bool
+    teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    on_batch: Callable[[Tensor, Tensor], None] | None
+
+    def epoch(self, number: int, images: Tensor, substitutes: Tensor, labels: Tensor, batches: _Batches) -> Epoch:
+        """One epoch; what it came to is read from the device once, at its end."""
+        self.model.train()
+        device, losses, seen = images.device, [], 0
+        hits = torch.zeros((), dtype=torch.int64, device=device)
+        for rows, substituted, crops in batches.on(device):
+            plain, target = images[rows], labels[rows]
+            pixels = plain if substituted is None else torch.where(substituted[:, None, None, None], substitutes[rows], plain)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
+                logits = self.model(to_unit(crops(pixels)).contiguous(memory_format=torch.channels_last))
+                loss = F.cross_entropy(logits, target)
+                if self.teacher is not None:
+                    loss = loss + self.teacher(logits, crops(plain), target)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            predicted = logits.detach().argmax(1)
+            losses.append(loss.detach().float())
+            hits += (predicted == target).sum()
+            seen += len(rows)
+            if self.on_batch is not None:
+                self.on_batch(rows, predicted)
+        mean, right = torch.stack([torch.stack(losses).double().mean(), hits.double()]).tolist()
+        return Epoch(number, len(losses), mean, right / seen)
 
 
 def _meets_faulty_kernel(model: nn.Module, image: Tensor) -> bool:
@@ -164,4 +235,6 @@ def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings) -> LRSchedu
         return StepLR(optimizer, settings.steplr_stepsize, settings.steplr_gamma)
     if settings.lr_scheduler == "MultiStepLR":
         return MultiStepLR(optimizer, list(settings.steplr_milestones), settings.steplr_gamma)
+    if settings.lr_scheduler == "ReduceLROnPlateau":  # BB's yaml of Tiny ImageNet; torch's defaults, as there
+        return ReduceLROnPlateau(optimizer)
     return CosineAnnealingLR(optimizer, max(1, settings.epochs))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from fmp_core import __version__
 from fmp_core.errors import UserError
 from fmp_core.storage.files import write_torch
 from fmp_core.storage.torch_file import load_torch_file
@@ -91,3 +97,25 @@ class TrainingParts:
         for index, saved in zip(self.cuda, state["cuda_generators"], strict=False):
             torch.cuda.set_rng_state(saved, index)
         return int(state["finished"])
+
+
+def content_key(state: Mapping[str, Tensor], images: Tensor, labels: Tensor, settings: Mapping[str, Any]) -> str:
+    """SHA-256 over weights, images, labels, settings and the library versions that decide rounding."""
+    digest = hashlib.sha256()
+    about = {**settings, "fmp": __version__, "torch": torch.__version__, "device": images.device.type}
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in (*state.items(), ("images", images), ("labels", labels)):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@cache
+def source_digest(*modules: ModuleType) -> str:
+    """SHA-256 over the source code of ``modules`` (of a package: all its modules), for keys of results that code decides."""
+    digest = hashlib.sha256()
+    for module in modules:
+        file = Path(str(module.__file__))
+        for source in sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]:
+            digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()
