@@ -1,42 +1,43 @@
-"""One run at a time on one result folder."""
+"""One process at a time: lock files, on every system and on folders shared between machines (by filelock)."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import filelock
 
 from fmp_core.errors import UserError
 from fmp_core.storage.files import writing
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None  # type: ignore[assignment]
-
-NAME = ".lock"
+ANOTHER_RUN = "Another run works in {folder}; wait for its end (--wait does), or give this run another --defense_name."
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool) -> Iterator[None]:
-    """Hold ``folder`` (made if missing) for this process. The system lets go when the process ends, however it ends.
+def locked(folder: Path, wait: bool, busy: str = ANOTHER_RUN, name: str = ".lock") -> Iterator[None]:
+    """Hold the lock file ``name`` in ``folder`` (made if missing). The system lets go when the process ends, however it ends.
+
+    The lock file is empty, stays, and is not followed if it is a link: a stranger may have made the folder.
+
+    Args:
+        wait: wait while another process holds it.
+        busy: what is said if one does and there is no waiting; ``{folder}`` stands for the folder.
 
     Raises:
-        UserError: another process holds it, and ``wait`` is False; or the folder is not writable.
+        UserError: another process holds it, and ``wait`` is False; the lock file is a link; or the folder is not writable.
     """
-    path = folder / NAME
+    path = folder / name
+    lock = filelock.FileLock(path, timeout=-1 if wait else 0)
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, and was refused; remove it.")
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(busy.replace("{folder}", str(folder))) from None
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise UserError(
-                    f"Another run works in {folder}; wait for its end (--wait does), or give this run another --defense_name."
-                ) from None
         yield
     finally:
-        os.close(handle)
+        lock.release()

@@ -1,10 +1,25 @@
-"""The log of a run."""
+"""Where a run's messages go: plain lines on the terminal, and all of them with time and place in a log file."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from pprint import pformat
+from typing import Any
+
+from tqdm import tqdm
+
+from fmp_core.errors import UserError
+from fmp_core.settings import Settings
+
+LOGGER = logging.getLogger("fmp_core")
+# BackdoorBench's, so that its readers of logs read ours.
+FILE_FORMAT = logging.Formatter("%(asctime)s [%(levelname)-8s] [%(filename)s:%(lineno)d] %(message)s", "%Y-%m-%d:%H:%M:%S")
 
 
 class LogFile(logging.FileHandler):
@@ -18,8 +33,67 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
         elif not self.full:
             self.full = True
-            print(f"fmp: the log {self.baseFilename} cannot be written ({error.strerror}).", file=sys.stderr)
+            print(f"The log {self.baseFilename} cannot be written ({error.strerror}).", file=sys.stderr)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
+
+
+class Terminal(logging.Handler):
+    """Messages as they are, on stderr, above a progress bar if one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.level <= logging.DEBUG or not getattr(record, "file_only", False):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+def set_up(folder: Path, settings: Settings, about: Mapping[str, Any] | None = None) -> Path:
+    """Log to ``<folder>/<time>.log``, whatever the settings, and to the terminal as ``--log_level`` and ``--quiet`` ask.
+
+    The first record of the file, as in BackdoorBench, is the whole of ``about`` (default: the settings) and the command line.
+
+    Returns:
+        The log file.
+
+    Raises:
+        UserError: the file cannot be made.
+    """
+    close()
+    path = folder / f"{time.strftime('%Y_%m_%d_%H_%M_%S')}.log"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"The log {path} cannot be written ({error.strerror or error}); make room or give --log.") from None
+    file.setFormatter(FILE_FORMAT)
+    terminal = Terminal(logging.WARNING if settings.quiet else logging.getLevelName(settings.log_level.upper()))
+    for handler in (file, terminal):
+        LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.DEBUG)
+    LOGGER.propagate = False
+    to_file(pformat({**(dataclasses.asdict(settings) if about is None else about), "terminal_info": sys.argv}))
+    return path
+
+
+def to_file(message: str) -> None:
+    """Log what is too long for the terminal; it is shown there with ``--log_level debug`` only."""
+    LOGGER.info("%s", message, extra={"file_only": True}, stacklevel=2)
+
+
+def is_shown(level: int = logging.INFO) -> bool:
+    """Whether a message of ``level`` reaches a terminal."""
+    shown = [handler for handler in LOGGER.handlers if not isinstance(handler, LogFile)]
+    return LOGGER.isEnabledFor(level) and (not shown or min(handler.level for handler in shown) <= level)
+
+
+def close() -> None:
+    """Close the log file and let the terminal be, if :func:`set_up` was called."""
+    for handler in [handler for handler in LOGGER.handlers if isinstance(handler, (LogFile, Terminal))]:
+        LOGGER.removeHandler(handler)
+        handler.close()
+
+
+def silence() -> None:
+    """Show errors only: for all but the first of several processes."""
+    LOGGER.setLevel(logging.ERROR)
