@@ -39,7 +39,7 @@ from fmp_core.frg.scorer import score_feature_maps
 from fmp_core.models.build import PixelModel, build_model, load_model
 from fmp_core.models.evaluate import predict, to_unit
 from fmp_core.models.feature_maps import ConvLayer, frozen, trace_conv_layers
-from fmp_core.models.training import train
+from fmp_core.models.training import Trainer
 from fmp_core.settings import Settings
 from fmp_core.system import devices
 from torch import Tensor, nn
@@ -213,7 +213,7 @@ def measure_training(args: argparse.Namespace) -> dict[str, float]:
         optimizer.step()
 
     def fine_tune() -> None:
-        train(model, images, labels, settings, chosen, facts=FACTS["cifar10"], after_epoch=lambda epoch: None)
+        list(Trainer(settings, chosen, FACTS["cifar10"]).epochs(model, images, labels))
 
     rows = devices.rows_per_batch(device)
 

@@ -30,7 +30,7 @@ from fmp_core.models.evaluate import TestData as Data
 from fmp_core.models.evaluate import evaluate
 from fmp_core.models.feature_maps import trace_conv_layers
 from fmp_core.models.pruning import prune_feature_maps
-from fmp_core.models.training import train
+from fmp_core.models.training import Trainer
 from fmp_core.settings import Settings
 from fmp_core.system.devices import Device
 from hypothesis import given, settings
@@ -90,7 +90,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mixed[poisoned], mixed_labels[poisoned] = bd_train.images, 0
     settings = Settings(epochs=12, batch_size=8, lr=0.005, amp=False)
     cpu = Device(torch.device("cpu"))
-    train(PixelModel(network, facts), mixed, mixed_labels, settings, cpu, facts=facts, after_epoch=lambda _epoch: None)
+    list(Trainer(settings, cpu, facts).epochs(PixelModel(network, facts), mixed, mixed_labels))
     write_attack_record(
         root / "record" / NAME,
         name=NAME,
@@ -224,8 +224,8 @@ def test_strong_reads_no_poisoned_image_and_goes_on_where_it_stopped(fresh: Path
 def test_order_and_batches_of_the_test_sets_change_no_rate(order: list[int], batch: int) -> None:
     model, images, labels = toy_case(Plain, count=12)
     pixels, targets, true = (images * 255).to(torch.uint8), (labels + 1) % 3, labels
-    first = evaluate(model, Data(pixels, labels, pixels, targets, true), 5)
-    second = evaluate(model, Data(pixels[order], labels[order], pixels[order], targets[order], true[order]), batch)
+    first = evaluate(model, Data(pixels, labels, pixels, targets, true), 5).metrics
+    second = evaluate(model, Data(pixels[order], labels[order], pixels[order], targets[order], true[order]), batch).metrics
     assert first.headline() == second.headline()
 
 
@@ -390,15 +390,11 @@ def test_mistake_test_images_enter_batch_norm_statistics() -> None:
     for tested in (True, False):
         model = toy_case(Plain)[0]
         images = torch.randint(0, 256, (10, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-        train(
-            model,
-            images,
-            torch.arange(10) % 5,
-            Settings(epochs=3, batch_size=5, amp=False),
-            Device(torch.device("cpu")),
-            facts=DatasetFacts(5, (8, 8, 3)),
-            after_epoch=lambda _epoch, model=model, tested=tested: evaluate(model, data, 4) if tested else None,
-        )
+        settings = Settings(epochs=3, batch_size=5, amp=False)
+        trainer = Trainer(settings, Device(torch.device("cpu")), DatasetFacts(5, (8, 8, 3)))
+        for _ in trainer.epochs(model, images, torch.arange(10) % 5):
+            if tested:
+                evaluate(model, data, 4)
         results.append(weights(model))
     assert same(*results)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fmp_core.models.build import fast_ops
+from fmp_core.models import fast_ops
 from fmp_core.models.fast_ops import ConvCall, FastOps, to_precision
 from torch import Tensor, nn
 

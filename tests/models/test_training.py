@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 
@@ -31,9 +30,7 @@ def subset(count: int = 10) -> tuple[Tensor, Tensor]:
 def run(model: nn.Module, facts: DatasetFacts = STILL, count: int = 10, **changes: object) -> list[Epoch]:
     settings = Settings(**{"epochs": 2, "batch_size": 4, "amp": False, **changes})  # type: ignore[arg-type]
     images, labels = subset(count)
-    epochs: list[Epoch] = []
-    Trainer(settings, CPU, facts).train(model, images, labels, after_epoch=epochs.append)
-    return epochs
+    return list(Trainer(settings, CPU, facts).epochs(model, images, labels))
 
 
 class OneWeight(nn.Module):
@@ -49,12 +46,10 @@ class OneWeight(nn.Module):
 
 def trained_weight(epochs: int, **changes: object) -> list[float]:
     """``w`` after each epoch, one batch each, all labels 1: dloss/dw = sigmoid(w)."""
-    model, seen = OneWeight(), []
+    model = OneWeight()
     settings = Settings(**{"epochs": epochs, "batch_size": 6, "amp": False, **changes})  # type: ignore[arg-type]
     images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
-    trainer = Trainer(settings, CPU, STILL)
-    trainer.train(model, images, torch.ones(6).long(), after_epoch=lambda _epoch: seen.append(model.w.item()))
-    return seen
+    return [model.w.item() for _ in Trainer(settings, CPU, STILL).epochs(model, images, torch.ones(6).long())]
 
 
 def by_hand(rates: list[float], momentum: float = 0.0, decay: float = 0.0) -> list[float]:
@@ -87,12 +82,11 @@ def test_step_schedules() -> None:
 
 def test_the_rate_falls_by_ten_when_the_loss_no_longer_does() -> None:
     """BB's yaml of Tiny ImageNet asks for ReduceLROnPlateau: torch's defaults, so after more than ten epochs without a gain."""
-    settings = dataclasses.replace(Settings(epochs=14, batch_size=6, amp=False, lr=1e-9, sgd_momentum=0.0, wd=0.0))
-    object.__setattr__(settings, "lr_scheduler", "ReduceLROnPlateau")
-    model, rates = OneWeight().double(), []
+    plain = {"amp": False, "sgd_momentum": 0.0, "wd": 0.0}
+    settings = Settings(epochs=14, batch_size=6, lr=1e-6, lr_scheduler="ReduceLROnPlateau", **plain)  # type: ignore[arg-type]
+    model = OneWeight().double()
     images, labels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.ones(6).long()
-    values = [2.0]
-    Trainer(settings, CPU, STILL).train(model, images, labels, after_epoch=lambda _epoch: values.append(model.w.item()))
+    values = [2.0, *(model.w.item() for _ in Trainer(settings, CPU, STILL).epochs(model, images, labels))]
     rates = [before - after for before, after in itertools.pairwise(values)]
     assert all(rate == pytest.approx(rates[0], rel=1e-3) for rate in rates[:11])
     assert rates[-1] == pytest.approx(rates[0] / 10, rel=1e-3)
@@ -105,10 +99,9 @@ def test_momentum_and_weight_decay_are_used() -> None:
 
 def test_an_epoch_reports_what_happened() -> None:
     model = OneWeight()
-    epochs = []
     images, labels = torch.zeros(6, 3, 8, 8).byte(), torch.tensor([0, 0, 0, 1, 1, 1])
     settings = Settings(epochs=2, batch_size=3, lr=1e-12, amp=False)
-    Trainer(settings, CPU, STILL).train(model, images, labels, after_epoch=epochs.append)
+    epochs = list(Trainer(settings, CPU, STILL).epochs(model, images, labels))
     # logits (2, 0): always class 0, right for half of the images; losses log(1+e^-2) and log(1+e^2)
     loss = (F.softplus(torch.tensor(-2.0)) + F.softplus(torch.tensor(2.0))).item() / 2
     for number, epoch in enumerate(epochs):
@@ -207,13 +200,19 @@ def test_dropout_is_deterministic_too() -> None:
     assert same(results[0], results[1]) and not same(results[0], results[2])
 
 
-def test_the_global_generator_is_left_alone() -> None:
-    model = nn.Sequential(toy_case(Plain)[0], nn.Dropout(0.5))
+def test_the_global_generator_is_the_callers_between_epochs_too() -> None:
+    """What a caller draws while it tests changes no bit of the training, and the training none of what the caller draws."""
+    results, drawn = [], []
+    images, labels = subset()
+    for draws in (True, False):
+        model = nn.Sequential(toy_case(Plain)[0], nn.Dropout(0.5))
+        torch.manual_seed(7)
+        for _ in Trainer(Settings(epochs=2, batch_size=4, amp=False), CPU, MOVING).epochs(model, images, labels):
+            drawn += [torch.rand(4)] if draws else []
+        results.append(weights(model))
     torch.manual_seed(7)
-    run(model, MOVING)
-    after = torch.rand(4)
-    torch.manual_seed(7)
-    assert torch.equal(torch.rand(4), after)
+    assert len(drawn) == 2 and all(torch.equal(torch.rand(4), value) for value in drawn)
+    assert same(*results)
 
 
 def test_amp_keeps_master_weights_in_float32() -> None:
@@ -255,10 +254,8 @@ def test_every_batch_is_announced_with_its_rows_and_predictions() -> None:
     calls: list[tuple[Tensor, Tensor]] = []
     images, labels = subset(10)
     settings = Settings(epochs=3, batch_size=4)
-    epochs: list[Epoch] = []
-    Trainer(settings, CPU, STILL).train(
-        toy_case(Plain)[0], images, labels, after_epoch=epochs.append, on_batch=lambda *batch: calls.append(batch)
-    )
+    trainer = Trainer(settings, CPU, STILL)
+    epochs = list(trainer.epochs(toy_case(Plain)[0], images, labels, on_batch=lambda *batch: calls.append(batch)))
     assert len(calls) == 9
     for number, epoch in enumerate(epochs):
         rows, predicted = (torch.cat(part) for part in zip(*calls[3 * number : 3 * number + 3], strict=True))
@@ -276,7 +273,7 @@ def test_a_teacher_pulls_with_its_weight() -> None:
     model, teacher = OneWeight(), Teacher(Says(), weight=3.0)
     settings = Settings(epochs=1, batch_size=6, amp=False, lr=1.0, sgd_momentum=0, wd=0)
     images, labels = torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.ones(6).long()
-    Trainer(settings, CPU, STILL).train(model, images, labels, after_epoch=lambda _epoch: None, teacher=teacher.loss)
+    list(Trainer(settings, CPU, STILL).epochs(model, images, labels, teacher=teacher.loss))
     says = torch.sigmoid(torch.tensor(2.0))
     assert model.w.item() == pytest.approx(float(2.0 - (says + 3 * (says - 0.8))), abs=1e-6)
 
@@ -298,14 +295,14 @@ def test_the_teacher_sees_clean_images_moved_like_their_substitutes() -> None:
     changed = images.clone()
     changed[:, 0] = 255 - images[:, 0]
     settings = Settings(epochs=1, batch_size=8, amp=False)
-    Trainer(settings, CPU, MOVING).train(
+    trainer = Trainer(settings, CPU, MOVING).epochs(
         Looking("student"),
         images,
         labels,
         substitutes=lambda _epoch: changed,
         teacher=Teacher(Looking("teacher"), weight=1.0).loss,
-        after_epoch=lambda _epoch: None,
     )
+    assert len(list(trainer)) == 1
     student, teacher = (torch.cat(seen[name]) for name in ("student", "teacher"))
     assert torch.equal(student[:, 1:], teacher[:, 1:])
     differ = (student[:, 0] != teacher[:, 0]).flatten(1).any(1)
@@ -320,5 +317,5 @@ def test_no_weight_no_teacher() -> None:
     images, labels = subset()
     settings = Settings(epochs=2, batch_size=4, amp=False)
     for model, told in ((one, None), (other, Teacher.copy_of(Plain(), weight=0.0).loss)):
-        Trainer(settings, CPU, MOVING).train(model, images, labels, after_epoch=lambda _epoch: None, teacher=told)
+        list(Trainer(settings, CPU, MOVING).epochs(model, images, labels, teacher=told))
     assert same(weights(one), weights(other))

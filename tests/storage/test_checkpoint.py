@@ -44,7 +44,7 @@ def run(checkpoint: Checkpoint | None, on_batch: Callable[..., None] | None = No
     epochs: list[Epoch] = []
     settings = Settings(**values)  # type: ignore[arg-type]
     trainer = Trainer(settings, Device(torch.device("cpu")), FACTS, checkpoint)
-    trainer.train(model, images, torch.arange(12) % 5, after_epoch=epochs.append, on_batch=on_batch)
+    epochs.extend(trainer.epochs(model, images, torch.arange(12) % 5, on_batch=on_batch))
     return weights(model), epochs
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from fmp_core.attacks.poisoning import Poison
 from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
+from fmp_core.metrics import METRICS
 from fmp_core.models.build import PixelModel
 from fmp_core.models.evaluate import Metrics, predict
-from fmp_core.models.training import Epoch, train
+from fmp_core.models.training import Epoch, Trainer
 from fmp_core.settings import Settings
 from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system.devices import Device
@@ -124,8 +125,8 @@ class CleanMetrics:
 
 def clean_metrics(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> CleanMetrics:
     """Test on uint8 ``images``; ``model`` takes pixels in [0,1] and is left as it was found."""
-    predicted, loss = predict(model, images, labels, batch_size)
-    correct, batches = int((predicted == labels).sum()), -(-len(labels) // batch_size)
+    predicted, mean = predict(model, images, labels, batch_size)
+    correct, batches, loss = int((predicted == labels).sum()), -(-len(labels) // batch_size), float(mean)
     return CleanMetrics(correct, loss * batches, len(labels), loss, correct / len(labels))
 
 
@@ -150,31 +151,23 @@ def train_attacked_model(
     counts = _Counts(data)
     checkpoint.notes = {"history": []}
 
-    def after_epoch(plain: Epoch) -> None:
-        epoch, metrics = vars(counts.extend(plain)), vars(measure())
-        if not math.isfinite(plain.train_epoch_loss_avg_over_batch):
-            raise UserError(f"Training diverged in epoch {plain.epoch + 1}: the loss is not a finite number; lower --lr.")
-        checkpoint.notes["history"].append((epoch, metrics))
-        shown = "  ".join(f"{key[5:]} {metrics[key]:.4f}" for key in ("test_acc", "test_asr", "test_ra") if key in metrics)
-        loss = plain.train_epoch_loss_avg_over_batch
-        logger.info("epoch %d of %d: loss %.4f  %s", plain.epoch + 1, settings.epochs, loss, shown)
-
     saved = checkpoint.load()
     finished = saved["finished"] if saved else 0
     if finished:
         logger.info("going on after epoch %d of %d", finished, settings.epochs)
     batches = -(-len(data.labels) // settings.batch_size) * (settings.epochs - finished)
     with Progress("Training", batches, "batches", logger) as bar:
-        train(
-            model,
-            data.images,
-            data.labels,
-            settings,
-            compute,
-            facts=facts,
-            after_epoch=after_epoch,
-            after_batch=bar.add,
-            after_predictions=counts.add,
-            checkpoint=checkpoint,
-        )
+
+        def on_batch(rows: Tensor, predicted: Tensor) -> None:
+            counts.add(rows, predicted)
+            bar.add()
+
+        for plain in Trainer(settings, compute, facts, checkpoint).epochs(model, data.images, data.labels, on_batch=on_batch):
+            if not math.isfinite(plain.train_epoch_loss_avg_over_batch):
+                raise UserError(f"Training diverged in epoch {plain.epoch + 1}: the loss is not a finite number; lower --lr.")
+            epoch, metrics = vars(counts.extend(plain)), vars(measure())
+            checkpoint.notes["history"].append((epoch, metrics))
+            shown = "  ".join(f"{key[5:]} {metrics[key]:.4f}" for key in METRICS if key in metrics)
+            loss = plain.train_epoch_loss_avg_over_batch
+            logger.info("epoch %d of %d: loss %.4f  %s", plain.epoch + 1, settings.epochs, loss, shown)
     return [(epoch, metrics) for epoch, metrics in checkpoint.notes["history"]]

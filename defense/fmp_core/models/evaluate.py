@@ -20,7 +20,8 @@ from fmp_core.system.devices import rows_per_batch
 class TestData:
     """Both test sets on the device: images uint8 ``[N, C, H, W]``, labels int64 ``[N]``.
 
-    ``targets`` are the attacker's labels of the poisoned images, ``originals`` their true ones.
+    ``targets`` are the attacker's labels of the poisoned images, ``originals`` their true ones. ``counterparts``: for each
+    poisoned image, the row of the clean image it was made from; -1 where that is not among them; None if nothing is known.
     """
 
     clean_images: Tensor
@@ -28,6 +29,7 @@ class TestData:
     poisoned_images: Tensor
     targets: Tensor
     originals: Tensor
+    counterparts: Tensor | None = None
 
     def __len__(self) -> int:
         """How many images one evaluation looks at."""

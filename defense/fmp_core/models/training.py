@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -97,14 +98,14 @@ def _draw_batches(count: int, batch_size: int, generator: torch.Generator, facts
 
 @dataclass(frozen=True)
 class Trainer:
-    """SGD as BB configures it: ``Trainer(settings, device, facts).train(model, images, labels, ...)``.
+    """SGD as BB configures it: ``for epoch in Trainer(settings, device, facts).epochs(model, images, labels): ...``.
 
     Args:
         settings: batch_size, lr, lr_scheduler, sgd_momentum, wd, amp, epochs, random_seed.
         device: with several ``device_ids``, the batch is split over them.
         facts: of the dataset; they shape the training transform.
         checkpoint: the state is saved there after each epoch, and epochs found there are not trained again: a killed and
-            repeated call ends, on a CPU, with the bits of an uninterrupted one.
+            repeated training ends, on a CPU, with the bits of an uninterrupted one.
     """
 
     settings: Settings
@@ -112,23 +113,24 @@ class Trainer:
     facts: DatasetFacts
     checkpoint: Checkpoint | None = None
 
-    def train(
+    def epochs(
         self,
         model: nn.Module,
         images: Tensor,
         labels: Tensor,
         *,
-        after_epoch: Callable[[Epoch], None],
         on_batch: Callable[[Tensor, Tensor], None] | None = None,
         substitutes: Callable[[int], Tensor] | None = None,
         teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    ) -> None:
-        """Train ``model`` in place for ``settings.epochs`` epochs.
+    ) -> Iterator[Epoch]:
+        """Train ``model`` in place, epoch by epoch, for ``settings.epochs`` epochs.
+
+        Between two epochs the caller may test the model, but must leave it as it is; the checkpoint of an epoch is saved when
+        the caller asks for the next one, so that its notes may tell of the test.
 
         Args:
             model: takes pixels in [0,1]; on the device.
             images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]``; both on the device.
-            after_epoch: called after each epoch; must leave the model as it found it.
             on_batch: called after each step with the positions of the batch and the classes that were predicted in training
                 mode, both int64 ``[B]`` on the device.
             substitutes: called with the number of each epoch as it begins, returns uint8 like ``images``; each image is
@@ -151,23 +153,41 @@ class Trainer:
         bfloat16 = settings.amp and has_fast_bfloat16(self.device.device) and not _meets_faulty_kernel(model, images[:1])
         learner = _Learner(nn.DataParallel(model, list(ids)) if ids else model, optimizer, bfloat16, teacher, on_batch)
         cuda = ids or ((self.device.device.index,) if self.device.device.type == "cuda" else ())
-        with torch.random.fork_rng(devices=cuda):  # dropout draws from the global generator
-            torch.default_generator.manual_seed(settings.random_seed)
-            for index in cuda:
-                torch.cuda.default_generators[index].manual_seed(settings.random_seed)
-            parts = TrainingParts(model, optimizer, scheduler, generator, cuda)
+        parts = TrainingParts(model, optimizer, scheduler, generator, cuda)
+        own = _GlobalGenerators(cuda, settings.random_seed)
+        with own.active():
             saved = self.checkpoint.load() if self.checkpoint else None
-            for number in range(parts.restore(saved) if saved else 0, settings.epochs):
+            first = parts.restore(saved) if saved else 0
+        for number in range(first, settings.epochs):
+            with own.active():
                 changed = images if substitutes is None else substitutes(number)
                 batches = _draw_batches(len(images), settings.batch_size, generator, self.facts, substitutes is not None)
                 epoch = learner.epoch(number, images, changed, labels, batches)
-                if isinstance(scheduler, ReduceLROnPlateau):
-                    scheduler.step(epoch.train_epoch_loss_avg_over_batch)  # as BB
-                else:
-                    scheduler.step()
-                after_epoch(epoch)
-                if self.checkpoint:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(epoch.train_epoch_loss_avg_over_batch)  # as BB
+            else:
+                scheduler.step()
+            yield epoch
+            if self.checkpoint:
+                with own.active():
                     self.checkpoint.save(parts.state(number + 1))
+
+
+class _GlobalGenerators:
+    """Torch's global generators as this training draws from them (for dropout); outside :meth:`active` they are the caller's."""
+
+    def __init__(self, cuda: tuple[int, ...], seed: int):
+        self.cuda, self.seed = cuda, seed
+        self.states: list[Tensor] | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        generators = [torch.default_generator, *(torch.cuda.default_generators[index] for index in self.cuda)]
+        with torch.random.fork_rng(devices=self.cuda):
+            for number, generator in enumerate(generators):
+                generator.manual_seed(self.seed) if self.states is None else generator.set_state(self.states[number])
+            yield
+            self.states = [generator.get_state() for generator in generators]
 
 
 @dataclass(frozen=True)
