@@ -23,7 +23,7 @@ from fmp_core.data.attack_record import PoisonedImages, write_attack_record
 from fmp_core.models.build import build_model
 
 RECORD = "badnet_tiny"
-MODEL = "squeezenet1_0"  # the cheapest of BackdoorBench's models at 32x32: 0.7 million weights, 2986 feature maps
+MODEL = "squeezenet1_0"  # the cheapest of BackdoorBench's models at 32x32: 0.7 million weights, 2976 feature maps
 
 
 class Ran(NamedTuple):

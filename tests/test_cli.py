@@ -149,7 +149,7 @@ def test_feature_maps_csv_has_a_row_per_map(finished: Finished):
     frame = pd.read_csv(finished.results / "feature_maps.csv")
     assert frame.columns.tolist() == ["layer", "channel", "correct", "samples", "margin", "rank", "pruned"]
     sizes = frame.groupby("layer", sort=False).size()
-    assert sizes.iloc[0] == 96 and sizes.index[0] == "features.0" and len(sizes) == 26 and len(frame) == 2986
+    assert sizes.iloc[0] == 96 and sizes.index[0] == "features.0" and len(sizes) == 25 and len(frame) == 2976
     assert set(frame["samples"]) == {2} and frame["correct"].between(0, 2).all()
     pruned = frame.groupby("layer", sort=False)["pruned"].sum()
     assert pruned.tolist() == [size // 16 for size in sizes]
@@ -164,7 +164,7 @@ def test_metrics_json_says_what_was_done(finished: Finished):
     drop = {key: max(0.0, metrics["before"][key] - metrics["after"][key]) for key in ("test_acc", "test_asr")}
     assert metrics["der"] == pytest.approx((drop["test_asr"] - drop["test_acc"] + 1) / 2)
     assert (metrics["record"], metrics["dataset"], metrics["model"]) == (RECORD, "cifar10", MODEL)
-    assert (metrics["clean_images"], metrics["frg_images"], metrics["feature_maps"]) == (5, 2, 2986)
+    assert (metrics["clean_images"], metrics["frg_images"], metrics["feature_maps"]) == (5, 2, 2976)
     assert metrics["pruned"] == pd.read_csv(finished.results / "feature_maps.csv")["pruned"].sum()
     assert metrics["seed"] == 0 and metrics["device"].startswith("cpu")
     assert {"load", "ranking", "testing"} <= set(metrics["seconds"])
@@ -230,7 +230,7 @@ def test_epochs_0_prunes_and_evaluates(workplace: Path, run_fmp: Run):
     assert frame["train_acc"].isna().all() and frame["test_acc"].notna().all()
     maps = pd.read_csv(workplace / RESULTS / "feature_maps.csv")
     chosen = maps[maps["pruned"]]
-    assert sorted(chosen["rank"]) == list(range(1, 2986 // 32 + 1))
+    assert sorted(chosen["rank"]) == list(range(1, 2976 // 32 + 1))
     expected = {key: value.clone() for key, value in record.items()}
     for layer, channel in zip(chosen["layer"], chosen["channel"], strict=True):
         expected[f"{layer}.weight"][channel] = 0
