@@ -1,5 +1,8 @@
-"""Margins of FRG images to first order: a network is nearly linear within eps = 1/255 of an image, so what it answers to one
-FRG image can be foretold from the gradient of the margin at another, without a forward pass."""
+"""Margins of FRG images to first order.
+
+Within eps = 1/255 of an image a network is nearly linear, so the margin at one FRG image follows from the gradient of the
+margin at another image close by, without a forward pass.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ ROWS = 64  # images per forward and backward pass
 
 
 class MarginTaylor:
-    """``min_r(m_r(x) + <x' - x, grad m_r(x)>)`` for FRG images x'; m_r is the true class's logit less rival r's.
+    """First-order Taylor expansion of margins, ``min_r(m_r(x) + <x' - x, grad m_r(x)>)`` at FRG images x'.
+
+    m_r is the true class's logit less rival r's.
 
     Args:
         model: takes pixels in [0,1]; left as it was found.
@@ -21,17 +26,17 @@ class MarginTaylor:
     """
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor):
-        self.images, self.labels = images, labels
+        self.images = images
         with frozen(model), torch.enable_grad():
             parts = [_expansion(model, x, y) for x, y in zip(images.split(ROWS), labels.split(ROWS), strict=True)]
         self.values, self.slopes = (torch.cat(column) for column in zip(*parts, strict=True))  # [M, R], [M, R, C, H, W]
 
-    def margins(self, reverse: Tensor, which: Tensor) -> Tensor:
-        """Foretold margins ``[n, B]`` of ``reverse`` ``[n, B, C, H, W]``, made from the images at ``which`` ``[B]``."""
-        change = reverse - self.images[which]
-        # Summed in float64: then the bits do not depend on how many maps are asked for at once.
-        moved = (change[:, :, None] * self.slopes[which]).flatten(3).sum(3, dtype=torch.float64)
-        return (self.values[which] + moved).amin(2).float()
+    def margins(self, reverse: Tensor, image_ids: Tensor) -> Tensor:
+        """Predicted margins ``[n, B]`` of ``reverse`` ``[n, B, C, H, W]``, made from the images at ``image_ids`` ``[B]``."""
+        change = reverse - self.images[image_ids]
+        # Summed in float64: then the bits do not depend on how many maps are predicted at once.
+        moved = (change[:, :, None] * self.slopes[image_ids]).flatten(3).sum(3, dtype=torch.float64)
+        return (self.values[image_ids] + moved).amin(2).float()
 
 
 def _expansion(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,18 +33,24 @@ def fgsm(images: Tensor, gradient: Tensor, eps: float) -> Tensor:
 
 
 class FrgSettings(NamedTuple):
-    """How the images of a feature map are made: bound, number of steps, and size of one if there are several."""
+    """How FRG images are made: L-inf bound ``eps`` in pixel units, number of steps, size ``alpha`` of a step if there are
+    several (default 2.5*eps/steps), and the seed of the start noise (one draw per image, shared by all maps)."""
 
     eps: float
     steps: int = 1
-    alpha: float = 0.0
+    alpha: float | None = None
+    seed: int = 0
+
+    @property
+    def step_size(self) -> float:
+        return 2.5 * self.eps / self.steps if self.alpha is None else self.alpha
 
 
 class SharedForward:
     """The forward passes that all feature maps share, for ``copies`` stacked copies of a batch of images.
 
     The rows of the stacked batch are independent, so one backward pass answers for ``copies`` feature maps of a layer. Map
-    differences and ReLU masks always come from ``model`` in float32; only the backward passes run in ``twin``'s precision.
+    differences and ReLU masks always come from ``model`` in float32; only the backward passes run in ``dtype``.
 
     Args:
         model: frozen, float32, takes pixels in [0,1].
@@ -52,7 +58,7 @@ class SharedForward:
         images: clean, ``[B, C, H, W]`` in [0,1].
         start: the noisy images, same shape (:func:`noisy_start`).
         copies: feature maps per backward pass.
-        twin: ``model`` :func:`~fmp_core.models.fast_ops.to_precision` to ``dtype``.
+        low_precision: ``model`` :func:`~fmp_core.models.fast_ops.to_precision` to ``dtype``; by default ``model`` itself.
     """
 
     def __init__(
@@ -62,7 +68,7 @@ class SharedForward:
         images: Tensor,
         start: Tensor,
         copies: int = 1,
-        twin: nn.Module | None = None,
+        low_precision: nn.Module | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         self.model, self.copies, self.rows = model, copies, len(images)
@@ -84,8 +90,8 @@ class SharedForward:
             _forward(model, images, asked, keep_clean)
             _forward(model, start, asked, keep_difference, record=masks)
 
-        twin = model if twin is None else twin
-        original = {id(theirs): own for own, theirs in zip(twin.parameters(), model.parameters(), strict=True)}
+        backward_model = model if low_precision is None else low_precision
+        original = {id(theirs): own for own, theirs in zip(backward_model.parameters(), model.parameters(), strict=True)}
         keys = {id(original[id(weight)]): id(weight) for weight in asked}
 
         def keep_call(call: ConvCall, _out: Tensor) -> None:
@@ -93,7 +99,9 @@ class SharedForward:
 
         replay = (mask.repeat(copies, *[1] * (mask.dim() - 1)) for mask in masks)
         with torch.enable_grad():
-            _forward(twin, self.start, [original[id(weight)] for weight in asked], keep_call, dtype=dtype, replay=replay)
+            _forward(
+                backward_model, self.start, [original[id(weight)] for weight in asked], keep_call, dtype=dtype, replay=replay
+            )
 
     def gradient(self, layer: ConvLayer, channels: Sequence[int]) -> Tensor:
         """Gradient of each copy's loss at the noisy images, ``[copies*B, C, H, W]``; copy ``j`` asks for ``channels[j]``."""
@@ -104,22 +112,22 @@ class SharedForward:
             return into
         return torch.autograd.grad(call.input, self.start, into, retain_graph=True)[0]
 
-    def reversed_images(self, layer: ConvLayer, channels: Sequence[int], attack: FrgSettings) -> Tensor:
+    def reversed_images(self, layer: ConvLayer, channels: Sequence[int], settings: FrgSettings) -> Tensor:
         """FRG images of ``channels`` (one per copy), ``[copies*B, C, H, W]`` in [0,1].
 
-        One step is Algorithm 1. More are projected gradient steps of size ``attack.alpha`` from the noisy start, kept in the
-        eps-ball around the clean image and in [0,1].
+        One step is Algorithm 1. More are projected gradient steps of size ``settings.step_size`` from the noisy start, kept in
+        the eps-ball around the clean image and in [0,1].
         """
-        eps, steps, alpha = attack
+        eps = settings.eps
         gradient = self.gradient(layer, channels)
-        if steps == 1:
+        if settings.steps == 1:
             return fgsm(self.images, gradient, eps)
         low, high = (self.images - eps).clamp(0, 1), (self.images + eps).clamp(0, 1)
         current = self.start.detach()
-        for step in range(steps):
+        for step in range(settings.steps):
             if step > 0:
                 gradient = self._gradient_at(current, layer, channels)
-            current = torch.minimum(torch.maximum(current + alpha * gradient.sign(), low), high)
+            current = torch.minimum(torch.maximum(current + settings.step_size * gradient.sign(), low), high)
         return current
 
     def _gradient_at(self, images: Tensor, layer: ConvLayer, channels: Sequence[int]) -> Tensor:

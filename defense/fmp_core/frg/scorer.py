@@ -1,237 +1,262 @@
-"""Scoring every feature map by FRG and choosing the lowest (paper, Algorithm 1, lines 1-13)."""
+"""Scoring feature maps by FRG (paper, Algorithm 1, lines 1-11)."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fmp_core.frg.reverse import FrgSettings, SharedForward, noisy_start
-from fmp_core.frg.scorer_state import Answers, Keeper, RankingState
-from fmp_core.frg.scores import Scores, comparison_groups, cuts, layer_slices, lowest
+from fmp_core.frg.scorer_state import RankingState, StateFile
+from fmp_core.frg.scores import Counts, Scores, layer_slices, margins_of
 from fmp_core.models.fast_ops import FastOps, to_precision
 from fmp_core.models.feature_maps import ConvLayer, frozen
 from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system import distributed
 from fmp_core.system.devices import fewest_rows, is_out_of_memory, least_rows, rows_per_batch
 
-STEP = 8  # few batches of unsure images differ in size then: kernels are made anew for each size
+T = TypeVar("T")
+STEP = 8  # few batches of untrusted images differ in size then: kernels are made anew for each size
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The maps to prune: ``mask`` bool ``[N]``; ``ties`` counts maps whose ``correct`` equals that of a cut they straddle.
+class Batching(NamedTuple):
+    """How much is computed at once: ``rows`` images per batch (default: what suits the device), fewer if the graph kept for
+    them would take more than ``memory_mib`` (an estimate from one image). On a CPU no score depends on it."""
 
-    ``moved`` float64 ``[N]``: how far a inverted trigger moves each map, if that chose them.
+    rows: int | None = None
+    memory_mib: int | None = None
+
+
+class Predictor(Protocol):
+    """Predicts margins ``[n, B]`` of the FRG images ``[n, B, C, H, W]`` made from the images at ``image_ids`` ``[B]`` for n
+    maps of one layer. The second tensor, bool ``[n, B]``, marks those whose sign can be trusted."""
+
+    def __call__(self, reverse: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Group(NamedTuple):
+    """FRG images of some maps of a layer, as many as fill a batch.
+
+    ``map_ids`` int64 ``[n]``; ``filled`` ``[copies*rows, C, H, W]``, of which the first n copies and the first ``count`` rows
+    of each are asked for, the rest is filling.
     """
 
-    mask: Tensor
-    ties: int = 0
-    moved: Tensor | None = None
+    map_ids: Tensor
+    filled: Tensor
+    copies: int
+    count: int
 
-    def by_layer(self, layers: Sequence[ConvLayer]) -> dict[str, Tensor]:
-        return {layer.name: self.mask[where] for layer, where in slices(layers)}
-
-
-slices = layer_slices
-
-
-class Watch(Protocol):
-    """Sees what the model answers to the maps at ``where`` ``[n]``: their FRG images ``[n, B, C, H, W]``, made from the images
-    from ``first`` on, and the logits ``[n, B, K]``. A batch that memory ran out in is begun, and seen, again."""
-
-    def __call__(self, where: Tensor, reverse: Tensor, logits: Tensor, first: int) -> None: ...
+    def asked(self, rows: Tensor) -> Tensor:
+        """``[n, count, ...]`` of a tensor with as many rows as ``filled``."""
+        return rows.unflatten(0, (self.copies, -1))[: len(self.map_ids), : self.count]
 
 
-class Foretell(Protocol):
-    """Foretells the margins ``[n, B]`` of FRG images ``[n, B, C, H, W]``, made from the images from ``first`` on. The second
-    tensor, bool ``[n, B]``, says of whose signs it is sure."""
+class Scored(NamedTuple):
+    """Some maps of a layer on a batch: ``map_ids`` ``[n]``, FRG images ``[n, B, C, H, W]``, the model's margins ``[n, B]``."""
 
-    def __call__(self, reverse: Tensor, first: int) -> tuple[Tensor, Tensor]: ...
-
-
-def choose(scores: Scores, p: int, scope: str) -> Choice:
-    return Choice(*lowest(scores, p, scope))
+    map_ids: Tensor
+    reverse: Tensor
+    margins: Tensor
 
 
-def choose_by_chance(layers: Sequence[ConvLayer], p: int, scope: str, seed: int) -> Choice:
-    """As many maps as :func:`choose` takes, drawn without looking at the model: the control of FMP's ranking."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = comparison_groups(layers, scope)
-    mask = torch.zeros(groups[-1].stop, dtype=torch.bool)
-    for group in groups:
-        size = group.stop - group.start
-        mask[group.start + torch.randperm(size, generator=generator)[: size // p]] = True
-    return Choice(mask)
+class FeatureMapScorer:
+    """Scores the feature maps of a model on clean images; under ``torchrun`` each process scores its share.
 
-
-def ordered_groups(scores: Scores, scope: str) -> list[Tensor]:
-    return [cut.order for cut in cuts(scores, 1, scope)]
-
-
-def score_feature_maps(
-    model: nn.Module,
-    layers: Sequence[ConvLayer],
-    images: Tensor,
-    labels: Tensor,
-    *,
-    eps: float,
-    steps: int = 1,
-    alpha: float | None = None,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    rows: int | None = None,
-    memory_mib: int | None = None,
-    wanted: Tensor | None = None,
-    which: Tensor | None = None,
-    watch: Watch | None = None,
-    foretell: Foretell | None = None,
-    progress: Callable[[int], None] = lambda pairs: None,
-    checkpoint: Checkpoint | None = None,
-) -> Scores:
-    """Score all feature maps on all ``images``; under ``torchrun`` each process scores its share and all get the whole.
-
-    With a ``checkpoint``, what is scored is saved there now and then and on Ctrl-C, and is not scored again: a killed and
-    repeated call ends with the bits of an uninterrupted one.
+    Construction copies the model where ``precision`` asks for it; what is done to the model afterwards is not seen.
 
     Args:
         model: takes pixels in [0,1]; left as it was found (mode, gradient flags, hooks).
         layers: from :func:`~fmp_core.models.feature_maps.trace_conv_layers`.
-        images: float ``[M, C, H, W]`` in [0,1], not augmented, on the model's device.
-        labels: int64 ``[M]``.
-        eps, steps, alpha: see :meth:`~fmp_core.frg.reverse.SharedForward.reversed_images`; alpha defaults to 2.5*eps/steps.
-        seed: of the start noise, one draw per image, shared by all maps.
-        dtype: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
-        rows: images per batch; the default suits the device. On a CPU scores do not depend on it. Halved when memory runs
-            out, down to :func:`~fmp_core.system.devices.fewest_rows`.
-        memory_mib: lowers ``rows`` so that the retained graph fits (an estimate from one image).
-        wanted: bool ``[N]``, the maps to score (default all); the others get 0.
-        which: int64, positions of the ``images`` to score on, which keep their noise (default all).
-        watch: called for each group of maps and batch of images, but not for what a checkpoint has already.
-        foretell: gives the margins instead of the model, where it is sure of their sign.
+        images: float ``[M, C, H, W]`` in [0,1], not augmented, on the model's device; ``labels`` int64 ``[M]``.
+        settings: how FRG images are made.
+        precision: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
+        batching: on out of memory, batches are halved, down to :func:`~fmp_core.system.devices.fewest_rows`.
         progress: called with the number of (map, image) pairs just scored.
-
-    Raises:
-        UserError: the checkpoint is damaged or of another question; a process of torchrun ended early.
     """
-    device = images.device
-    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    start = noisy_start(images, noise.to(device), eps)
-    if which is not None:
-        which = which.to(device)
-        images, labels, start = images[which], labels[which], start[which]
-    attack = FrgSettings(eps, steps, 2.5 * eps / steps if alpha is None else alpha)
-    total = sum(layer.channels for layer in layers)
-    # TF32 would blur the difference of two nearly equal maps; speed comes from dtype, not from it.
-    with frozen(model), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        keeper = Keeper(checkpoint)
-        twin = to_precision(model, layers[0].module, dtype)
-        engine = Engine(model, twin, dtype, layers, attack, progress, keeper, watch, foretell)
-        rows = max(least_rows(device), rows or rows_per_batch(device))
-        if memory_mib is not None:
-            fitting = memory_mib * 2**20 // engine.bytes_per_image(images[:1], start[:1])
-            rows = max(fewest_rows(device), min(rows, fitting))
-        mine = distributed.my_share(torch.ones(total, dtype=torch.bool) if wanted is None else wanted)
-        with keeper.saving(RankingState.empty(total, rows, device)) as state:
-            if state.images:
-                progress(state.images * int(mine.sum()))
-            while state.images < len(images):
-                left = len(images) - state.images
-                batch = math.ceil(left / math.ceil(left / state.rows))
-                part = slice(state.images, state.images + batch)
-                try:
-                    engine.score(images[part], start[part], labels[part], mine, state)
-                except RuntimeError as error:
-                    if state.rows == fewest_rows(device) or not is_out_of_memory(error):
-                        raise
-                    state.begin_batch(max(fewest_rows(device), state.rows // 2))
-                    continue
-                state.end_batch(batch)
-    tally = state.whole
-    distributed.combine(tally.correct, tally.margin, least=tally.smallest_margin)
-    correct, margin, smallest_margin = (tensor.cpu() for tensor in tally)
-    return Scores(tuple(layers), correct, margin / len(images), smallest_margin, len(images))
 
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[ConvLayer],
+        images: Tensor,
+        labels: Tensor,
+        settings: FrgSettings,
+        precision: torch.dtype = torch.float32,
+        batching: Batching = Batching(),  # noqa: B008  # immutable
+        progress: Callable[[int], None] = lambda pairs: None,
+    ):
+        self.model, self.layers, self.images, self.labels, self.settings = model, tuple(layers), images, labels, settings
+        self.batching, self.progress, self.device = batching, progress, images.device
+        self.total = sum(layer.channels for layer in layers)
+        noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(settings.seed)) * 2 - 1
+        self.start = noisy_start(images, noise.to(self.device), settings.eps)
+        self._set_precision(precision)
 
-class Engine(NamedTuple):
-    """What scoring one batch of images needs: the float32 model, its twin of ``dtype``, and what to do with them."""
+    def in_precision(self, precision: torch.dtype) -> FeatureMapScorer:
+        """The same scorer with another precision."""
+        if precision == self.precision:
+            return self
+        other = copy.copy(self)
+        other._set_precision(precision)
+        return other
 
-    model: nn.Module
-    twin: nn.Module
-    dtype: torch.dtype
-    layers: Sequence[ConvLayer]
-    attack: FrgSettings
-    progress: Callable[[int], None]
-    keeper: Keeper
-    watch: Watch | None = None
-    foretell: Foretell | None = None
+    def score(
+        self, maps: Tensor | None = None, image_ids: Tensor | None = None, checkpoint: Checkpoint | None = None
+    ) -> Scores:
+        """Scores of all maps, the same for all processes.
 
-    def score(self, images: Tensor, start: Tensor, labels: Tensor, wanted: Tensor, state: RankingState) -> None:
-        """Put the tally of one batch into ``state.part``, for each map ``wanted`` (bool ``[N]``).
+        Args:
+            maps: bool ``[N]``, the maps to score (default all); the others get 0.
+            image_ids: int64, positions of the images to score on (default all).
+            checkpoint: what is scored is saved there now and then and on Ctrl-C, and is not scored again: a killed and
+                repeated call ends with the bits of an uninterrupted one.
 
-        As many maps at a time as fill ``state.rows``. Groups of maps that ``state`` has already are not scored again.
+        Raises:
+            UserError: the checkpoint is damaged or of another question; a process of torchrun ended early.
         """
-        count, least = len(images), min(least_rows(images.device), state.rows)
+        samples = len(self.images) if image_ids is None else len(image_ids)
+        return self.count(maps, image_ids, checkpoint).scores(self.layers, samples)
+
+    def count(
+        self,
+        maps: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        checkpoint: Checkpoint | None = None,
+        predictor: Predictor | None = None,
+    ) -> Counts:
+        """As :meth:`score`, but sums over the images. Where ``predictor``'s margins can be trusted, the model is not run."""
+        maps = distributed.my_share(torch.ones(self.total, dtype=torch.bool) if maps is None else maps)
+        ids = torch.arange(len(self.images), device=self.device)
+        images, start, labels = self.images, self.start, self.labels
+        if image_ids is not None:
+            ids = image_ids.to(self.device)
+            images, start, labels = images[ids], start[ids], labels[ids]
+        file = StateFile(checkpoint)
+
+        def score_batch(part: slice, state: RankingState) -> None:
+            for group in self._groups(images[part], start[part], maps, state):
+                state.part.put(group.map_ids, Counts.over_images(*self._margins(group, labels[part], ids[part], predictor)))
+                state.groups += 1
+                file.save_if_due(state)
+                self.progress(len(group.map_ids) * group.count)
+
+        with self._ready(), file.saving(RankingState.empty(self.total, self.rows, self.device)) as state:
+            if state.images:
+                self.progress(state.images * int(maps.sum()))
+            self._in_batches(len(ids), state, score_batch)
+        distributed.combine(state.whole.correct, state.whole.margin, least=state.whole.smallest_margin)
+        return state.whole
+
+    def by_batch(self, maps: Tensor, summarise: Callable[[Tensor, Iterator[Scored]], T]) -> list[T]:
+        """What ``summarise`` makes of each batch of all images, in order, for this process's share of ``maps``.
+
+        It gets the ``image_ids`` ``[B]`` of the batch and what was scored, group by group. A batch that memory runs out in is
+        not in the list, but its halves are.
+        """
+        maps, summaries = distributed.my_share(maps), list[T]()
+
+        def scored(part: slice, ids: Tensor, state: RankingState) -> Iterator[Scored]:
+            for group in self._groups(self.images[part], self.start[part], maps, state):
+                yield Scored(group.map_ids, group.asked(group.filled), self._margins(group, self.labels[part], ids)[0])
+                self.progress(len(group.map_ids) * group.count)
+
+        def summarise_batch(part: slice, state: RankingState) -> None:
+            ids = torch.arange(part.start, part.stop, device=self.device)
+            summaries.append(summarise(ids, scored(part, ids, state)))
+
+        with self._ready():
+            self._in_batches(len(self.images), RankingState.empty(self.total, self.rows, self.device), summarise_batch)
+        return summaries
+
+    def _set_precision(self, precision: torch.dtype) -> None:
+        self.precision, device = precision, self.device
+        with self._ready():
+            self._low_precision = to_precision(self.model, self.layers[0].module, precision)
+            rows = max(least_rows(device), self.batching.rows or rows_per_batch(device))
+            if self.batching.memory_mib is not None:
+                rows = min(rows, self.batching.memory_mib * 2**20 // self._bytes_per_image())
+            self.rows = max(fewest_rows(device), rows)
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """The model frozen. TF32 would blur the difference of two nearly equal maps; it is off."""
+        with frozen(self.model), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield
+
+    def _in_batches(self, count: int, state: RankingState, work: Callable[[slice, RankingState], None]) -> None:
+        """``work`` on ``count`` images from where ``state`` is, ``state.rows`` at a time, fewer if memory runs out."""
+        fewest = fewest_rows(self.device)
+        while state.images < count:
+            left = count - state.images
+            size = math.ceil(left / math.ceil(left / state.rows))
+            try:
+                work(slice(state.images, state.images + size), state)
+            except (RuntimeError, MemoryError) as error:
+                if state.rows == fewest or not is_out_of_memory(error):
+                    raise
+                state.begin_batch(max(fewest, state.rows // 2))
+                continue
+            state.end_batch(size)
+
+    def _groups(self, images: Tensor, start: Tensor, maps: Tensor, state: RankingState) -> Iterator[Group]:
+        """The FRG images of ``maps`` (bool ``[N]``), as many maps at a time as fill ``state.rows``.
+
+        Groups that ``state`` has already are passed over.
+        """
+        count, least = len(images), min(least_rows(self.device), state.rows)
         filling = [0] * (-count % least)  # each map's images, not the batch: where an image lies in it can round otherwise
         images, start = torch.cat([images, images[filling]]), torch.cat([start, start[filling]])
         copies = max(1, state.rows // len(images))
         state.group_by(copies)
-        asked = [(layer, maps) for layer, maps in slices(self.layers) if wanted[maps].any()]
-        if not asked:
+        wanted = [(layer, maps[part].nonzero().flatten().tolist(), part) for layer, part in layer_slices(self.layers)]
+        wanted = [entry for entry in wanted if entry[1]]
+        if not wanted:
             return
-        shared = SharedForward(self.model, [layer for layer, _ in asked], images, start, copies, self.twin, self.dtype)
-        group = 0
-        for layer, maps in asked:
-            todo = wanted[maps].nonzero().flatten().tolist()
-            places = (torch.tensor(todo, dtype=torch.int64) + maps.start).to(images.device)
-            for lead in range(0, len(todo), copies):
-                channels, where = todo[lead : lead + copies], places[lead : lead + copies]
-                group += 1
-                if group <= state.groups:
-                    self.progress(len(channels) * count)
+        map_ids = maps.nonzero().flatten().to(self.device).split([len(channels) for _, channels, _ in wanted])
+        shared = SharedForward(
+            self.model, [layer for layer, _, _ in wanted], images, start, copies, self._low_precision, self.precision
+        )
+        done = state.groups
+        for (layer, channels, _), ids in zip(wanted, map_ids, strict=True):
+            for first in range(0, len(channels), copies):
+                some = channels[first : first + copies]
+                if done > 0:
+                    done -= 1
+                    self.progress(len(some) * count)
                     continue
                 # A short group is filled up: kernels are chosen by shape, and round differently.
-                filled = channels + [channels[-1]] * (copies - len(channels))
-                reverse = shared.reversed_images(layer, filled, self.attack)
-                with torch.inference_mode(), FastOps(self.dtype):
-                    state.part.put(where, self.answers(reverse, copies, where, labels, state.images))
-                state.groups = group
-                self.keeper.now_and_then(state)
-                self.progress(len(channels) * count)
+                filled = some + [some[-1]] * (copies - len(some))
+                yield Group(ids[first : first + copies], shared.reversed_images(layer, filled, self.settings), copies, count)
 
-    def answers(self, reverse: Tensor, copies: int, where: Tensor, labels: Tensor, first: int) -> Answers:
-        """To the FRG images ``reverse`` ``[copies*rows, ...]`` of the maps at ``where``; ``labels`` are of the images from
-        ``first`` on."""
+    @torch.inference_mode()
+    def _margins(
+        self, group: Group, labels: Tensor, image_ids: Tensor, predictor: Predictor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Margins ``[n, B]`` of the images asked for, and which are classified correctly, bool ``[n, B]``."""
+        # A GPU would wait at every group for the choice of the untrusted images: there the model is run on all.
+        if predictor is None or self.device.type == "cuda":
+            return margins_of(group.asked(self._logits(group.filled)), labels)
+        reverse = group.asked(group.filled)
+        margins, trusted = predictor(reverse, image_ids)
+        correct = margins > 0
+        untrusted = (~trusted).flatten().nonzero().flatten()
+        if len(untrusted):
+            rows = torch.cat([untrusted, untrusted[-1:].expand(-len(untrusted) % STEP)])
+            logits = self._logits(reverse.flatten(0, 1)[rows].contiguous(memory_format=torch.channels_last))[: len(untrusted)]
+            labels_of_rows = labels.expand(margins.shape).flatten()[untrusted]
+            margins.view(-1)[untrusted], correct.view(-1)[untrusted] = margins_of(logits, labels_of_rows)
+        return margins, correct
 
-        def asked(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (copies, -1))[: len(where), : len(labels)]  # the rest is filling
+    def _logits(self, pixels: Tensor) -> Tensor:
+        with FastOps(self.precision):
+            return self._low_precision(pixels).float()
 
-        if self.foretell is not None:
-            return self.foretold(asked(reverse), labels, *self.foretell(asked(reverse), first))
-        logits = asked(self.twin(reverse).float())
-        if self.watch is not None:
-            self.watch(where, asked(reverse), logits, first)
-        return Answers.of(logits, labels)
-
-    def foretold(self, reverse: Tensor, labels: Tensor, margins: Tensor, sure: Tensor) -> Answers:
-        """The foretold ``margins`` ``[n, B]``, but the model's answers where these are not ``sure``."""
-        hits = margins > 0
-        answers = Answers(hits, margins, torch.where(hits, margins, torch.inf))
-        unsure = (~sure).flatten().nonzero().flatten()
-        if len(unsure):
-            rows = torch.cat([unsure, unsure[-1:].expand(-len(unsure) % STEP)])
-            images = reverse.flatten(0, 1)[rows].contiguous(memory_format=torch.channels_last)
-            logits = self.twin(images).float()[: len(unsure)]
-            found = Answers.of(logits, labels.expand(margins.shape).flatten()[unsure])
-            for whole, part in zip(answers, found, strict=True):
-                whole.view(-1)[unsure] = part
-        return answers
-
-    def bytes_per_image(self, image: Tensor, start: Tensor) -> int:
+    def _bytes_per_image(self) -> int:
         """Bytes that the shared forward passes of one image keep alive."""
         sizes: dict[int, int] = {}
 
@@ -239,8 +264,12 @@ class Engine(NamedTuple):
             sizes[tensor.data_ptr()] = tensor.nbytes
             return tensor
 
+        image, start = self.images[:1], self.start[:1]
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            shared = SharedForward(self.model, self.layers, image, start, 1, self.twin, self.dtype)
-        weights = {p.data_ptr() for net in (self.model, self.twin) for p in net.parameters()}
+            shared = SharedForward(self.model, self.layers, image, start, 1, self._low_precision, self.precision)
+        weights = {p.data_ptr() for net in (self.model, self._low_precision) for p in net.parameters()}
         kept = sum(size for pointer, size in sizes.items() if pointer not in weights)
         return kept + sum(t.nbytes for t in (*shared.clean.values(), *shared.difference.values()))
+
+
+from fmp_core.frg.old_names import Choice, choose, choose_by_chance, score_feature_maps, slices  # noqa: E402,F401

@@ -9,63 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmp_core.errors import UserError
+from fmp_core.frg.scores import Counts
 from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system import distributed
 
 EVERY = 20.0  # seconds between checkpoints; more where saving takes longer than a twentieth of that
-
-
-class Tally(NamedTuple):
-    """What is counted over images, for each map: see :class:`~fmp_core.frg.scorer.Scores`, but sums where that has means."""
-
-    correct: Tensor
-    margin: Tensor
-    smallest_margin: Tensor
-
-    @staticmethod
-    def empty(total: int, device: torch.device) -> Tally:
-        return Tally(
-            torch.zeros(total, dtype=torch.int64, device=device),
-            torch.zeros(total, dtype=torch.float64, device=device),
-            torch.full((total,), torch.inf, dtype=torch.float64, device=device),
-        )
-
-    def put(self, where: Tensor, answers: Answers) -> None:
-        """Set the maps at ``where`` ``[n]`` from the answers on a batch of images."""
-        self.correct[where] = answers.hits.sum(1)
-        self.margin[where] = answers.margins.sum(1, dtype=torch.float64)
-        self.smallest_margin[where] = answers.slim.double().amin(1)
-
-    def plus(self, other: Tally) -> Tally:
-        return Tally(
-            self.correct + other.correct, self.margin + other.margin, torch.minimum(self.smallest_margin, other.smallest_margin)
-        )
-
-
-class Answers(NamedTuple):
-    """What the model makes of FRG images, each ``[n, B]`` for n maps and B images.
-
-    ``hits`` bool: classified correctly. ``margins``: logit of the true class less the largest other one. ``slim``: the margin
-    where it decided a hit, inf elsewhere.
-    """
-
-    hits: Tensor
-    margins: Tensor
-    slim: Tensor
-
-    @staticmethod
-    def of(logits: Tensor, labels: Tensor) -> Answers:
-        """From logits ``[..., K]`` and labels that broadcast to ``[...]``."""
-        labels = labels.expand(logits.shape[:-1])[..., None]
-        margins = logits.gather(-1, labels)[..., 0] - logits.scatter(-1, labels, -torch.inf).amax(-1)
-        hits = logits.argmax(-1) == labels[..., 0]
-        return Answers(hits, margins, torch.where(hits, margins, torch.inf))
 
 
 @dataclass
@@ -76,8 +30,8 @@ class RankingState:
     first ``groups`` groups of ``copies`` maps (0: not known yet).
     """
 
-    whole: Tally
-    part: Tally
+    whole: Counts
+    part: Counts
     images: int
     rows: int
     groups: int = 0
@@ -85,12 +39,12 @@ class RankingState:
 
     @staticmethod
     def empty(total: int, rows: int, device: torch.device) -> RankingState:
-        whole, part = (Tally.empty(total, device) for _ in range(2))
+        whole, part = (Counts.empty(total, device) for _ in range(2))
         return RankingState(whole, part, 0, rows)
 
     def begin_batch(self, rows: int) -> None:
         """Forget the batch under way, and take the next with ``rows`` images."""
-        self.part = Tally.empty(len(self.part.correct), self.part.correct.device)
+        self.part = Counts.empty(len(self.part.correct), self.part.correct.device)
         self.rows, self.groups, self.copies = rows, 0, 0
 
     def group_by(self, copies: int) -> None:
@@ -113,19 +67,19 @@ class RankingState:
         Raises:
             ValueError, KeyError, TypeError: it is not of a ranking of as many maps.
         """
-        tallies = []
+        counts_of = []
         for name in ("whole", "part"):
-            tally = Tally(**saved[name])
-            for own, theirs in zip(self.whole, tally, strict=True):
+            counts = Counts(**saved[name])
+            for own, theirs in zip(self.whole, counts, strict=True):
                 if own.shape != theirs.shape or own.dtype != theirs.dtype:
                     raise ValueError("counts of another shape")
-            tallies.append(Tally(*(tensor.to(self.whole.margin.device) for tensor in tally)))
+            counts_of.append(Counts(*(tensor.to(self.whole.margin.device) for tensor in counts)))
         images, rows, groups, copies = (int(saved[name]) for name in ("images", "rows", "groups", "copies"))
         if images < 0 or rows < 1 or groups < 0 or copies < 0:
             raise ValueError("negative counts")
-        self.whole, self.images = tallies[0], images
+        self.whole, self.images = counts_of[0], images
         if rows == self.rows:  # else another batch size is wanted now, and the batch under way starts again
-            self.part, self.groups, self.copies = tallies[1], groups, copies
+            self.part, self.groups, self.copies = counts_of[1], groups, copies
 
 
 @dataclass
@@ -156,7 +110,7 @@ class RankingCheckpoints:
             checkpoint.remove()
 
 
-class Keeper:
+class StateFile:
     """Keeps a :class:`RankingState` in ``checkpoint``, if there is one."""
 
     def __init__(self, checkpoint: Checkpoint | None):
@@ -181,7 +135,7 @@ class Keeper:
             raise
         self.save(fresh)
 
-    def now_and_then(self, state: RankingState) -> None:
+    def save_if_due(self, state: RankingState) -> None:
         if time.monotonic() >= self.due:
             self.save(state)
 

@@ -49,9 +49,12 @@ class Counts(NamedTuple):
         smallest = torch.minimum(self.smallest_margin, other.smallest_margin)
         return Counts(self.correct + other.correct, self.margin + other.margin, smallest)
 
+    def cpu(self) -> Counts:
+        return Counts(*(tensor.cpu() for tensor in self))
+
     def scores(self, layers: Sequence[ConvLayer], samples: int) -> Scores:
         """On ``samples`` images."""
-        correct, margin, smallest = (tensor.cpu() for tensor in self)
+        correct, margin, smallest = self.cpu()
         return Scores(tuple(layers), correct, margin / samples, smallest, samples)
 
 
@@ -107,6 +110,12 @@ class Cut(NamedTuple):
         """Position of the highest map below the cut; there must be one."""
         return self.order[self.count - 1]
 
+    def tied(self, correct: Tensor) -> Tensor:
+        """Positions of the maps whose ``correct``, int64 ``[N]``, is that on both sides of the cut; none if the sides differ."""
+        if not 0 < self.count < len(self.order) or correct[self.last] != correct[self.order[self.count]]:
+            return self.order[:0]
+        return self.order[correct[self.order] == correct[self.last]]
+
 
 def layer_slices(layers: Sequence[ConvLayer]) -> list[tuple[ConvLayer, slice]]:
     """Each layer with the positions of its maps among the maps of all layers."""
@@ -134,8 +143,7 @@ def cuts(scores: Scores, p: int, scope: str) -> list[Cut]:
 def lowest(scores: Scores, p: int, scope: str) -> tuple[Tensor, int]:
     """The maps below the cuts, bool ``[N]``, and how many maps have the ``correct`` of a cut that goes through their midst."""
     mask, ties = torch.zeros(scores.total, dtype=torch.bool), 0
-    for order, count in cuts(scores, p, scope):
-        mask[order[:count]] = True
-        if 0 < count < len(order) and scores.correct[order[count - 1]] == scores.correct[order[count]]:
-            ties += int((scores.correct[order] == scores.correct[order[count]]).sum())
+    for cut in cuts(scores, p, scope):
+        mask[cut.order[: cut.count]] = True
+        ties += len(cut.tied(scores.correct))
     return mask, ties
