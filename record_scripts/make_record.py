@@ -39,31 +39,17 @@ from fmp_core.data.datasets import FACTS, DatasetFacts, Split, dataset_facts, op
 from fmp_core.data.digits import SIZE as DIGITS_SIZE
 from fmp_core.data.digits import make_digits
 from fmp_core.errors import UserError
+from fmp_core.fields import add_flags, parse_flags
 from fmp_core.models.build import MODEL_NAMES, PixelModel, build_model
 from fmp_core.models.evaluate import Metrics, TestData, evaluate
 from fmp_core.results.run_folder import history_frame, summary_frame, versions, write_csv, write_plots
-from fmp_core.selection.cache import content_key
-from fmp_core.settings import FIELDS, Settings, parse_value
-from fmp_core.storage.checkpoint import Checkpoint
+from fmp_core.settings import Settings, training_settings
+from fmp_core.storage.checkpoint import Checkpoint, content_key
 from fmp_core.storage.files import make_folders, write_torch
 from fmp_core.system.devices import choose_device, make_deterministic
 from torch import Tensor
 
-# Settings of training that are flags here too; the first three default to the dataset's recipe.
-TRAINING = (
-    "epochs",
-    "batch_size",
-    "lr",
-    "lr_scheduler",
-    "steplr_stepsize",
-    "steplr_gamma",
-    "steplr_milestones",
-    "sgd_momentum",
-    "wd",
-    "amp",
-    "random_seed",
-    "device",
-)
+TRAINING = training_settings()  # flags here too; the first three default to the dataset's recipe
 HELP = {  # where fmp.py's words do not fit
     "epochs": "training epochs",
     "batch_size": "batch size of training and evaluation",
@@ -101,7 +87,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     folder = Path(args.record_root) / (args.save_folder_name or f"{attack.attack}_{args.dataset}")
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it or choose another --save_folder_name.")
-    given = {name: parse_value(name, value, f"--{name}") for name in TRAINING if (value := getattr(args, name)) is not None}
+    given = parse_flags(Settings, {name: getattr(args, name) for name in TRAINING})
     if given.get("epochs") == 0:
         raise UserError("--epochs is 0, but a model must be trained for at least one epoch.")
     size = FACTS[args.dataset].size if args.dataset in FACTS else (args.image_size, args.image_size, 3)
@@ -163,7 +149,7 @@ def _measurement(
     bad = plan.poison.test
     targets, original = (torch.tensor(part, device=device) for part in (bad.targets, bad.original))
     data = TestData(images, labels, bad.images.to(device), targets, original)
-    return lambda: evaluate(model, data, settings.batch_size)
+    return lambda: evaluate(model, data, settings.batch_size).metrics
 
 
 def write_record(
@@ -175,7 +161,12 @@ def write_record(
     there is nothing else: a record whose poisoned test set is not one would only mislead.
     """
     folder, size, attack = plan.unfinished, plan.facts.size, plan.attack
-    info = {**vars(args), **{name: getattr(settings, name) for name in TRAINING}, "attack": attack.bb_name}
+    info = {
+        **vars(args),
+        **dataclasses.asdict(attack),
+        **{name: getattr(settings, name) for name in TRAINING},
+        "attack": attack.bb_name,
+    }
     info |= {"num_classes": plan.num_classes, "img_size": size, "terminal_info": sys.argv}
     info |= dict(zip(("input_height", "input_width", "input_channel"), size, strict=True))
     info |= {"save_folder_name": plan.folder.name, "save_path": f"./record/{plan.folder.name}"}
@@ -246,8 +237,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="start again instead of going on with an unfinished record")
     add_attack_arguments(parser.add_argument_group("attack"))
     group = parser.add_argument_group("training (epochs, batch size and rate default to the dataset's recipe)")
-    for name in TRAINING:
-        group.add_argument(f"--{name}", metavar="VALUE", help=HELP.get(name, FIELDS[name].metadata["help"]))
+    add_flags(group, Settings, TRAINING, HELP, defaults=False)
     return parser.parse_args(argv)
 
 

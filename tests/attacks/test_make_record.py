@@ -188,7 +188,7 @@ def test_an_unfinished_record_of_other_settings_is_not_overwritten(
     ("more", "says"),
     [
         (["--attack", "sig", "--pratio", "0.5"], "at most 0.3333 is possible"),
-        (["--pratio", "lots"], "argument --pratio: invalid float value: 'lots'"),
+        (["--pratio", "lots"], "--pratio is 'lots', but must be a number"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--batch_size", "1"], "--batch_size is '1', but must be"),
         (["--lr", "-1"], "--lr is '-1', but must be"),

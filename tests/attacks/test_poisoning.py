@@ -180,16 +180,16 @@ def test_a_missing_trigger_file_is_named(name: str, tmp_path: Path):
     ("changes", "says"),
     [
         ({"attack_target": 4}, "--attack_target 4 is not one of the 4 classes"),
-        ({"attack_target": -1}, "--attack_target -1"),
-        ({"pratio": 1.5}, "--pratio is 1.5, but must be between 0 and 1"),
+        ({"attack_target": -1}, "--attack_target is -1"),
+        ({"pratio": 1.5}, "--pratio is 1.5, but must be a number of at least 0 and at most 1"),
         ({"pratio": float("nan")}, "--pratio is nan"),
-        ({"name": "badnets"}, "--attack is badnets, but must be one of badnet, blended"),
-        ({"attack_label_trans": "all2none"}, "--attack_label_trans is all2none"),
+        ({"name": "badnets"}, "--attack is 'badnets', but must be one of badnet, blended"),
+        ({"attack_label_trans": "all2none"}, "--attack_label_trans is 'all2none'"),
         ({"name": "sig", "attack_label_trans": "all2all"}, "changes no label"),
         ({"name": "sig", "trigger_file": "t.png"}, "takes no --trigger_file"),
         ({"name": "ssba", "attack_train_replace_imgs_path": "t.npy"}, "belong together"),
         ({"patch_size": 9}, "--patch_size is 9, but the images are 8x8"),
-        ({"name": "wanet", "k": 1}, "--k is 1, but must be between 2"),
+        ({"name": "wanet", "k": 1}, "--k is 1, but must be a whole number of at least 2"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], says: str):

@@ -1,14 +1,14 @@
-"""What an attack of ``make_record.py`` is made of: settings, flags, and the ranges they are checked against."""
+"""Settings of the attacks that ``make_record.py`` makes: declared as those of ``fmp.py`` (:mod:`fmp_core.fields`)."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
 
+from fmp_core import fields
 from fmp_core.errors import UserError
+from fmp_core.fields import choice, integer, number, setting, text
 
-LABELS = ("all2one", "all2all")
 # Our names -> what info.pickle calls the attack. ssba is SSBA only when its images were made by SSBA's encoder.
 BB_NAMES = {
     "badnet": "badnet",
@@ -21,32 +21,44 @@ BB_NAMES = {
 }
 
 
-def _flag(default: Any, help: str, *range_: float) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "range": range_})
-
-
 @dataclasses.dataclass(frozen=True)
 class AttackSettings:
     """A field is a flag of the same name; names are BackdoorBench's where BB has the flag (``config/attack/*``)."""
 
-    attack: str = _flag("badnet", f"one of {', '.join(BB_NAMES)}")
-    attack_label_trans: str = _flag("all2one", "all2one (--attack_target), or all2all (the next class)")
-    attack_target: int = _flag(0, "the class that all2one and clean-label attacks aim at")
-    pratio: float = _flag(0.1, "share of all training images that get the trigger; 0 makes a clean control", 0, 1)
-    trigger_seed: int = _flag(0, "seed of the triggers that are drawn (blended, lf, wanet, ssba)", 0, 2**30)
-    trigger_file: str | None = _flag(None, "badnet: mask image; blended: picture; lf: .npy pattern (BackdoorBench's or yours)")
-    patch_size: int = _flag(5, "badnet: side of the white corner patch; BackdoorBench's CIFAR patch has 3", 1, 4096)
-    blend_alpha: float = _flag(0.2, "blended: share of the picture", 0, 1)
-    lf_amplitude: float = _flag(51.0, "lf: largest grey-level change of our own pattern", 1, 255)
-    sig_delta: float = _flag(40.0, "sig: amplitude in grey levels", 0, 255)
-    sig_f: float = _flag(6.0, "sig: periods across the image", 0, 4096)
-    s: float = _flag(0.5, "wanet: strength of the warp", 0, 100)
-    k: int = _flag(4, "wanet: control points along each axis", 2, 4096)
-    grid_rescale: float = _flag(1.0, "wanet: factor on the warped positions", 0, 10)
-    cross_ratio: float = _flag(2.0, "wanet: images with a noisy warp and their own label, per poisoned image", 0, 100)
-    ssba_strength: float = _flag(8.0, "ssba: root mean square of the perturbation, in grey levels", 0, 255)
-    attack_train_replace_imgs_path: str | None = _flag(None, "ssba: .npy of all training images, encoded (BackdoorBench's)")
-    attack_test_replace_imgs_path: str | None = _flag(None, "ssba: .npy of all test images, encoded")
+    attack: str = setting("badnet", choice(*BB_NAMES), "the attack; none trains a model that never saw a trigger")
+    attack_label_trans: str = setting(
+        "all2one", choice("all2one", "all2all"), "all2one: to --attack_target; all2all: to the next class"
+    )
+    attack_target: int = setting(0, integer(0, metavar="CLASS"), "the class that all2one and clean-label attacks aim at")
+    pratio: float = setting(
+        0.1, number(0, 1, metavar="RATIO"), "share of all training images that get the trigger; 0 makes a clean control"
+    )
+    trigger_seed: int = setting(
+        0, integer(0, 2**30, metavar="SEED"), "seed of the triggers that are drawn (blended, lf, wanet, ssba)"
+    )
+    trigger_file: str | None = setting(
+        None, text("FILE"), "badnet: mask image; blended: picture; lf: .npy pattern (BackdoorBench's or yours)"
+    )
+    patch_size: int = setting(
+        5, integer(1, 4096, metavar="PIXELS"), "badnet: side of the white corner patch; BackdoorBench's CIFAR patch has 3"
+    )
+    blend_alpha: float = setting(0.2, number(0, 1, metavar="SHARE"), "blended: share of the picture")
+    lf_amplitude: float = setting(51.0, number(1, 255, metavar="LEVELS"), "lf: largest grey-level change of our own pattern")
+    sig_delta: float = setting(40.0, number(0, 255, metavar="LEVELS"), "sig: amplitude in grey levels")
+    sig_f: float = setting(6.0, number(0, 4096), "sig: periods across the image")
+    s: float = setting(0.5, number(0, 100), "wanet: strength of the warp")
+    k: int = setting(4, integer(2, 4096), "wanet: control points along each axis")
+    grid_rescale: float = setting(1.0, number(0, 10, metavar="FACTOR"), "wanet: factor on the warped positions")
+    cross_ratio: float = setting(
+        2.0, number(0, 100, metavar="RATIO"), "wanet: images with a noisy warp and their own label, per poisoned image"
+    )
+    ssba_strength: float = setting(
+        8.0, number(0, 255, metavar="LEVELS"), "ssba: root mean square of the perturbation, in grey levels"
+    )
+    attack_train_replace_imgs_path: str | None = setting(
+        None, text("FILE"), "ssba: .npy of all training images, encoded (BackdoorBench's)"
+    )
+    attack_test_replace_imgs_path: str | None = setting(None, text("FILE"), "ssba: .npy of all test images, encoded")
 
     @property
     def clean_label(self) -> bool:
@@ -59,15 +71,11 @@ class AttackSettings:
         return "SSBA" if encoded else BB_NAMES[self.attack]
 
     def check(self, num_classes: int) -> None:
-        """Raises UserError: a value is impossible, or two do not go together."""
-        for field in dataclasses.fields(self):
-            value, limits = getattr(self, field.name), field.metadata["range"]
-            if limits and not limits[0] <= value <= limits[1]:
-                raise UserError(f"--{field.name} is {value:g}, but must be between {limits[0]:g} and {limits[1]:g}.")
-        for name, choices in (("attack", tuple(BB_NAMES)), ("attack_label_trans", LABELS)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"--{name} is {getattr(self, name)}, but must be one of {', '.join(choices)}.")
-        if not 0 <= self.attack_target < num_classes:
+        """Raises UserError: a value is impossible for a dataset of ``num_classes`` classes, or two do not go together."""
+        for name in fields.fields_of(AttackSettings):
+            if (value := getattr(self, name)) is not None:
+                fields.parse_value(AttackSettings, name, value, f"--{name}")
+        if self.attack_target >= num_classes:
             raise UserError(
                 f"--attack_target {self.attack_target} is not one of the {num_classes} classes 0..{num_classes - 1}."
             )
@@ -84,14 +92,9 @@ class AttackSettings:
 
 def add_attack_arguments(parser: argparse._ActionsContainer) -> None:
     """On a parser or an argument group, declare one flag per field."""
-    for field in dataclasses.fields(AttackSettings):
-        kind = type(field.default) if field.default is not None else str
-        shown = "" if field.default is None else f" (default {field.default})"
-        parser.add_argument(
-            f"--{field.name}", type=kind, default=field.default, metavar="VALUE", help=field.metadata["help"] + shown
-        )
+    fields.add_flags(parser, AttackSettings)
 
 
 def attack_settings(args: argparse.Namespace) -> AttackSettings:
-    """The flags of :func:`add_attack_arguments` as settings; :meth:`AttackSettings.check` says whether they are possible."""
-    return AttackSettings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(AttackSettings)})
+    """The flags of :func:`add_attack_arguments` as settings. Raises UserError: a value is impossible."""
+    return AttackSettings(**fields.parse_flags(AttackSettings, vars(args)))
