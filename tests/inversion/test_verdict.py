@@ -105,8 +105,8 @@ def test_triggers_stay_within_their_family(family: str):
     again = found.triggers([family], 1)[0]
     assert torch.equal(trigger.values, again.values) and torch.equal(trigger.where, again.where)
     images = found.images[:20] / 255
-    changed = trigger.on(images) - images
-    assert trigger.on(images).min() >= 0 and trigger.on(images).max() <= 1
+    changed = trigger.apply(images) - images
+    assert trigger.apply(images).min() >= 0 and trigger.apply(images).max() <= 1
     if family == "sparse":
         assert trigger.where.sum() <= 16 * 16 // SPARSE_PART * 16 and set(trigger.values.unique().tolist()) <= {0.0, 1.0}
         assert not changed[(~trigger.where).expand_as(changed)].any()
@@ -160,7 +160,7 @@ def test_unlearning_images_carry_one_trigger_each():
     images, _ = images_of(60)
     triggers = [a_trigger("sparse", 1.0), a_trigger("dense-8", 8 / 255)]
     made = unlearning_images(images, triggers, seed=0)
-    expected = [(trigger.on(images / 255) * 255).round().to(torch.uint8) for trigger in triggers]
+    expected = [(trigger.apply(images / 255) * 255).round().to(torch.uint8) for trigger in triggers]
     which = torch.stack([(made == one).flatten(1).all(1) for one in expected])
     assert which.any(0).all() and which.any(1).all()
     assert torch.equal(made, unlearning_images(images, triggers, seed=0))

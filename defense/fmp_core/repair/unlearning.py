@@ -1,7 +1,7 @@
-"""Images to unlearn a backdoor on: clean ones with a inverted trigger, and their true labels (not in the paper).
+"""Unlearning: training on clean images that carry an inverted trigger, with their true labels (not in the paper).
 
-Fine-tuning on clean images alone revives a pruned backdoor (docs/strong.md). Images that carry what turns the attacked model to
-the target, with their true labels, teach it that this means nothing.
+Fine-tuning on clean images alone revives a pruned backdoor (docs/method.md has the figures). Images with a trigger and their
+true labels teach the model to ignore it.
 """
 
 from __future__ import annotations
@@ -12,36 +12,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fmp_core.inversion.search import TriggerSearch
 from fmp_core.inversion.trigger import InvertedTrigger
-from fmp_core.inversion.verdict import TriggerSearch
 from fmp_core.models.evaluate import to_unit
 from fmp_core.system.devices import rows_per_batch
 
 
 @dataclass(frozen=True)
 class Unlearning:
-    """Makes each epoch's images with triggers: those of the attacked model and, from the second epoch on, those that the model
-    answers to by then.
+    """Substitutes for the clean images of each epoch, which carry triggers of the attacked model and, from the second epoch on,
+    triggers of the model as it is by then.
 
     Args:
         search: in the model that is trained, on the clean images of the fine-tuning.
-        triggers: at least one, of the attacked model.
+        triggers: of the attacked model, at least one.
     """
 
     search: TriggerSearch
     triggers: Sequence[InvertedTrigger]
 
-    def __call__(self, epoch: int) -> Tensor:
+    def substitutes(self, epoch: int) -> Tensor:
+        """The clean images with triggers, uint8 ``[M, C, H, W]``, for the 0-based ``epoch``."""
         families, target = [trigger.family for trigger in self.triggers], self.triggers[0].target
-        now = self.search.triggers(families, target) if epoch else []
-        return unlearning_images(self.search.images, [*self.triggers, *now], self.search.seed + epoch)
+        current = self.search.triggers(families, target) if epoch else []
+        return with_random_triggers(self.search.images, [*self.triggers, *current], self.search.seed + epoch)
 
 
-def unlearning_images(images: Tensor, triggers: Sequence[InvertedTrigger], seed: int) -> Tensor:
+def with_random_triggers(images: Tensor, triggers: Sequence[InvertedTrigger], seed: int) -> Tensor:
     """Each image with one of the ``triggers`` (at least one), drawn by ``seed``; uint8 ``[M, C, H, W]`` in and out."""
     drawn = torch.randint(len(triggers), (len(images),), generator=torch.Generator().manual_seed(seed))
-    made = torch.empty_like(images)
+    result = torch.empty_like(images)
     for number, trigger in enumerate(triggers):
         for rows in (drawn == number).nonzero().flatten().to(images.device).split(rows_per_batch(images.device)):
-            made[rows] = trigger.on(to_unit(images[rows])).mul(255).round().to(torch.uint8)
-    return made
+            result[rows] = trigger.apply(to_unit(images[rows])).mul(255).round().to(torch.uint8)
+    return result

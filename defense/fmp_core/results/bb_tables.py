@@ -1,11 +1,8 @@
-"""What a run leaves behind: BackdoorBench's csv files and plots, and our feature_maps.csv and metrics.json."""
+"""BackdoorBench's csv files and plots of a training, epoch by epoch."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +10,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
-import torchvision
 from matplotlib.figure import Figure
 
-from fmp_core import __version__
-from fmp_core.frg.scorer import Choice, Scores
 from fmp_core.models.evaluate import Metrics
-from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.models.training import Epoch
-from fmp_core.storage.files import replacing, write_text
+from fmp_core.storage.files import replacing
 
 # The columns of BB's ft_df.csv after those of an epoch, in its order (``utils/trainer_cls.py``, Metric_Aggregator).
 TEST_COLUMNS = [
@@ -62,37 +54,10 @@ def summary_frame(history: pd.DataFrame) -> pd.DataFrame:
     return history.apply(summarise)
 
 
-def feature_map_frame(layers: Sequence[ConvLayer], choice: Choice, scores: Scores | None, scope: str) -> pd.DataFrame:
-    """One row per feature map; ``rank`` 1 is the lowest score of those ``scope`` compares.
-
-    Maps that racing dropped have no margin. Without scores there is no rank; maps that a inverted trigger chose have ``moved``.
-    """
-    columns: dict[str, Any] = {
-        "layer": [layer.name for layer in layers for _ in range(layer.channels)],
-        "channel": [channel for layer in layers for channel in range(layer.channels)],
-    }
-    if scores is not None:
-        rank = np.empty(scores.total, dtype=np.int64)
-        rank[scores.order().numpy()] = np.arange(1, scores.total + 1)
-        margin = scores.margin if scores.settled is None else scores.margin.where(scores.settled, torch.nan)
-        columns |= {"correct": scores.correct.numpy(), "samples": scores.samples, "margin": margin.numpy(), "rank": rank}
-    if choice.moved is not None:
-        columns["moved"] = choice.moved.numpy()
-    frame = pd.DataFrame({**columns, "pruned": choice.mask.numpy()})
-    if scores is not None and scope == "layer":
-        frame["rank"] = frame.groupby("layer", sort=False)["rank"].rank(method="first").astype(np.int64)
-    return frame
-
-
 def write_csv(path: Path, frame: pd.DataFrame, index: bool = True) -> None:
     """Write a table, whole or not at all."""
     with replacing(path) as temporary:
         frame.to_csv(temporary, index=index)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write readable JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
 # label, column, marker, line: as BB's plot_loss and plot_acc_like_metric_pure draw them
@@ -131,34 +96,3 @@ def _plot(path: Path, history: pd.DataFrame, lines: list[tuple[str, str, str, st
     axes.grid()
     with replacing(path) as temporary:
         figure.savefig(temporary)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, and the commit of this checkout (``unknown`` outside git)."""
-    return {
-        "fmp": __version__,
-        "git": git_hash(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-        "pandas": pd.__version__,
-    }
-
-
-def git_hash() -> str:
-    """Commit of the checkout this file lies in, ``-dirty`` if it has changes, ``unknown`` if it is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def table(metrics: dict[str, Any]) -> str:
-    """A small text table of Acc / ASR / RA in percent before and after, from the content of ``metrics.json``."""
-    lines = [f"{'percent':<16}{'Acc':>8}{'ASR':>8}{'RA':>8}"]
-    for row in ("before", "after"):
-        values = (metrics[row][key] for key in ("test_acc", "test_asr", "test_ra"))
-        lines.append(f"{row + ' FMP':<16}" + "".join(f"{100 * value:8.2f}" for value in values))
-    return "\n".join(lines)

@@ -1,34 +1,43 @@
-"""Scores and evidence kept beside the result, named by what they depend on, so that sweeps over p or fine-tuning rank once."""
+"""Scores and verdicts kept beside the results, so that runs which differ only in later settings rank once.
+
+A file is named by a digest of everything its content depends on: weights, images, labels, settings, library versions, and the
+source code of the algorithm.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fmp_core import __version__
+import fmp_core.frg
+import fmp_core.inversion
 from fmp_core.errors import UserError
-from fmp_core.frg.scorer import Scores
-from fmp_core.inversion.verdict import Evidence
+from fmp_core.frg.scores import Scores
+from fmp_core.inversion.search import TriggerSearch
+from fmp_core.inversion.trigger import FAMILIES
+from fmp_core.inversion.verdict import Verdict
+from fmp_core.models import fast_ops, feature_maps
 from fmp_core.models.feature_maps import ConvLayer
+from fmp_core.storage.checkpoint import content_key, source_digest
 from fmp_core.storage.files import write_text, write_torch
 from fmp_core.storage.torch_file import load_torch_file
 
 
-def content_key(state: Mapping[str, Tensor], images: Tensor, labels: Tensor, settings: Mapping[str, Any]) -> str:
-    """SHA-256 over weights, images, labels, settings and the versions that decide rounding."""
-    digest = hashlib.sha256()
-    about = {**settings, "fmp": __version__, "torch": torch.__version__, "device": images.device.type}
-    digest.update(json.dumps(about, sort_keys=True).encode())
-    for name, tensor in (*state.items(), ("images", images), ("labels", labels)):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def score_key(model: torch.nn.Module, images: Tensor, labels: Tensor, settings: dict[str, object]) -> str:
+    """What FRG scores depend on; ``settings`` in plain values."""
+    code = source_digest(fmp_core.frg, fast_ops, feature_maps)
+    return content_key(model.state_dict(), images, labels, {**settings, "code": code})
+
+
+def verdict_key(search: TriggerSearch, num_classes: int) -> str:
+    """What the verdicts of ``search`` depend on."""
+    about = {"seed": search.seed, "dtype": str(search.dtype), "classes": num_classes, "families": FAMILIES}
+    code = source_digest(fmp_core.inversion, fast_ops, feature_maps)
+    return content_key(search.model.state_dict(), search.images, search.labels, {**about, "code": code})
 
 
 def cache_file(folder: Path, key: str) -> Path:
@@ -51,7 +60,7 @@ def save_scores(folder: Path, key: str, scores: Scores) -> None:
 
 
 def load_scores(folder: Path, key: str, layers: Sequence[ConvLayer]) -> Scores | None:
-    """The cached scores of ``key``, or None if there are none or the file is damaged (then ranking simply runs again)."""
+    """The cached scores of ``key``; None if there are none or the file is damaged (then the maps are ranked again)."""
     path = cache_file(folder, key)
     if not path.is_file():
         return None
@@ -70,27 +79,27 @@ def load_scores(folder: Path, key: str, layers: Sequence[ConvLayer]) -> Scores |
         return None
 
 
-def evidence_file(folder: Path, key: str) -> Path:
-    """Where the evidence of ``key`` lies below the result folder."""
-    return folder / "cache" / f"evidence_{key[:16]}.json"
+def verdict_file(folder: Path, key: str) -> Path:
+    """Where the verdicts of ``key`` lie below the result folder."""
+    return folder / "cache" / f"verdict_{key[:16]}.json"
 
 
-def save_evidence(folder: Path, key: str, found: Sequence[Evidence]) -> None:
-    """Write the evidence of several families, whole or not at all."""
-    shares = {evidence.family: evidence.success.tolist() for evidence in found}
-    held_out = min((evidence.held_out for evidence in found), default=0)
-    write_text(evidence_file(folder, key), json.dumps({"key": key, "held_out": held_out, "success": shares}))
+def save_verdicts(folder: Path, key: str, verdicts: Sequence[Verdict]) -> None:
+    """Write the verdicts of several families, whole or not at all."""
+    rates = {verdict.family: verdict.flip_rates.tolist() for verdict in verdicts}
+    held_out = min((verdict.held_out for verdict in verdicts), default=0)
+    write_text(verdict_file(folder, key), json.dumps({"key": key, "held_out": held_out, "flip_rates": rates}))
 
 
-def load_evidence(folder: Path, key: str, classes: int) -> dict[str, Evidence]:
-    """The cached evidence of ``key`` by family; none if the file is absent or damaged (then triggers are reversed again)."""
+def load_verdicts(folder: Path, key: str, num_classes: int) -> dict[str, Verdict]:
+    """The cached verdicts of ``key`` by family; none if the file is absent or damaged (then triggers are inverted again)."""
     try:
-        content = json.loads(evidence_file(folder, key).read_text(encoding="utf-8"))
+        content = json.loads(verdict_file(folder, key).read_text(encoding="utf-8"))
         if content["key"] != key:
             return {}
         held_out = int(content["held_out"])
-        found = {str(name): torch.tensor(shares, dtype=torch.float64) for name, shares in content["success"].items()}
+        rates = {str(name): torch.tensor(values, dtype=torch.float64) for name, values in content["flip_rates"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-    good = all(shares.shape == (classes,) and bool(((shares >= 0) & (shares <= 1)).all()) for shares in found.values())
-    return {name: Evidence(name, shares, held_out) for name, shares in found.items()} if good else {}
+    good = all(values.shape == (num_classes,) and bool(((values >= 0) & (values <= 1)).all()) for values in rates.values())
+    return {name: Verdict(name, values, held_out) for name, values in rates.items()} if good else {}

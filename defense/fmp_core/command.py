@@ -1,0 +1,50 @@
+"""The command ``fmp``: flags are parsed before torch is loaded, which takes seconds."""
+
+from __future__ import annotations
+
+import argparse
+
+from fmp_core.settings import Settings, add_arguments, load_settings
+from fmp_core.system.cli import Parser, run_main
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the defense that the flags describe; returns the exit code."""
+    parser = Parser("fmp", "Remove a backdoor with Adversarial Feature Map Pruning.")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    again = "the same command" + (" without --fresh" if args.fresh else "")
+    return run_main("fmp", lambda: _run(args), again)
+
+
+def _run(args: argparse.Namespace) -> int:
+    settings = load_settings(vars(args))
+    if settings.result_file is None:
+        print(_what_to_run(settings))
+        return 2
+    import fmp  # loads torch
+
+    from fmp_core.results.summary import as_table
+    from fmp_core.system import distributed
+
+    try:
+        method = fmp.FMP(args)
+        metrics = method.defense(settings.result_file)["metrics"]
+    finally:
+        distributed.leave()
+    if metrics:
+        print(as_table(metrics, method.folder.path))
+    return 0
+
+
+def _what_to_run(settings: Settings) -> str:
+    from fmp_core.data.attack_record import find_records  # loads torch
+
+    names = find_records(settings.record_root)
+    listing = "".join(f"\n    python defense/fmp.py --result_file {name}" for name in names)
+    found = (
+        f"Records in {settings.record_root}:{listing}" if names else f"There are no attack records in {settings.record_root}."
+    )
+    return (
+        f"fmp: --result_file is missing. {found}\nTo make the demo record: python record_scripts/make_record.py (or: make demo)"
+    )

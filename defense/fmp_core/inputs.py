@@ -1,0 +1,194 @@
+"""What one run reads: the attack record, its model, the clean subset and both test sets, checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmp_core.data.attack_record import AttackRecord, read_attack_record
+from fmp_core.data.clean_subset import choose_subset
+from fmp_core.data.datasets import DatasetFacts, Split, dataset_facts, open_split
+from fmp_core.errors import UserError
+from fmp_core.models.build import PixelModel, load_model
+from fmp_core.models.evaluate import TestData, even_sample, to_unit
+from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
+from fmp_core.settings import Settings, Stage, changed, names
+from fmp_core.system.devices import Device
+
+
+@dataclass(frozen=True)
+class DefenderInputs:
+    """What a defender has: the suspicious model and a few clean images. No poisoned image is among them.
+
+    Args:
+        model: takes pixels in [0,1]; on the device.
+        layers: its convolutions in execution order.
+        images: uint8 ``[M, C, H, W]``, the clean subset; labels: int64 ``[M]``; both on the device.
+        num_classes: of the model.
+        facts: of the dataset; they shape the training transform.
+    """
+
+    model: PixelModel
+    layers: list[ConvLayer]
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    facts: DatasetFacts
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run reads; only evaluation sees ``test``.
+
+    ``subset``: positions of the clean subset in the clean training set.
+    """
+
+    record: AttackRecord
+    subset: list[int]
+    defender: DefenderInputs
+    test: TestData
+
+
+def load_inputs(settings: Settings, result_file: str, device: torch.device) -> Inputs:
+    """Read and check everything; nothing is written, so bad input leaves no trace.
+
+    Raises:
+        UserError: the record, the dataset, the index file or a flag that contradicts them is not usable.
+    """
+    record = read_attack_record(Path(settings.record_root) / result_file)
+    _check_flags(settings, record)
+    facts = preprocessing(settings, record)
+    train_set, test_set = (
+        open_split(settings.dataset_path, record.dataset, train, record.image_size) for train in (True, False)
+    )
+    for split in (train_set, test_set):
+        _check_labels(split, record)
+    subset = choose_subset(len(train_set), settings.ratio, settings.random_seed, settings.index)
+    if settings.epochs and len(subset) < 2:
+        raise UserError("Fine-tuning needs at least 2 clean images, not 1; raise --ratio or add to --index.")
+    test = read_test_data(record, test_set, device, settings.test_images)
+    network = load_model(record.model_name, record.num_classes, record.state)
+    model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
+    images, labels = train_set.read(subset).to(device), train_set.labels[subset].to(device)
+    layers = _trace(network, to_unit(images[:1]), record)
+    return Inputs(record, subset, DefenderInputs(model, layers, images, labels, record.num_classes, facts), test)
+
+
+def read_test_data(record: AttackRecord, test_set: Split, device: torch.device, test_images: int | None = None) -> TestData:
+    """Both test sets on ``device``; of each an even sample of ``test_images`` images, if that is given.
+
+    Raises:
+        UserError: an image cannot be read, or the record does not determine the true labels.
+    """
+    poisoned = record.bd_test.pixels(record.image_size)  # first: their size is a stranger's claim
+    originals = record.bd_test.true_labels(test_set)
+    clean_rows, poisoned_rows = (_rows(labels, test_images) for labels in (test_set.labels, originals))
+    return TestData(
+        test_set.read(clean_rows).to(device),
+        test_set.labels[clean_rows].to(device),
+        poisoned[poisoned_rows].to(device),
+        record.bd_test.targets[poisoned_rows].to(device),
+        originals[poisoned_rows].to(device),
+        _counterparts(record.bd_test.indices, clean_rows, poisoned_rows, len(test_set), device),
+    )
+
+
+def _counterparts(
+    indices: Tensor | None, clean_rows: Sequence[int], poisoned_rows: Sequence[int], total: int, device: torch.device
+) -> Tensor | None:
+    """For each poisoned image, the place of its clean original in ``clean_rows``, or -1."""
+    if indices is None or int(indices.min()) < 0 or int(indices.max()) >= total:
+        return None
+    places = torch.full((total,), -1, dtype=torch.int64)
+    places[torch.as_tensor(clean_rows)] = torch.arange(len(clean_rows))
+    return places[indices[torch.as_tensor(poisoned_rows)]].to(device)
+
+
+def paired_images(test: TestData, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """At most ``count`` pairs, evenly over the poisoned test set: clean images, the poisoned ones made from them (uint8
+    ``[n, C, H, W]``), and their true classes (int64 ``[n]``).
+
+    Raises:
+        UserError: it is not known which clean image belongs to a poisoned one.
+    """
+    if test.counterparts is None:
+        raise UserError("The record does not say which clean test image each poisoned one was made from.")
+    known = (test.counterparts >= 0).nonzero().flatten()
+    if not len(known) or not bool((test.clean_labels[test.counterparts[known]] == test.originals[known]).all()):
+        raise UserError(
+            "The clean test set on disk is in another order than the attack's: which image belongs to which is unknown."
+        )
+    rows = known[torch.linspace(0, len(known) - 1, min(count, len(known))).round().long().to(known.device)]
+    return test.clean_images[test.counterparts[rows]], test.poisoned_images[rows], test.originals[rows]
+
+
+def _rows(labels: Tensor, count: int | None) -> Sequence[int]:
+    return even_sample(labels, len(labels) if count is None else count).tolist()
+
+
+def preprocessing(settings: Settings, record: AttackRecord) -> DatasetFacts:
+    """The dataset's facts, with the normalisation that ``--mean`` and ``--std`` give."""
+    facts, channels = dataset_facts(record.dataset, record.image_size), record.image_size[2]
+    given = {name: value for name in ("mean", "std") if (value := getattr(settings, name)) is not None}
+    for name, values in given.items():
+        if len(values) not in (1, channels):
+            raise UserError(f"--{name} has {len(values)} numbers, but the record's images have {channels} channel(s).")
+    whole: dict[str, Any] = {name: tuple(values) * (channels // len(values)) for name, values in given.items()}
+    return replace(facts, **whole)
+
+
+def _check_flags(settings: Settings, record: AttackRecord) -> None:
+    """A setting that contradicts the record is an error, not a silent override."""
+    stored = {"dataset": record.dataset, "model": record.model_name, "num_classes": record.num_classes}
+    for key, value in stored.items():
+        given = getattr(settings, key)
+        if given not in (None, value):
+            raise UserError(
+                f"{key} is set to {given}, but the record in {record.folder} has {value}; leave --{key} (or {key} in the YAML "
+                "file) out."
+            )
+
+
+def _check_labels(split: Split, record: AttackRecord) -> None:
+    labels = split.labels.tolist()
+    if not labels or not 0 <= min(labels) <= max(labels) < record.num_classes:
+        raise UserError(
+            f"Dataset {record.dataset} must have images labelled 0..{record.num_classes - 1} as the record's model, but has "
+            f"{len(labels)} images{f' labelled up to {max(labels)}' if labels else ''}; check --dataset_path."
+        )
+
+
+def _trace(network: nn.Module, example: Tensor, record: AttackRecord) -> list[ConvLayer]:
+    """The layers whose feature maps are ranked; also shows, before anything is written, that the model takes such images."""
+    try:
+        return trace_conv_layers(network, example)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{record.model_name} cannot take the record's {record.image_size} images ({detail}).") from None
+
+
+def describe(inputs: Inputs, settings: Settings, device: Device) -> list[str]:
+    """About ten lines for the terminal: what the run works on, where, and how."""
+    record, defender, test = inputs.record, inputs.defender, inputs.test
+    height, width, channels = record.image_size
+    tested = f"{len(test.clean_labels)} clean and {len(test.targets)} poisoned"
+    if settings.test_images:
+        tested += f" (--test_images {settings.test_images}: an even sample)"
+    maps = sum(layer.channels for layer in defender.layers)
+    named = {"preset", "result_file", "record_root", "dataset_path", *names(Stage.NO_EFFECT, decides=False)}
+    differing = {key: value for key, value in changed(vars(settings)).items() if key not in named}
+    return [
+        f"record    {record.folder}",
+        f"model     {record.model_name}, {maps} feature maps in {len(defender.layers)} layers",
+        f"dataset   {record.dataset}, {record.num_classes} classes, {height}x{width}x{channels}",
+        f"clean     {len(inputs.subset)} training images" + (f" (--index {settings.index})" if settings.index else ""),
+        f"test      {tested} images",
+        f"device    {device.name}",
+        f"preset    {settings.preset}",
+        f"settings  {', '.join(f'{key} {value}' for key, value in differing.items()) or 'all as in the preset'}",
+    ]

@@ -1,0 +1,88 @@
+"""Trigger inversion on a model: for every class in turn, the smallest common perturbation that flips predictions to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fmp_core.inversion.trigger import InvertedTrigger, flip_rate, invert_trigger
+from fmp_core.inversion.verdict import Verdict
+from fmp_core.models.activation_change import trigger_activation_change
+from fmp_core.models.evaluate import to_unit
+from fmp_core.models.fast_ops import to_precision
+from fmp_core.models.feature_maps import ConvLayer, frozen
+from fmp_core.system import distributed
+
+HELD_OUT = 256  # clean images, the last ones, that triggers are tested on and never inverted on; half of a smaller subset
+
+
+@dataclass(frozen=True)
+class TriggerSearch:
+    """Inverts triggers of a model on clean images, and tests them on held-out ones.
+
+    Args:
+        model: takes pixels in [0,1]; left as it was found.
+        layers: its convolutions in execution order.
+        images: uint8 ``[M, C, H, W]``; labels: int64 ``[M]``; both on the model's device.
+        dtype: precision of the inversion (:func:`~fmp_core.models.fast_ops.to_precision`).
+        seed: draws the batches.
+    """
+
+    model: nn.Module
+    layers: Sequence[ConvLayer]
+    images: Tensor
+    labels: Tensor
+    dtype: torch.dtype
+    seed: int
+
+    def test(self, family: str, num_classes: int) -> Verdict:
+        """Invert a trigger of ``family`` towards every class; under ``torchrun`` each process takes a share of the classes."""
+        rates = torch.zeros(num_classes, dtype=torch.float64, device=self.images.device)
+        classes = distributed.my_share(torch.ones(num_classes, dtype=torch.bool)).nonzero().flatten().tolist()
+        with frozen(self.model):
+            network = self._network()
+            for target in classes:
+                images, held_out = self._of_other_classes(target)
+                if len(images):
+                    trigger = invert_trigger(network, self.dtype, images, family, target, self.seed)
+                    rates[target] = flip_rate(network, self.dtype, trigger, held_out)
+        distributed.combine(rates)
+        return Verdict(family, rates.cpu(), self._fewest_held_out(num_classes))
+
+    def triggers(self, families: Iterable[str], target: int) -> list[InvertedTrigger]:
+        """A trigger of each family towards class ``target``."""
+        images, _ = self._of_other_classes(target)
+        with frozen(self.model):
+            network = self._network()
+            return [invert_trigger(network, self.dtype, images, family, target, self.seed) for family in families]
+
+    def activation_change(self, trigger: InvertedTrigger) -> Tensor:
+        """How far ``trigger`` changes the activation of each feature map on the held-out images, float64 ``[N]``
+        (:func:`~fmp_core.models.activation_change.trigger_activation_change`)."""
+        clean = to_unit(self.held_out[0]).contiguous(memory_format=torch.channels_last)
+        return trigger_activation_change(self.model, self.layers, clean, trigger.apply(clean))
+
+    @property
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """Images, uint8, and labels that no trigger is inverted on."""
+        return self.images[self._cut :], self.labels[self._cut :]
+
+    @property
+    def _cut(self) -> int:
+        return len(self.images) - min(HELD_OUT, len(self.images) // 2)
+
+    def _of_other_classes(self, target: int) -> tuple[Tensor, Tensor]:
+        """Images to invert a trigger on, and held-out ones."""
+        other = self.labels != target
+        return self.images[: self._cut][other[: self._cut]], self.images[self._cut :][other[self._cut :]]
+
+    def _fewest_held_out(self, num_classes: int) -> int:
+        """Held-out images of other classes, for the class that leaves fewest."""
+        _, labels = self.held_out
+        return len(labels) - int(labels.bincount(minlength=num_classes).max())
+
+    def _network(self) -> nn.Module:
+        return to_precision(self.model, self.layers[0].module, self.dtype)

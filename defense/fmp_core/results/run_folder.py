@@ -1,0 +1,211 @@
+"""The result folder of a run, ``record/<name>/defense/fmp/``: where each file lies, and how it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fmp_core.data.attack_record import AttackRecord, write_defense_result
+from fmp_core.inputs import Inputs
+from fmp_core.inversion.trigger import INVERTED_TRIGGER, save_trigger
+from fmp_core.metrics import HEADLINES, METRICS, defense_effectiveness
+from fmp_core.models.build import state_like
+from fmp_core.models.evaluate import Evaluation, Metrics
+from fmp_core.models.feature_maps import ConvLayer
+from fmp_core.models.training import Epoch
+from fmp_core.results.bb_tables import history_frame, summary_frame, write_csv, write_plots
+from fmp_core.results.event_log import write_events
+from fmp_core.results.predictions import prediction_frame
+from fmp_core.results.read import UnreadableError, read_attack_metrics
+from fmp_core.results.removal import attack_outcome
+from fmp_core.results.summary import RunSummary
+from fmp_core.selection.choice import Selection
+from fmp_core.settings import Settings
+from fmp_core.storage.files import check_folders, make_folders, refuse_links_out_of, write_text
+from fmp_core.system.devices import Device
+from fmp_core.system.versions import versions
+
+History = Sequence[
+    tuple[Epoch | None, Metrics | None]
+]  # an epoch that was not tested has no metrics; None: no epoch was trained
+Weights = tuple[str, int, dict[str, Tensor]]  # model name, number of classes, state
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes. ``shared`` holds the cache of scores, which serves all runs on the record."""
+
+    path: Path
+    log: Path
+    checkpoints: Path
+    shared: Path
+
+    @staticmethod
+    def of(settings: Settings, record: AttackRecord) -> RunFolder:
+        """Below the record, or below ``--save_folder`` in a folder of the record's name.
+
+        Raises:
+            UserError: a link in the record leads out of it.
+        """
+        home = Path(settings.save_folder) / record.folder.name if settings.save_folder else record.folder
+        path = home / "defense" / settings.defense_name
+        folder = RunFolder(
+            path,
+            Path(settings.log or path / "log"),
+            Path(settings.checkpoint_save or path / "checkpoint"),
+            home / "defense" / "fmp",
+        )
+        refuse_links_out_of(home, *(path / name for name in ("log", "checkpoint", "tensorboard")), folder.shared / "cache")
+        return folder
+
+    def check(self) -> None:
+        """Raises UserError if a folder cannot be made; makes none."""
+        check_folders(self.path, self.log, self.checkpoints)
+
+    def make(self, subset: Sequence[int]) -> None:
+        """Make the folders; the clean subset goes where BB's ft keeps it."""
+        make_folders(self.log, self.checkpoints)
+        write_text(self.log / "index.txt", _index_text(subset))
+
+    def save_epoch(self, epoch: int, weights: Weights) -> None:
+        """The model after the 0-based ``epoch``, as ``--frequency_save`` asks for."""
+        write_defense_result(self.checkpoints / f"fmp_epoch_{epoch}.pt", *weights)
+
+    def write(
+        self,
+        inputs: Inputs,
+        selection: Selection,
+        history: History,
+        evaluations: Sequence[Evaluation],
+        summary: RunSummary,
+    ) -> None:
+        """All results of a run; metrics.json, which says that the others are there, comes last of those the report reads.
+
+        ``evaluations``: the first is of the attacked model, the last of the repaired one.
+        """
+        settings = summary.settings
+        write_text(self.path / "index.txt", _index_text(inputs.subset))  # where BB's fp keeps it
+        frame = history_frame(history)
+        write_csv(self.path / "fmp_df.csv", frame)
+        write_csv(self.path / "fmp_df_summary.csv", summary_frame(frame))
+        write_plots(self.path, frame)
+        if settings["tensorboard"]:
+            write_events(self.path / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), frame)
+        maps = feature_map_frame(inputs.defender.layers, selection, settings["scope"])
+        write_csv(self.path / "feature_maps.csv", maps, index=False)
+        write_csv(
+            self.path / "predictions.csv",
+            prediction_frame(inputs.test, evaluations[0].predictions, evaluations[-1].predictions),
+            index=False,
+        )
+        if selection.triggers:
+            save_trigger(self.path / INVERTED_TRIGGER, selection.triggers[0])
+        else:
+            (self.path / INVERTED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
+        write_defense_result(self.path / "defense_result.pt", *weights_of(inputs))
+        summary.write(self.path / "metrics.json")
+
+
+def summarise(
+    inputs: Inputs,
+    selection: Selection,
+    evaluations: Sequence[Evaluation],
+    settings: Settings,
+    device: Device,
+    seconds: dict[str, float],
+) -> RunSummary:
+    """The content of metrics.json; ``evaluations`` as for :meth:`RunFolder.write`."""
+    before, after = (evaluations[at].metrics.headline() for at in (0, -1))
+    predictions = prediction_frame(inputs.test, evaluations[0].predictions, evaluations[-1].predictions)
+    attack_figures, warnings = compare_with_attack(inputs.record.folder, before)
+    return RunSummary(
+        before=before,
+        after=after,
+        der=defense_effectiveness(before, after),
+        record=inputs.record.folder.name,
+        dataset=inputs.record.dataset,
+        model=inputs.record.model_name,
+        clean_images=len(inputs.subset),
+        frg_images=selection.scores.samples if selection.scores else 0,
+        feature_maps=len(selection.mask),
+        pruned=selection.pruned,
+        tied_at_cut=selection.ties,
+        verdict=selection.verdict.as_dict() if selection.verdict else None,
+        chosen_by=selection.selected_by,
+        seconds=seconds,
+        seed=settings.random_seed,
+        device=f"{device.device} ({device.name})",
+        settings=dataclasses.asdict(settings),
+        versions=versions(),
+        removal=dict(attack_outcome(predictions)),
+        test_images=settings.test_images,
+        attack_figures=attack_figures,
+        warnings=warnings,
+    )
+
+
+FIGURES_DIFFER = 0.02  # of a fraction; evaluation batches, device and precision explain less
+
+
+def compare_with_attack(folder: Path, before: dict[str, float]) -> tuple[dict[str, float] | None, list[str]]:
+    """The attack's own figures of the attacked model, if the record has them, and a warning where ours differ much."""
+    try:
+        figures = read_attack_metrics(folder) or None
+    except UnreadableError as problem:
+        return None, [str(problem)]
+    if figures is None:
+        return None, []
+    differing = [
+        f"{HEADLINES[name]} {100 * before[name]:.1f} % here, {100 * figures[name]:.1f} % there"
+        for name in METRICS
+        if abs(before[name] - figures[name]) > FIGURES_DIFFER
+    ]
+    if not differing:
+        return figures, []
+    return figures, [
+        f"The attack reported other figures of this model in {folder / 'attack_df_summary.csv'}: {'; '.join(differing)}. "
+        "Perhaps its preprocessing is another one (--mean, --std) or the dataset is not the one it was trained on."
+    ]
+
+
+def weights_of(inputs: Inputs) -> Weights:
+    """The model as it is, in the record's names, key order and dtypes."""
+    record = inputs.record
+    return record.model_name, record.num_classes, state_like(inputs.defender.model.network, record.state)
+
+
+def feature_map_frame(layers: Sequence[ConvLayer], selection: Selection, scope: str) -> pd.DataFrame:
+    """One row per feature map; ``rank`` 1 is the lowest score of those ``scope`` compares.
+
+    Maps that racing dropped have no margin. Without scores there is no rank. ``moved`` is how far an inverted trigger changes
+    the map's activation, if that selected.
+    """
+    columns: dict[str, Any] = {
+        "layer": [layer.name for layer in layers for _ in range(layer.channels)],
+        "channel": [channel for layer in layers for channel in range(layer.channels)],
+    }
+    scores = selection.scores
+    if scores is not None:
+        rank = np.empty(scores.total, dtype=np.int64)
+        rank[scores.order().numpy()] = np.arange(1, scores.total + 1)
+        margin = scores.margin if scores.settled is None else scores.margin.where(scores.settled, torch.nan)
+        columns |= {"correct": scores.correct.numpy(), "samples": scores.samples, "margin": margin.numpy(), "rank": rank}
+    if selection.activation_change is not None:
+        columns["moved"] = selection.activation_change.numpy()
+    frame = pd.DataFrame({**columns, "pruned": selection.mask.numpy()})
+    if scores is not None and scope == "layer":
+        frame["rank"] = frame.groupby("layer", sort=False)["rank"].rank(method="first").astype(np.int64)
+    return frame
+
+
+def _index_text(subset: Sequence[int]) -> str:
+    return "".join(f"{position}\n" for position in subset)

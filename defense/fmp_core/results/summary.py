@@ -1,0 +1,117 @@
+"""The content of ``metrics.json``: the one place that says which keys it has. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fmp_core.errors import UserError
+from fmp_core.metrics import HEADLINES, METRICS
+from fmp_core.storage.files import write_text
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What one run of FMP came to; a field is a key of ``metrics.json``. Metrics are fractions in [0,1].
+
+    Args:
+        before, after: test_acc, test_asr, test_ra of the attacked and of the repaired model.
+        der: the defense effectiveness rating.
+        record, dataset, model: the record's folder name, ``clean_data`` and ``model_name``.
+        clean_images, frg_images: of the clean subset, and those that maps were scored on (0: none was).
+        feature_maps, pruned, tied_at_cut: counts of maps.
+        verdict: of trigger inversion (:meth:`fmp_core.inversion.verdict.Verdict.as_dict`); None if no trigger was inverted.
+        chosen_by: the command that selected the maps, if it was not FMP (ablations).
+        seconds: by stage. seed, device, settings, versions: of the run.
+        test_images: how many images of each test set were tested; None: all.
+        attack_figures: ``before`` as the attack itself reported it; None where the record does not say.
+        removal: whether the backdoor is removed (:func:`fmp_core.results.removal.attack_outcome`).
+        warnings: sentences for the reader of the results.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    der: float
+    record: str
+    dataset: str
+    model: str
+    clean_images: int
+    frg_images: int
+    feature_maps: int
+    pruned: int
+    tied_at_cut: int
+    verdict: dict[str, Any] | None
+    chosen_by: str | None
+    seconds: dict[str, float]
+    seed: int
+    device: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    test_images: int | None = None
+    attack_figures: dict[str, float] | None = None
+    removal: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def write(self, path: Path) -> None:
+        """Write readable JSON, whole or not at all."""
+        write_text(path, json.dumps(self.as_dict(), indent=2, default=str) + "\n")
+
+    @staticmethod
+    def read(path: Path) -> RunSummary:
+        """What :meth:`write` wrote; unknown keys are ignored.
+
+        Raises:
+            UserError: the file is missing, damaged, or lacks a key.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            known = {f.name: f for f in dataclasses.fields(RunSummary)}
+            missing = [name for name, f in known.items() if name not in content and _required(f)]
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read ({type(error).__name__}); run the defense again.") from None
+        if missing or not isinstance(content, dict):
+            raise UserError(f"{path} is not what a run of fmp writes: it lacks {', '.join(missing)}; run the defense again.")
+        return RunSummary(**{name: value for name, value in content.items() if name in known})
+
+
+def _required(f: dataclasses.Field[Any]) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def as_table(metrics: dict[str, Any], folder: Path) -> str:
+    """What the terminal shows at the end: Acc / ASR / RA in percent, before and after, and advice where it is due.
+
+    ``metrics`` is the content of metrics.json.
+    """
+    lines = ["", f"{'percent':<16}" + "".join(f"{HEADLINES[name]:>8}" for name in METRICS)]
+    for row in ("before", "after"):
+        lines.append(f"{row + ' FMP':<16}" + "".join(f"{100 * metrics[row][name]:8.2f}" for name in METRICS))
+    if metrics["test_images"]:
+        lines.append(f"on an even sample of {metrics['test_images']} images of each test set")
+    lines += ["", f"DER {100 * metrics['der']:.2f} %   results: {folder}"]
+    return "\n".join([*lines, *advice(metrics)])
+
+
+MUCH_ACCURACY = 0.03
+FEW_CLEAN_IMAGES = 500
+
+
+def advice(metrics: dict[str, Any]) -> list[str]:
+    """At most one line: what to try if the backdoor is still there, or if accuracy was lost."""
+    outcome = (metrics["removal"] or {}).get("outcome")
+    clean, strong = metrics["clean_images"], metrics["settings"]["preset"] == "strong"
+    drop = metrics["before"]["test_acc"] - metrics["after"]["test_acc"]
+    few = f" The defense had {clean} clean images only; more help (--ratio, --index)." if clean < FEW_CLEAN_IMAGES else ""
+    if outcome in ("weakened", "still works"):
+        state = "still works" if outcome == "still works" else "is weakened, not removed"
+        attempt = "try more clean data (--ratio) or a higher --lr" if strong else "try --preset strong"
+        return [f"The backdoor {state}: {attempt}.{few}"]
+    if drop > MUCH_ACCURACY:
+        return [f"Accuracy fell by {100 * drop:.1f} points: try a smaller --lr or fewer --epochs.{few}"]
+    return []
