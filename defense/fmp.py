@@ -21,27 +21,25 @@ if __name__ == "__main__":  # flags are parsed, and --help is answered, before t
 
     sys.exit(main())
 
-import argparse  # noqa: E402
-import logging  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from contextlib import nullcontext  # noqa: E402
-from typing import Any  # noqa: E402
+import argparse
+import logging
+from contextlib import nullcontext
+from typing import Any
 
-from fmp_core.inputs import DefenderInputs, describe, load_inputs  # noqa: E402
-from fmp_core.models.evaluate import Evaluation, Metrics, evaluate  # noqa: E402
-from fmp_core.models.pruning import prune_feature_maps  # noqa: E402
-from fmp_core.repair.finetune import FineTuning  # noqa: E402
-from fmp_core.report.page import write_report  # noqa: E402
-from fmp_core.results.event_log import summary_writer  # noqa: E402
-from fmp_core.results.run_folder import History, RunFolder, summarise, weights_of  # noqa: E402
-from fmp_core.selection.choice import Selection  # noqa: E402
-from fmp_core.selection.select import select_feature_maps  # noqa: E402
-from fmp_core.settings import Settings, add_arguments, load_settings  # noqa: E402
-from fmp_core.storage.lock import locked  # noqa: E402
-from fmp_core.system import distributed, logs  # noqa: E402
-from fmp_core.system.cli import Stages, kept  # noqa: E402
-from fmp_core.system.devices import choose_device, make_deterministic  # noqa: E402
-from fmp_core.system.progress import Progress  # noqa: E402
+from fmp_core.inputs import describe, load_inputs
+from fmp_core.models.evaluate import Evaluation, Metrics, evaluate
+from fmp_core.models.pruning import prune_feature_maps
+from fmp_core.repair.finetune import FineTuning
+from fmp_core.report.page import write_report
+from fmp_core.results.run_folder import History, RunFolder, summarise, weights_of
+from fmp_core.selection.choice import Selection
+from fmp_core.selection.select import Select, select_feature_maps
+from fmp_core.settings import add_arguments, load_settings
+from fmp_core.storage.lock import locked
+from fmp_core.system import distributed, logs
+from fmp_core.system.cli import Stages, kept
+from fmp_core.system.devices import choose_device, make_deterministic
+from fmp_core.system.progress import Progress
 
 try:
     from defense.base import defense
@@ -49,7 +47,6 @@ except ImportError:  # no BackdoorBench around us
     from fmp_core.bb_base import defense
 
 LOGGER = logging.getLogger("fmp_core")
-Select = Callable[[DefenderInputs, Settings, Path, Stages], Selection]
 
 
 class FMP(defense):
@@ -77,8 +74,6 @@ class FMP(defense):
     def set_result(self, result_file: str) -> None:
         """Read the record, its model and all images; nothing is written yet, so bad input leaves no trace."""
         self.stages = Stages()  # an FMP may defend several records
-        if self.settings.tensorboard:
-            summary_writer()  # refuse now rather than after an hour
         with self.stages("load"):
             self.inputs = load_inputs(self.settings, result_file, self.device.device)
         self.folder = RunFolder.of(self.settings, self.inputs.record)
@@ -109,8 +104,7 @@ class FMP(defense):
         history = self.fine_tune(fine_tuning, selection)
         metrics = self.write(selection, history)
         defender.model.eval()
-        if settings.epochs:  # without, the state of another, interrupted run may lie there
-            fine_tuning.forget()
+        fine_tuning.forget()
         return {"model": defender.model.network, "metrics": metrics}
 
     def fine_tune(self, fine_tuning: FineTuning, selection: Selection) -> History:
@@ -151,7 +145,7 @@ class FMP(defense):
 
     def defense(self, result_file: str) -> dict[str, Any]:
         self.set_result(result_file)
-        self.folder.check()
+        self.folder.check(self.settings)
         with locked(self.folder.path, self.settings.wait) if distributed.is_leader() else nullcontext():
             self.set_logger()
             return self.mitigation()

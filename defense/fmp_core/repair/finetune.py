@@ -109,7 +109,8 @@ class FineTuning:
 
     def forget(self) -> None:
         """Remove the state of an unfinished run; for when all results are written."""
-        self._path.unlink(missing_ok=True)
+        if self.settings.epochs:  # without, the state of another, interrupted run may lie there
+            self._path.unlink(missing_ok=True)
 
     def _plan(self, epoch: Epoch, metrics: Metrics | None = None) -> TrainedEpoch:
         number, test, save = epoch.epoch + 1, self.settings.frequency_test, self.settings.frequency_save

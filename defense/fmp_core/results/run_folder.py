@@ -23,7 +23,7 @@ from fmp_core.models.evaluate import Evaluation, Metrics
 from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.models.training import Epoch
 from fmp_core.results.bb_tables import history_frame, summary_frame, write_csv, write_plots
-from fmp_core.results.event_log import write_events
+from fmp_core.results.event_log import summary_writer, write_events
 from fmp_core.results.predictions import prediction_frame
 from fmp_core.results.read import UnreadableError, read_attack_metrics
 from fmp_core.results.removal import attack_outcome
@@ -67,9 +67,15 @@ class RunFolder:
         refuse_links_out_of(home, *(path / name for name in ("log", "checkpoint", "tensorboard")), folder.shared / "cache")
         return folder
 
-    def check(self) -> None:
-        """Raises UserError if a folder cannot be made; makes none."""
+    def check(self, settings: Settings) -> None:
+        """Refuse now rather than after an hour; nothing is written.
+
+        Raises:
+            UserError: a folder cannot be made, or TensorBoard is asked for and not installed.
+        """
         check_folders(self.path, self.log, self.checkpoints)
+        if settings.tensorboard:
+            summary_writer()
 
     def make(self, subset: Sequence[int]) -> None:
         """Make the folders; the clean subset goes where BB's ft keeps it."""

@@ -31,7 +31,6 @@ from fmp_core.system.versions import versions
 
 PAIRS = 512  # clean and poisoned images that the oracle compares
 ROWS_SET = ("preset", "selection", "scope", "masked", "unlearn", "distill", "defense_name")  # a flag may not set these
-Select = Callable[[DefenderInputs, Settings, Path, Stages], Selection]
 
 
 @dataclass(frozen=True)

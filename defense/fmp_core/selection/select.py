@@ -48,6 +48,7 @@ from fmp_core.system.progress import Progress
 
 LOGGER = logging.getLogger("fmp_core")
 Found = TypeVar("Found")
+Select = Callable[[DefenderInputs, Settings, Path, Stages], Selection]  # the arguments of select_feature_maps
 
 
 def select_feature_maps(defender: DefenderInputs, settings: Settings, cache: Path, stages: Stages) -> Selection:
