@@ -82,8 +82,7 @@ class FMP(defense):
     def set_logger(self) -> None:
         """Log to the terminal and, in BB's format, to ``log/<time>.log``; of several processes only the first speaks."""
         if not distributed.is_leader():
-            LOGGER.setLevel(logging.ERROR)
-            return
+            return logs.silence()
         self.folder.make(self.inputs.subset)
         logs.set_up(self.folder.log, self.settings)
         for line in describe(self.inputs, self.settings, self.device):
