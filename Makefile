@@ -1,27 +1,33 @@
-# make demo | test | lint | clean; everything runs in .venv, made on first use.
+# make demo | test | lint | clean; everything runs in .venv, made on first use, which gets no more than a target needs.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -e
 
 .PHONY: demo test lint clean
 
-.venv/ready: setup.cfg pyproject.toml
+.venv/run: setup.cfg
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(PIP) .
 	touch $@
 
-demo: .venv/ready
+.venv/test .venv/lint: .venv/%: .venv/run
+	$(PIP) '.[$*]'
+	touch $@
+
+demo: .venv/run
 	@test -d record/badnet_digits || $(BIN)/python record_scripts/make_record.py
 	$(BIN)/python defense/fmp.py --result_file badnet_digits --yaml_path ./config/defense/fmp/digits.yaml
 	@echo "the report: $(CURDIR)/record/badnet_digits/defense/fmp/report.html"
 	@echo "pictures: $(CURDIR)/record/badnet_digits/defense/fmp/acc_like_metric_plots.png and loss_metric_plots.png"
 
-test: .venv/ready
+test: .venv/test
 	$(BIN)/python -m pytest
 
-lint: .venv/ready
+lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf .venv record/badnet_digits data/digits

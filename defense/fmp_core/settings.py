@@ -220,6 +220,16 @@ def training_settings() -> tuple[str, ...]:
     return names(Stage.TRAINING, decides=False)
 
 
+def changed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings ``values`` that differ from the defaults of their preset."""
+    defaults = dataclasses.asdict(Settings()) | PRESETS.get(values.get("preset", "paper"), {}) | {"preset": "paper"}
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value  # JSON has no tuples
+
+    return {name: value for name, value in values.items() if plain(value) != plain(defaults.get(name)) and value is not None}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare one flag per setting, grouped by stage; see :func:`fmp_core.fields.add_flags`."""
     parser.add_argument("--yaml_path", default=None, metavar="FILE", help=f"settings file (default {DEFAULT_YAML})")

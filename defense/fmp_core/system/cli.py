@@ -133,8 +133,8 @@ def run_main(prog: str, function: Callable[[], int | None], again: str = "the sa
     try:
         with stopping_gently():
             return function() or 0
-    except BrokenPipeError:  # of ``| head``: what is read no more need not be written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # of ``| head``: nobody reads the rest, also not what Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except (UserError, OSError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
         ending = _ending(error, again)
