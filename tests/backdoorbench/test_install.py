@@ -1,4 +1,4 @@
-"""install.py: into a checkout and out again, whatever is in the way and whenever it is killed."""
+"""Into a checkout and out again, whatever is in the way and whenever it is killed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import bb_workspace
-import install
+import install as script
 import pytest
+from fmp_core.backdoorbench.install import COMMIT, OWN_FOLDER, PROJECT, UNITS, install, uninstall
 from fmp_core.errors import UserError
+from fmp_core.system.commit import git_hash
 
-PROJECT = Path(install.__file__).resolve().parents[1]
+Tree = Callable[[Path], dict[str, str | None]]
 
 
 def git(root: Path, *words: str) -> str:
@@ -24,38 +25,24 @@ def git(root: Path, *words: str) -> str:
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A git checkout with BackdoorBench's landmarks and a base class of its own."""
-    root = tmp_path / "BackdoorBench"
-    for name in bb_workspace.LANDMARKS:
-        path = root / name
-        (path if not path.suffix else path.parent).mkdir(parents=True, exist_ok=True)
-        if path.suffix:
-            path.write_text("class defense:\n    pass\n")
-    (root / "defense" / "__init__.py").touch()
-    (root / "config" / "defense" / "ft.yaml").touch()
-    git(root, "init", "-q")
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "as found")
-    return root
+def repository(checkout: Path) -> Path:
+    """The checkout as a git repository, as BackdoorBench's is."""
+    git(checkout, "init", "-q")
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "-qm", "as found")
+    return checkout
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A project of six small files in our layout."""
+    """A project of five small files in our layout."""
     source = tmp_path / "project"
-    for name in ("defense/fmp.py", "defense/fmp_core/a.py", "defense/fmp_core/b.py", "config/defense/fmp/c.yaml"):
+    for name in ("defense/fmp.py", "defense/fmp_core/a.py", "defense/fmp_core/b/c.py", "config/defense/fmp/d.yaml"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(f"# {name}\n")
     (source / "record_scripts").mkdir()
-    (source / "record_scripts" / "d.py").write_text("# d\n")
+    (source / "record_scripts" / "e.py").write_text("# e\n")
     return source
-
-
-def tree(root: Path) -> dict[str, str | None]:
-    """Every path below ``root`` but git's own, with its content."""
-    paths = (path for path in sorted(root.rglob("*")) if ".git" not in path.parts)
-    return {path.relative_to(root).as_posix(): install.fingerprint(path) for path in paths}
 
 
 def python(root: Path, code: str) -> str:
@@ -66,74 +53,81 @@ def python(root: Path, code: str) -> str:
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_installed_fmp_is_a_defense_of_the_checkout_and_leaves_no_trace(checkout: Path, link: bool) -> None:
-    before = tree(checkout)
-    assert install.main(["--into", str(checkout), *(["--link"] if link else [])]) == 0
-    assert (checkout / "defense" / "fmp_core").is_symlink() == link
-    imported = "from defense.fmp import FMP; import defense.base as b; print(issubclass(FMP, b.defense), b.__file__)"
-    script = "import runpy; print(issubclass(runpy.run_path('defense/fmp.py')['FMP'], b.defense))"
-    said = python(checkout, f"{imported}; {script}").split()
-    assert said == ["True", str(checkout / "defense" / "base.py"), "True"]
-    assert (checkout / "defense" / "__pycache__").is_dir()
-    assert install.main(["--into", str(checkout), "--uninstall"]) == 0
-    assert tree(checkout) == before
-    assert git(checkout, "status", "--porcelain", "--ignored") == ""
+def test_installed_fmp_is_a_defense_of_the_checkout_and_leaves_no_trace(repository: Path, tree: Tree, link: bool) -> None:
+    before = tree(repository)
+    assert script.main(["--into", str(repository), *(["--link"] if link else [])]) == 0
+    assert (repository / "defense" / "fmp_core").is_symlink() == link
+    if not link:
+        for unit in UNITS:
+            for path in [PROJECT / unit, *(PROJECT / unit).rglob("*")]:
+                if path.is_file() and "__pycache__" not in path.parts:
+                    assert (repository / path.relative_to(PROJECT)).read_bytes() == path.read_bytes()
+    code = """
+import sys
+sys.path[:0] = ["", "defense"]  # ours may be installed in this Python, too
+from defense.fmp import FMP
+import defense.base as b, fmp_core.system.commit as c
+print(issubclass(FMP, b.defense), b.__file__, c.__file__, c.git_hash())
+"""
+    own = repository / "defense" / "fmp_core" / "system" / "commit.py"
+    expected = ["True", str(repository / "defense" / "base.py"), str(own), git_hash()]
+    assert python(repository, code).split() == expected, "the commit must be ours, not BackdoorBench's"
+    assert (repository / "defense" / "__pycache__").is_dir()
+    assert script.main(["--into", str(repository), "--uninstall"]) == 0
+    assert tree(repository) == before
+    assert git(repository, "status", "--porcelain", "--ignored") == ""
 
 
-def test_every_file_of_the_project_is_installed(checkout: Path) -> None:
-    install.install(checkout)
-    for unit in install.UNITS:
-        for path in [PROJECT / unit, *(PROJECT / unit).rglob("*")]:
-            if path.is_file() and "__pycache__" not in path.parts:
-                assert (checkout / path.relative_to(PROJECT)).read_bytes() == path.read_bytes()
+def test_a_copy_without_its_commit_file_knows_none(repository: Path, small: Path) -> None:
+    shutil.copytree(PROJECT / "defense" / "fmp_core" / "system", small / "defense" / "fmp_core" / "system")
+    install(repository, small)
+    (repository / COMMIT).unlink()
+    code = "import runpy; print(runpy.run_path('defense/fmp_core/system/commit.py')['git_hash']())"
+    assert python(repository, code) == "unknown"
 
 
-@pytest.mark.parametrize("place", ["defense/fmp.py", "record_scripts/d.py", "config/defense/fmp"])
-def test_foreign_files_are_never_overwritten(checkout: Path, small: Path, place: str) -> None:
+@pytest.mark.parametrize("place", ["defense/fmp.py", "record_scripts/e.py", "config/defense/fmp"])
+def test_foreign_files_are_never_overwritten(checkout: Path, small: Path, tree: Tree, place: str) -> None:
     foreign = checkout / place
     foreign.parent.mkdir(parents=True, exist_ok=True)
     foreign.write_text("someone else's")
     before = tree(checkout)
     with pytest.raises((UserError, OSError)):
-        install.install(checkout, small, link=place == "config/defense/fmp", force=True)
+        install(checkout, small, link=place == "config/defense/fmp", force=True)
     assert tree(checkout) == before
 
 
-def test_an_update_replaces_adds_and_removes(checkout: Path, small: Path) -> None:
+def test_an_update_replaces_adds_and_removes(checkout: Path, small: Path, tree: Tree) -> None:
     before = tree(checkout)
-    install.install(checkout, small)
+    install(checkout, small)
     (small / "defense" / "fmp_core" / "a.py").write_text("new")
-    (small / "defense" / "fmp_core" / "b.py").rename(small / "defense" / "fmp_core" / "e.py")
-    assert install.install(checkout, small) == 5
+    (small / "defense" / "fmp_core" / "b" / "c.py").rename(small / "defense" / "fmp_core" / "f.py")
+    assert install(checkout, small) == 6  # and the commit
     assert (checkout / "defense" / "fmp_core" / "a.py").read_text() == "new"
-    assert sorted(path.name for path in (checkout / "defense" / "fmp_core").iterdir()) == ["a.py", "e.py"]
-    install.uninstall(checkout)
+    assert {path.name for path in (checkout / "defense" / "fmp_core").rglob("*.py")} == {"a.py", "f.py"}
+    uninstall(checkout)
     assert tree(checkout) == before
 
 
-def test_changes_of_the_user_are_kept_unless_forced(checkout: Path, small: Path) -> None:
-    before = tree(checkout)
-    install.install(checkout, small)
-    mine = checkout / "config" / "defense" / "fmp" / "c.yaml"
+def test_what_the_user_changed_or_added_is_kept(repository: Path, small: Path, tree: Tree) -> None:
+    before = tree(repository)
+    install(repository, small)
+    mine = repository / "config" / "defense" / "fmp" / "d.yaml"
     mine.write_text("p: 32")
-    for attempt in (lambda: install.install(checkout, small), lambda: install.uninstall(checkout)):
-        with pytest.raises(UserError, match=r"c\.yaml .* was changed after installation"):
+    for attempt in (lambda: install(repository, small), lambda: uninstall(repository)):
+        with pytest.raises(UserError, match=r"d\.yaml .* was changed after installation"):
             attempt()
         assert mine.read_text() == "p: 32"
-    install.install(checkout, small, force=True)
-    assert mine.read_text() == "# config/defense/fmp/c.yaml\n"
+    install(repository, small, force=True)
+    assert mine.read_text() == "# config/defense/fmp/d.yaml\n"
     mine.write_text("p: 32")
-    assert install.uninstall(checkout, force=True) == []
-    assert tree(checkout) == before
-
-
-def test_files_the_user_added_stay_and_are_named(checkout: Path, small: Path) -> None:
-    install.install(checkout, small)
-    mine = checkout / "config" / "defense" / "fmp" / "mine.yaml"
-    mine.write_text("p: 32")
-    assert install.uninstall(checkout) == ["config/defense/fmp"]
-    assert mine.read_text() == "p: 32"
-    assert git(checkout, "status", "--porcelain", "-uall").split() == ["??", "config/defense/fmp/mine.yaml"]
+    assert uninstall(repository, force=True) == []
+    assert tree(repository) == before
+    install(repository, small)
+    added = mine.with_name("mine.yaml")
+    added.write_text("p: 32")
+    assert uninstall(repository) == ["config/defense/fmp"]
+    assert git(repository, "status", "--porcelain", "-uall").split() == ["??", "config/defense/fmp/mine.yaml"]
 
 
 def kill_at(step: int, work: Callable[[], object]) -> bool:
@@ -153,7 +147,6 @@ def kill_at(step: int, work: Callable[[], object]) -> bool:
 
         for name in ("replace", "rename", "unlink", "rmdir", "mkdir", "symlink"):
             setattr(os, name, mortal(getattr(os, name)))
-        shutil.copy = mortal(shutil.copy)  # type: ignore[assignment]
         try:
             work()
         finally:
@@ -166,18 +159,19 @@ def kill_at(step: int, work: Callable[[], object]) -> bool:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("link", [False, True])
 @pytest.mark.parametrize("finish", ["install", "uninstall"])
-def test_a_kill_at_any_step_of_installing_is_recovered(checkout: Path, small: Path, link: bool, finish: str) -> None:
+def test_a_kill_at_any_step_of_installing_is_recovered(
+    checkout: Path, small: Path, tree: Tree, link: bool, finish: str
+) -> None:
     before = tree(checkout)
     step, killed = 1, True
     while killed:
-        killed = kill_at(step, lambda: install.install(checkout, small, link=link))
-        now = tree(checkout)
-        assert before.items() <= now.items(), f"step {step} touched a file of BackdoorBench"
+        killed = kill_at(step, lambda: install(checkout, small, link=link))
+        assert before.items() <= tree(checkout).items(), f"step {step} touched a file of BackdoorBench"
         if finish == "install":
-            install.install(checkout, small, link=link)
-            assert (checkout / "defense" / "fmp_core" / "b.py").read_text() == "# defense/fmp_core/b.py\n"
-        if (checkout / install.OWN_FOLDER).exists():
-            install.uninstall(checkout)
+            install(checkout, small, link=link)
+            assert (checkout / "defense" / "fmp_core" / "b" / "c.py").read_text() == "# defense/fmp_core/b/c.py\n"
+        if (checkout / OWN_FOLDER).exists():
+            uninstall(checkout)
         assert tree(checkout) == before, f"step {step}"
         step += 1
     assert step > 10
@@ -185,45 +179,40 @@ def test_a_kill_at_any_step_of_installing_is_recovered(checkout: Path, small: Pa
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("finish", ["install", "uninstall"])
-def test_a_kill_at_any_step_of_updating_or_uninstalling_is_recovered(checkout: Path, small: Path, finish: str) -> None:
+def test_a_kill_at_any_step_of_updating_or_uninstalling_is_recovered(
+    checkout: Path, small: Path, tree: Tree, finish: str
+) -> None:
     before = tree(checkout)
-    for work in (lambda: install.install(checkout, small), lambda: install.uninstall(checkout)):
+    for work in (lambda: install(checkout, small), lambda: uninstall(checkout)):
         step, killed = 1, True
         while killed:
             (small / "defense" / "fmp_core" / "a.py").write_text("old")
-            install.install(checkout, small)
+            install(checkout, small)
             (small / "defense" / "fmp_core" / "a.py").write_text("new")
             killed = kill_at(step, work)
             if finish == "install":
-                install.install(checkout, small)
+                install(checkout, small)
                 assert (checkout / "defense" / "fmp_core" / "a.py").read_text() == "new"
-            if (checkout / install.OWN_FOLDER).exists():
-                install.uninstall(checkout)
+            if (checkout / OWN_FOLDER).exists():
+                uninstall(checkout)
             assert tree(checkout) == before, f"step {step}"
             step += 1
         assert step > 10
 
 
-@pytest.mark.parametrize(
-    ("prepare", "message"),
-    [
-        (lambda root: shutil.rmtree(root / "utils"), "is not a BackdoorBench checkout"),
-        (lambda root: None, "FMP is not installed"),
-        (lambda root: ((root / ".fmp_install").mkdir(), (root / ".fmp_install/manifest.json").write_text("{")), "is damaged"),
-    ],
-)
-def test_bad_input_is_one_sentence(
-    checkout: Path, capsys: pytest.CaptureFixture[str], prepare: Callable[[Path], object], message: str
-) -> None:
-    prepare(checkout)
-    assert install.main(["--into", str(checkout), "--uninstall"]) == 2
-    printed = capsys.readouterr()
-    assert message in printed.err and printed.err.count("\n") == 1
+def test_bad_input_is_one_sentence(checkout: Path, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(message: str) -> None:
+        assert script.main(["--into", str(checkout), "--uninstall"]) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err and printed.err.count("\n") == 1
 
-
-def test_links_and_copies_do_not_mix(checkout: Path, small: Path) -> None:
-    install.install(checkout, small, link=True)
+    refused("FMP is not installed")
+    install(checkout, small, link=True)
     with pytest.raises(UserError, match="as links"):
-        install.install(checkout, small)
+        install(checkout, small)
     with pytest.raises(UserError, match="is where FMP comes from"):
-        install.install(small, small)
+        install(small, small)
+    (checkout / OWN_FOLDER / "manifest.json").write_text("{")
+    refused("is damaged")
+    shutil.rmtree(checkout / "utils")
+    refused("is not a BackdoorBench checkout")

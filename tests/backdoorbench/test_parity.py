@@ -7,12 +7,13 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
-import check_parity
+import check_parity as script
 import pandas as pd
 import pytest
 import torch
 from conftest import RECORD, Ran
-from fmp_core.results.run_folder import TEST_COLUMNS, summary_frame, write_csv
+from fmp_core.backdoorbench import parity
+from fmp_core.results.bb_tables import TEST_COLUMNS, summary_frame, write_csv
 
 COLUMNS = ["epoch", "batch", "train_epoch_loss_avg_over_batch", "train_acc", *TEST_COLUMNS]
 FIGURES = {"test_acc": 0.9, "test_asr": 0.1, "test_ra": 0.8, "clean_test_loss_avg_over_batch": 2.0}
@@ -26,19 +27,19 @@ def table(path: Path, rows: int = 2, **changes: object) -> Path:
     return path
 
 
-def verdicts(checks: list[check_parity.Check]) -> list[bool | None]:
+def verdicts(checks: list[parity.Check]) -> list[bool | None]:
     return [check.passed for check in checks]
 
 
 def test_fractions_must_be_equal_and_losses_close() -> None:
-    assert all(verdicts(check_parity.compare_figures("model", FIGURES, FIGURES)))
+    assert all(verdicts(parity.compare_figures("model", FIGURES, FIGURES)))
     ours = {**FIGURES, "test_acc": 0.9 + 1e-12, "bd_test_loss_avg_over_batch": 3.001}
-    assert verdicts(check_parity.compare_figures("model", FIGURES, ours)) == [False, True, True, True, False]
+    assert verdicts(parity.compare_figures("model", FIGURES, ours)) == [False, True, True, True, False]
 
 
 def test_tables_are_compared_by_columns_labels_and_formats(tmp_path: Path) -> None:
     theirs = table(tmp_path / "ft_df.csv", rows=1)
-    compare = check_parity.compare_tables
+    compare = parity.compare_tables
     assert verdicts(compare(theirs, table(tmp_path / "fmp_df.csv", rows=3))) == [True, True, True]
     assert verdicts(compare(theirs, table(tmp_path / "fmp_df.csv", test_acc=["nan_value", 0.5]))) == [True, True, True]
     assert verdicts(compare(theirs, table(tmp_path / "fmp_df.csv", test_acc="90 %"))) == [True, True, False]
@@ -52,9 +53,9 @@ def test_summaries_are_compared_by_row_labels(tmp_path: Path) -> None:
     write_csv(tmp_path / "ft_df_summary.csv", summary_frame(frame))
     write_csv(tmp_path / "fmp_df_summary.csv", summary_frame(frame).rename({"last": "final"}))
     ours = tmp_path / "fmp_df_summary.csv"
-    assert verdicts(check_parity.compare_tables(tmp_path / "ft_df_summary.csv", ours))[1] is False
+    assert verdicts(parity.compare_tables(tmp_path / "ft_df_summary.csv", ours))[1] is False
     write_csv(ours, summary_frame(frame))
-    assert verdicts(check_parity.compare_tables(tmp_path / "ft_df_summary.csv", ours)) == [True, True, True]
+    assert verdicts(parity.compare_tables(tmp_path / "ft_df_summary.csv", ours)) == [True, True, True]
 
 
 def test_results_are_compared_by_keys_order_shapes_and_dtypes(tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_results_are_compared_by_keys_order_shapes_and_dtypes(tmp_path: Path) ->
         ({**weights, "b": torch.zeros(3, dtype=torch.float16)}, False),
     ):
         torch.save({**content, "model": model}, tmp_path / "ours.pt")
-        assert check_parity.compare_results(tmp_path / "theirs.pt", tmp_path / "ours.pt").passed is expected
+        assert parity.compare_results(tmp_path / "theirs.pt", tmp_path / "ours.pt").passed is expected
 
 
 @pytest.mark.skipif("BACKDOORBENCH_ROOT" not in os.environ, reason="BACKDOORBENCH_ROOT names no BackdoorBench checkout")
@@ -78,10 +79,10 @@ def test_backdoorbench_agrees(
     meta = {"label_names": [f"class {number}" for number in range(10)]}  # torchvision wants it, FMP does not
     (workplace / "data" / "cifar10" / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
     flags = ["--backdoorbench", os.environ["BACKDOORBENCH_ROOT"], "--result_file", RECORD, "--device", "cpu"]
-    assert check_parity.main(flags) == 2
+    assert script.main(flags) == 2
     assert "run python defense/fmp.py" in capsys.readouterr().err
     assert run_fmp("--result_file", RECORD, "--frg_samples", "1", "--epochs", "2", "--ratio", "0.4").code == 0
-    code = check_parity.main(flags)
+    code = script.main(flags)
     printed = capsys.readouterr().out
     assert code == 0, printed
     assert "FAIL" not in printed and "0 failed" in printed

@@ -1,127 +1,121 @@
-"""run_defense.py: a script of a checkout finds everything BackdoorBench looks for, and leaves nothing but its results."""
+"""A script of a checkout finds everything BackdoorBench looks for, and leaves nothing but its results and no process."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-import bb_shims
-import bb_workspace
 import pytest
 import run_defense
 import torch
-from conftest import RECORD, Ran
+from conftest import RECORD
+from fmp_core.backdoorbench import shims
+from fmp_core.backdoorbench.install import PROJECT
+from fmp_core.backdoorbench.process import Ended, Listener
+from fmp_core.backdoorbench.run import run_on_record, verdict
+from fmp_core.backdoorbench.workspace import Job, open_job, workspace
 from fmp_core.errors import UserError
-from test_install import tree
 
-# Does what BackdoorBench's scripts do with paths and old names; none of its code.
-SCRIPT = """
-import argparse, os, sys
-import numpy as np, torch
-from settings import NAME  # beside config/, found through the current folder
-parser = argparse.ArgumentParser()
-for flag in ("dataset", "model", "result_file", "device", "fail"):
-    parser.add_argument("--" + flag)
-args = parser.parse_args()
-path = f"record/{args.result_file}/attack_result.pt"
-content = torch.load(path)
-real = os.path.realpath(path)
-data = real[:real.index("record")] + content["data_path"][content["data_path"].index("data"):]
-assert os.path.isfile(data + "/cifar-10-batches-py/test_batch"), data
-items = content["bd_test"]["bd_data_container"]["data_dict"].values()
-assert items and all(os.path.isfile(item["path"]) for item in items)
-assert np.infty == np.inf and np.float is float
-assert torch.zeros_like(torch.ones(2), device="cuda").to("cuda:0").cuda().device.type == "cpu"
-assert open("./config/defense/echo.yaml").read() == "x"
-open("stray.txt", "w").close()  # into the temporary folder
-print("ran with", args.dataset, args.model, NAME)
-if args.fail:
-    raise ValueError(args.fail)
-torch.save({}, f"record/{args.result_file}/defense/echo/defense_result.pt")
-"""
-
-ANALYSIS = """
-import os, sys
-print(*sys.argv)
-folder = "record/" + sys.argv[sys.argv.index("--result_file_defense") + 1]
-os.mkdir(folder + "/visual")
-open(folder + "/visual/plot.png", "w").close()
-"""
+Tree = Callable[[Path], dict[str, str | None]]
+BACKSTOP = 900
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    root = tmp_path / "BackdoorBench"
-    for name, text in {
-        "defense/base.py": "",
-        "defense/echo.py": SCRIPT,
-        "utils/save_load_attack.py": "",
-        "analysis/visual_names.py": ANALYSIS,
-        "config/defense/echo.yaml": "x",
-        "settings.py": "NAME = 'a name'",
-        "record/other/attack_result.pt": "",
-    }.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
+def job(checkout: Path, record: str = RECORD) -> Job:
+    return open_job(checkout, "record", record, "data", "cpu")
 
 
-def run(checkout: Path, *flags: str, record: str = RECORD) -> int:
-    fixed = ["--backdoorbench", str(checkout), "--defense", "echo", "--result_file", record, "--device", "cpu"]
-    return run_defense.main([*fixed, *flags])
+def run(checkout: Path, *extra: str, defense: str = "echo", analysis: str | None = None, python: str = sys.executable):
+    return run_on_record(job(checkout), defense, analysis, python, list(extra))
 
 
-def test_a_defense_finds_record_and_data_and_leaves_only_its_results(
-    checkout: Path, tiny_record: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_runs_a_defense_in_a_small_process_and_leaves_only_its_results(
+    checkout: Path, tiny_record: Path, tree: Tree
 ) -> None:
     renamed = tiny_record.rename(tiny_record.with_name("renamed"))  # its images are stored under the old name
     record, code = tree(renamed), tree(checkout)
-    assert run(checkout, record="renamed") == 0
+    flags = ["--backdoorbench", str(checkout), "--defense", "echo", "--result_file", "renamed/", "--device", "cpu"]
+    driver = "import sys, run_defense; print(run_defense.main(sys.argv[1:]), {'torch', 'pandas'} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(PROJECT / part) for part in ("record_scripts", "defense"))}
+    command = [sys.executable, "-c", driver, *flags]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=BACKSTOP)
+    assert ran.stdout.splitlines()[-1] == "0 set()", ran.stderr
     results = renamed / "defense" / "echo"
     log = (results / "run_defense.log").read_text()
     assert "ran with cifar10 squeezenet1_0 a name" in log and log.endswith(" s\n") and "exit code 0" in log
-    assert "echo ended after" in capsys.readouterr().out
+    assert "ran with cifar10" in ran.stdout and "echo ended after" in ran.stdout
     assert {path.name for path in results.iterdir()} == {"run_defense.log", "defense_result.pt"}
-    assert run(checkout, "--analysis", "names", record="renamed") == 0
+    message, ended = run_on_record(job(checkout, "renamed"), "echo", "names", sys.executable, [])
+    assert ended == 0 and "results are below" in message
     assert "--result_file_defense renamed/defense/echo" in (results / "visual_names.log").read_text()
     assert (results / "visual" / "plot.png").is_file()
     assert tree(checkout) == code
     assert {key: value for key, value in tree(renamed).items() if not key.startswith("defense")} == record
 
 
-def test_a_failure_is_reported_with_its_exit_code_and_last_error(
-    checkout: Path, tiny_record: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(checkout, "--", "--fail", "no such luck") == 1
-    error = capsys.readouterr().err
-    assert "echo did not run to its end: exit code 1 (ValueError: no such luck); see record" in error
+def test_a_failure_is_reported_with_its_exit_code_and_last_error(checkout: Path, tiny_record: Path) -> None:
+    message, code = run(checkout, "--fail", "no such luck")  # a bare Exception, of which BackdoorBench raises many
+    assert code == 1
+    assert "echo did not run to its end: exit code 1 (Exception: no such luck); see record" in message
     assert "exit code 1 after" in (tiny_record / "defense" / "echo" / "run_defense.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ('{t}\n  File "a.py", line 1\n    f()\nException: no dataset\n', "Exception: no dataset"),
+        (" 50%|##   | 1/2 {t}\n  File\nbox.Unheard: of\nWARNING: later\n", "box.Unheard: of"),
+        ("{t}\n  File\nKeyError: 'a'\n\nDuring handling ...\n\n{t}\n  File\nStopIteration\n", "StopIteration"),
+        ("{t}\n  File\nRuntimeError: Error(s) in loading state_dict:\n\tsize mismatch\n", "RuntimeError: Error(s) in loading"),
+        ("usage: ft.py [-h]\nft.py: error: unrecognized arguments: --epoch 1\n", "ft.py: error: unrecognized arguments"),
+        ("loading\nthis dataset is unknown to us\n\n", "this dataset is unknown to us"),
+    ],
+)
+def test_the_reason_of_a_failure_is_found_in_what_was_printed(output: str, reason: str) -> None:
+    listener = Listener()
+    for line in output.format(t="Traceback (most recent call last):").splitlines(keepends=True):
+        listener.hear(line)
+    assert listener.reason.startswith(reason)
+
+
 def test_what_backdoorbench_cannot_be_given_is_refused_before_it_starts(
-    checkout: Path,
-    tiny_record: Path,
-    edit_record: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
+    checkout: Path, tiny_record: Path, edit_record: Callable[..., None]
 ) -> None:
-    assert run(checkout, "--defense", "nonsense") == 2
-    assert "has no nonsense.py to run; there are echo" in capsys.readouterr().err
-    assert run(checkout, "--analysis", "cm") == 2
-    assert "has no visual_cm.py to run; there are names" in capsys.readouterr().err
-    assert run(checkout, "--analysis", "names") == 2
-    assert "to analyse; run the defense echo first" in capsys.readouterr().err
-    assert run(checkout, "--python", "no/such/python") == 2
-    assert "--python no/such/python is not a program" in capsys.readouterr().err
-    (tiny_record / "defense" / "echo").rmdir()
-    (tiny_record / "defense").rmdir()
-    assert run(tiny_record) == 2
-    assert "is not a BackdoorBench checkout" in capsys.readouterr().err
-    edit_record(tiny_record, lambda content: content.update(extra=subprocess.Popen))  # BackdoorBench would unpickle anything
-    assert run(checkout) == 2
-    assert ".Popen, and a record may hold data only" in capsys.readouterr().err
-    assert not (tiny_record / "defense").exists()
+    with pytest.raises(UserError, match=r"has no nonsense.py to run; there are echo, sleeper"):
+        run(checkout, defense="nonsense")
+    with pytest.raises(UserError, match="has no visual_cm.py to run; there are names"):
+        run(checkout, analysis="cm")
+    with pytest.raises(UserError, match="to analyse; run the defense echo first"):
+        run(checkout, analysis="names")
+    with pytest.raises(UserError, match="--python no/such/python is not a program"):
+        run(checkout, python="no/such/python")
+    with pytest.raises(UserError, match="is not a BackdoorBench checkout"):
+        job(tiny_record)
+    for known in ("digits", "a_forks_own"):  # the demo's dataset, which only we know; and one that only the checkout knows
+        edit_record(tiny_record, lambda content, name=known: content.update(clean_data=name))
+        with pytest.raises(UserError) as refusal:
+            job(checkout)
+        says_so = "its dataset is digits, and BackdoorBench knows a_forks_own, celeba, cifar10, cifar100, gtsrb" in str(
+            refusal.value
+        )
+        assert says_so == (known == "digits")
+    edit_record(tiny_record, lambda content: content.update(clean_data="cifar10", extra=subprocess.Popen))
+    with pytest.raises(UserError, match=r"\.Popen, and a record may hold data only"):  # BackdoorBench would unpickle it
+        job(checkout)
+
+
+def test_flags_of_backdoorbench_without_two_dashes_get_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--defense", "ft", "--result_file", "r"]
+    for wrong in (["--epochs", "1"], ["x.yaml"], ["--data", "d"]):
+        with pytest.raises(SystemExit) as stop:
+            run_defense.parse([*flags, *wrong])
+        assert stop.value.code == 2
+        assert "flags of BackdoorBench's script go last, after --, as in ... -- --epochs 10" in capsys.readouterr().err
+    assert run_defense.parse([*flags, "--", "--epochs", "1", "--", "x"]).extra == ["--epochs", "1", "--", "x"]
 
 
 @pytest.mark.parametrize("stored", ["./no/such/place", "./data/../../cifar10"])
@@ -129,44 +123,108 @@ def test_stored_dataset_paths_stay_inside_the_workspace(
     checkout: Path, tiny_record: Path, edit_record: Callable[..., None], stored: str
 ) -> None:
     edit_record(tiny_record, lambda content: content.update(data_path=stored))
-    job = bb_workspace.open_job(checkout, "record", RECORD, "data")
-    with pytest.raises(UserError, match="BackdoorBench"), bb_workspace.workspace(job):
+    with pytest.raises(UserError, match="BackdoorBench"), workspace(job(checkout)):
         pass
 
 
-def test_a_log_that_is_a_link_out_of_the_record_is_refused(
-    checkout: Path, tiny_record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_that_is_a_link_out_of_the_record_is_refused(checkout: Path, tiny_record: Path, tmp_path: Path) -> None:
     (tiny_record / "defense" / "echo").mkdir(parents=True)
     (tmp_path / "diary").write_text("dear")
     (tiny_record / "defense" / "echo" / "run_defense.log").symlink_to(tmp_path / "diary")
-    assert run(checkout) == 2
-    assert "leads out of the record" in capsys.readouterr().err and (tmp_path / "diary").read_text() == "dear"
+    with pytest.raises(UserError, match="leads out of the record"):
+        run(checkout)
+    assert (tmp_path / "diary").read_text() == "dear"
 
 
 def test_a_killed_or_silent_defense_is_no_success(tmp_path: Path) -> None:
-    def code(exit_code: int, started: float | None) -> int:
-        return run_defense.verdict("ft", bb_workspace.Ended(exit_code, 1.0, ""), tmp_path / "run_defense.log", started)[1]
+    def judge(exit_code: int, started: float | None) -> tuple[str, int]:
+        return verdict("ft", Ended(exit_code, 1.0, ""), tmp_path / "run_defense.log", started)
 
-    assert code(0, 0.0) == 1  # nothing written
+    assert judge(0, 0.0)[1] == 1  # nothing written
     result = tmp_path / "defense_result.pt"
     torch.save({}, result)
-    assert code(0, 0.0) == 0
-    assert code(0, result.stat().st_mtime + 1) == 1  # an earlier run's
-    assert code(-9, 0.0) == -9
-    assert code(0, None) == 0  # an analysis writes no such file
+    assert judge(0, 0.0)[1] == 0
+    assert judge(0, result.stat().st_mtime + 1)[1] == 1  # an earlier run's
+    message, code = judge(-9, 0.0)
+    assert code == 137 and "killed by SIGKILL (out of memory?)" in message
+    assert judge(0, None)[1] == 0  # an analysis writes no such file
 
 
-def test_placeholders_stand_in_for_backdoorbench_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bb_shims.OPTIONAL, "absent_package", "absent-package")
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, bb_shims._Placeholders(str(tmp_path))])
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a SIGKILL cannot be passed on, and /proc is needed to look")
+@pytest.mark.parametrize(("script", "kind"), [("check_parity.py", signal.SIGTERM), ("run_defense.py", signal.SIGKILL)])
+def test_a_killed_command_leaves_no_process_of_backdoorbench_behind(
+    checkout: Path, tiny_record: Path, tmp_path: Path, script: str, kind: signal.Signals
+) -> None:
+    (tiny_record / "defense" / "fmp").mkdir(parents=True)
+    (tiny_record / "defense" / "fmp" / "metrics.json").write_text('{"after": {}}')  # check_parity wants FMP to have run
+    pids, temporary = tmp_path / "pids", tmp_path / "temporary"
+    temporary.mkdir()
+    flags = ["--backdoorbench", str(checkout), "--result_file", RECORD, "--device", "cpu"]
+    command = [sys.executable, str(PROJECT / "record_scripts" / script), *flags]
+    command += ["--defense", "sleeper"] if script == "run_defense.py" else []
+    environment = {**os.environ, "PIDS": str(pids), "TMPDIR": str(temporary), "PYTHONPATH": str(PROJECT / "defense")}
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+    try:
+        _wait(lambda: pids.exists() or process.poll() is not None)
+        assert pids.exists(), (tmp_path / "out").read_text()
+        head, child, _ = pids.read_text().split()
+        process.send_signal(kind)
+        code = process.wait(BACKSTOP)
+        _wait(lambda: _gone(head) and (kind == signal.SIGKILL or _gone(child)))
+        if kind == signal.SIGTERM:
+            printed = (tmp_path / "out").read_text()
+            assert code == 143 and "check_parity: terminated" in printed and "Traceback" not in printed
+            assert "[1/4] FMP reads the record" in printed and "[2/4] BackdoorBench reads" in printed
+            assert list(temporary.glob("fmp_*")) == []
+    finally:
+        process.kill()
+        if pids.exists():
+            _end_group(int(pids.read_text().split()[0]))
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + BACKSTOP
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert condition()
+
+
+def _gone(pid: str) -> bool:
+    """No such process, or one that only waits to be asked how it ended."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def _end_group(head: int) -> None:
+    try:
+        os.killpg(head, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def test_placeholders_and_ragged_arrays_are_for_backdoorbench_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shims.OPTIONAL, "absent_package", "absent-package")
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, shims._Placeholders(str(tmp_path))])
     use = "import absent_package.part as part\nfrom absent_package import thing\n"
     with pytest.raises(ModuleNotFoundError):
         exec(compile(use, "/elsewhere/library.py", "exec"), {})
-    names: dict[str, Ran] = {}
+    names: dict[str, object] = {}
     exec(compile(use, str(tmp_path / "utils.py"), "exec"), names)
     for call in ("thing()", "part.resize(1)", "thing.attribute"):
         with pytest.raises(ImportError, match="pip install absent-package"):
             exec(call, names)
     for name in ("absent_package", "absent_package.part"):
         sys.modules.pop(name, None)
+    import numpy as np
+
+    for name in ("array", "asarray"):
+        monkeypatch.setattr(np, name, getattr(np, name))  # to be put back
+    shims._ragged_arrays(str(tmp_path))
+    ragged = "import numpy as np\nrows = np.asarray([[1], [1, 2]])\n"
+    with pytest.raises(ValueError, match="inhomogeneous"):
+        exec(compile(ragged, "/elsewhere/library.py", "exec"), {})
+    exec(compile(ragged, str(tmp_path / "utils.py"), "exec"), names)
+    assert names["rows"].dtype == object

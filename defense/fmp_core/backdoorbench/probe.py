@@ -1,6 +1,6 @@
-"""What BackdoorBench's own code makes of a record: ``check_parity`` runs this inside BackdoorBench, through ``bb_shims``.
+"""What BackdoorBench's own code makes of a record: ``check_parity`` runs this inside BackdoorBench, through ``shims.py``.
 
-    python bb_shims.py bb_probe.py QUESTION.json ANSWER.json
+    python shims.py probe.py QUESTION.json ANSWER.json
 
 Only BackdoorBench's functions load, transform and measure here; nothing of FMP is imported. Python 3.8 suffices.
 """

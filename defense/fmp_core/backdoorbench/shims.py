@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Run a script of BackdoorBench on today's Python, torch and numpy; no file of BackdoorBench is touched.
 
-    python bb_shims.py SCRIPT [ARGUMENTS...]
+    python shims.py SCRIPT [ARGUMENTS...]
 
-The current folder stands for BackdoorBench's root (``bb_workspace`` makes one). What BackdoorBench expects and newer libraries
+The current folder stands for BackdoorBench's root (workspace.py makes one). What BackdoorBench expects and newer libraries
 took away is put back in this process, then SCRIPT runs as if Python had been given it. On BackdoorBench's own pins (Python 3.8,
 torch 1.11) nothing is missing and nothing is changed, so this file keeps to Python 3.8 and imports nothing of FMP.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -38,8 +39,9 @@ LIKES = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "ran
 def apply(root: str) -> list[str]:
     """Put back what is missing; returns what was done, in words. ``root`` is the folder whose files may import placeholders."""
     done = []
-    for shim in (_numpy_aliases, _whole_pickles, _pkg_resources, _dataset_files_as_they_are, _cuda_calls_on_cpu):
+    for shim in (_numpy_aliases, _whole_pickles, _pkg_resources, _tabulate, _dataset_files_as_they_are, _cuda_calls_on_cpu):
         done += shim()
+    done += _ragged_arrays(root) + _own_imports()
     sys.meta_path.append(_Placeholders(root))
     return done
 
@@ -55,6 +57,37 @@ def _numpy_aliases() -> list[str]:
     for name, value in missing.items():
         setattr(np, name, value)
     return ["np." + ", np.".join(missing)] if missing else []
+
+
+def _ragged_arrays(root: str) -> list[str]:
+    """numpy 1.24 refuses rows of unequal length, of which it used to make an array of objects; for BackdoorBench it does."""
+    import numpy as np
+
+    def forgiving(function):  # type: ignore[no-untyped-def]
+        def call(rows, dtype=None, *args, **kwargs):  # type: ignore[no-untyped-def]
+            try:
+                return function(rows, dtype, *args, **kwargs)
+            except ValueError as error:
+                if dtype is None and "inhomogeneous" in str(error) and _is_below(root, sys._getframe(1)):
+                    return function(rows, object, *args, **kwargs)
+                raise
+
+        return call
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy 1.19 to 1.23 still do, and warn
+            np.asarray([[1], [1, 2]])
+    except ValueError:
+        for name in ("array", "asarray"):
+            setattr(np, name, forgiving(getattr(np, name)))
+        return ["arrays of unequal rows"]
+    return []
+
+
+def _is_below(root: str, frame: types.FrameType) -> bool:
+    """Whether the code of ``frame`` is BackdoorBench's."""
+    return os.path.abspath(frame.f_code.co_filename).startswith(os.path.join(root, ""))
 
 
 def _whole_pickles() -> list[str]:
@@ -78,10 +111,51 @@ def _pkg_resources() -> list[str]:
         folder = os.path.dirname(str(sys.modules[package.partition(".")[0]].__file__))
         return open(os.path.join(folder, *package.split(".")[1:-1], name), "rb")
 
-    module = types.ModuleType("pkg_resources")
-    module.resource_stream = resource_stream  # type: ignore[attr-defined]
-    sys.modules["pkg_resources"] = module
-    return ["pkg_resources.resource_stream"]
+    return _stand_in("pkg_resources", resource_stream=resource_stream)
+
+
+def _tabulate() -> list[str]:
+    """tabulate is in nobody's requirements; dbd and nab write their log's tables with it, which pandas can do as well."""
+    if importlib.util.find_spec("tabulate") is not None:
+        return []
+    import pandas as pd
+
+    return _stand_in("tabulate", tabulate=lambda table, *_, **__: pd.DataFrame(table).to_string(index=False))
+
+
+def _stand_in(name: str, **content: object) -> list[str]:
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # packages that look for this one read it
+    vars(module).update(content)
+    sys.modules[name] = module
+    return [f"a stand-in for {name}"]
+
+
+def _own_imports() -> list[str]:
+    """What BackdoorBench's files ask of one another and do not get, whatever the versions: bnp's networks import a folder by
+    the name it once had, and nab expects three values of a function that returns only the first."""
+    done = []
+    if _exists("utils.defense_utils.mbns") and not _exists("defense.mbns"):
+        sys.modules["defense.mbns"] = importlib.import_module("utils.defense_utils.mbns")
+        done.append("defense.mbns")
+    if os.path.basename(sys.argv[0]) == "nab.py" and _exists("utils.defense_utils.dbd.utils_db.setup"):
+        setup = importlib.import_module("utils.defense_utils.dbd.utils_db.setup")
+        load = setup.load_config
+
+        def load_config(path: str) -> object:
+            found = load(path)
+            return (found, "", "") if isinstance(found, dict) else found
+
+        setup.load_config = load_config  # type: ignore[attr-defined]
+        done.append("nab's load_config")
+    return done
+
+
+def _exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
 
 
 def _dataset_files_as_they_are() -> list[str]:
@@ -114,6 +188,9 @@ def _cuda_calls_on_cpu() -> list[str]:
     for kind in (torch.Tensor, torch.nn.Module):
         setattr(kind, "to", without_cuda(kind.to))  # noqa: B010 - assigning to a method is what mypy forbids
         setattr(kind, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010
+    torch.cuda.Stream = lambda *args, **kwargs: None  # type: ignore[assignment,misc]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
+    torch.cuda.current_stream = lambda *args: types.SimpleNamespace(wait_stream=lambda stream: None)  # type: ignore[assignment]
     return ["CUDA calls mean the CPU"]
 
 
@@ -124,19 +201,19 @@ class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """
 
     def __init__(self, root: str):
-        self.root = os.path.join(root, "")
+        self.root = root
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
         if name.partition(".")[0] not in OPTIONAL or not self._wanted_by_backdoorbench():
             return None
-        print(f"bb_shims: {name} is not installed; a placeholder stands in.", flush=True)
+        print(f"shims: {name} is not installed; a placeholder stands in.", flush=True)
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def _wanted_by_backdoorbench(self) -> bool:
         frame = sys._getframe(1)
         while frame.f_back is not None and ("importlib" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
             frame = frame.f_back
-        return os.path.abspath(frame.f_code.co_filename).startswith(self.root)
+        return _is_below(self.root, frame)
 
     def create_module(self, spec):  # type: ignore[no-untyped-def]
         return None
@@ -167,7 +244,7 @@ def main() -> None:
     sys.path[:1] = [os.path.dirname(os.path.abspath(script)), root]
     done = apply(root)
     if done:
-        print("bb_shims: " + "; ".join(done), flush=True)
+        print("shims: " + "; ".join(done), flush=True)
     runpy.run_path(script, run_name="__main__")
 
 

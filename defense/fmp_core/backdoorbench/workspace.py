@@ -10,24 +10,21 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fmp_core.data.attack_record import ATTACK_FILE, AttackRecord, read_attack_record
-from fmp_core.data.datasets import dataset_facts, open_split
 from fmp_core.errors import UserError
 from fmp_core.storage.files import make_folders
-from fmp_core.storage.torch_file import load_torch_file
 
-SHIMS = Path(__file__).resolve().with_name("shims.py")
 LANDMARKS = ("defense/base.py", "utils/save_load_attack.py", "config/defense")
 OURS = (".git", "record", "data", "record_scripts")  # not linked into the workspace
+ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch
+DATASETS = ("cifar10", "cifar100", "gtsrb", "tiny", "mnist", "celeba", "imagenet")  # of BackdoorBench f02e353
+DATASET_CODE = "utils/aggregate_block/dataset_and_transform_generate.py"
 
 
 def find_checkout(path: str | Path) -> Path:
@@ -45,27 +42,72 @@ def find_checkout(path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Job:
-    """What a script of BackdoorBench is to work on. ``state`` is the content of the record's file, safely read."""
+    """What a script of BackdoorBench is to work on: facts of a record that was read safely, and where things lie.
+
+    ``data_path`` and ``image_folders`` are as stored in the record; ``image_size`` is (height, width, channels).
+    """
 
     checkout: Path
-    record: AttackRecord
-    state: Mapping[str, Any]
-    dataset_path: Path
+    folder: Path
     name: str
+    dataset: str
+    model_name: str
+    num_classes: int
+    image_size: tuple[int, int, int]
+    data_path: str
+    image_folders: tuple[PurePosixPath, ...]
+    dataset_path: Path
+    device: str
 
 
-def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_path: str | Path) -> Job:
+def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_path: str | Path, device: str = "auto") -> Job:
     """Check everything BackdoorBench is going to need. It executes whatever a record's pickle says; a record that holds more
-    than data is refused here, before BackdoorBench sees it.
+    than data is refused here, before BackdoorBench sees it. Imports torch, so better called ``in_own_process``.
 
     Raises:
-        UserError: no checkout, or the record or the dataset is missing, damaged or refused.
+        UserError: no checkout; the record or the dataset is missing, damaged or refused; BackdoorBench does not know the dataset.
     """
+    from fmp_core.data.attack_record import read_attack_record
+    from fmp_core.data.datasets import dataset_facts, open_split
+    from fmp_core.storage.torch_file import load_torch_file
+    from fmp_core.system.devices import choose_device
+
     root = find_checkout(checkout)
+    name = PurePosixPath(name).as_posix()  # without a slash at its end
     record = read_attack_record(Path(record_root) / name)
+    check_dataset(root, name, record.dataset)
     for train in (True, False):
         open_split(dataset_path, record.dataset, train, dataset_facts(record.dataset, record.image_size).size)
-    return Job(root, record, load_torch_file(record.folder / ATTACK_FILE), Path(dataset_path).resolve(), name)
+    state = load_torch_file(record.folder / ATTACK_FILE)
+    folders = (_image_folder(state[part]) for part in ("bd_train", "bd_test"))
+    return Job(
+        root,
+        record.folder,
+        name,
+        record.dataset,
+        record.model_name,
+        record.num_classes,
+        record.image_size,
+        state["data_path"],
+        tuple(folder for folder in folders if folder is not None),
+        Path(dataset_path).resolve(),
+        str(choose_device(device).device) if device == "auto" else device,
+    )
+
+
+def check_dataset(checkout: Path, name: str, dataset: str) -> None:
+    """Raises UserError unless the checkout, perhaps a fork with datasets of its own, knows the record's dataset by name."""
+    code = checkout / DATASET_CODE
+    known = set(DATASETS)
+    if code.is_file():
+        text = code.read_text(encoding="utf-8", errors="replace")
+        known |= set(re.findall(r"""dataset_name == ["'](\w+)["']""", text))
+    if dataset not in known:
+        raise UserError(
+            f"BackdoorBench cannot use the record {name}: its dataset is {dataset}, and BackdoorBench knows "
+            f"{', '.join(sorted(known))}. Make a record it can read: python record_scripts/make_record.py --dataset cifar10 "
+            "--limit_train 2000 (CIFAR-10 below --dataset_path)."
+        )
 
 
 @contextmanager
@@ -85,14 +127,14 @@ def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
             if entry.name not in OURS:
                 (folder / entry.name).symlink_to(entry)
         _lay_out_record(job, folder, write_through)
-        _link(folder, _dataset_place(job.state["data_path"]), job.dataset_path / job.record.dataset)
+        _link(folder, _dataset_place(job.data_path), job.dataset_path / job.dataset)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lay_out_record(job: Job, folder: Path, write_through: bool) -> None:
-    real, seen = job.record.folder.resolve(), folder / "record" / job.name
+    real, seen = job.folder.resolve(), folder / "record" / job.name
     if write_through:
         make_folders(real / "defense")
     seen.mkdir(parents=True)
@@ -101,9 +143,8 @@ def _lay_out_record(job: Job, folder: Path, write_through: bool) -> None:
             _duplicate(entry, seen / entry.name)  # a link would lead BackdoorBench to look for data/ beside the real record
         elif entry.name != "defense" or write_through:
             (seen / entry.name).symlink_to(entry)
-    for part in ("bd_train", "bd_test"):
-        stored = _image_folder(job.state[part])
-        if stored is not None and not stored.is_absolute() and (real / stored.name).is_dir():
+    for stored in job.image_folders:
+        if not stored.is_absolute() and (real / stored.name).is_dir():
             _link(folder, stored, real / stored.name)
 
 
@@ -143,64 +184,3 @@ def _makes_parents(link: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a script ended: its exit code, wall-clock seconds, and the last line that reads like an error."""
-
-    code: int
-    seconds: float
-    last_error: str
-
-
-def run_script(
-    folder: Path, script: str, arguments: Sequence[str], *, device: str, python: str, log: Path, echo: bool = True
-) -> Ended:
-    """Run ``script`` (relative to the checkout) in workspace ``folder``; everything it prints goes to ``log`` as it comes.
-
-    ``device`` cpu hides all GPUs from it, because some scripts use one whatever ``--device`` says.
-
-    Raises:
-        UserError: ``python`` is no program.
-    """
-    program = shutil.which(python)
-    if program is None:
-        raise UserError(f"--python {python} is not a program; name the Python that BackdoorBench runs on.")
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
-    environment.pop("PYTHONPATH", None)  # ours would shadow BackdoorBench's modules
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [os.path.abspath(program), str(SHIMS), script, *arguments]
-    started, last_error = time.monotonic(), ""
-    with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-        )
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                file.write(line)
-                if echo:
-                    print(line, end="", flush=True)
-                if _reads_like_an_error(line):
-                    last_error = line.strip()
-            code = process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-        seconds = time.monotonic() - started
-        file.write(f"\nexit code {code} after {seconds:.0f} s\n")
-    return Ended(code, seconds, last_error)
-
-
-def _reads_like_an_error(line: str) -> bool:
-    """The last line of a traceback, or what argparse prints: ``SomeError: ...``, ``ft.py: error: ...``."""
-    return ": error: " in line or re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)\b", line) is not None

@@ -1,0 +1,248 @@
+"""Do FMP and a BackdoorBench checkout agree on a record: the same figures, the same images, the same files?
+
+Both sides answer the same question in a process of its own: :func:`ask_fmp` with FMP's code, ``probe.py`` with BackdoorBench's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fmp_core.backdoorbench.process import in_own_process, run_script
+from fmp_core.backdoorbench.workspace import Job, workspace
+from fmp_core.errors import UserError
+
+PROBE = Path(__file__).resolve().with_name("probe.py")
+FRACTIONS = ("test_acc", "test_asr", "test_ra")
+LOSSES = ("clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch")
+LOSS_TOLERANCE = 1e-4  # relative; batches of another size and memory layout round differently
+FT_IMAGES = 256  # clean images of the one epoch of ft.py
+STAGES = 4
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table; ``passed`` is None where there was nothing to check."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+    def __str__(self) -> str:
+        word = {True: "pass", False: "FAIL", None: "skip"}[self.passed]
+        return f"{word}  {self.name:<50}{self.detail}"
+
+
+def check_parity(job: Job, python: str) -> list[Check]:
+    """All checks; prints a line when a stage begins, and every half minute of BackdoorBench's.
+
+    Args:
+        python: the Python that runs BackdoorBench.
+
+    Raises:
+        UserError: FMP has not run on the record yet, or one of the two fails on it.
+    """
+    results = job.folder / "defense" / "fmp"
+    if not (results / "metrics.json").is_file():
+        raise UserError(f"There is no FMP result in {results}; run python defense/fmp.py --result_file {job.name} first.")
+    after = json.loads((results / "metrics.json").read_text())["after"]
+    with tempfile.TemporaryDirectory(prefix="fmp_parity_") as temporary:
+        scratch = Path(temporary)
+        with _stage(1, "FMP reads the record and tests its model"):
+            ours = in_own_process(ask_fmp, job, scratch)
+        with _stage(2, "BackdoorBench reads the record and tests its model and FMP's"):
+            theirs = ask_backdoorbench(job, ours["question"], python, scratch)
+        with _stage(3, f"BackdoorBench's ft.py, one epoch on {FT_IMAGES} images and its tests"):
+            checks = [run_ft(job, theirs["sizes"]["clean_train"], python, scratch)]
+        with _stage(4, "the files of ft.py and FMP are compared"):
+            for suffix in ("df.csv", "df_summary.csv"):
+                checks += compare_tables(scratch / f"ft_{suffix}", results / f"fmp_{suffix}")
+            checks.append(compare_results(scratch / "defense_result.pt", results / "defense_result.pt"))
+            checks.append(check_class(job))
+    sizes = ", ".join(f"{key} {value}" for key, value in theirs["sizes"].items())
+    return [
+        Check("load_attack_result reads the record", True, sizes),
+        *compare_figures("attacked model", theirs["attacked"], ours["attacked"]),
+        *compare_figures("defense_result.pt", theirs["defended"], after),
+        *compare_data(theirs, ours),
+        *checks,
+    ]
+
+
+@contextmanager
+def _stage(number: int, what: str) -> Iterator[None]:
+    print(f"[{number}/{STAGES}] {what}", flush=True)
+    started = time.monotonic()
+    yield
+    print(f"      {time.monotonic() - started:.0f} s", flush=True)
+
+
+def ask_fmp(job: Job, scratch: Path) -> dict[str, Any]:
+    """What FMP makes of the record with its default settings, and the question to BackdoorBench. Imports torch.
+
+    Raises:
+        UserError: the record or the dataset is not usable.
+    """
+    import torch
+
+    from fmp_core.data.clean_subset import choose_subset
+    from fmp_core.inputs import load_inputs
+    from fmp_core.models.evaluate import evaluate
+    from fmp_core.settings import load_settings
+
+    flags = {"record_root": str(job.folder.parents[job.name.count("/")]), "dataset_path": str(job.dataset_path)}
+    settings = load_settings(flags)
+    inputs = load_inputs(settings, job.name, torch.device(job.device))
+    indexed = sorted(inputs.subset)[::-1]  # a subset in an order that no seed gives
+    index = scratch / "index.txt"
+    index.write_text("".join(f"{i}\n" for i in indexed))
+    test, defender = inputs.test, inputs.defender
+    return {
+        "question": {
+            "result_file": job.name,
+            "dataset": job.dataset,
+            "num_classes": job.num_classes,
+            "size": job.image_size[:2],
+            "device": job.device,
+            "batch_size": settings.batch_size,
+            "seed": settings.random_seed,
+            "ratio": settings.ratio,
+            "index": str(index),
+        },
+        "seeded_subset": inputs.subset,
+        "indexed_subset": choose_subset(max(indexed) + 1, settings.ratio, settings.random_seed, str(index)),
+        "subset_labels": defender.labels.tolist(),
+        "subset_pixels": _sha256(defender.images),
+        "poisoned_targets": test.targets.tolist(),
+        "poisoned_originals": test.originals.tolist(),
+        "poisoned_pixels": _sha256(test.poisoned_images),
+        "attacked": asdict(evaluate(defender.model, test, settings.batch_size).metrics),
+    }
+
+
+def _sha256(images: Any) -> str:
+    return hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def ask_backdoorbench(job: Job, question: dict[str, Any], python: str, scratch: Path) -> dict[str, Any]:
+    """Run the probe; its answer. Raises UserError, with BackdoorBench's last error, if it does not get to one."""
+    (scratch / "question.json").write_text(json.dumps(question))
+    files = [str(scratch / "question.json"), str(scratch / "answer.json")]
+    with workspace(job) as folder:
+        (folder / PROBE.name).symlink_to(PROBE)
+        log = scratch / "probe.log"
+        ended = run_script(folder, PROBE.name, files, device=job.device, python=python, log=log, echo=False)
+    if ended.code:
+        raise UserError(f"BackdoorBench cannot read this record or FMP's result: {ended}.")
+    return dict(json.loads((scratch / "answer.json").read_text()))
+
+
+def run_ft(job: Job, clean_images: int, python: str, scratch: Path) -> Check:
+    """One epoch of BackdoorBench's ft.py on the record; its results go to ``scratch`` and the record is left alone."""
+    share = min(1.0, FT_IMAGES / clean_images)
+    record = {"--dataset": job.dataset, "--model": job.model_name, "--result_file": job.name, "--device": job.device}
+    flags = {**record, "--epochs": "1", "--ratio": f"{share:.6f}", "--num_workers": "0"}
+    arguments = [part for pair in flags.items() for part in pair]
+    with workspace(job, write_through=False) as folder:
+        log = scratch / "ft.log"
+        ended = run_script(folder, "defense/ft.py", arguments, device=job.device, python=python, log=log, echo=False)
+        results = folder / "record" / job.name / "defense" / "ft"
+        for name in ("ft_df.csv", "ft_df_summary.csv", "defense_result.pt"):
+            if (results / name).is_file():
+                (results / name).replace(scratch / name)
+    whole = ended.code == 0 and (scratch / "defense_result.pt").is_file()
+    return Check("ft.py runs on the record", whole, f"{ended.seconds:.0f} s" if whole else str(ended))
+
+
+def compare_figures(name: str, theirs: dict[str, float], ours: dict[str, float]) -> list[Check]:
+    """Fractions must be equal to the last digit, losses to rounding."""
+    checks = []
+    for key in FRACTIONS:
+        checks.append(Check(f"{name}: {key}", theirs[key] == ours[key], f"BackdoorBench {theirs[key]!r}  FMP {ours[key]!r}"))
+    for key in LOSSES:
+        if key in ours:
+            close = abs(theirs[key] - ours[key]) <= LOSS_TOLERANCE * abs(theirs[key])
+            checks.append(Check(f"{name}: {key}", close, f"BackdoorBench {theirs[key]:.7g}  FMP {ours[key]:.7g}"))
+    return checks
+
+
+def compare_data(theirs: dict[str, Any], ours: dict[str, Any]) -> list[Check]:
+    """The clean subset, by seed and by file, and the poisoned test images: positions, labels and pixels."""
+    labels, indices = f"{len(ours['poisoned_targets'])} labels", f"{len(ours['seeded_subset'])} indices"
+    table = [
+        ("clean subset of the seed", "seeded_subset", f"{indices} of {theirs['sizes']['clean_train']}"),
+        ("clean subset of --index", "indexed_subset", indices),
+        ("clean subset: labels", "subset_labels", f"{len(ours['subset_labels'])} labels"),
+        ("clean subset: pixels", "subset_pixels", "SHA-256 of all"),
+        ("poisoned test set: attack labels", "poisoned_targets", labels),
+        ("poisoned test set: true labels", "poisoned_originals", labels),
+        ("poisoned test set: pixels", "poisoned_pixels", "SHA-256 of all"),
+    ]
+    return [Check(name, theirs[key] == ours[key], detail) for name, key, detail in table]
+
+
+def compare_tables(theirs: Path, ours: Path) -> list[Check]:
+    """Columns, row labels and the way values are written, of one csv file of BackdoorBench's ft and the same one of FMP."""
+    if not theirs.is_file():
+        return [Check(f"{ours.name} against {theirs.name}", False, "BackdoorBench's ft wrote none")]
+    expected, found = (pd.read_csv(path, index_col=0, dtype=str, keep_default_na=False) for path in (theirs, ours))
+    summary = "summary" in ours.name
+    labels = list(expected.index) if summary else [str(row) for row in range(len(found))]
+    columns = list(expected.columns) == list(found.columns)
+    rows = [str(label) for label in found.index]
+    checks = [
+        Check(f"{ours.name}: columns", columns, ",".join(map(str, found.columns))),
+        Check(f"{ours.name}: row labels", rows == labels, ",".join(rows)),
+    ]
+    if columns:
+        odd = [c for c in expected if not _kinds(found[c]) - {"nothing", "nan_value"} <= _kinds(expected[c])]
+        checks.append(
+            Check(f"{ours.name}: value formats", not odd, f"unlike in {', '.join(map(str, odd))}" if odd else "alike")
+        )
+    return checks
+
+
+def _kinds(column: pd.Series) -> set[str]:
+    kinds = {"nothing": "", "whole": r"-?\d+", "decimal": r"-?\d+\.\d+(e-?\d+)?|\d+(\.\d+)?e-\d+", "truth": "True|False"}
+    kinds["nan_value"] = "nan_value"
+    return {next((kind for kind, form in kinds.items() if re.fullmatch(form, value)), f"text {value!r}") for value in column}
+
+
+def compare_results(theirs: Path, ours: Path) -> Check:
+    """``defense_result.pt``: the same keys in the same order, and tensors of the same names, order, shapes and dtypes."""
+    from fmp_core.storage.torch_file import load_torch_file  # imports torch; BackdoorBench, which needs the memory, has ended
+
+    name = "defense_result.pt is built as ft's"
+    if not theirs.is_file():
+        return Check(name, False, "BackdoorBench's ft wrote none")
+    shapes = []
+    for path in (theirs, ours):
+        content = load_torch_file(path)
+        tensors = [(key, tuple(value.shape), str(value.dtype)) for key, value in content["model"].items()]
+        shapes.append((list(content), tensors))
+    return Check(name, shapes[0] == shapes[1], f"{', '.join(shapes[1][0])}; {len(shapes[1][1])} tensors")
+
+
+def check_class(job: Job) -> Check:
+    """In the checkout, ``FMP`` must derive from BackdoorBench's own class."""
+    name = "from defense.fmp import FMP is a BB defense"
+    if not (job.checkout / "defense" / "fmp.py").exists():
+        return Check(name, None, "FMP is not installed there (record_scripts/install.py)")
+    code = "from defense.fmp import FMP; import defense.base as b; print(b.__file__, issubclass(FMP, b.defense))"
+    # -B: no compiled files in the checkout. The current folder is the checkout, as it is for BackdoorBench's users.
+    ran = subprocess.run([sys.executable, "-B", "-c", code], cwd=job.checkout, capture_output=True, text=True)
+    words = ran.stdout.split()
+    passed = len(words) == 2 and Path(words[0]).resolve().is_relative_to(job.checkout) and words[1] == "True"
+    return Check(name, passed, (ran.stdout or ran.stderr).strip().splitlines()[-1])

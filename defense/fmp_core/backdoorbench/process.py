@@ -1,0 +1,182 @@
+"""Processes of BackdoorBench: started on the shims, listened to, and ended together with everything they started."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from fmp_core.errors import UserError
+
+SHIMS = Path(__file__).resolve().with_name("shims.py")
+HEARTBEAT = 30.0  # seconds between lines that say that a script whose output is not shown still runs
+GRACE = 10.0  # seconds between asking a process group to end and ending it
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
+
+@dataclass
+class Ended:
+    """How a script ended: its exit code (negative: the signal that killed it), seconds, and the last error it printed."""
+
+    code: int
+    seconds: float
+    last_error: str
+
+    def __str__(self) -> str:
+        if self.code < 0:
+            name = signal.Signals(-self.code).name
+            return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        return f"exit code {self.code}" + (f" ({self.last_error})" if self.last_error else "")
+
+
+@dataclass
+class Listener:
+    """Finds in a program's output the reason of its failure: the line that ends the last traceback, whatever the exception is
+    called, or what argparse says (``ft.py: error: ...``); without either, the last line printed."""
+
+    last_line: str = ""
+    error: str = ""
+    in_traceback: bool = field(default=False, repr=False)
+
+    def hear(self, line: str) -> None:
+        text = line.strip()
+        if not text:
+            return
+        self.last_line = text
+        if "Traceback (most recent call last)" in line:  # a progress bar may stand before it
+            self.in_traceback = True
+        elif self.in_traceback and not line[0].isspace():
+            self.in_traceback, self.error = False, text
+        elif ": error: " in line:
+            self.error = text
+
+    @property
+    def reason(self) -> str:
+        return (self.error or self.last_line)[:500]
+
+
+def run_script(
+    folder: Path, script: str, arguments: Sequence[str], *, device: str, python: str, log: Path, echo: bool = True
+) -> Ended:
+    """Run ``script`` (relative to the workspace ``folder``) on the shims; everything it prints goes to ``log`` as it comes.
+
+    The script is the head of a process group of its own, which ends with it, and on Linux also if this process is killed.
+
+    Args:
+        device: ``cpu`` hides all GPUs from it, because some scripts use one whatever ``--device`` says.
+        echo: print its output too; otherwise a line every half minute says that it runs.
+
+    Raises:
+        UserError: ``python`` is no program.
+    """
+    program = shutil.which(python)
+    if program is None:
+        raise UserError(f"--python {python} is not a program; name the Python that BackdoorBench runs on.")
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
+    environment.pop("PYTHONPATH", None)  # ours would shadow BackdoorBench's modules
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [os.path.abspath(program), str(SHIMS), script, *arguments]
+    started, listener = time.monotonic(), Listener()
+    with open(log, "w", encoding="utf-8") as file, _started(command, folder, environment) as process:
+        assert process.stdout is not None
+        with contextlib.nullcontext() if echo else _heartbeat(listener):
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                if echo:
+                    print(line, end="", flush=True)
+                listener.hear(line)
+            code = process.wait()
+        seconds = time.monotonic() - started
+        file.write(f"\nexit code {code} after {seconds:.0f} s\n")
+    return Ended(code, seconds, listener.reason if code else "")
+
+
+@contextlib.contextmanager
+def _started(command: list[str], folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=_dying_with(os.getpid()),
+    )
+    try:
+        yield process
+    finally:
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, kind)
+                process.wait(GRACE)
+        process.wait()
+
+
+def _dying_with(parent: int) -> Callable[[], None] | None:
+    """For a new process: end when ``parent`` does, which SIGKILL (a sweep's, the kernel's) gives no time to see to."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up here, since between fork and exec as little as possible should happen
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask
+
+
+@contextlib.contextmanager
+def _heartbeat(listener: Listener) -> Iterator[None]:
+    ended, started = threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT):
+            print(f"      {time.monotonic() - started:.0f} s: {listener.last_line[:100]}", flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def in_own_process(function: Callable[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> Answer:
+    """``function(*args, **kwargs)`` in a process that ends with it: torch and a record take memory that BackdoorBench, which
+    runs next, may need.
+
+    Raises:
+        UserError: of ``function``, or the process was killed.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args, **kwargs).result()
+        except BrokenProcessPool:
+            raise UserError("The process that reads the record was killed, perhaps because memory ran out.") from None
+        except BaseException:
+            for child in active_children():
+                child.terminate()
+            raise

@@ -1,0 +1,71 @@
+"""Run a defense or an analysis of BackdoorBench on a record, and say how it went. Imports no torch, which BackdoorBench does."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from fmp_core.backdoorbench.process import Ended, run_script
+from fmp_core.backdoorbench.workspace import Job, workspace
+from fmp_core.errors import UserError
+from fmp_core.storage.files import make_folders, refuse_links_out_of
+
+NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
+RESULT = "defense_result.pt"
+
+
+def run_on_record(job: Job, method: str, analysis: str | None, python: str, extra: list[str]) -> tuple[str, int]:
+    """Run ``defense/<method>.py`` on the record or, with ``analysis``, ``analysis/visual_<analysis>.py`` on what ``method``
+    made of it. Returns one sentence on how it went, and the exit code.
+
+    Args:
+        python: the Python that runs BackdoorBench.
+        extra: flags for BackdoorBench's script, after ours.
+
+    Raises:
+        UserError: there is no such script or no result to analyse, or BackdoorBench cannot be given the record.
+    """
+    results = job.folder / "defense" / method
+    if analysis is None:
+        script, log = find_script(job.checkout, "defense", "", method), results / "run_defense.log"
+        names = ["--result_file", job.name]
+    else:
+        script, log = find_script(job.checkout, "analysis", "visual_", analysis), results / f"visual_{analysis}.log"
+        names = ["--result_file_attack", job.name, "--result_file_defense", f"{job.name}/defense/{method}"]
+        if not (results / RESULT).is_file():
+            raise UserError(f"There is no {results / RESULT} to analyse; run the defense {method} first.")
+    refuse_links_out_of(job.folder, results, log)
+    facts = ["--dataset", job.dataset, "--model", job.model_name, "--device", job.device]
+    if analysis is None and "--dataset_path" in (job.checkout / script).read_text(encoding="utf-8", errors="replace"):
+        facts += ["--dataset_path", "./data"]  # dbd's YAML files have none
+    started = time.time() - 1  # file systems with coarse clocks
+    with workspace(job) as folder:
+        make_folders(results)
+        ended = run_script(folder, script, [*facts, *names, *extra], device=job.device, python=python, log=log)
+    name = f"analysis {analysis}" if analysis else method
+    return verdict(name, ended, log, None if analysis else started)
+
+
+def find_script(checkout: Path, folder: str, prefix: str, name: str) -> str:
+    """``folder/<prefix><name>.py`` of the checkout. Raises UserError naming those there are."""
+    stems = {path.stem for path in (checkout / folder).glob(f"{prefix}*.py")} - NO_DEFENSES
+    names = sorted(stem.removeprefix(prefix) for stem in stems)
+    if name not in names:
+        raise UserError(f"{checkout / folder} has no {prefix}{name}.py to run; there are {', '.join(names)}.")
+    return f"{folder}/{prefix}{name}.py"
+
+
+def verdict(script: str, ended: Ended, log: Path, started: float | None) -> tuple[str, int]:
+    """One sentence on how it went, and the exit code. With ``started`` (seconds since the epoch), ending without a
+    ``defense_result.pt`` younger than that is a failure too."""
+    results = log.parent
+    if ended.code:
+        code = ended.code if ended.code > 0 else 128 - ended.code
+        return f"BackdoorBench's {script} did not run to its end: {ended}; see {log}", code
+    said = f"BackdoorBench's {script} ended after {ended.seconds:.0f} s"
+    if started is None:
+        return f"{said}; results are below {results}", 0
+    if not (results / RESULT).is_file() or (results / RESULT).stat().st_mtime < started:
+        return f"{said} but wrote no {results / RESULT}; see {log}", 1
+    tables = sorted(str(path.relative_to(results)) for path in results.rglob("*.csv"))
+    return f"{said}; in {results} are {', '.join([RESULT, *tables])}", 0

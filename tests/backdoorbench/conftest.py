@@ -1,0 +1,89 @@
+"""Small checkouts in BackdoorBench's layout (its own code cannot be shipped), and what a folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fmp_core.backdoorbench.install import fingerprint
+
+Tree = Callable[[Path], dict[str, str | None]]
+
+# Does what BackdoorBench's scripts do with paths and old names; none of its code.
+SCRIPT = """
+import argparse, os, sys
+import numpy as np, torch
+from settings import NAME  # beside config/, found through the current folder
+from tabulate import tabulate
+parser = argparse.ArgumentParser()
+for flag in ("dataset", "model", "result_file", "device", "fail"):
+    parser.add_argument("--" + flag)
+args = parser.parse_args()
+path = f"record/{args.result_file}/attack_result.pt"
+content = torch.load(path)
+real = os.path.realpath(path)
+data = real[:real.index("record")] + content["data_path"][content["data_path"].index("data"):]
+assert os.path.isfile(data + "/cifar-10-batches-py/test_batch"), data
+items = content["bd_test"]["bd_data_container"]["data_dict"].values()
+assert items and all(os.path.isfile(item["path"]) for item in items)
+assert np.infty == np.inf and np.float is float
+assert np.asarray([[1], [1, 2]]).shape == np.array([np.zeros(2), np.zeros(3)]).shape == (2,)
+assert torch.zeros_like(torch.ones(2), device="cuda").to("cuda:0").cuda().device.type == "cpu"
+assert "0.5" in tabulate([{"loss": 0.5}], headers="keys", tablefmt="github", floatfmt=".5f")
+assert open("./config/defense/echo.yaml").read() == "x"
+open("stray.txt", "w").close()  # into the temporary folder
+print("ran with", args.dataset, args.model, NAME)
+if args.fail:
+    raise Exception(args.fail)
+torch.save({}, f"record/{args.result_file}/defense/echo/defense_result.pt")
+"""
+
+ANALYSIS = """
+import os, sys
+print(*sys.argv)
+folder = "record/" + sys.argv[sys.argv.index("--result_file_defense") + 1]
+os.mkdir(folder + "/visual")
+open(folder + "/visual/plot.png", "w").close()
+"""
+
+# Names its process and that of a child of its own in a file, and sleeps; stands for a defense and for what the probe imports.
+SLEEPER = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(900)"])
+with open(os.environ["PIDS"] + ".part", "w") as file:
+    file.write(f"{os.getpid()} {child.pid} {os.getcwd()}")
+os.rename(os.environ["PIDS"] + ".part", os.environ["PIDS"])
+time.sleep(900)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    root = tmp_path / "BackdoorBench"
+    for name, text in {
+        "defense/__init__.py": "",
+        "defense/base.py": "class defense:\n    pass\n",
+        "defense/echo.py": SCRIPT,
+        "defense/sleeper.py": SLEEPER,
+        "utils/save_load_attack.py": "",
+        "utils/aggregate_block/dataset_and_transform_generate.py": SLEEPER + "if dataset_name == 'a_forks_own': pass\n",
+        "analysis/visual_names.py": ANALYSIS,
+        "config/defense/echo.yaml": "x",
+        "settings.py": "NAME = 'a name'",
+        "record/other/attack_result.pt": "",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.fixture
+def tree() -> Tree:
+    """``tree(root)``: every path below ``root`` but git's own, with its content."""
+
+    def look(root: Path) -> dict[str, str | None]:
+        paths = (path for path in sorted(root.rglob("*")) if ".git" not in path.parts)
+        return {path.relative_to(root).as_posix(): fingerprint(path) for path in paths}
+
+    return look
