@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -87,7 +88,7 @@ def test_what_backdoorbench_cannot_be_given_is_refused_before_it_starts(
 ) -> None:
     with pytest.raises(UserError, match=r"has no nonsense.py to run; there are echo, sleeper"):
         run(checkout, defense="nonsense")
-    with pytest.raises(UserError, match="has no visual_cm.py to run; there are names"):
+    with pytest.raises(UserError, match=r"has no visual_cm.py to run; there are names"):
         run(checkout, analysis="cm")
     with pytest.raises(UserError, match="to analyse; run the defense echo first"):
         run(checkout, analysis="names")
@@ -99,10 +100,8 @@ def test_what_backdoorbench_cannot_be_given_is_refused_before_it_starts(
         edit_record(tiny_record, lambda content, name=known: content.update(clean_data=name))
         with pytest.raises(UserError) as refusal:
             job(checkout)
-        says_so = "its dataset is digits, and BackdoorBench knows a_forks_own, celeba, cifar10, cifar100, gtsrb" in str(
-            refusal.value
-        )
-        assert says_so == (known == "digits")
+        sentence = "its dataset is digits, and BackdoorBench knows a_forks_own, celeba, cifar10, cifar100, gtsrb, imagenet"
+        assert (sentence in str(refusal.value)) == (known == "digits")
     edit_record(tiny_record, lambda content: content.update(clean_data="cifar10", extra=subprocess.Popen))
     with pytest.raises(UserError, match=r"\.Popen, and a record may hold data only"):  # BackdoorBench would unpickle it
         job(checkout)
@@ -199,10 +198,8 @@ def _gone(pid: str) -> bool:
 
 
 def _end_group(head: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(head, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def test_placeholders_and_ragged_arrays_are_for_backdoorbench_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Run a defense or an analysis of BackdoorBench on a record, and say how it went. Imports no torch, which BackdoorBench does."""
+"""Run a defense or an analysis of BackdoorBench on a record, and say how it went. Imports no torch; BackdoorBench does."""
 
 from __future__ import annotations
 

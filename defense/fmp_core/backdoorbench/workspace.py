@@ -65,7 +65,7 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
     than data is refused here, before BackdoorBench sees it. Imports torch, so better called ``in_own_process``.
 
     Raises:
-        UserError: no checkout; the record or the dataset is missing, damaged or refused; BackdoorBench does not know the dataset.
+        UserError: no checkout; the record or the dataset is missing, damaged or refused, or BackdoorBench does not know it.
     """
     from fmp_core.data.attack_record import read_attack_record
     from fmp_core.data.datasets import dataset_facts, open_split
