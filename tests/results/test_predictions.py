@@ -21,11 +21,7 @@ def test_what_is_written_is_read_back(tmp_path: Path):
     frame.to_csv(tmp_path / "predictions.csv", index=False)
     text = (tmp_path / "predictions.csv").read_text().splitlines()
     assert text[0] == "poisoned,label,target,before,after" and text[1] == "False,0,-1,0,0" and text[5] == "True,1,0,0,1"
-    again = read_predictions(tmp_path / "predictions.csv", DATA, 3)
-    assert again is not None and again.equals(frame)
-    other = TestData(IMAGES, torch.tensor([0, 1, 2, 0]), IMAGES[:3], DATA.targets, DATA.originals)
-    assert read_predictions(tmp_path / "predictions.csv", other, 3) is None
-    assert read_predictions(tmp_path / "nothing.csv", DATA, 3) is None
+    assert read_predictions(tmp_path / "predictions.csv", 3).equals(frame)
 
 
 def test_confusion_and_success_are_counts():
@@ -37,14 +33,23 @@ def test_confusion_and_success_are_counts():
     assert table["before"].tolist() == [1, 1] and table["after"].tolist() == [0, 0.5]
 
 
-@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "poisoned,label,target,before,after\nFalse,0,-1,x,0\n", "{}"])
-def test_a_damaged_table_is_named(tmp_path: Path, text: str):
-    (tmp_path / "predictions.csv").write_text(text)
-    with pytest.raises(UserError, match=r"predictions\.csv"):
-        read_predictions(tmp_path / "predictions.csv", DATA, 3)
+HEAD = "poisoned,label,target,before,after\n"
 
 
-def test_classes_the_model_does_not_have_are_refused(tmp_path: Path):
-    prediction_frame(DATA, BEFORE, AFTER).to_csv(tmp_path / "predictions.csv", index=False)
-    with pytest.raises(UserError, match=r"outside 0\.\.1"):
-        read_predictions(tmp_path / "predictions.csv", DATA, 2)
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "not a table"),
+        ("", "not a table"),
+        ("a,b\n1,2\n", "not a table"),
+        (HEAD + "False,0,-1,0,0\n", "clean and poisoned"),
+        (HEAD + "False,0,-1,x,0\nTrue,1,0,0,0\n", "outside"),
+        (HEAD + "False,0,-1,0,0\nTrue,1,0,0,-1\n", "outside"),
+        (HEAD + "False,0,-1,0,0\nTrue,1,0,0,3\n", "outside 0..2"),
+    ],
+)
+def test_a_missing_or_damaged_table_is_named(tmp_path: Path, text: str | None, says: str):
+    if text is not None:
+        (tmp_path / "predictions.csv").write_text(text)
+    with pytest.raises(UserError, match=rf"predictions\.csv.*{says}"):
+        read_predictions(tmp_path / "predictions.csv", 3)

@@ -10,7 +10,7 @@ from fmp_core.results.removal import attack_outcome
 
 
 def predictions(before: tuple[int, int], after: tuple[int, int], images: int = 1000) -> pd.DataFrame:
-    """``(triggered, clean)`` images of class 1 that get the attacker's class 0 before and after; 100 clean ones show class 0."""
+    """``(triggered, clean)`` images of class 1 that get the attacker's class 0; 100 clean ones show class 0."""
     frames = [pd.DataFrame({"poisoned": False, "label": 0, "target": -1, "before": [0] * 100, "after": 0})]
     for poisoned, target in ((True, 0), (False, -1)):
         hits = [when[0 if poisoned else 1] for when in (before, after)]

@@ -111,7 +111,7 @@ class Cut(NamedTuple):
         return self.order[self.count - 1]
 
     def tied(self, correct: Tensor) -> Tensor:
-        """Positions of the maps whose ``correct``, int64 ``[N]``, is that on both sides of the cut; none if the sides differ."""
+        """Positions of the maps whose ``correct``, int64 ``[N]``, equals that of both sides of the cut; none if they differ."""
         if not 0 < self.count < len(self.order) or correct[self.last] != correct[self.order[self.count]]:
             return self.order[:0]
         return self.order[correct[self.order] == correct[self.last]]

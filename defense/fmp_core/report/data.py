@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,200 +13,178 @@ import torch
 from torch import Tensor
 
 from fmp_core.data.attack_record import AttackRecord
-from fmp_core.data.datasets import dataset_facts
 from fmp_core.errors import UserError
+from fmp_core.frg.scores import Scores
+from fmp_core.inputs import paired_images, preprocessing
+from fmp_core.metrics import METRICS
 from fmp_core.models.activation_change import Precision, precision_at, trigger_activation_change
 from fmp_core.models.build import PixelModel, load_model
-from fmp_core.models.evaluate import TestData, evaluate_and_keep, to_unit
+from fmp_core.models.evaluate import TestData, to_unit
 from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
-from fmp_core.report.intervals import Interval, wilson
-from fmp_core.results.predictions import confusion, prediction_frame, read_predictions
-from fmp_core.storage.files import replacing
-from fmp_core.storage.torch_file import load_torch_file
+from fmp_core.results.intervals import Interval, paired_difference, rating, wilson
+from fmp_core.results.predictions import read_predictions
+from fmp_core.results.summary import RunSummary
+from fmp_core.settings import FIELDS, Settings
 
-TWINS = 256  # pairs of clean and poisoned images that TAC is averaged over
-OTHER_P = (8, 16, 32, 64, 128)
-# What the page names of metrics.json beside settings.
-NEEDED = ("before", "after", "model", "dataset", "feature_maps", "pruned", "clean_images", "frg_images", "seed", "device")
+PAIRS = 256  # clean and poisoned images that the trigger activation change is averaged over
+SETTINGS = ("p", "scope", "eps", "frg_steps", "alpha", "selection", "budget", "preset")  # without these there is no page
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """The attacked model, which takes pixels in [0,1], and its convolutions in execution order."""
+
+    model: PixelModel
+    layers: list[ConvLayer]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's result folder. ``maps`` is ``feature_maps.csv``, ``history`` is ``fmp_df.csv``, ``metrics`` is
-    ``metrics.json``, ``predictions`` is ``predictions.csv``."""
+    """One run's result folder: ``summary`` is ``metrics.json``, ``maps`` ``feature_maps.csv``, ``history`` ``fmp_df.csv``,
+    ``predictions`` ``predictions.csv``; ``layers`` are those of the attacked model, which ``maps`` is about."""
 
     folder: Path
-    metrics: dict[str, Any]
+    summary: RunSummary
     maps: pd.DataFrame
     history: pd.DataFrame
     predictions: pd.DataFrame
-
-    def intervals(self, when: str, num_classes: int) -> dict[str, Interval]:
-        """Acc, ASR and RA ``before`` or ``after`` with Wilson limits; counts come from the predictions."""
-        rows = self.predictions
-        poisoned = rows["poisoned"].astype(bool)
-        clean_hits, images = np.trace(confusion(rows, when, False, num_classes)), int((~poisoned).sum())
-        triggered = rows[poisoned]
-        shares = {
-            "test_acc": (int(clean_hits), images),
-            "test_asr": (int((triggered[when] == triggered["target"]).sum()), len(triggered)),
-            "test_ra": (int((triggered[when] == triggered["label"]).sum()), len(triggered)),
-        }
-        return {name: wilson(hits / total, total) for name, (hits, total) in shares.items()}
+    layers: list[ConvLayer]
 
     @property
     def p(self) -> int:
-        return int(self.metrics["settings"]["p"])
+        return int(self.summary.settings["p"])
+
+    @property
+    def scope(self) -> str:
+        return str(self.summary.settings["scope"])
 
     @property
     def scored(self) -> bool:
-        """Whether maps were scored by FRG; the ablations (--selection random, none) and inverted triggers need no scores."""
+        """Whether feature maps were scored by FRG; the ablations (--selection random, none) and inverted triggers need none."""
         return "rank" in self.maps
 
     @property
     def by_trigger(self) -> bool:
-        """Whether maps were chosen by how far a inverted trigger moves them (``--selection trigger``)."""
+        """Whether maps were selected by how far an inverted trigger changes their activation (``--selection trigger``)."""
         return "moved" in self.maps
 
-    def cuts(self, p: int) -> dict[str, int]:
-        """How many maps of each layer would be pruned at ``p``: ranks count within the layer, or over all (scope global)."""
-        by_layer = self.maps.groupby("layer", sort=False)
-        if self.metrics["settings"]["scope"] == "global":
-            return {str(name): int((group["rank"] <= len(self.maps) // p).sum()) for name, group in by_layer}
-        return {str(name): len(group) // p for name, group in by_layer}
+    @cached_property
+    def scores(self) -> Scores:
+        """FRG's scores as ``feature_maps.csv`` keeps them. Only of a run that has them; smallest margins are not kept."""
+        correct, margin = (torch.from_numpy(self.maps[name].to_numpy(copy=True)) for name in ("correct", "margin"))
+        samples = int(self.maps["samples"].max())
+        settled = None if margin.isfinite().all() else margin.isfinite()  # maps that racing dropped have no margin
+        return Scores(tuple(self.layers), correct, margin.double(), torch.full_like(margin, torch.nan), samples, settled)
 
-    def chosen(self, p: int) -> Tensor:
-        """The maps that would be pruned at ``p``, bool ``[N]``; what was pruned, at the run's own p."""
-        if p == self.p:
-            return torch.from_numpy(self.maps["pruned"].to_numpy(dtype=bool, copy=True))
-        in_layer = self.maps.groupby("layer", sort=False)["rank"].rank(method="first")
-        return torch.from_numpy((in_layer <= self.maps["layer"].map(self.cuts(p))).to_numpy(copy=True))
+    @property
+    def pruned(self) -> Tensor:
+        """bool ``[N_maps]``."""
+        return torch.from_numpy(self.maps["pruned"].to_numpy(dtype=bool, copy=True))
 
-    def tied(self, p: int) -> np.ndarray:
-        """Maps whose ``correct`` equals that of a cut at ``p`` which they straddle, bool ``[N]``."""
-        found = np.zeros(len(self.maps), dtype=bool)
-        if not self.scored:
-            return found
-        whole = self.metrics["settings"]["scope"] == "global"
-        groups = [("", self.maps)] if whole else self.maps.groupby("layer", sort=False)
-        for _, group in groups:
-            correct = group.sort_values("rank")["correct"].to_numpy()
-            count = len(group) // p
-            if 0 < count < len(group) and correct[count - 1] == correct[count]:
-                found[group.index[group["correct"] == correct[count]]] = True
-        return found
+    def hits(self, metric: str, when: str) -> np.ndarray:
+        """Which test images count for ``metric`` (Acc: of the clean, ASR and RA: of the triggered), bool ``[N]``."""
+        poisoned = self.predictions["poisoned"].to_numpy(dtype=bool)
+        rows = self.predictions[~poisoned if metric == "test_acc" else poisoned]
+        return (rows[when] == rows["target" if metric == "test_asr" else "label"]).to_numpy()
+
+    def shares(self, when: str) -> dict[str, Interval]:
+        """Acc, ASR and RA ``before`` or ``after`` the defense, with Wilson limits."""
+        return {name: wilson(float(hits.mean()), len(hits)) for name in METRICS if len(hits := self.hits(name, when))}
+
+    def changes(self) -> dict[str, Interval]:
+        """Acc, ASR and RA after minus before, with limits for paired figures: both are of the same images."""
+        return {name: paired_difference(self.hits(name, "after"), self.hits(name, "before")) for name in METRICS}
+
+    def effectiveness(self) -> Interval:
+        """The defense effectiveness rating (DER)."""
+        drops = {name: paired_difference(self.hits(name, "before"), self.hits(name, "after")) for name in METRICS}
+        return rating(drops["test_asr"], drops["test_acc"])
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """What the trigger does to the attacked model. ``clean`` and ``poisoned``: uint8 ``[n, C, H, W]``, row by row the same
-    image; ``tac`` float64 ``[N_maps]``."""
+    """What the trigger does to the attacked model.
 
-    model: PixelModel
-    layers: list[ConvLayer]
+    ``clean`` and ``poisoned``: uint8 ``[n, C, H, W]``, row by row the same image; ``labels`` int64 ``[n]``, what it shows;
+    ``tac`` float64 ``[N_maps]``, the trigger activation change of each feature map over these pairs.
+    """
+
+    attacked: Attacked
     clean: Tensor
     poisoned: Tensor
     labels: Tensor
     tac: Tensor
 
-    def precision(self, chosen: Tensor) -> Precision:
-        return precision_at(chosen, self.tac, self.layers)
+    def precision(self, selected: Tensor) -> Precision:
+        """How many of the maps ``selected``, bool ``[N_maps]``, are among those whose activation the trigger changes most."""
+        return precision_at(selected, self.tac, self.attacked.layers)
+
+    def ranks(self) -> Tensor:
+        """Place of each map in its layer, int64 ``[N_maps]``; 1 is the largest activation change."""
+        parts = self.tac.split([layer.channels for layer in self.attacked.layers])
+        return torch.cat([part.argsort(descending=True, stable=True).argsort() + 1 for part in parts])
 
 
-def read_run(folder: Path, record: AttackRecord, data: TestData, batch_size: int = 256) -> Run:
-    """Read a result folder; predictions that are not there are made with the record's model and the defended one, and kept.
+def load_attacked(record: AttackRecord, settings: dict[str, object], device: torch.device) -> Attacked:
+    """The record's model on ``device``, with the preprocessing of a run with these ``settings`` (of ``metrics.json``)."""
+    facts = preprocessing(Settings(**{name: value for name, value in settings.items() if name in FIELDS}), record)
+    network = load_model(record.model_name, record.num_classes, record.state)
+    model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
+    height, width, channels = record.image_size
+    return Attacked(model, trace_conv_layers(network, torch.zeros(1, channels, height, width, device=device)))
+
+
+def measure_trigger(attacked: Attacked, data: TestData) -> Trigger:
+    """The trigger activation change of all feature maps. Raises UserError: no poisoned image has a known clean counterpart."""
+    clean, poisoned, labels = paired_images(data, PAIRS)
+    tac = trigger_activation_change(attacked.model, attacked.layers, to_unit(clean), to_unit(poisoned))
+    return Trigger(attacked, clean, poisoned, labels, tac)
+
+
+def read_summary(folder: Path) -> RunSummary:
+    """``metrics.json`` of a run. Raises UserError: it is missing, damaged, or lacks what the page names."""
+    _exists(folder / "metrics.json")
+    summary = RunSummary.read(folder / "metrics.json")
+    missing = [name for name in SETTINGS if not isinstance(summary.settings, dict) or name not in summary.settings]
+    if missing:
+        raise UserError(f"{folder / 'metrics.json'} lacks the settings {', '.join(missing)}; run the defense again.")
+    return summary
+
+
+def read_run(folder: Path, summary: RunSummary, num_classes: int, layers: list[ConvLayer]) -> Run:
+    """Read the tables of a result folder.
 
     Raises:
-        UserError: a file is missing or damaged; names it.
+        UserError: a file is missing, damaged, of another run or about another model; names it.
     """
-    metrics = _read(folder / "metrics.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
-    maps = _read(folder / "feature_maps.csv", pd.read_csv)
-    history = _read(folder / "fmp_df.csv", lambda path: pd.read_csv(path, index_col=0))
-    try:
-        _ = [metrics["settings"][name] for name in ("p", "scope", "eps", "frg_steps", "alpha")]
-        _ = [metrics[name] for name in (*NEEDED, "seconds", "versions")]
-        scores = ["correct", "samples", "margin", "rank"] if "rank" in maps else []
-        _ = maps[["layer", "channel", *scores, "pruned"]], history["train_acc"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder} holds no results of fmp that a report can be made from: {error} is missing.") from None
-    path = folder / "predictions.csv"
-    predictions = read_predictions(path, data, record.num_classes)
-    if predictions is None:
-        predictions = predict_again(folder, record, data, batch_size)
-        with replacing(path) as temporary:
-            predictions.to_csv(temporary, index=False)
-    return Run(folder, metrics, maps, history, predictions)
-
-
-def predict_again(folder: Path, record: AttackRecord, data: TestData, batch_size: int) -> pd.DataFrame:
-    """Both models on both test sets, as the run itself did it."""
-    content = load_torch_file(folder / "defense_result.pt")
-    try:
-        state = {str(key): value for key, value in content["model"].items()}
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / 'defense_result.pt'} holds no model; run the defense again.") from None
-    states = (record.state, state)
-    before, after = (evaluate_and_keep(attacked_model(record, s, data), data, batch_size)[1] for s in states)
-    return prediction_frame(data, before, after)
-
-
-def attacked_model(record: AttackRecord, state: Any, data: TestData) -> PixelModel:
-    """The record's architecture with the weights ``state``, on the device of ``data``."""
-    network = load_model(record.model_name, record.num_classes, state)
-    model = PixelModel(network, dataset_facts(record.dataset, record.image_size))
-    return model.to(data.clean_images.device).to(memory_format=torch.channels_last)
-
-
-def watch_trigger(record: AttackRecord, data: TestData, maps: pd.DataFrame) -> Trigger | str:
-    """TAC of the attacked model on an even sample of poisoned images, or one sentence saying why there is none."""
-    try:
-        clean, poisoned, labels = twins(record, data, TWINS)
-    except UserError as error:
-        return str(error)
-    model = attacked_model(record, record.state, data)
-    layers = trace_conv_layers(model.network, to_unit(clean[:1]))
+    maps = _table(folder / "feature_maps.csv", lambda path: pd.read_csv(path, float_precision="round_trip"))
+    history = _table(folder / "fmp_df.csv", lambda path: pd.read_csv(path, index_col=0))
+    scores = ["correct", "samples", "margin"] if "rank" in maps else []
+    for path, frame, columns in (
+        (folder / "feature_maps.csv", maps, ["layer", "channel", *scores, "pruned"]),
+        (folder / "fmp_df.csv", history, ["epoch", "train_acc"]),
+    ):
+        if missing := [name for name in columns if name not in frame]:
+            raise UserError(f"{path} is no result of fmp: it has no column {missing[0]}; run the defense again.")
     expected = [(layer.name, channel) for layer in layers for channel in range(layer.channels)]
     if list(zip(maps["layer"], maps["channel"], strict=True)) != expected:
-        raise UserError("feature_maps.csv is not about the record's model; run the defense again.")
-    tac = trigger_activation_change(model, layers, to_unit(clean), to_unit(poisoned))
-    return Trigger(model, layers, clean, poisoned, labels, tac)
+        raise UserError(f"{folder / 'feature_maps.csv'} is not about the record's model; run the defense again.")
+    run = Run(folder, summary, maps, history, read_predictions(_exists(folder / "predictions.csv"), num_classes), layers)
+    for when, figures in (("before", summary.before), ("after", summary.after)):
+        if any(abs(figures.get(name, -1) - share.value) > 1e-6 for name, share in run.shares(when).items()):
+            raise UserError(f"{folder / 'predictions.csv'} and metrics.json are of different runs; run the defense again.")
+    return run
 
 
-def twins(record: AttackRecord, data: TestData, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """At most ``count`` pairs, evenly over the poisoned test set: clean images, the poisoned ones made from them (uint8
-    ``[n, C, H, W]``), and their true classes (int64 ``[n]``).
-
-    Raises:
-        UserError: it is not known which clean image belongs to a poisoned one.
-    """
-    indices = record.bd_test.indices
-    if indices is None or int(indices.min()) < 0 or int(indices.max()) >= len(data.clean_labels):
-        raise UserError("The record does not say which clean test image each poisoned one was made from.")
-    indices = indices.to(data.clean_labels.device)
-    if not bool((data.clean_labels[indices] == data.originals).all()):
-        raise UserError(
-            "The clean test set on disk is in another order than the attack's, so poisoned images have no clean twins."
-        )
-    rows = torch.linspace(0, len(indices) - 1, min(count, len(indices))).round().long().to(indices.device)
-    return data.clean_images[indices[rows]], data.poisoned_images[rows], data.originals[rows]
-
-
-def other_cuts(run: Run, trigger: Trigger | None) -> list[dict[str, Any]]:
-    """One row per p worth comparing: maps pruned, tied at the cut, and the precision against TAC if that is known."""
-    rows = []
-    for p in sorted({*OTHER_P, run.p}) if run.scored else ():
-        chosen = run.chosen(p)
-        if chosen.any():
-            found = trigger.precision(chosen) if trigger else None
-            rows.append({"p": p, "maps": int(chosen.sum()), "tied": int(run.tied(p).sum()), "precision": found})
-    return rows
-
-
-def _read(path: Path, reader: Any) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; run the defense first, or check --result_file and --defense_name.")
+def _table(path: Path, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
     try:
-        return reader(path)
+        return read(_exists(path))
     except (OSError, ValueError) as error:
         detail = " ".join(str(error).split())[:120]
         raise UserError(f"{path} cannot be read ({detail}); run the defense again.") from None
+
+
+def _exists(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; run the defense first, or check --result_file and --defense_name.")
+    return path

@@ -16,6 +16,17 @@ from matplotlib.ticker import MaxNLocator
 # Drawn in these colours, shown in the style sheet's variables: an SVG cannot name a CSS variable through matplotlib.
 INK, SOFT, RULE, BEFORE, AFTER, TRIGGER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 VARIABLES = {INK: "--ink", SOFT: "--soft", RULE: "--rule", BEFORE: "--before", AFTER: "--after", TRIGGER: "--trigger"}
+SHARES = {  # of fmp_df.csv: column -> (label, colour)
+    "train_acc": ("train Acc", BEFORE),
+    "test_acc": ("Acc", INK),
+    "test_ra": ("RA", AFTER),
+    "test_asr": ("ASR", TRIGGER),
+}
+LOSSES = {
+    "train_epoch_loss_avg_over_batch": ("train", BEFORE),
+    "clean_test_loss_avg_over_batch": ("clean test", INK),
+    "bd_test_loss_avg_over_batch": ("triggered test", TRIGGER),
+}
 CELL = (0.0, 0.45, 0.70)  # blue on any ground: only its opacity varies
 MOST_OPAQUE = 0.6  # so that ink stays readable on the fullest cell
 WIDTH = 4.6  # inches; one column of the page, or the whole of a phone
@@ -58,8 +69,8 @@ def confusion_matrix(counts: np.ndarray, label: str) -> str:
                 axes.text(column, row, share, ha="center", va="center", fontsize=9, color=INK)
             axes.set_xticks(range(classes))
             axes.set_yticks(range(classes))
-        axes.set_xlabel("the model says class")
-        axes.set_ylabel("the image shows class")
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("true class")
         return _svg(figure, label)
 
 

@@ -22,7 +22,7 @@ class Interval(NamedTuple):
 
 
 def wilson(share: float, total: int) -> Interval:
-    """Wilson's score interval of a proportion ``share`` observed on ``total`` images (Wilson 1927); 0 to 1 if there are none."""
+    """Wilson's score interval of a proportion ``share`` observed on ``total`` images (Wilson 1927); 0 to 1 of none."""
     if not total:
         return Interval(share, 0.0, 1.0)
     centre = (share + Z * Z / (2 * total)) / (1 + Z * Z / total)

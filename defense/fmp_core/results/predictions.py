@@ -30,24 +30,19 @@ def prediction_frame(data: TestData, before: Predictions, after: Predictions) ->
     return pd.concat(parts, ignore_index=True)
 
 
-def read_predictions(path: Path, data: TestData, num_classes: int) -> pd.DataFrame | None:
-    """The table at ``path``; None if there is none, or if it is about another test set.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    if not path.is_file():
-        return None
+def read_predictions(path: Path, num_classes: int) -> pd.DataFrame:
+    """The table at ``path``. Raises UserError: the file is missing or damaged."""
     try:
         frame = pd.read_csv(path)
-        classes = frame[COLUMNS[1:]].to_numpy()
+        poisoned, classes = frame["poisoned"], frame[COLUMNS[1:]].to_numpy()
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a table of predictions ({error}); delete it, and it is made again.") from None
-    if not np.issubdtype(classes.dtype, np.integer) or classes.min() < -1 or classes.max() >= num_classes:
-        raise UserError(f"{path} names classes outside 0..{num_classes - 1}; delete it, and it is made again.")
-    labels = np.concatenate([data.clean_labels.cpu().numpy(), data.originals.cpu().numpy()])
-    same = len(frame) == len(labels) and bool((frame["label"].to_numpy() == labels).all())
-    return frame if same else None
+        detail = " ".join(str(error).split())[:120]
+        raise UserError(f"{path} is not a table of predictions ({detail}); run the defense again.") from None
+    if poisoned.dtype != bool or poisoned.nunique() != 2:
+        raise UserError(f"{path} must hold clean and poisoned images (True or False); run the defense again.")
+    if not np.issubdtype(classes.dtype, np.integer) or (classes < [0, -1, 0, 0]).any() or classes.max() >= num_classes:
+        raise UserError(f"{path} names classes outside 0..{num_classes - 1}; run the defense again.")
+    return frame
 
 
 def confusion(frame: pd.DataFrame, when: str, poisoned: bool, num_classes: int) -> np.ndarray:

@@ -79,7 +79,7 @@ def success(predictions: pd.DataFrame, when: str) -> Interval:
 
 
 def chance(predictions: pd.DataFrame, when: str) -> Interval:
-    """The share of the clean images of other classes that get the attacker's class without a trigger, ``before`` or ``after``."""
+    """The share of the clean images of other classes that get the attacker's class, ``before`` or ``after``."""
     goals = _goals(predictions)
     return _share(goals[when] == goals["target"])
 
@@ -92,10 +92,7 @@ def _goals(predictions: pd.DataFrame) -> pd.DataFrame:
     poisoned = predictions["poisoned"].astype(bool)
     clean, wanted = predictions[~poisoned], predictions.loc[poisoned, ["label", "target"]].drop_duplicates()
     targets = wanted["target"].unique()
-    if len(targets) == 1:
-        goals = clean.assign(target=targets[0])
-    else:
-        goals = clean.drop(columns="target").merge(wanted, on="label")
+    goals = clean.assign(target=targets[0]) if len(targets) == 1 else clean.drop(columns="target").merge(wanted, on="label")
     return goals[goals["label"] != goals["target"]]
 
 

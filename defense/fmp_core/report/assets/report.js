@@ -4,11 +4,11 @@ const data = JSON.parse(document.getElementById("maps").textContent);
 const tip = document.getElementById("tip");
 const HEIGHT = 46, TOP = 5, BOTTOM = 12, RADIUS = 2.2, HAS_TAC = Boolean(data.layers[0].tac);
 const largest = Math.max(...data.layers.map(layer => layer.channel.length));
-let low = Infinity, high = 0, p = data.p, spread = true;
-// Dots stand lower the fewer images a map leaves correct, or the further the reversed trigger moves it.
+let low = Infinity, high = 0, choice = data.own, spread = true;
+// Dots stand lower the fewer images a map leaves correct, or the more the inverted trigger changes its activation.
 for (const layer of data.layers) {
-  const most = layer.moved && Math.max(...layer.moved, 1e-12);
-  layer.score = layer.correct || layer.moved.map(moved => -moved / most);
+  const most = layer.change && Math.max(...layer.change, 1e-12);
+  layer.score = layer.correct || layer.change.map(change => -change / most);
 }
 for (const layer of data.layers) for (const score of layer.score) { low = Math.min(low, score); high = Math.max(high, score); }
 const percent = correct => (100 * correct / data.samples).toFixed(correct * 100 % data.samples ? 1 : 0) + " %";
@@ -18,20 +18,12 @@ const place = share => spread ? 1 + Math.log(share) / Math.log(2 * largest) : sh
 const at = (layer, position) => place((position + .5) / layer.channel.length);
 const heightOf = score => HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (high > low ? (score - low) / (high - low) : .5);
 
-// What p prunes: the flags of the run itself, or the lowest ranks for another p.
-// Maps chosen by a reversed trigger have no p: the order is how far it moves them, and the flags are all there is.
-const cutOf = layer => data.ps.length ? layer.cuts[data.ps.indexOf(p)] : 0;
-const isPruned = (layer, position) => p === data.p ? layer.pruned[position] === 1 : position < cutOf(layer);
-function tiedValues() {  // per layer, the score that both sides of the cut share, or null
-  if (!data.ps.length) return data.layers.map(() => null);
-  const straddled = layers => {
-    const inside = Math.max(...layers.map(l => cutOf(l) ? l.correct[cutOf(l) - 1] : -1));
-    const outside = Math.min(...layers.map(l => cutOf(l) < l.correct.length ? l.correct[cutOf(l)] : Infinity));
-    return inside === outside ? inside : null;
-  };
-  if (data.scope === "global") { const value = straddled(data.layers); return data.layers.map(() => value); }
-  return data.layers.map(layer => cutOf(layer) ? straddled([layer]) : null);
-}
+// What each choice of p prunes was worked out by the program: the first maps of each layer, in the order drawn.
+const cutOf = layer => {
+  const [pruned, firstTied, lastTied, tied, found] = layer.cuts[choice];
+  return { pruned, firstTied, lastTied, tied, found };
+};
+const isPruned = (layer, position) => position < cutOf(layer).pruned;
 
 function sized(canvas, height) {
   const ratio = window.devicePixelRatio || 1, width = canvas.clientWidth;
@@ -43,7 +35,7 @@ function sized(canvas, height) {
   return [pen, width];
 }
 
-function drawStrip(layer, row, colour, tied) {
+function drawStrip(layer, row, colour) {
   const [pen, width] = sized(row.canvas, HEIGHT), n = layer.channel.length, cut = cutOf(layer);
   const x = position => 4 + (width - 8) * at(layer, position);
   const line = (count, style, thick) => {
@@ -51,31 +43,24 @@ function drawStrip(layer, row, colour, tied) {
     pen.fillStyle = style;
     pen.fillRect(Math.round(middle - thick / 2), 0, thick, HEIGHT - BOTTOM + 4);
   };
-  if (tied !== null) {
-    const first = layer.correct.indexOf(tied), last = layer.correct.lastIndexOf(tied);
+  if (cut.tied) {
     pen.fillStyle = colour.band;
-    if (first >= 0) pen.fillRect(x(first) - 3, heightOf(tied) - 5, x(last) - x(first) + 6, 10);
+    pen.fillRect(x(cut.firstTied) - 3, heightOf(layer.score[cut.firstTied]) - 5, x(cut.lastTied) - x(cut.firstTied) + 6, 10);
   }
-  for (const count of layer.cuts) if (count && count !== cut) line(count, colour.rule, 1);
-  if (cut) line(cut, colour.after, 2);
-  for (const pruned of [false, true]) {
+  if (layer.correct) {
+    for (const [count] of layer.cuts) if (count && count !== cut.pruned) line(count, colour.rule, 1);
+    if (cut.pruned) line(cut.pruned, colour.after, 2);
+  }
+  for (let position = n - 1; position >= 0; position--) {
+    const pruned = position < cut.pruned;
     pen.fillStyle = pruned ? colour.after : colour.before;
-    for (let position = 0; position < n; position++) {
-      if (isPruned(layer, position) !== pruned) continue;
-      pen.beginPath();
-      pen.arc(x(position), heightOf(layer.score[position]), pruned ? RADIUS + .6 : RADIUS, 0, 7);
-      pen.fill();
-    }
+    pen.beginPath();
+    pen.arc(x(position), heightOf(layer.score[position]), pruned ? RADIUS + .6 : RADIUS, 0, 7);
+    pen.fill();
   }
-  let pruned = 0, found = 0;
   pen.fillStyle = colour.trigger;
-  const wanted = p === data.p ? layer.pruned.reduce((sum, flag) => sum + flag, 0) : cut;
-  for (let position = 0; position < n; position++) {
-    pruned += isPruned(layer, position);
-    if (!HAS_TAC || layer.tacRank[position] > wanted) continue;
-    found += isPruned(layer, position);
-    pen.fillRect(x(position) - 1, HEIGHT - 9, 2, 8);
-  }
+  for (let position = 0; HAS_TAC && position < n; position++)
+    if (layer.tacRank[position] <= cut.pruned) pen.fillRect(x(position) - 1, HEIGHT - 9, 2, 8);
   if (row.active !== undefined) {
     pen.strokeStyle = colour.ink;
     pen.lineWidth = 1.5;
@@ -83,11 +68,9 @@ function drawStrip(layer, row, colour, tied) {
     pen.arc(x(row.active), heightOf(layer.score[row.active]), RADIUS + 3, 0, 7);
     pen.stroke();
   }
-  const ties = tied === null ? 0 : layer.correct.filter(correct => correct === tied).length;
-  const counted = { pruned, tied: ties, found };
   units.forEach((unit, i) => {
-    row.counts[i].firstChild.textContent = counted[unit];
-    row.counts[i].classList.toggle("zero", !counted[unit]);
+    row.counts[i].firstChild.textContent = cut[unit];
+    row.counts[i].classList.toggle("zero", !cut[unit]);
   });
 }
 
@@ -95,9 +78,10 @@ function drawHead(canvas, colour) {
   const [pen, width] = sized(canvas, 20);
   pen.font = "12px " + getComputedStyle(document.body).fontFamily;
   pen.textAlign = "center";
-  if (data.scope === "global") return;
+  if (data.scope === "global" || !data.samples) return;
+  const p = data.choices[choice];
   let free = -Infinity;
-  for (const value of [...data.ps].sort((a, b) => (b === p) - (a === p) || b - a)) {
+  for (const value of [...data.choices].sort((a, b) => (b === p) - (a === p) || b - a)) {
     const x = 4 + (width - 8) * place(1 / value), text = "p " + value, half = pen.measureText(text).width / 2;
     if (value !== p && (x - half < free || Math.abs(x - 4 - (width - 8) * place(1 / p)) < 2 * half + 4)) continue;
     pen.fillStyle = value === p ? colour.after : colour.soft;
@@ -115,7 +99,7 @@ function element(tag, kind, parent, text) {
 }
 
 const box = document.getElementById("strips");
-const units = ["pruned", ...(data.ps.length ? ["tied"] : []), ...(HAS_TAC ? ["found"] : [])];
+const units = ["pruned", ...(data.samples ? ["tied"] : []), ...(HAS_TAC ? ["found"] : [])];
 box.style.setProperty("--counts", units.length);
 const head = element("div", "strip head", box);
 element("span", "name", head, "layer");
@@ -142,9 +126,8 @@ let colours;
 function draw(only) {
   const style = getComputedStyle(document.documentElement);
   colours = Object.fromEntries(["ink", "soft", "rule", "before", "after", "trigger", "band"].map(k => [k, style.getPropertyValue("--" + k).trim()]));
-  const tied = tiedValues();
   if (only === undefined) drawHead(headCanvas, colours);
-  data.layers.forEach((layer, i) => { if (only === undefined || only === i) drawStrip(layer, rows[i], colours, tied[i]); });
+  data.layers.forEach((layer, i) => { if (only === undefined || only === i) drawStrip(layer, rows[i], colours); });
 }
 
 function show(i, position, x, y) {
@@ -155,7 +138,7 @@ function show(i, position, x, y) {
   element("b", "", tip, `${layer.name}, channel ${layer.channel[position]}`);
   const add = text => { tip.append(document.createElement("br"), text); };
   add(`rank ${position + 1} of ${layer.channel.length}${isPruned(layer, position) ? ", pruned" : ""}`);
-  if (layer.moved) add(`moved by ${layer.moved[position]}`);
+  if (layer.change) add(`activation changed by ${layer.change[position]}`);
   else add(`${layer.correct[position]} of ${data.samples} correct (${percent(layer.correct[position])}), margin ${layer.margin[position]}`);
   if (HAS_TAC) add(`TAC ${layer.tac[position]}, rank ${layer.tacRank[position]}`);
   tip.hidden = false;
@@ -198,17 +181,19 @@ rows.forEach((row, i) => {
   });
 });
 
-for (const value of data.ps) {
-  const label = element("label", "", document.getElementById("ps")), input = element("input", "", label);
-  Object.assign(input, { type: "radio", name: "p", value, checked: value === p });
+const ps = document.getElementById("ps");
+if (ps) data.choices.forEach((value, i) => {
+  const label = element("label", "", ps), input = element("input", "", label);
+  Object.assign(input, { type: "radio", name: "p", value, checked: i === choice });
   element("span", "", label, value);
-}
+});
 document.getElementById("controls").addEventListener("change", event => {
-  if (event.target.name === "p") p = Number(event.target.value);
+  if (event.target.name === "p") choice = data.choices.indexOf(Number(event.target.value));
   else spread = event.target.value === "spread";
   draw();
 });
-document.getElementById("range").textContent = data.layers[0].moved ? "heights run from not moved (top) to the layer’s most moved" : `heights run from ${percent(low)} to ${percent(high)} correct`;
+document.getElementById("range").textContent = data.samples ? `heights run from ${percent(low)} to ${percent(high)} correct`
+  : "heights run from no change (top) to the layer’s largest";
 const started = performance.now();
 draw();
 document.documentElement.dataset.drawn = (performance.now() - started).toFixed(1);

@@ -1,0 +1,103 @@
+"""The feature maps of each layer as the page's script draws them, and what other p would prune."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmp_core.frg.scores import cuts, layer_slices
+from fmp_core.models.activation_change import Precision
+from fmp_core.report.data import Run, Trigger
+
+OTHER_P = (8, 16, 32, 64, 128)
+
+
+class Pruning(NamedTuple):
+    """What a cut at ``p`` prunes: ``mask``, ``tied`` bool ``[N_maps]`` (maps whose count of correct images equals that of a
+    cut they straddle). ``p`` is None where an inverted trigger selected, and there is no cut."""
+
+    p: int | None
+    mask: Tensor
+    tied: Tensor
+
+
+def own_pruning(run: Run) -> Pruning:
+    """What the run pruned."""
+    if run.scored:
+        return _pruning_at(run, run.p)
+    return Pruning(None, run.pruned, torch.zeros(len(run.maps), dtype=torch.bool))
+
+
+def prunings(run: Run) -> list[Pruning]:
+    """The run's own pruning and, if FRG scored the maps, those of the other p that prune any."""
+    if not run.scored:
+        return [own_pruning(run)]
+    every = (_pruning_at(run, p) for p in sorted({*OTHER_P, run.p}))
+    return [pruning for pruning in every if pruning.mask.any() or pruning.p == run.p]
+
+
+def _pruning_at(run: Run, p: int) -> Pruning:
+    mask, tied = torch.zeros(2, len(run.maps), dtype=torch.bool)
+    for cut in cuts(run.scores, p, run.scope):
+        mask[cut.order[: cut.count]] = True
+        tied[cut.tied(run.scores.correct)] = True
+    return Pruning(p, mask, tied)
+
+
+def p_table(run: Run, trigger: Trigger | None) -> list[dict[str, Any]]:
+    """One row for each p: maps pruned, maps tied at a cut, and the precision against TAC if that is known."""
+    rows = []
+    for p, mask, tied in prunings(run) if run.scored else ():
+        precision: Precision | None = trigger.precision(mask) if trigger and mask.any() else None
+        rows.append({"p": p, "pruned": int(mask.sum()), "tied": int(tied.sum()), "precision": precision})
+    return rows
+
+
+def strips(run: Run, trigger: Trigger | None) -> dict[str, Any]:
+    """What the script draws: every feature map of every layer, in execution order, lowest score first.
+
+    ``choices`` are the p to choose from, ``own`` the run's. ``cuts`` of a layer holds for each of them how many of its maps are
+    pruned, the first and last place of the tied (-1: none), how many those are, and how many pruned maps are among those of
+    highest TAC (None: not known).
+    """
+    options = prunings(run)
+    order = run.scores.order() if run.scored else _by_change(run)
+    ranks = trigger.ranks() if trigger else None
+    layers = []
+    for layer, positions in layer_slices(run.layers):
+        places = order[(order >= positions.start) & (order < positions.stop)]
+        columns = run.maps.iloc[places.numpy()]
+        drawn: dict[str, Any] = {"name": layer.name, "channel": columns["channel"].tolist()}
+        if run.scored:
+            drawn |= {"correct": columns["correct"].tolist(), "margin": [_short(margin) for margin in columns["margin"]]}
+        else:
+            drawn["change"] = [_short(change) for change in columns["moved"]]
+        if trigger and ranks is not None:
+            drawn |= {"tac": [_short(tac) for tac in trigger.tac[places].tolist()], "tacRank": ranks[places].tolist()}
+        drawn["cuts"] = [_cut(option, places, ranks) for option in options]
+        layers.append(drawn)
+    choices = [option.p for option in options]
+    own = choices.index(run.p) if run.scored else 0
+    samples = run.scores.samples if run.scored else 0
+    return {"samples": samples, "choices": choices, "own": own, "scope": run.scope, "layers": layers}
+
+
+def _cut(option: Pruning, places: Tensor, ranks: Tensor | None) -> list[int | None]:
+    """The entry of one layer, whose maps in the order drawn are ``places``, for :func:`strips`."""
+    pruned = int(option.mask[places].sum())
+    tied = option.tied[places].nonzero().flatten().tolist()
+    found = None if ranks is None else int((option.mask[places] & (ranks[places] <= pruned)).sum())
+    return [pruned, tied[0] if tied else -1, tied[-1] if tied else -1, len(tied), found]
+
+
+def _by_change(run: Run) -> Tensor:
+    """Positions of all maps, those first whose activation the inverted trigger changes most."""
+    return torch.from_numpy(run.maps["moved"].to_numpy(copy=True)).argsort(descending=True, stable=True)
+
+
+def _short(number: float) -> float | None:
+    """Four digits; None for NaN and infinity, which JSON does not have."""
+    return float(f"{number:.4g}") if math.isfinite(number) else None
