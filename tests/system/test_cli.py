@@ -1,0 +1,139 @@
+"""One parser, one way to end, one timer of stages."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fmp_core.errors import UserError
+from fmp_core.system.cli import Parser, Stages, kept, run_main
+
+PROJECT = Path(__file__).parents[2]
+SCRIPTS = ["defense/fmp.py", *sorted(f"record_scripts/{path.name}" for path in (PROJECT / "record_scripts").glob("*.py"))]
+
+
+def raising(error: BaseException, stage: str | None = None, words: str | None = None):
+    def function() -> None:
+        stages = Stages()
+        with stages("outer"):
+            if stage is None:
+                raise error
+            with kept("outer words"), kept(words or "inner words"), stages(stage):
+                raise error
+
+    return function
+
+
+def test_flags_are_not_abbreviated_and_a_wrong_one_is_one_sentence(capsys: pytest.CaptureFixture[str]):
+    parser = Parser("tool")
+    parser.add_argument("--device")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--dev", "cpu"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "tool: unrecognized arguments: --dev cpu; --help lists the flags.\n"
+
+
+def test_a_function_that_returns_gives_its_exit_code():
+    assert run_main("tool", lambda: None) == 0
+    assert run_main("tool", lambda: 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "sentence"),
+    [
+        (raising(UserError("p is wrong.")), 2, "p is wrong."),
+        (raising(OSError(28, "No space left", "x.pt")), 2, "x.pt failed (No space left); earlier results are unchanged."),
+        (
+            raising(OSError(28, "No space left", "x.pt"), "writing", "results are partly written"),
+            2,
+            "x.pt failed (No space left); results are partly written.",
+        ),
+        (
+            raising(KeyboardInterrupt()),
+            130,
+            "interrupted; earlier results are unchanged. Run the same command again to go on from here.",
+        ),
+        (
+            raising(MemoryError(), "ranking"),
+            2,
+            "out of memory (ranking); lower --chunk or --memory, or choose another --device; inner words.",
+        ),
+        (
+            raising(RuntimeError("DefaultCPUAllocator: can't allocate memory"), "fine-tuning"),
+            2,
+            "out of memory (fine-tuning); lower --batch_size, or choose another --device; inner words.",
+        ),
+    ],
+)
+def test_an_error_ends_in_a_sentence_and_an_exit_code(function, code: int, sentence: str, capsys: pytest.CaptureFixture[str]):
+    import torch  # noqa: F401 - its kinds of memory errors are known once it is loaded
+
+    assert run_main("tool", function) == code
+    assert capsys.readouterr().err == f"tool: {sentence}\n"
+
+
+def test_an_error_that_is_nobodys_input_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_main("tool", raising(RuntimeError("a bug"), "ranking"))
+
+
+def test_sigterm_ends_like_an_interruption_and_cleans_up(capsys: pytest.CaptureFixture[str]):
+    before, cleaned = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            cleaned.append(True)
+
+    assert run_main("tool", work, again="it without --fresh") == 143
+    assert cleaned and signal.getsignal(signal.SIGTERM) is before
+    assert "terminated; earlier results are unchanged. Run it without --fresh again" in capsys.readouterr().err
+
+
+def test_a_reader_who_goes_is_no_error():
+    code = "import sys; sys.path.insert(0, 'defense'); from fmp_core.system.cli import run_main\n"
+    code += "sys.exit(run_main('tool', lambda: print('x' * 10**6)))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+    process.stderr.close()
+
+
+def test_stages_nest(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([0.0, 1.0, 3.0, 4.0, 5.0, 10.0, 20.0, 21.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    stages = Stages()
+    with stages("fine-tuning"):  # 0 to 10
+        with stages("testing"):  # 1 to 3
+            pass
+        with stages("testing"):  # 4 to 5
+            pass
+    with stages("testing"):  # 20 to 21
+        pass
+    assert stages.seconds == {"testing": 4.0, "fine-tuning": 7.0}
+
+
+def test_a_stage_that_fails_still_counts(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([0.0, 1.0, 3.0, 4.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    stages = Stages()
+    with pytest.raises(ValueError) as caught, stages("outer"), stages("inner"):
+        raise ValueError
+    assert stages.seconds == {"inner": 2.0, "outer": 2.0}
+    assert caught.value.stage == "inner"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_answered_without_torch(script: str):
+    # -X importtime lists what is imported; the time itself depends on the machine, torch is what takes seconds
+    done = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: " in done.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "argparse" in loaded and not {"torch", "pandas", "matplotlib"} & loaded
