@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core, so one thread each; before torch reads it
     os.environ["OMP_NUM_THREADS"] = "1"
 
-import fmp
 import numpy as np
 import pytest
 import torch
+from fmp_core import command
 from fmp_core.data.attack_record import PoisonedImages, write_attack_record
 from fmp_core.models.build import build_model
+from toy import NARROW_RESNET
 
 RECORD = "badnet_tiny"
-MODEL = "squeezenet1_0"  # the cheapest of BackdoorBench's models at 32x32: 0.7 million weights, 2976 feature maps
+MODEL = NARROW_RESNET  # known to processes that import ``toy``
+REAL_MODEL = "squeezenet1_0"  # the cheapest of BackdoorBench's models at 32x32: 0.7 million weights, 2976 feature maps
 
 
 class Ran(NamedTuple):
@@ -38,7 +40,7 @@ def call_fmp(*flags: str) -> Ran:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = fmp.main(list(flags))
+            code = command.main(list(flags))
         except SystemExit as stop:
             code = int(stop.code or 0)
     return Ran(code, out.getvalue(), err.getvalue())
@@ -51,7 +53,7 @@ def poisoned(images: torch.Tensor, labels: torch.Tensor, indices: list[int], tar
     return PoisonedImages(len(images), indices, triggered, [target] * len(indices), labels[indices].tolist())
 
 
-def build_workplace(root: Path) -> None:
+def build_workplace(root: Path, model: str = MODEL) -> None:
     """``data/cifar10`` of 50 + 10 random images in CIFAR-10's layout, and ``record/badnet_tiny`` with random weights."""
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (60, 3, 32, 32), dtype=np.uint8)
@@ -64,12 +66,12 @@ def build_workplace(root: Path) -> None:
         (batches / name).write_bytes(pickle.dumps(batch, protocol=2))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = build_model(MODEL, 10)
+        network = build_model(model, 10)
     pixels, targets = torch.from_numpy(images), torch.from_numpy(labels)
     write_attack_record(
         root / "record" / RECORD,
         name=RECORD,
-        model_name=MODEL,
+        model_name=model,
         num_classes=10,
         state=network.state_dict(),
         dataset="cifar10",
@@ -81,8 +83,17 @@ def build_workplace(root: Path) -> None:
 
 @pytest.fixture(scope="session")
 def workplace_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed; its record's model is known to this process only. ``real_workplace_template`` for others."""
     root = tmp_path_factory.mktemp("template")
     build_workplace(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_workplace_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one of BackdoorBench's models; a folder's conftest.py or a module may make it its ``workplace_template``."""
+    root = tmp_path_factory.mktemp("real_template")
+    build_workplace(root, REAL_MODEL)
     return root
 
 

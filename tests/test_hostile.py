@@ -24,6 +24,12 @@ def listing(root: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (facts.st_mode, facts.st_size) for path, facts in found.items()}
 
 
+@pytest.fixture(scope="session")
+def workplace_template(real_workplace_template: Path) -> Path:
+    """Another process reads the record."""
+    return real_workplace_template
+
+
 @pytest.fixture(scope="module")
 def reports(workplace_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """All cases, run by one process: what the command said, and what it left behind."""

@@ -10,6 +10,12 @@ from fmp_core.backdoorbench.install import fingerprint
 
 Tree = Callable[[Path], dict[str, str | None]]
 
+
+@pytest.fixture(scope="session")
+def workplace_template(real_workplace_template: Path) -> Path:
+    """BackdoorBench's own processes read the record."""
+    return real_workplace_template
+
 # Does what BackdoorBench's scripts do with paths and old names; none of its code.
 SCRIPT = """
 import argparse, os, sys
