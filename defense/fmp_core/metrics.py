@@ -1,7 +1,7 @@
 """The benchmark's figures of a model and of a defense: their names, and the two that compare before with after.
 
-``test_acc`` (Acc): share of the clean test images that are classified correctly. ``test_asr`` (ASR): share of the triggered
-test images that get the attacker's class. ``test_ra`` (RA): share of them that get their true class. All are fractions in [0,1].
+``test_acc`` (Acc) is the share of the clean test images that are classified correctly. Of the triggered ones, ``test_asr``
+(ASR) is the share that get the attacker's class, ``test_ra`` (RA) the share that get their true class. Fractions in [0,1].
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def defense_effectiveness(before: Mapping[str, float], after: Mapping[str, float
 
 
 def robust_improvement(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """Robust improvement rate (RIR): the rise of RA against the drop of Acc, as BackdoorBench's ``visual_metric`` reports it."""
+    """Robust improvement rate (RIR): the rise of RA against the drop of Acc (BackdoorBench: ``visual_metric``)."""
     return rating(after["test_ra"] - before["test_ra"], before["test_acc"] - after["test_acc"])
 
 

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from fmp_core.results.html_tables import to_html
-from fmp_core.results.tables import Cell, Table
+from fmp_core.results.tables import Table
 from PIL import Image
 
 METHODS = ["no defense", "fmp", "ft", "nad (published)"]
@@ -16,14 +17,14 @@ ACCURACIES = {"no defense": 92.0, "fmp": 91.0, "ft": 93.5, "nad (published)": 90
 
 
 def page_file(folder: Path) -> Path:
-    cells = {(method, "badnet", "test_acc"): Cell(value, 0.5) for method, value in ACCURACIES.items()}
-    cells["fmp", "badnet", "test_asr"] = Cell(8.0)
-    table = Table("cifar10", METHODS, ["badnet"], cells, frozenset({("ft", "badnet", "test_acc")}))
+    means = pd.DataFrame({("badnet", "test_acc"): ACCURACIES, ("badnet", "test_asr"): {"fmp": 8.0}}).loc[METHODS]
+    table = Table("cifar10", means, means * 0 + 0.5, pd.Series(0.1, METHODS).map(str))
     file = folder / "tables.html"
     file.write_text(to_html([table]), encoding="utf-8")
     return file
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -37,7 +38,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
             page.on("console", lambda message: complaints.append(message.text))
             page.on("pageerror", lambda error: complaints.append(str(error)))
             page.goto(file.as_uri())
-            names = page.locator("tbody td:first-child")
+            names = page.locator("tbody th")
             assert names.all_inner_texts() == METHODS
             page.get_by_role("button", name="Acc").click()
             assert names.all_inner_texts() == sorted(METHODS, key=lambda name: ACCURACIES[name])

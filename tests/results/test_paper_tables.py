@@ -14,16 +14,14 @@ from fmp_core.results.paper import (
     NOT_RUNNABLE,
     SCALES,
     TABLES,
-    compare,
-    comparison_text,
     defense_folder,
-    draw_figure,
     notes,
     published,
     record_name,
     scaled_rows,
     sweep_content,
 )
+from fmp_core.results.paper_comparison import compare, comparison_text, draw_figure
 from fmp_core.sweeps.plan import make_sweep, plan
 from PIL import Image
 
@@ -75,7 +73,7 @@ def test_the_papers_size_of_each_table() -> None:
 
 def test_a_table_about_p_costs_one_ranking() -> None:
     jobs = plan(make_sweep(sweep_content(["5"], FULL, None, ["badnet_cifar10"]), "test"))
-    assert len(jobs) == 6 and len({job.ranking for job in jobs}) == 1
+    assert len(jobs) == 6 and len({job.shared_work for job in jobs}) == 1
 
 
 def test_baselines_are_run_by_backdoorbench(tmp_path: Path) -> None:
@@ -93,8 +91,8 @@ def results(table: str, scale_name: str) -> pd.DataFrame:
     rows = []
     for row in scaled_rows(table, SCALES[scale_name]).itertuples():
         if row.defense in {"fmp", "no defense"}:
-            where = {"record": record_name(row, SCALES[scale_name]), "method": defense_folder(row)}
-            rows.append({**where, **{metric: getattr(row, metric) - 0.01 for metric in METRICS}})
+            about = {"record": record_name(row, SCALES[scale_name]), "method": defense_folder(row), "origin": "ours"}
+            rows.append({**about, "test_images": None, **{metric: getattr(row, metric) - 0.01 for metric in METRICS}})
     return pd.DataFrame(rows)
 
 
@@ -108,10 +106,28 @@ def test_ours_published_difference(table: str) -> None:
         printed = published(table).query("defense == 'fmp' and attack == 'AVG'").iloc[0]
         assert average["published_test_asr"] == pytest.approx(100 * printed["test_asr"], abs=0.011)
     text, markdown = comparison_text(table, FULL, compared), comparison_text(table, FULL, compared, markdown=True)
-    for said in (text, markdown):
-        assert "scale: the paper's" in said and "-1.00" in said
-        assert all(note in said for note in notes(table))
-        assert ("published only" in said) == (table in ("6", "7"))
+    for content in (text, markdown):
+        assert "scale: the paper's" in content and "-1.00" in content
+        assert all(note in content for note in notes(table))
+        assert ("published only" in content) == (table in ("6", "7"))
+
+
+def test_what_was_not_run_is_said_as_it_is() -> None:
+    """Not asked for, failed, failed on one attack, or run by us in place of BackdoorBench: each is another sentence."""
+    have = results("1a", "small")
+    ft = have[have["method"] == "fmp"].assign(method="ft")
+    frame = pd.concat([have[(have["method"] != "fmp") | (have["record"] != "blended_cifar10_small")], ft])
+    compared = compare("1a", SCALES["small"], frame)
+    text = comparison_text("1a", SCALES["small"], compared)
+    assert "Not run: fp, clp, anp, nc, nad, which are BackdoorBench's; --backdoorbench runs them." in text
+    assert "Without a result: fmp (Blended); not run yet, or failed." in text and "The row ft is this project's" in text
+    with_bb = comparison_text("1a", SCALES["small"], compared, backdoorbench=True)
+    assert "Without a result: fp, clp, anp, nc, nad, fmp (Blended);" in with_bb and "Not run:" not in with_bb
+    figures = results("5", "demo")
+    text = comparison_text("5", DEMO, compare("5", DEMO, figures[figures["method"] != "fmp-p8"]))
+    assert "Without a result: fmp at p 8;" in text and "BackdoorBench" not in text
+    sample = comparison_text("5", DEMO, compare("5", DEMO, figures.assign(test_images=50)))
+    assert "Without a result: fmp at p 2, fmp at p 8, fmp at p 64;" in sample
 
 
 def test_a_shrunken_table_says_so() -> None:
@@ -121,7 +137,7 @@ def test_a_shrunken_table_says_so() -> None:
     assert "scikit-learn's digits" in text and "not whether the figures agree" in text
 
 
-@pytest.mark.parametrize("number", FIGURES)
+@pytest.mark.parametrize("number", ["1", "4"])  # five panels, one panel
 def test_figures(number: str, tmp_path: Path) -> None:
     table = FIGURES[number]
     draw_figure(tmp_path / "f.png", number, FULL, compare(table, FULL, results(table, "full")))
@@ -147,6 +163,15 @@ def test_the_command_on_an_empty_folder(empty: Path, capsys: pytest.CaptureFixtu
     files = [f"--csv={empty / 'o.csv'}", f"--markdown={empty / 'o.md'}", f"--output={empty}"]
     assert paper_tables.main(["--table", "7", "--figure", "4", "--no-run", *files]) == 0
     printed = capsys.readouterr().out
-    assert "deepinspect (published only)" in printed and "87.65" in printed and "Not run here: fmp" in printed
+    assert (
+        "deepinspect (published only)" in printed and "87.65" in printed and "Without a result: the attacked model" in printed
+    )
     assert {path.name for path in empty.iterdir()} == {"record", "o.csv", "o.md", "figure_4_full.png"}
     assert set(pd.read_csv(empty / "o.csv", dtype=str)["table"]) == {"5", "7"}
+
+
+def test_digits_for_backdoorbench_are_refused_before_anything_runs(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert paper_tables.main(["--table", "1a", "--scale", "demo", "--backdoorbench", str(empty)]) == 2
+    error = capsys.readouterr().err
+    assert "uses digits, which BackdoorBench cannot read (it knows cifar10, " in error
+    assert list(empty.iterdir()) == []

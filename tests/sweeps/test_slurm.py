@@ -20,10 +20,10 @@ import pytest
 import sweep as script
 from conftest import RECORD
 from fmp_core.sweeps.jobs import Outcome, finished
-from fmp_core.sweeps.plan import read_sweep
 from fmp_core.sweeps.slurm import run_submitit
 from test_sweep import order, place, sweep_of, working  # noqa: F401
 
+pytestmark = pytest.mark.slow  # daemons are started; `make test-all`
 PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "squeue"]
 CONFIGURATION = """
 ClusterName=test
@@ -108,7 +108,7 @@ def slurm() -> Iterator[None]:
 
 def test_a_sweep_through_slurm(slurm: None, place: Path) -> None:  # noqa: F811
     pytest.importorskip("submitit")
-    jobs = [working("a", 0.3, ranking="k"), working("b", code="raise SystemExit(4)"), working("x", ranking="k")]
+    jobs = [working("a", 0.3, shared_work="k"), working("b", code="raise SystemExit(4)"), working("x", shared_work="k")]
     dies = "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"  # as an out-of-memory kill of the whole job does
     jobs.append(working("dies", code=dies))
     ended: dict[str, Outcome] = {}
@@ -131,7 +131,7 @@ def test_fmp_through_slurm_after_a_kill(slurm: None, workplace: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         wait_for(lambda: bool(list(workplace.glob("sweeps/s/submitit/*_submitted.pkl"))), "nothing was submitted")
         process.send_signal(signal.SIGKILL)
-    assert script.run_sweep(read_sweep("s.yaml"), "slurm") == 0
+    assert script.main(["s.yaml", "--launcher", "slurm"]) == 0
     logs = list(workplace.glob("sweeps/s/logs/*"))
     assert [log.name for log in logs] == [f"{RECORD}.ft-only.log"]
     assert (workplace / "record" / RECORD / "defense" / "ft-only" / "metrics.json").is_file()

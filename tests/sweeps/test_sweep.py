@@ -18,7 +18,8 @@ import pytest
 import sweep as script
 from conftest import RECORD
 from fmp_core.errors import UserError
-from fmp_core.sweeps.jobs import Job, Outcome, finished, run, stop_leftovers
+from fmp_core.storage.lock import locked
+from fmp_core.sweeps.jobs import Job, Outcome, finished, run, settings_hash, stop_leftovers
 from fmp_core.sweeps.local import Board, local_slots, may_start, readable, run_local
 from fmp_core.sweeps.plan import Sweep, make_sweep, plan, read_sweep
 from fmp_core.sweeps.slurm import run_submitit, waves
@@ -82,8 +83,8 @@ def test_the_matrix_and_its_names(place: Path) -> None:
     command = " ".join(by_name["fmp-p8-eps4_255-s3"].command)
     for flag in ("--p 8", "--eps 4/255", "--random_seed 3", "--epochs 2", "--device cpu", "--defense_name fmp-p8-eps4_255-s3"):
         assert flag in command
-    assert by_name["ft-only"].settings["selection"] == "none" and by_name["ft-only"].ranking is None
-    rankings = {name: job.ranking for name, job in by_name.items()}
+    assert by_name["ft-only"].settings["selection"] == "none" and by_name["ft-only"].shared_work is None
+    rankings = {name: job.shared_work for name, job in by_name.items()}
     assert rankings["fmp-p4-eps1_255"] == rankings["fmp-p8-eps1_255"] == rankings["tuned"]
     assert len({rankings[name] for name in ("fmp-p4-eps1_255", "fmp-p4-eps4_255", "fmp-p4-eps1_255-s3")}) == 3
 
@@ -94,9 +95,42 @@ def test_a_list_is_one_flag(place: Path) -> None:
     assert "--steplr_milestones 5,8" in command
 
 
-def test_racing_depends_on_p(place: Path) -> None:
-    jobs = plan(sweep_of(defenses=[{"defense": "fmp", "ranking": "racing", "p": [4, 8]}]))
-    assert jobs[0].ranking != jobs[1].ranking
+def test_what_is_shared(place: Path) -> None:
+    """Runs that rank alike share the ranking; strong ones share the search for triggers, whatever the paper's count needs."""
+
+    def shared(**entry: Any) -> int:
+        works = [job.shared_work for job in plan(sweep_of(defenses=[{"defense": "fmp", **entry}]))]
+        return len(works) - len(set(works) - {None})
+
+    assert shared(p=[4, 8], lr=[0.1, 0.2], wait=[True, False]) == 7
+    assert shared(ranking="racing", p=[4, 8]) == 0  # only the maps near the cut are scored in full
+    assert shared(preset="strong", budget=[0.01, 0.05], p=[4, 8], eps=[0.1, 0.2], distill=[0, 1], masked=[True, False]) == 31
+    assert shared(preset="strong", ratio=[0.1, 0.2]) == 0 and shared(preset="strong", dtype=["fp32", "bf16"]) == 0
+    assert shared(preset="strong", budget=[0.01, 0.05], fresh=True) == 2  # each searches, and waits for nobody
+    assert (
+        len({job.shared_work for job in plan(sweep_of(defenses=["fmp", {"defense": "fmp", "name": "s", "preset": "strong"}]))})
+        == 2
+    )
+
+
+def test_what_changes_no_result_reruns_nothing(place: Path) -> None:
+    def hashes(**ours: Any) -> set[str]:
+        return {settings_hash(job) for job in plan(sweep_of(ours=ours))}
+
+    assert hashes() == hashes(report=False, wait=True, tensorboard=True, quiet=True, chunk=8, memory=512, frequency_save=1)
+    assert len(hashes() | hashes(p=8) | hashes(test_images=50) | hashes(ratio=0.2) | hashes(frequency_test=0)) == 5
+
+
+def test_one_ratio_for_all(place: Path) -> None:
+    for name, flag in (("ft", "--ratio"), ("clp", "--u")):
+        (place / "bb" / "defense").mkdir(parents=True, exist_ok=True)
+        (place / "bb" / "defense" / f"{name}.py").write_text(f"parser.add_argument('{flag}', type=float)")
+    given = {"backdoorbench": "bb", "ratio": 0.05}
+    jobs = plan(sweep_of(defenses=["fmp", "ft-only", "ft", "clp", {"defense": "ft", "name": "more", "ratio": 0.2}], **given))
+    ratios = {job.method: job.settings.get("ratio") for job in jobs}
+    assert ratios == {"fmp": 0.05, "ft-only": 0.05, "ft": 0.05, "clp": None, "more": 0.2}
+    for job in jobs:
+        assert ("--ratio" in job.command) == (job.method != "clp")
 
 
 def test_records_are_a_matrix_too(place: Path) -> None:
@@ -128,17 +162,21 @@ def test_a_defense_of_backdoorbench(place: Path) -> None:
     ("keys", "says"),
     [
         ({"defences": []}, "unknown key 'defences'"),
-        ({"records": []}, "records must be a list"),
-        ({"records": "r"}, "records must be a list"),
+        ({"records": []}, "records is [], but must be a list"),
+        ({"records": "r"}, "records is 'r', but must be a list"),
         ({"records": [3]}, "neither the name of a record"),
         ({"records": [{"name": "{oops}"}]}, "may only use"),
         ({"seeds": [-1]}, "whole numbers"),
         ({"seeds": [True]}, "whole numbers"),
         ({"workers": 0}, "workers is 0"),
         ({"timeout": "x"}, "timeout is 'x'"),
-        ({"name": "a/b"}, "names a folder"),
-        ({"ours": 3}, "ours must hold"),
-        ({"slurm": {"partitio": "x"}}, "slurm has the unknown key 'partitio'"),
+        ({"ratio": 0.1, "ours": {"ratio": 0.2}}, "ratio is said twice"),
+        ({"name": "a/b"}, "it names a folder"),
+        ({"ours": 3}, "ours is 3, but must be 'key: value' lines"),
+        (
+            {"slurm": {"partitio": "x"}},
+            "slurm is {'partitio': 'x'}, but must be 'key: value' lines with the keys partition, time",
+        ),
         ({"defenses": [{"p": 3}]}, "neither the name of a defense"),
         ({"defenses": [{"defense": "fmp", "name": "../x"}]}, "names a folder"),
         ({"defenses": [{"defense": "fmp", "pp": 3}]}, "'pp' is not a setting"),
@@ -147,9 +185,12 @@ def test_a_defense_of_backdoorbench(place: Path) -> None:
         ({"defenses": ["fmp", {"defense": "fmp", "lr": 0.1}]}, "Two jobs of the sweep would write record/r/defense/fmp"),
         ({"defenses": ["ft"]}, "the sweep needs the key backdoorbench"),
         ({"defenses": ["ft"], "backdoorbench": "/nowhere"}, "there is no /nowhere/defense/ft.py"),
+        ({"defenses": ["ft"], "backdoorbench": "bb", "records": [{"epochs": 1}]}, "it knows no dataset digits"),
     ],
 )
 def test_a_bad_sweep_is_one_sentence(place: Path, keys: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "bb" / "defense").mkdir(parents=True)
+    (place / "bb" / "defense" / "ft.py").touch()
     (place / "s.yaml").write_text(json.dumps({"records": ["r"], "defenses": ["fmp"], **keys}))
     assert script.main(["s.yaml"]) == 2
     error = capsys.readouterr().err
@@ -212,7 +253,12 @@ def test_a_job_that_leaves_no_result_has_failed(place: Path) -> None:
 
 
 def test_siblings_wait_for_the_ranking(place: Path) -> None:
-    jobs = [working("lead", 0.5, ranking="k"), working("x", ranking="k"), working("free"), working("y", ranking="k")]
+    jobs = [
+        working("lead", 0.5, shared_work="k"),
+        working("x", shared_work="k"),
+        working("free"),
+        working("y", shared_work="k"),
+    ]
     run_all(jobs, workers=3)
     log = order()
     assert max(log.index("x begins"), log.index("y begins")) > log.index("lead ends")
@@ -220,7 +266,11 @@ def test_siblings_wait_for_the_ranking(place: Path) -> None:
 
 
 def test_a_failed_leader_is_followed_by_another(place: Path) -> None:
-    jobs = [working("lead", code="raise SystemExit(1)", ranking="k"), working("x", 0.2, ranking="k"), working("y", ranking="k")]
+    jobs = [
+        working("lead", code="raise SystemExit(1)", shared_work="k"),
+        working("x", 0.2, shared_work="k"),
+        working("y", shared_work="k"),
+    ]
     ended = run_all(jobs)
     assert ended["lead"].problem and not ended["x"].problem and not ended["y"].problem
     assert order() == ["x begins", "x ends", "y begins", "y ends"]
@@ -257,9 +307,18 @@ def test_results_of_backdoorbench_are_kept_apart_by_seed(place: Path) -> None:
     assert not any(outcome.problem for outcome in ended.values()) and order()[1] == "ft ends"  # one after the other
     assert (writes / "mine.txt").exists() and not (writes / "metrics.json").exists()
     assert all((results[name] / "metrics.json").exists() and finished(jobs[name]) for name in ("ft-s1", "ft-s2"))
-    code = "import sys, pathlib; pathlib.Path(sys.argv[1]).mkdir(); pathlib.Path(sys.argv[1], 'bb.log').touch(); sys.exit(1)"
+    code = """
+import sys, pathlib
+log = pathlib.Path(sys.argv[1], "bb.log")
+log.parent.mkdir()
+log.touch()
+print(f"it broke; see {log.absolute()} and {log}")
+sys.exit(1)
+"""
     failing = Job("r", "backdoorbench", "ft", 2, writes, (sys.executable, "-c", code, str(writes)), {}, writes=writes)
-    assert run_all([failing])["ft"].problem and (writes / "mine.txt").exists()
+    problem, moved = str(run_all([failing])["ft"].problem), "sweeps/s/failed/r.ft/bb.log"
+    assert problem.startswith(f"exit code 1: it broke; see {moved} and {moved} (log: ") and Path(moved).exists()
+    assert "sweeps/s/failed/r.ft" in Path("sweeps/s/logs/r.ft.log").read_text() and (writes / "mine.txt").exists()
     assert Path("sweeps/s/failed/r.ft/bb.log").exists() and not (writes / "bb.log").exists()
     assert not run_all([jobs["ft"]])["ft"].problem and not (writes / "mine.txt").exists()  # now it was asked for
     assert not list(writes.parent.glob(".*"))
@@ -310,11 +369,11 @@ def wait_for(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_one_sweep_at_a_time(place: Path) -> None:
-    with script.alone(Path("sweeps/s")), pytest.raises(UserError, match="running already"), script.alone(Path("sweeps/s")):
-        pass
-    with script.alone(Path("sweeps/s")):
-        pass
+def test_one_sweep_at_a_time(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "s.yaml").write_text("records: [r]\ndefenses: [fmp]\n")
+    with locked(Path("sweeps/s"), wait=False, name="lock"):
+        assert script.main(["s.yaml"]) == 2
+    assert "The sweep in sweeps/s is running already" in capsys.readouterr().err
 
 
 def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,8 +388,8 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local_slots("auto", 1)] == ["3", "5"]
 
 
-def test_a_sweep_starts_without_importing_torch() -> None:
-    code = "import sys, sweep; sys.exit('torch' in sys.modules)"
+def test_help_imports_neither_torch_nor_pandas() -> None:
+    code = "import sys, sweep, collect, paper_tables; sys.exit(bool({'torch', 'pandas'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": f"{DEFENSE}:{DEFENSE.parent / 'record_scripts'}"}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
@@ -342,14 +401,14 @@ def test_times_are_readable() -> None:
 
 def test_waves_for_slurm() -> None:
     record = Job("n", "record", "record", None, Path("record/n"), ("make",), {})
-    jobs = [record, working("lead", ranking="k"), working("x", ranking="k"), working("free")]
+    jobs = [record, working("lead", shared_work="k"), working("x", shared_work="k"), working("free")]
     assert [[job.folder.name for job in wave] for wave in waves(jobs)] == [["n"], ["lead", "free"], ["x"]]
 
 
 def test_submitits_own_processes_run_a_sweep(place: Path) -> None:
     pytest.importorskip("submitit")
     ended: dict[str, Outcome] = {}
-    jobs = [working("a", ranking="k"), working("b", code="raise SystemExit(4)"), working("x", ranking="k")]
+    jobs = [working("a", shared_work="k"), working("b", code="raise SystemExit(4)"), working("x", shared_work="k")]
     sweep = sweep_of(slurm={"partition": "debug", "time": 5, "cpus": 1})
     run_submitit(jobs, sweep, lambda job, outcome: ended.update({job.folder.name: outcome}), "local", poll=0.2)
     assert set(ended) == {"a", "b", "x"} and "exit code 4" in str(ended["b"].problem)

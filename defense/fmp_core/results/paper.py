@@ -1,21 +1,22 @@
-"""The experiments of the FMP paper: what each table needs, at which scale, and our figures beside the published ones."""
+"""The experiments of the FMP paper: what each table shows, at which scale, and the sweep that makes it.
+
+:mod:`fmp_core.results.paper_comparison` puts our figures beside the published ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-import pandas as pd
-from matplotlib.figure import Figure
-
-from fmp_core.metrics import METRICS
-from fmp_core.results.tables import ATTACK_TITLES, AVERAGE, SHOWN
+from fmp_core.errors import UserError
+from fmp_core.results.read import BB_DATASETS
 from fmp_core.settings import PROJECT
-from fmp_core.storage.files import replacing
 
+if TYPE_CHECKING:
+    from pandas import DataFrame  # takes a second to import, and --help needs none
+
+AVERAGE = "AVG"  # the published rows over all attacks
 PUBLISHED = PROJECT / "record_scripts" / "published"
 TABLES = ("1a", "1b", "1c", "2", "3", "4", "5", "6", "7")
 FIGURES = {"1": "2", "2": "3", "3": "4", "4": "5"}  # appendix B draws Tables 2 to 5
@@ -78,18 +79,22 @@ SCALES = {
 }
 
 
-def published(table: str) -> pd.DataFrame:
+def published(table: str) -> DataFrame:
     """The rows of a table as the paper prints them, fractions; settings as text."""
+    import pandas as pd
+
     return pd.read_csv(PUBLISHED / f"table_{table}.csv", dtype={"table": str, "ratio": str, "p": str, "eps": str})
 
 
 def notes(table: str) -> list[str]:
     """What is known to be wrong with a published table."""
+    import pandas as pd
+
     frame = pd.read_csv(PUBLISHED / "notes.csv", dtype=str)
     return [note for tables, note in frame.itertuples(index=False) if table in tables.split()]
 
 
-def scaled_rows(table: str, scale: Scale) -> pd.DataFrame:
+def scaled_rows(table: str, scale: Scale) -> DataFrame:
     """The published rows within the width of ``scale``; ``value`` is what the table varies, or the defense."""
     rows = published(table)
     rows = rows[rows["attack"] != AVERAGE]
@@ -126,7 +131,15 @@ def sweep_content(tables: Sequence[str], scale: Scale, backdoorbench: str | None
     """The sweep that makes what ``tables`` need: content of a sweep file.
 
     Without ``backdoorbench`` only FMP and fine-tuning (as our ft-only) are run. Records in ``existing`` are taken as they are.
+
+    Raises:
+        UserError: ``backdoorbench`` is given for a scale whose dataset BackdoorBench does not know.
     """
+    if backdoorbench and scale.dataset not in (None, *BB_DATASETS):
+        raise UserError(
+            f"--scale {scale.name} uses {scale.dataset}, which BackdoorBench cannot read (it knows {', '.join(BB_DATASETS)}); "
+            "leave --backdoorbench out, or choose another --scale."
+        )
     records: dict[str, Any] = {}
     defenses: dict[str, Any] = {}
     for table in tables:
@@ -160,81 +173,3 @@ def _defense_entry(row: Any, scale: Scale, backdoorbench: str | None) -> dict[st
     if scale.baseline_epochs:
         flags = {key: scale.baseline_epochs if key.endswith("epochs") else value for key, value in flags.items()}
     return {"defense": row.defense, **flags}
-
-
-def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per attack and value, and AVG rows over the attacks shown.
-
-    ``ours_*``, ``published_*`` and ``difference_*`` are percent; ours is the mean over seeds, empty for what was not run.
-    """
-    rows = []
-    for row in scaled_rows(table, scale).itertuples():
-        found = frame[(frame["record"] == record_name(row, scale)) & (frame["method"] == defense_folder(row))]
-        line: dict[str, Any] = {"attack": row.attack, "value": row.value, "defense": row.defense}
-        for metric in METRICS:
-            line[f"ours_{metric}"] = 100 * found[metric].mean() if len(found) else None
-            line[f"published_{metric}"] = 100 * getattr(row, metric)
-        rows.append(line)
-    result = pd.DataFrame(rows)
-    if result["attack"].nunique() > 1:
-        figures = [f"{who}_{metric}" for who in ("ours", "published") for metric in METRICS]
-        result[figures] = result[figures].astype(float)
-        average = result.groupby(["value", "defense"], sort=False)[figures].agg(lambda x: x.mean(skipna=False)).reset_index()
-        result = pd.concat([result, average.assign(attack=AVERAGE)], ignore_index=True)
-    for metric in METRICS:
-        ours = pd.to_numeric(result[f"ours_{metric}"])
-        result[f"difference_{metric}"] = ours - result[f"published_{metric}"]
-    return result
-
-
-def comparison_text(table: str, scale: Scale, compared: pd.DataFrame, markdown: bool = False) -> str:
-    """Ours | published | difference, with the scale, what was not run, and the paper's known contradictions."""
-    heads = ["attack", VARIED.get(table, "method")]
-    heads += [f"{SHOWN[metric]} {who}" for metric in METRICS for who in ("ours", "publ.", "diff.")]
-    lines = []
-    for row in compared.to_dict("records"):
-        value = f"{100 * float(row['value']):g} %" if heads[1] in ("pratio", "ratio") else row["value"]
-        if row["defense"] in NOT_RUNNABLE:
-            value += " (published only)"
-        cells = [_percent(row[f"{who}_{metric}"], who) for metric in METRICS for who in ("ours", "published", "difference")]
-        lines.append([ATTACK_TITLES.get(row["attack"], row["attack"]), value, *cells])
-    says = [f"Table {table}. Ours was run at this scale: {scale.says}. Published: FMP paper, ICLR 2024. Percent."]
-    if scale.name != "full":
-        says.append("At this scale the difference shows whether the trend holds, not whether the figures agree.")
-    missing = sorted(set(compared[compared["ours_test_acc"].isna()]["defense"]) - NOT_RUNNABLE)
-    if missing:
-        says.append(f"Not run here: {', '.join(missing)} (BackdoorBench's need --backdoorbench).")
-    says += [f"Note: {note}" for note in notes(table)]
-    if markdown:
-        table_lines = [heads, ["---", "---", *("---:" for _ in heads[2:])], *lines]
-        return "\n".join(f"| {' | '.join(line)} |" for line in table_lines) + "\n\n" + "\n\n".join(says) + "\n"
-    widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
-    text = ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in [heads, *lines]]
-    return "\n".join([*text, "", *says]) + "\n"
-
-
-def _percent(value: Any, who: str) -> str:
-    return "-" if value is None or value != value else f"{value:+.2f}" if who == "difference" else f"{value:.2f}"
-
-
-def draw_figure(path: Path, number: str, scale: Scale, compared: pd.DataFrame) -> None:
-    """Figure 1 to 4: Acc, ASR and RA over what the table varies, one panel per attack; ours solid, published dashed."""
-    table = FIGURES[number]
-    attacks = [name for name in dict.fromkeys(compared["attack"]) if name != AVERAGE]
-    figure = Figure(figsize=(4.2 * len(attacks), 4.2), dpi=120, layout="constrained")
-    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    for panel, axes in enumerate(figure.subplots(1, len(attacks), squeeze=False, sharey=True)[0]):
-        part = compared[compared["attack"] == attacks[panel]]
-        ticks = range(len(part))
-        for colour, metric in zip(colours, METRICS, strict=False):
-            ours = pd.to_numeric(part[f"ours_{metric}"])
-            axes.plot(ticks, ours, "o-", color=colour, label=f"{SHOWN[metric]} ours")
-            axes.plot(ticks, part[f"published_{metric}"], "x--", color=colour, label=f"{SHOWN[metric]} published")
-        axes.set_xticks(ticks, list(part["value"]))
-        axes.set(title=ATTACK_TITLES[attacks[panel]], xlabel=VARIED[table], ylim=(-3, 103))
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("percent")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    figure.suptitle(f"Figure {number}. Ours at scale {scale.name}", fontsize="medium")
-    with replacing(path) as temporary:
-        figure.savefig(temporary)

@@ -1,4 +1,4 @@
-"""Defense results as they lie on disk, ours and BackdoorBench's, whatever shape each defense writes.
+"""Reading one record's figures and one defense's result, ours or BackdoorBench's, whatever files each defense writes.
 
 A result folder may come from anywhere: one that cannot be read becomes one warning, and the others go on.
 """
@@ -21,7 +21,8 @@ STAMP = "sweep.json"  # written by sweeps into each result folder: what was run,
 MOST_BYTES = 16 * 2**20  # no metric csv of BB comes near this
 ATTACK_NAMES = {"lowfrequency": "lf", "label_consistent": "lc"}  # info.pickle's names -> those of files and leaderboard
 ATTACKS = "badnet|blended|blind|bpp|ctrl|inputaware|lc|lf|lira|refool|sig|ssba|trojannn|wanet"
-DATASETS = "cifar100|cifar10|gtsrb|tiny|mnist|celeba|imagenet|digits"
+BB_DATASETS = ("cifar10", "cifar100", "gtsrb", "tiny", "mnist", "celeba", "imagenet")  # those BackdoorBench knows
+DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))
 # Summaries of a stage that is not the defense's last (nad's teacher, the first stages of abl and dbd).
 UNFINISHED_STAGES = {"nad_te", "pre_train", "unlearn", "self", "train"}
 
@@ -39,9 +40,11 @@ class Result:
     ours: bool = False
     seed: int | None = None
     method: str | None = None  # the sweep's label, equal over seeds
-    before: Mapping[str, float] = field(default_factory=dict)
+    before: Mapping[str, float] = field(default_factory=dict)  # the attacked model, as this run tested it
     dataset: str | None = None
     model: str | None = None
+    ratio: float | None = None  # share of the clean training set it was given
+    test_images: int | None = None  # tested on a sample of so many images only
 
 
 @dataclass(frozen=True)
@@ -66,21 +69,25 @@ def read_result(folder: Path) -> Result:
     path = folder / "metrics.json"
     if not path.is_file():
         path = _summary_file(folder)
-        seed = _logged_seed(folder) if seed is None else seed
-        return Result(_fractions(_read_summary(path), path), str(path), seed=seed, method=method)
+        logged = {"ratio": _mapping(stamp, "settings").get("ratio")} | _logged_settings(folder)
+        seed = _whole(logged.get("random_seed")) if seed is None else seed
+        metrics = _fractions(_read_summary(path), path)
+        return Result(metrics, str(path), seed=seed, method=method, ratio=_number(logged["ratio"]))
     content = _read_json(path)
-    after, before = content.get("after"), content.get("before")
-    if not isinstance(after, Mapping):
+    settings = _mapping(content, "settings")
+    if not _mapping(content, "after"):
         raise UnreadableError(f"{path} has no metrics after the defense")
     return Result(
-        _fractions(after, path),
+        _fractions(_mapping(content, "after"), path),
         str(path),
         ours=True,
         seed=_whole(content.get("seed")) if seed is None else seed,
         method=method,
-        before=_fractions(before, path) if isinstance(before, Mapping) else {},
+        before=_fractions(_mapping(content, "before"), path) if _mapping(content, "before") else {},
         dataset=_text(content.get("dataset")),
         model=_text(content.get("model")),
+        ratio=None if settings.get("index") else _number(settings.get("ratio")),
+        test_images=_whole(content.get("test_images")) or _whole(settings.get("test_images")),
     )
 
 
@@ -191,14 +198,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _logged_seed(folder: Path) -> int | None:
-    """The seed of a BB run: its log begins with all settings."""
+def _logged_settings(folder: Path) -> dict[str, float]:
+    """Seed and share of clean data of a BB run: its log begins with all settings."""
     for path in filter(Path.is_file, [*sorted(folder.glob("log/*.log")), *sorted(folder.glob("*.log"))]):
         with open(path, encoding="utf-8", errors="replace") as file:
-            match = re.search(r"'random_seed': (\d{1,10})\b", file.read(2**16))
-        if match:
-            return int(match[1])
-    return None
+            head = file.read(2**16)
+        seed = re.search(r"'random_seed': (\d{1,10})\b", head)
+        if seed:
+            ratio = re.search(r"'ratio': ([\d.e-]{1,20})[,}]", head)
+            return {"random_seed": int(seed[1])} | ({"ratio": _number(ratio[1])} if ratio else {})
+    return {}
+
+
+def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = content.get(key)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _number(value: Any, otherwise: Any = None) -> Any:

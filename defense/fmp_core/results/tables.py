@@ -1,19 +1,23 @@
-"""Tables of Acc / ASR / RA / DER per attack, one row per method, as the paper prints them: text, Markdown, LaTeX."""
+"""Tables of Acc / ASR / RA / DER / RIR per attack, one row per method, as papers print them: text, Markdown, LaTeX.
+
+:mod:`fmp_core.results.html_tables` makes the page of them.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import pandas as pd
 
+from fmp_core.metrics import HEADLINES, LOW_IS_GOOD
 from fmp_core.results.collect import BASELINE
+from fmp_core.results.paper import AVERAGE
 
-AVERAGE = "AVG"
-SHOWN = {"test_acc": "Acc", "test_asr": "ASR", "test_ra": "RA", "der": "DER"}
-LOW_IS_GOOD = {"test_asr"}
+RATIO = ("", "ratio")  # the column of clean shares
+PUBLISHED = "(published)"
 ATTACK_TITLES = {
     "badnet": "BadNets",
     "blended": "Blended",
@@ -25,48 +29,67 @@ ATTACK_TITLES = {
 SETTING = ["dataset", "model", "pratio"]
 
 
-class Cell(NamedTuple):
-    """Percent: the mean over seeds, and the sample standard deviation where there are several."""
-
-    mean: float
-    std: float | None = None
-
-    def text(self, between: str = "±") -> str:
-        return f"{self.mean:.2f}" + ("" if self.std is None else f"{between}{self.std:.2f}")
-
-
 @dataclass(frozen=True)
 class Table:
-    """One dataset, model and poison rate. ``cells`` and ``best`` are keyed (method, attack, metric)."""
+    """One dataset, model and poison rate.
+
+    ``means`` and ``stds`` are percent over seeds, a row per method and a column per (attack, metric); NaN where nothing was
+    run, ``stds`` also where there is one seed. ``ratios`` is the share of clean data each method had, as text. ``notes`` are
+    sentences that belong below the table.
+    """
 
     title: str
-    methods: Sequence[str]
-    attacks: Sequence[str]
-    cells: dict[tuple[str, str, str], Cell]
-    best: frozenset[tuple[str, str, str]]
+    means: pd.DataFrame
+    stds: pd.DataFrame
+    ratios: pd.Series
+    notes: Sequence[str] = field(default=())
 
-    def columns(self) -> list[tuple[str, str]]:
-        return [(attack, metric) for attack in self.attacks for metric in SHOWN]
+    @property
+    def methods(self) -> list[str]:
+        return list(self.means.index)
 
-    def value(self, method: str, column: tuple[str, str], missing: str = "-", between: str = "±") -> str:
-        cell = self.cells.get((method, *column))
-        return cell.text(between) if cell else missing
+    @property
+    def attacks(self) -> list[str]:
+        return list(dict.fromkeys(attack for attack, _ in self.means.columns))
+
+    def texts(self, between: str = "±") -> pd.DataFrame:
+        """What the cells say: ``92.00``, ``92.00±1.41`` over seeds, or ``-``; the first column is ``RATIO``."""
+        texts = self.means.map("{:.2f}".format) + self.stds.map((between + "{:.2f}").format).where(self.stds.notna(), "")
+        texts = texts.where(self.means.notna(), "-")
+        texts.insert(0, RATIO, self.ratios)
+        return texts
+
+    def best(self) -> pd.DataFrame:
+        """Whether a cell is the best of its column, in the shape of :meth:`texts`.
+
+        Only what was run here on whole test sets competes: not the attacked model, and no published row (another model).
+        """
+        competes = [not (name.startswith(BASELINE) or name.endswith((PUBLISHED, "test images)"))) for name in self.methods]
+        rounded = self.means[competes].round(2)
+        low = [metric in LOW_IS_GOOD for _, metric in rounded.columns]
+        target = rounded.min().where(low, rounded.max()).where(rounded.count() > 1)
+        best = rounded.eq(target).reindex(self.means.index, fill_value=False)
+        best.insert(0, RATIO, False)
+        return best
 
 
 def build_tables(frame: pd.DataFrame) -> list[Table]:
     """One table per dataset, model and poison rate in the tidy table of :func:`fmp_core.results.collect.collect`.
 
     A column is an attack; records of one attack that differ in their seed are averaged, other records of the same attack keep
-    their own column, named after the record. AVG is there for methods that were run on every attack. The best of a column,
-    the attacked model left aside, is in ``best``.
+    their own column, named after the record. AVG is there for methods that were run on every attack. What was tested on a
+    sample of the test images has a row of its own, which says so.
     """
     if frame.empty:
         return []
-    frame = frame.assign(column=_columns(frame))
+    sampled = frame["test_images"].notna()
+    on_sample = frame["method"] + " (" + frame["test_images"].astype(str) + " test images)"
+    frame = frame.assign(column=_columns(frame), method=frame["method"].where(~sampled, on_sample))
     tables = []
     for values, part in frame.groupby(SETTING, dropna=False, sort=True):
         dataset, model, pratio = cast(tuple[Any, Any, Any], values)
-        known = [_text(dataset), _text(model), "" if pd.isna(pratio) else f"poison rate {100 * pratio:g} %"]
+        known = ["" if pd.isna(dataset) else str(dataset), "" if pd.isna(model) else str(model)]
+        known.append("" if pd.isna(pratio) else f"poison rate {100 * pratio:g} %")
         tables.append(_table(", ".join(text for text in known if text) or "unknown setting", part))
     return tables
 
@@ -83,39 +106,42 @@ def _table(title: str, part: pd.DataFrame) -> Table:
     attacks = [name for name in ATTACK_TITLES if name in set(part["column"])]
     attacks += sorted(set(part["column"]) - set(attacks))
     methods = sorted(set(part["method"]), key=_method_order)
-    cells: dict[tuple[str, str, str], Cell] = {}
-    for group, rows in part.groupby(["method", "column"]):
-        method, attack = cast(tuple[str, str], group)
-        for metric in SHOWN:
-            values = 100 * pd.to_numeric(rows[metric], errors="coerce").dropna()
-            if len(values):
-                cells[method, attack, metric] = Cell(values.mean(), values.std() if len(values) > 1 else None)
+    long = part.melt(["method", "column"], list(HEADLINES), var_name="metric")
+    percent = 100 * pd.to_numeric(long["value"], errors="coerce")
+    seeds = percent.groupby([long["method"], long["column"], long["metric"]])
+    columns = pd.MultiIndex.from_product([attacks, HEADLINES])
+    means, stds = (
+        values.unstack([1, 2]).reindex(index=pd.Index(methods), columns=columns) for values in (seeds.mean(), seeds.std())
+    )
     if len(attacks) > 1:
-        for method in methods:
-            for metric in SHOWN:
-                over = [cells.get((method, attack, metric)) for attack in attacks]
-                if all(over):
-                    cells[method, AVERAGE, metric] = Cell(sum(cell.mean for cell in over if cell) / len(over))
-        attacks.append(AVERAGE)
-    return Table(title, methods, attacks, cells, _best(methods, attacks, cells))
+        for metric in HEADLINES:
+            means[AVERAGE, metric] = means.xs(metric, axis=1, level=1).mean(axis=1, skipna=False)
+        stds = stds.reindex(columns=means.columns)
+    ratios = {str(method): sorted(set(values.dropna())) for method, values in part.groupby("method")["ratio"]}
+    shown = pd.Series({method: ", ".join(f"{value:g}" for value in ratios[method]) or "-" for method in methods})
+    return Table(title, means, stds, shown, list(_notes(ratios)))
+
+
+def _notes(ratios: dict[str, list[float]]) -> Iterator[str]:
+    by_share: dict[float, list[str]] = {}
+    for method, values in ratios.items():
+        for value in values:
+            by_share.setdefault(value, []).append(method)
+    if len(by_share) > 1:
+        shares = [f"{value:g}: {', '.join(sorted(by_share[value], key=_method_order))}" for value in sorted(by_share)]
+        yield (
+            f"The methods had different shares of clean data ({'; '.join(shares)}); the key ratio of a sweep file gives all "
+            "the same."
+        )
+    sampled = [method for method in ratios if method.endswith("test images)")]
+    if sampled:
+        yield f"Tested on a sample of the test images, so not to be compared with the other rows: {', '.join(sampled)}."
 
 
 def _method_order(name: str) -> tuple[bool, bool, list[tuple[int, str]]]:
     """The attacked model first, published rows last; fmp-p4 before fmp-p16."""
     parts = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-    return not name.startswith(BASELINE), name.endswith("(published)"), parts
-
-
-def _best(methods: Sequence[str], attacks: Sequence[str], cells: dict[tuple[str, str, str], Cell]) -> frozenset:
-    best = set()
-    for attack in attacks:
-        for metric in SHOWN:
-            column = [(m, attack, metric) for m in methods if not m.startswith(BASELINE) and (m, attack, metric) in cells]
-            means = [round(cells[key].mean, 2) for key in column]
-            if len(column) > 1:
-                wanted = min(means) if metric in LOW_IS_GOOD else max(means)
-                best |= {key for key, mean in zip(column, means, strict=True) if mean == wanted}
-    return frozenset(best)
+    return not name.startswith(BASELINE), name.endswith(PUBLISHED), parts
 
 
 def printable(text: object) -> str:
@@ -130,87 +156,63 @@ def attack_title(name: str) -> str:
 
 def to_text(table: Table, width: int = 128) -> str:
     """For a terminal: as many attacks side by side as fit ``width``; the best of a column has a star."""
-    first = max(len(printable(name)) for name in ("method", *table.methods)) + 1
+    texts = table.texts()
+    texts = texts + table.best().map({True: "*", False: " "}.get)
+    texts.index = pd.Index([printable(name) for name in texts.index])
 
-    def cell(method: str, column: tuple[str, str]) -> str:
-        return table.value(method, column) + ("*" if (method, *column) in table.best else " ")
+    def render(attacks: Sequence[str]) -> str:
+        block = texts[[("", "ratio"), *((a, m) for a in attacks for m in HEADLINES)]]
+        heads = [
+            (attack_title(attack) if m in ("ratio", "test_acc") else "", HEADLINES.get(m, m)) for attack, m in block.columns
+        ]
+        block.columns = pd.MultiIndex.from_tuples([(head, f"{name} ") for head, name in heads])
+        return "\n".join(line.rstrip() for line in block.to_string().splitlines())
 
-    wide = {
-        attack: max(8, *(len(cell(method, (attack, metric))) + 1 for method in table.methods for metric in SHOWN))
-        for attack in table.attacks
-    }
-    blocks: list[list[str]] = [[]]
+    blocks: list[list[str]] = []
     for attack in table.attacks:
-        if blocks[-1] and first + len(SHOWN) * sum(wide[name] for name in [*blocks[-1], attack]) > width:
-            blocks.append([])
-        blocks[-1].append(attack)
-    lines = [f"{printable(table.title)} (percent; * best)"]
-    for block in blocks:
-        lines.append(" " * first + "".join(f"{attack_title(a)[: 4 * wide[a] - 2]:>{len(SHOWN) * wide[a] - 1}} " for a in block))
-        lines.append(f"{'method':<{first}}" + "".join(f"{name:>{wide[a] - 1}} " for a in block for name in SHOWN.values()))
-        for method in table.methods:
-            values = "".join(f"{cell(method, (a, metric)):>{wide[a]}}" for a in block for metric in SHOWN)
-            lines.append(f"{printable(method):<{first}}{values}")
-        lines.append("")
-    return "\n".join(line.rstrip() for line in lines)
+        wider = [*blocks[-1], attack] if blocks else []
+        if wider and max(map(len, render(wider).splitlines())) <= width:
+            blocks[-1] = wider
+        else:
+            blocks.append([attack])
+    notes = "".join(f"{printable(note)}\n" for note in table.notes)
+    return f"{printable(table.title)} (percent; * best)\n" + "\n\n".join(map(render, blocks)) + f"\n{notes}"
 
 
 def to_markdown(table: Table) -> str:
     """One wide table; the best of a column is bold. Names are escaped: they come from records."""
 
-    def plain(text: str) -> str:
+    def plain(text: object) -> str:
         return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", printable(text))
 
-    def cell(method: str, column: tuple[str, str]) -> str:
-        text = table.value(method, column)
-        return f"**{text}**" if (method, *column) in table.best else text
-
-    head = ["Method", *(f"{plain(attack_title(a))} {SHOWN[m]}" for a, m in table.columns())]
-    rows = [head, ["---", *("---:" for _ in head[1:])]]
-    rows += [[plain(method), *(cell(method, column) for column in table.columns())] for method in table.methods]
-    return f"**{plain(table.title)}** (percent)\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    cells = table.texts()
+    cells = cells.where(~table.best(), "**" + cells + "**")
+    heads = ["Method", "ratio", *(f"{plain(attack_title(a))} {HEADLINES[m]}" for a, m in table.means.columns)]
+    rows = [heads, ["---", *("---:" for _ in heads[1:])]]
+    rows += [[plain(method), *texts] for method, texts in zip(cells.index, cells.to_numpy(), strict=True)]
+    notes = "".join(f"\n{plain(note)}\n" for note in table.notes)
+    return f"**{plain(table.title)}** (percent)\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows) + notes
 
 
 def to_latex(table: Table) -> str:
     """A booktabs table (``\\usepackage{booktabs}``), the best in bold, mean ± std over seeds."""
 
-    def cell(method: str, column: tuple[str, str]) -> str:
-        text = table.value(method, column, between=r"\,$\pm$\,")
-        return rf"\textbf{{{text}}}" if (method, *column) in table.best else text
+    def arrow(metric: str) -> str:
+        if metric not in HEADLINES:
+            return metric
+        return HEADLINES[metric] + (r" $\downarrow$" if metric in LOW_IS_GOOD else r" $\uparrow$")
 
-    span = len(SHOWN)
-    groups = " & ".join(rf"\multicolumn{{{span}}}{{c}}{{{latex(attack_title(a))}}}" for a in table.attacks)
-    rules = " ".join(rf"\cmidrule(lr){{{2 + span * i}-{1 + span * (i + 1)}}}" for i in range(len(table.attacks)))
-    arrows = {m: name + (r" $\downarrow$" if m in LOW_IS_GOOD else r" $\uparrow$") for m, name in SHOWN.items()}
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{Acc, ASR, RA and DER in percent. {latex(printable(table.title))}.}}",
-        rf"\begin{{tabular}}{{l{'r' * span * len(table.attacks)}}}",
-        r"\toprule",
-        rf"& {groups} \\",
-        rules,
-        rf"Method & {' & '.join(arrows[m] for _, m in table.columns())} \\",
-        r"\midrule",
-        *(
-            rf"{latex(printable(method))} & {' & '.join(cell(method, column) for column in table.columns())} \\"
-            for method in table.methods
-        ),
-        r"\bottomrule",
-        r"\end{tabular}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
+    texts, bold = table.texts(r"\,$\pm$\,"), table.best().map({True: "textbf:--rwrap;", False: ""}.get)
+    texts.columns.names = [None, "Method"]
+    styler = texts.style.apply(lambda _: bold, axis=None)
+    styler.format_index(printable, axis=0, escape="latex").format_index(attack_title, axis=1, level=0, escape="latex")
+    styler.format_index(lambda name: arrow(name.replace(r"\_", "_")), axis=1, level=1, escape="latex")
+    caption = " ".join(["Acc, ASR, RA, DER and RIR in percent.", f"{latex(printable(table.title))}.", *map(latex, table.notes)])
+    columns = "l" + "r" * len(texts.columns)
+    return styler.to_latex(hrules=True, position_float="centering", multicol_align="c", column_format=columns, caption=caption)
 
 
 def latex(text: str) -> str:
     """``text`` with LaTeX's special characters escaped."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(special.get(char, rf"\{char}" if char in "&%$#_{}" else char) for char in text)
-
-
-def _text(value: Any) -> str:
-    return "" if value is None or pd.isna(value) else str(value)
-
-
-RENDERERS: dict[str, Callable[[Table], str]] = {"text": to_text, "markdown": to_markdown, "latex": to_latex}

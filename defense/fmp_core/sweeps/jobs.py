@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +20,9 @@ from typing import Any
 
 from fmp_core.results.read import STAMP, Result, UnreadableError, read_result
 from fmp_core.storage.files import write_text
+from fmp_core.storage.lock import locked
 
-ATTACK_FILE = "attack_result.pt"  # as in records.py, which imports torch: a sweep starts at once, and so do its nodes
+ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch: a sweep and its nodes start at once
 MARK = "FMP_SWEEP"  # environment variable of every process a sweep starts: the sweep's folder
 _running: dict[int, subprocess.Popen[bytes]] = {}
 _starting = threading.Lock()
@@ -38,7 +39,7 @@ class Job:
     folder: Path
     command: tuple[str, ...]
     settings: Mapping[str, Any]
-    ranking: str | None = None  # jobs that share a ranking have the same key
+    shared_work: str | None = None  # equal in jobs of which the first saves scores or triggers that the others read
     writes: Path | None = None  # where a BB defense writes, whatever we call the result
 
     @property
@@ -95,8 +96,8 @@ def finished(job: Job) -> Outcome | None:
     """
     stamp = read_stamp(job.folder)
     if job.kind == "record":
-        there = (job.folder / ATTACK_FILE).is_file()
-        return Outcome(float(stamp.get("seconds", 0)), skipped=True) if there else None
+        exists = (job.folder / ATTACK_FILE).is_file()
+        return Outcome(float(stamp.get("seconds", 0)), skipped=True) if exists else None
     if stamp.get("hash") != settings_hash(job) or not (job.folder / "defense_result.pt").is_file():
         return None
     try:
@@ -113,47 +114,53 @@ def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | 
         environment: variables added to this process's own, such as CUDA_VISIBLE_DEVICES.
         timeout: seconds after which the job counts as failed.
     """
-    with _locked(sweep / "locks" / f"{_lock_name(job)}.lock"):
+    with locked(sweep / "locks", wait=True, name=f"{_lock_name(job)}.lock"):
         done = finished(job)
         if done:
             return done
         if job.kind != "record" and not (job.folder.parents[1] / ATTACK_FILE).is_file():
             return Outcome(0, f"there is no attack record in {job.folder.parents[1]}")
         started = time.monotonic()
-        log = sweep / "logs" / f"{job.name}.log"
+        log, failed = sweep / "logs" / f"{job.name}.log", sweep / "failed" / job.name
         try:
-            with _kept_apart(job, sweep / "failed" / job.name):
-                code = _execute(job, log, {MARK: str(sweep.resolve()), **environment}, timeout)
-                if code is None or code:
-                    why = f"stopped after {timeout:.0f} s" if code is None else f"exit code {code}"
-                    raise UnreadableError(f"{why}: {_last_line(log)} (log: {log})")
-                result = read_result(job.writes or job.folder) if job.kind != "record" else None
+            with _kept_apart(job, failed):
+                result = _run_to_end(job, log, {MARK: str(sweep.resolve()), **environment}, timeout)
                 seconds = time.monotonic() - started
-                stamp: dict[str, Any] = {
-                    "hash": settings_hash(job),
-                    "method": job.method,
-                    "seed": job.seed,
-                    "seconds": round(seconds, 1),
-                }
-                stamp |= {"command": list(job.command), "settings": dict(job.settings)}
-                write_text((job.writes or job.folder) / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
+                _write_stamp(job, seconds)
         except (UnreadableError, OSError) as error:
-            return Outcome(time.monotonic() - started, str(error))
+            return Outcome(time.monotonic() - started, _name_what_was_moved(str(error), job, log, failed))
         return Outcome(seconds, result=result)
+
+
+def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: float | None) -> Result | None:
+    """The result, None of a record. Raises UnreadableError: the command failed, or left no result."""
+    code = _execute(job, log, environment, timeout)
+    if code is None or code:
+        why = f"stopped after {timeout:.0f} s" if code is None else f"exit code {code}"
+        raise UnreadableError(f"{why}: {_last_line(log)} (log: {log})")
+    return read_result(job.writes or job.folder) if job.kind != "record" else None
+
+
+def _write_stamp(job: Job, seconds: float) -> None:
+    stamp = {"hash": settings_hash(job), "method": job.method, "seed": job.seed, "seconds": round(seconds, 1)}
+    stamp |= {"command": list(job.command), "settings": dict(job.settings)}
+    write_text((job.writes or job.folder) / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
+
+
+def _name_what_was_moved(problem: str, job: Job, log: Path, failed: Path) -> str:
+    """``problem`` with the paths of what a failed BB run left as they are now; the same is noted in its log."""
+    if job.writes is None or not failed.exists():
+        return problem
+    with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
+        file.write(f"sweep: what {job.writes} held is now in {failed}\n")
+    for moved in (str(job.writes.resolve()), str(job.writes)):
+        problem = re.sub(rf"{re.escape(moved)}(?![\w.-])", str(failed), problem)
+    return f"{problem} (what it left: {failed})"
 
 
 def _lock_name(job: Job) -> str:
     """BB's runs of one defense on one record write into one folder, so they share a lock."""
     return f"{job.record}.{job.writes.name}.backdoorbench" if job.writes else job.name
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Nobody else, on this machine or another that shares the folder, is inside at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager
@@ -231,15 +238,15 @@ def stop_all() -> None:
 def stop_leftovers(sweep: Path) -> int:
     """Stop what a killed sweep of this folder left running on this machine (found by its mark); how many there were."""
     mark = f"{MARK}={sweep.resolve()}".encode()
-    found = 0
+    stopped = 0
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if int(process.name) != os.getpid() and mark in (process / "environ").read_bytes().split(b"\0"):
                 os.kill(int(process.name), signal.SIGKILL)
-                found += 1
-    return found
+                stopped += 1
+    return stopped
 
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-    return next((" ".join(line.split())[:200] for line in reversed(lines) if line.strip()), "it printed nothing")
+    return next((" ".join(line.split())[:400] for line in reversed(lines) if line.strip()), "it printed nothing")

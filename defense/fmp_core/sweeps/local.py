@@ -1,4 +1,4 @@
-"""The jobs of a sweep on this machine: one at a time per slot (a GPU, or a share of the CPU), in an order that pays once."""
+"""The queue of a sweep on this machine: one job at a time per slot (a GPU, or a share of the CPU); shared work is done once."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def _count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def may_start(job: Job, waiting: Sequence[Job], running: Sequence[Job], ranked: set[str]) -> bool:
-    """Whether nothing that ``job`` needs is still to come.
+def may_start(job: Job, waiting: Sequence[Job], running: Sequence[Job], shared: set[str]) -> bool:
+    """Whether nothing that ``job`` needs is still to come; ``shared`` is the shared work that is done.
 
-    A record must be made before it is defended; one job of a ranking must be through before its siblings start, so that they
-    find its scores; and BackdoorBench's runs of one defense on one record write into one folder.
+    A record must be made before it is defended; of the jobs that share work one must end before the others start, so that they
+    find its scores or triggers; and BackdoorBench's runs of one defense on one record write into one folder.
     """
     if job.kind == "record":
         return True
@@ -53,7 +53,9 @@ def may_start(job: Job, waiting: Sequence[Job], running: Sequence[Job], ranked: 
         return False
     if job.writes and any(other.writes == job.writes for other in running):
         return False
-    return not (job.ranking and job.ranking not in ranked and any(other.ranking == job.ranking for other in running))
+    if job.shared_work is None or job.shared_work in shared:
+        return True
+    return not any(other.shared_work == job.shared_work for other in running)
 
 
 def run_local(
@@ -61,7 +63,7 @@ def run_local(
 ) -> None:
     """Run all jobs; a failure stops none of the others. ``report`` is called in this thread as each job ends."""
     waiting = list(jobs)
-    ranked: set[str] = set()
+    shared: set[str] = set()
     free = list(slots)
     running: dict[Future[Outcome], tuple[Job, Mapping[str, str]]] = {}
     with ThreadPoolExecutor(len(slots)) as pool:
@@ -69,7 +71,7 @@ def run_local(
             while waiting or running:
                 for job in list(waiting):
                     now = [other for other, _ in running.values()]
-                    if free and may_start(job, waiting, now, ranked):
+                    if free and may_start(job, waiting, now, shared):
                         waiting.remove(job)
                         slot = free.pop()
                         running[pool.submit(run, job, sweep, slot, timeout)] = (job, slot)
@@ -77,8 +79,8 @@ def run_local(
                     job, slot = running.pop(future)
                     free.append(slot)
                     outcome = future.result()
-                    if job.ranking and outcome.problem is None:
-                        ranked.add(job.ranking)
+                    if job.shared_work and outcome.problem is None:
+                        shared.add(job.shared_work)
                     report(job, outcome)
         except BaseException:
             stop_all()
@@ -86,7 +88,7 @@ def run_local(
 
 
 class Board:
-    """Tells how a sweep goes: a line per job that ends, with what is left and about how long it takes."""
+    """The printed progress of a sweep: a line per job that ends, with what is left and about how long it takes."""
 
     def __init__(self, jobs: Sequence[Job], workers: int):
         self.total, self.workers = len(jobs), workers

@@ -7,44 +7,53 @@ import re
 import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fmp_core import fields
 from fmp_core.errors import UserError
-from fmp_core.settings import FIELDS, PROJECT, Settings, load_settings
+from fmp_core.fields import ANYTHING, REQUIRED, integer, list_of, mapping, number, pattern, setting, text
+from fmp_core.results.read import BB_DATASETS
+from fmp_core.settings import (
+    FIELDS,
+    PROJECT,
+    Settings,
+    Stage,
+    deciding_inversion,
+    deciding_ranking,
+    deciding_result,
+    load_settings,
+    names,
+)
 from fmp_core.sweeps.jobs import Job
 
 OURS = {"fmp": "frg", "ft-only": "none", "random-prune": "random"}  # name in a sweep -> --selection
-SLURM_KEYS = {"partition", "time", "gpus", "cpus", "memory_gb", "account", "qos", "constraint", "setup", "at_once"}
-# Settings that say where a run happens or what it is called, and so do not change its result.
-PLACES = {"result_file", "record_root", "dataset_path", "device", "log", "checkpoint_save", "defense_name", "checkpoint_load"}
-PLACES |= {"num_workers", "pin_memory", "non_blocking", "prefetch", "chunk", "memory", "fresh", "frequency_save"}
-# Settings a ranking does not depend on; jobs equal in all others (and in the record) share one.
-AFTER_RANKING = {"p", "scope", "epochs", "batch_size", "lr", "lr_scheduler", "steplr_stepsize", "steplr_gamma", "wd", "amp"}
-AFTER_RANKING |= {"steplr_milestones", "client_optimizer", "sgd_momentum", "frequency_test", "dataset", "model", "num_classes"}
-AFTER_RANKING |= {"masked", "unlearn", "distill", "budget"}
+GIVEN = {*names(Stage.NAMING, Stage.NO_EFFECT, decides=False), "device"}  # settings that the sweep itself gives, or nobody
+FOLDER_NAME = r"\w[\w.-]*"
+SLURM_KEYS = ("partition", "time", "gpus", "cpus", "memory_gb", "account", "qos", "constraint", "setup", "at_once")
 
 
 @dataclass(frozen=True)
 class Sweep:
     """A sweep file. Every field is a key of it; see docs/sweeps.md."""
 
-    name: str
-    records: Sequence[Any]
-    defenses: Sequence[Any]
-    seeds: Sequence[int] = (0,)
-    record_root: str = "./record"
-    dataset_path: str = "./data"
-    device: str = "auto"
-    workers: int = 1
-    processes: int = 1
-    timeout: float | None = None  # minutes per job
-    ours: Mapping[str, Any] = field(default_factory=dict)
-    backdoorbench: str | None = None
-    slurm: Mapping[str, Any] = field(default_factory=dict)
+    name: str = setting(
+        REQUIRED, pattern(FOLDER_NAME, "letters, digits, '-', '_' or '.'; it names a folder"), "the folder below sweeps/"
+    )
+    records: Sequence[Any] = setting(REQUIRED, list_of(ANYTHING), "names of records, or flags of make_record.py")
+    defenses: Sequence[Any] = setting(REQUIRED, list_of(ANYTHING), "names of defenses, or a name and settings")
+    seeds: Sequence[int] = setting((0,), list_of(integer(0), "a list of whole numbers of at least 0"), "random_seed")
+    ratio: float | None = setting(None, number(0, 1, above=True), "share of clean data, ours and BackdoorBench's")
+    record_root: str = setting("./record", text("FOLDER"), "the folder of attack records")
+    dataset_path: str = setting("./data", text("FOLDER"), "the folder of datasets")
+    device: str = setting("auto", text("DEVICE"), "as for fmp.py")
+    workers: int = setting(1, integer(1), "jobs at a time on the CPU")
+    processes: int = setting(1, integer(1), "processes of each of our runs, under torchrun")
+    timeout: float | None = setting(None, number(0, above=True), "minutes after which a job counts as failed")
+    ours: Mapping[str, Any] = setting(dict, mapping(), "settings of all of our defenses")
+    backdoorbench: str | None = setting(None, text("FOLDER"), "root of a checkout; runs BackdoorBench's defenses")
+    slurm: Mapping[str, Any] = setting(dict, mapping(*SLURM_KEYS), "what sbatch is asked for")
 
     @property
     def folder(self) -> Path:
@@ -58,48 +67,24 @@ def read_sweep(path: str | Path) -> Sweep:
     Raises:
         UserError: not readable, an unknown key or an impossible value.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"Sweep file {path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"Sweep file {path} must hold 'key: value' lines, at least records and defenses.")
+    content = fields.read_yaml_mapping(Path(path), "Sweep file")
     return make_sweep({"name": Path(path).stem, **content}, f"Sweep file {path}")
 
 
 def make_sweep(content: Mapping[str, Any], source: str) -> Sweep:
     """A Sweep from the mapping a sweep file holds. Raises UserError, beginning with ``source``."""
-    for key in content:
-        if key not in Sweep.__dataclass_fields__:
-            raise UserError(f"{source} has the unknown key {key!r}; known keys: {', '.join(Sweep.__dataclass_fields__)}.")
-    for key in ("records", "defenses", "seeds"):
-        value = content.get(key, [0])
-        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise UserError(f"{source}: {key} must be a list with at least one entry.")
-    for key in ("ours", "slurm"):
-        if not isinstance(content.get(key, {}), Mapping):
-            raise UserError(f"{source}: {key} must hold 'key: value' lines.")
-    for key in ("workers", "processes"):
-        if not isinstance(content.get(key, 1), int) or content.get(key, 1) < 1:
-            raise UserError(f"{source}: {key} is {content[key]!r}, but must be a whole number of at least 1.")
-    timeout = content.get("timeout")
-    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
-        raise UserError(f"{source}: timeout is {timeout!r}, but must be minutes above 0.")
-    if any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in content.get("seeds", [0])):
-        raise UserError(f"{source}: seeds must be whole numbers of at least 0.")
-    if not re.fullmatch(r"\w[\w.-]*", str(content["name"])):
-        raise UserError(f"{source}: name {content['name']!r} must be letters, digits, '-', '_' or '.'; it names a folder.")
-    unknown = set(content.get("slurm", {})) - SLURM_KEYS
-    if unknown:
-        raise UserError(f"{source}: slurm has the unknown key {min(unknown)!r}; known keys: {', '.join(sorted(SLURM_KEYS))}.")
-    return Sweep(**content)
+    sweep = Sweep(**fields.parse_mapping(Sweep, content, source))
+    if sweep.ratio is not None and "ratio" in sweep.ours:
+        raise UserError(f"{source}: ratio is said twice, for all defenses and in ours; leave one out.")
+    return sweep
 
 
 def plan(sweep: Sweep) -> list[Job]:
     """All jobs of a sweep, records first.
 
     Raises:
-        UserError: a setting is unknown or impossible, or two jobs would write the same folder.
+        UserError: a setting is unknown or impossible, two jobs would write the same folder, or BackdoorBench's defenses are
+            asked to run on a dataset that it does not know.
     """
     records = [job for entry in sweep.records for job in _record_jobs(sweep, entry)]
     jobs = [job for job in records if job.command]
@@ -108,17 +93,29 @@ def plan(sweep: Sweep) -> list[Job]:
             for seed in sweep.seeds:
                 jobs += _defense_jobs(sweep, record, entry, seed)
     _check_distinct(jobs)
+    _check_datasets(jobs)
     return jobs
 
 
+def _check_datasets(jobs: Sequence[Job]) -> None:
+    datasets = {job.record: str(job.settings.get("dataset", "digits")) for job in jobs if job.kind == "record"}
+    for job in (job for job in jobs if job.kind == "backdoorbench"):
+        dataset = datasets.get(job.record, BB_DATASETS[0])  # an existing record: run_defense.py looks into it
+        if dataset not in BB_DATASETS:
+            raise UserError(
+                f"BackdoorBench's {job.settings['defense']} cannot run on {job.record}: it knows no dataset {dataset}, only "
+                f"{', '.join(BB_DATASETS)}; choose one of these, or leave BackdoorBench's defenses out."
+            )
+
+
 def _check_distinct(jobs: Sequence[Job]) -> None:
-    seen: set[Path] = set()
+    taken: set[Path] = set()
     for job in jobs:
-        if job.folder in seen:
+        if job.folder in taken:
             raise UserError(
                 f"Two jobs of the sweep would write {job.folder}; give one of them another name: in the sweep file."
             )
-        seen.add(job.folder)
+        taken.add(job.folder)
 
 
 def _expand(entry: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -143,14 +140,14 @@ def _record_jobs(sweep: Sweep, entry: Any) -> Iterator[Job]:
         raise UserError(f"records: {entry!r} is neither the name of a record nor flags of make_record.py.")
     for flags, chosen in _expand(entry):
         known = {"attack": "badnet", "dataset": "digits", **flags}
-        pattern = flags.pop("name", None)
-        fields = [name for _, name, _, _ in string.Formatter().parse(pattern)] if pattern else []
-        if any(name is not None and name not in known for name in fields):
-            raise UserError(f"records: name {pattern!r} may only use {', '.join(f'{{{key}}}' for key in known)}.")
+        template = flags.pop("name", None)
+        used = [name for _, name, _, _ in string.Formatter().parse(template)] if template else []
+        if any(name is not None and name not in known for name in used):
+            raise UserError(f"records: name {template!r} may only use {', '.join(f'{{{key}}}' for key in known)}.")
         varied = {key: value for key, value in chosen.items() if key not in ("attack", "dataset")}
-        name = pattern.format(**known) if pattern else f"{known['attack']}_{known['dataset']}{_suffix(varied)}"
-        where = {"save_folder_name": name, "record_root": sweep.record_root, "dataset_path": sweep.dataset_path}
-        command = [sys.executable, str(PROJECT / "record_scripts" / "make_record.py"), *_flags({**flags, **where})]
+        name = template.format(**known) if template else f"{known['attack']}_{known['dataset']}{_suffix(varied)}"
+        places = {"save_folder_name": name, "record_root": sweep.record_root, "dataset_path": sweep.dataset_path}
+        command = [sys.executable, str(PROJECT / "record_scripts" / "make_record.py"), *_flags({**flags, **places})]
         command += ["--device", sweep.device]
         yield Job(
             record=name,
@@ -169,24 +166,23 @@ def _defense_jobs(sweep: Sweep, record: str, entry: Any, seed: int) -> Iterator[
         raise UserError(f"defenses: {entry!r} is neither the name of a defense nor a mapping with the key defense.")
     for flags, chosen in _expand(entry):
         defense = flags.pop("defense")
-        pattern = flags.pop("name", defense)
-        method = f"{pattern}{_suffix(chosen)}"
-        if not re.fullmatch(r"\w[\w.-]*", method):
+        method = f"{flags.pop('name', defense)}{_suffix(chosen)}"
+        if not re.fullmatch(FOLDER_NAME, method):
             raise UserError(f"defenses: name {method!r} must be letters, digits, '-', '_' or '.'; it names a folder.")
         make = _our_job if defense in OURS else _bb_job
         yield make(sweep, record, defense, method, flags, seed)
 
 
 def _our_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mapping[str, Any], seed: int) -> Job:
-    flags = {**sweep.ours, **flags, "random_seed": seed}
+    flags = {"ratio": sweep.ratio, **sweep.ours, **flags, "random_seed": seed}
     flags |= {"selection": OURS[defense]} if defense != "fmp" else {}
     for key in flags:
-        if key not in {*FIELDS, "yaml_path"} or key in PLACES - {"chunk", "memory", "fresh"}:
+        if key not in {*FIELDS, "yaml_path"} or key in GIVEN:
             raise UserError(f"defenses: {key!r} is not a setting of {defense} that a sweep can give.")
     settings = load_settings(flags)
     folder = Path(sweep.record_root) / record / "defense" / (method + _seed_suffix(seed))
-    where = {"result_file": record, "record_root": sweep.record_root, "dataset_path": sweep.dataset_path}
-    where |= {"device": sweep.device} | ({"defense_name": folder.name} if folder.name != "fmp" else {})
+    places = {"result_file": record, "record_root": sweep.record_root, "dataset_path": sweep.dataset_path}
+    places |= {"device": sweep.device} | ({"defense_name": folder.name} if folder.name != "fmp" else {})
     start = [sys.executable]
     if sweep.processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={sweep.processes}"]
@@ -196,18 +192,21 @@ def _our_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mappin
         method=method,
         seed=seed,
         folder=folder,
-        command=(*start, str(PROJECT / "defense" / "fmp.py"), *_flags({**where, **flags})),
-        settings={name: getattr(settings, name) for name in FIELDS if name not in PLACES},
-        ranking=_ranking_key(record, settings),
+        command=(*start, str(PROJECT / "defense" / "fmp.py"), *_flags({**places, **flags})),
+        settings={name: getattr(settings, name) for name in deciding_result()},
+        shared_work=_shared_work(record, settings),
     )
 
 
-def _ranking_key(record: str, settings: Settings) -> str | None:
-    """Jobs of one key read the scores that the first of them saved; None where nothing is ranked or shared."""
-    if settings.selection != "frg" or settings.fresh:
+def _shared_work(record: str, settings: Settings) -> str | None:
+    """The longest part of a run that others can read from its cache: the ranking, or the search for triggers.
+
+    Jobs alike in all that decides it have the same text; None where there is no such part, or it must not be shared.
+    """
+    if settings.fresh or settings.selection not in ("frg", "trigger"):
         return None
-    ignored = (PLACES | AFTER_RANKING) - ({"p", "scope"} if settings.ranking == "racing" else set())
-    return " ".join([record, *(str(getattr(settings, name)) for name in FIELDS if name not in ignored)])
+    decides = deciding_ranking(settings) if settings.selection == "frg" else deciding_inversion()
+    return " ".join([record, settings.selection, *(str(getattr(settings, name)) for name in decides)])
 
 
 def _bb_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mapping[str, Any], seed: int) -> Job:
@@ -216,10 +215,13 @@ def _bb_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mapping
             f"defenses: {defense} is none of ours ({', '.join(OURS)}), so it is BackdoorBench's; "
             "the sweep needs the key backdoorbench: the folder of a checkout."
         )
-    if not (Path(sweep.backdoorbench) / "defense" / f"{defense}.py").is_file():
-        raise UserError(f"defenses: there is no {sweep.backdoorbench}/defense/{defense}.py; check backdoorbench and the name.")
+    script = Path(sweep.backdoorbench) / "defense" / f"{defense}.py"
+    if not script.is_file():
+        raise UserError(f"defenses: there is no {script}; check backdoorbench and the name.")
     results = Path(sweep.record_root) / record / "defense"
-    flags = {**flags, "random_seed": seed}
+    takes_ratio = re.search(r"""['"]--ratio['"]""", script.read_text(encoding="utf-8", errors="replace"))
+    common = {"ratio": sweep.ratio} if takes_ratio and sweep.ratio is not None else {}
+    flags = {**common, **flags, "random_seed": seed}
     command = [sys.executable, str(PROJECT / "record_scripts" / "run_defense.py"), "--backdoorbench", sweep.backdoorbench]
     command += ["--defense", defense, "--result_file", record, "--record_root", sweep.record_root]
     command += ["--dataset_path", sweep.dataset_path, "--device", sweep.device, "--", *_flags(flags)]
@@ -241,5 +243,4 @@ def _seed_suffix(seed: int) -> str:
 
 def _flags(values: Mapping[str, Any]) -> list[str]:
     given = {key: value for key, value in values.items() if value is not None}
-    texts = {key: ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value) for key, value in given.items()}
-    return [text for key, value in texts.items() for text in (f"--{key}", value)]
+    return [word for key, value in given.items() for word in (f"--{key}", fields.as_text(value))]

@@ -23,18 +23,18 @@ _NAMES |= {"setup": "slurm_setup", "at_once": "slurm_array_parallelism"}
 
 
 def waves(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Records; then all that needs no other job; then the jobs that read the scores which a job of the second wave saved."""
+    """Records; then all that needs no other job; then the jobs that read scores or triggers of a job of the second wave."""
     first: set[str] = set()
     parts: list[list[Job]] = [[], [], []]
     for job in jobs:
         if job.kind == "record":
             parts[0].append(job)
-        elif job.ranking in first:
+        elif job.shared_work in first:
             parts[2].append(job)
         else:
             parts[1].append(job)
-            if job.ranking:
-                first.add(job.ranking)
+            if job.shared_work:
+                first.add(job.shared_work)
     return [part for part in parts if part]
 
 
@@ -69,9 +69,9 @@ def run_submitit(jobs: Sequence[Job], sweep: Sweep, report: Report, cluster: str
         submitted += zip(wave, handles, strict=True)
         before = handles
         if cluster != "slurm":  # no dependencies there
-            _watch(submitted, report, poll, lambda: None)
+            _await(submitted, report, poll, lambda: None)
             submitted = []
-    _watch(submitted, report, poll, _queued)
+    _await(submitted, report, poll, _queued)
 
 
 def _on_node(job: Job, sweep: Sweep) -> Outcome:
@@ -93,7 +93,7 @@ def _parameters(sweep: Sweep, cluster: str, before: Sequence[Any]) -> dict[str, 
     return given
 
 
-def _watch(
+def _await(
     submitted: Sequence[tuple[Job, Any]], report: Report, poll: float, unfinished: Callable[[], set[str] | None]
 ) -> None:
     left = list(submitted)

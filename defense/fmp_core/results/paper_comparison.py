@@ -1,0 +1,133 @@
+"""The tables and figures of the FMP paper with our results beside the published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fmp_core.metrics import HEADLINES, METRICS
+from fmp_core.results.paper import (
+    AVERAGE,
+    BASELINES,
+    FIGURES,
+    NOT_RUNNABLE,
+    VARIED,
+    Scale,
+    defense_folder,
+    notes,
+    record_name,
+    scaled_rows,
+)
+from fmp_core.results.tables import ATTACK_TITLES
+from fmp_core.storage.files import replacing
+
+BB_ONLY = set(BASELINES) - {"ft"}  # fine-tuning alone is one of ours, too
+
+
+def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per attack and value, and AVG rows over the attacks shown.
+
+    ``ours_*``, ``published_*`` and ``difference_*`` are percent; ours is the mean over seeds, empty for what was not run.
+    ``origin`` says who ran it: ``ours`` or ``backdoorbench``. Results on a sample of the test images are left out.
+    """
+    frame = frame[frame["test_images"].isna()]
+    rows = []
+    for row in scaled_rows(table, scale).itertuples():
+        results = frame[(frame["record"] == record_name(row, scale)) & (frame["method"] == defense_folder(row))]
+        line: dict[str, Any] = {"attack": row.attack, "value": row.value, "defense": row.defense}
+        line["origin"] = ", ".join(sorted(set(results["origin"])))
+        for metric in METRICS:
+            line[f"ours_{metric}"] = 100 * results[metric].mean() if len(results) else None
+            line[f"published_{metric}"] = 100 * getattr(row, metric)
+        rows.append(line)
+    result = pd.DataFrame(rows)
+    if result["attack"].nunique() > 1:
+        figures = [f"{who}_{metric}" for who in ("ours", "published") for metric in METRICS]
+        result[figures] = result[figures].astype(float)
+        average = result.groupby(["value", "defense"], sort=False)[figures].agg(lambda x: x.mean(skipna=False)).reset_index()
+        result = pd.concat([result, average.assign(attack=AVERAGE)], ignore_index=True)
+    for metric in METRICS:
+        ours = pd.to_numeric(result[f"ours_{metric}"])
+        result[f"difference_{metric}"] = ours - result[f"published_{metric}"]
+    return result
+
+
+def comparison_text(
+    table: str, scale: Scale, compared: pd.DataFrame, markdown: bool = False, backdoorbench: bool = False
+) -> str:
+    """Ours | published | difference, with the scale, what was not run, and the paper's known contradictions.
+
+    ``backdoorbench`` says that its defenses were asked for, so that those without a result have failed.
+    """
+    heads = ["attack", VARIED.get(table, "method")]
+    heads += [f"{HEADLINES[metric]} {who}" for metric in METRICS for who in ("ours", "publ.", "diff.")]
+    lines = []
+    for row in compared.to_dict("records"):
+        value = f"{100 * float(row['value']):g} %" if heads[1] in ("pratio", "ratio") else row["value"]
+        if row["defense"] in NOT_RUNNABLE:
+            value += " (published only)"
+        cells = [_percent(row[f"{who}_{metric}"], who) for metric in METRICS for who in ("ours", "published", "difference")]
+        lines.append([ATTACK_TITLES.get(row["attack"], row["attack"]), value, *cells])
+    says = [f"Table {table}. Ours was run at this scale: {scale.says}. Published: FMP paper, ICLR 2024. Percent."]
+    if scale.name != "full":
+        says.append("At this scale the difference shows whether the trend holds, not whether the figures agree.")
+    says += _not_run(table, compared, backdoorbench)
+    says += [f"Note: {note}" for note in notes(table)]
+    if markdown:
+        table_lines = [heads, ["---", "---", *("---:" for _ in heads[2:])], *lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in table_lines) + "\n\n" + "\n\n".join(says) + "\n"
+    widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
+    text = ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in [heads, *lines]]
+    return "\n".join([*text, "", *says]) + "\n"
+
+
+def _not_run(table: str, compared: pd.DataFrame, backdoorbench: bool) -> Iterator[str]:
+    """Sentences on the rows without a figure of ours, and on rows that are not what the paper ran."""
+    own = compared[(compared["attack"] != AVERAGE) & ~compared["defense"].isin(NOT_RUNNABLE)]
+    left_out, missing = [], []
+    for (defense, value), rows in own.groupby(["defense", "value"], sort=False):
+        absent = rows[rows["ours_test_acc"].isna()]
+        name = "the attacked model" if defense == "no defense" else str(defense)
+        name += f" at {VARIED[table]} {value}" if table in VARIED else ""
+        if len(absent) < len(rows):
+            name += f" ({', '.join(ATTACK_TITLES.get(attack, attack) for attack in absent['attack'])})"
+        if len(absent):
+            (left_out if defense in BB_ONLY and not backdoorbench else missing).append(name)
+    if left_out:
+        yield f"Not run: {', '.join(left_out)}, which are BackdoorBench's; --backdoorbench runs them."
+    if missing:
+        yield f"Without a result: {', '.join(missing)}; not run yet, or failed."
+    if "ours" in set(own.loc[own["defense"] == "ft", "origin"]):
+        yield "The row ft is this project's ft-only (fine-tuning without pruning), not BackdoorBench's."
+
+
+def _percent(value: Any, who: str) -> str:
+    return "-" if value is None or value != value else f"{value:+.2f}" if who == "difference" else f"{value:.2f}"
+
+
+def draw_figure(path: Path, number: str, scale: Scale, compared: pd.DataFrame) -> None:
+    """Figure 1 to 4: Acc, ASR and RA over what the table varies, one panel per attack; ours solid, published dashed."""
+    table = FIGURES[number]
+    attacks = [name for name in dict.fromkeys(compared["attack"]) if name != AVERAGE]
+    figure = Figure(figsize=(4.2 * len(attacks), 4.2), dpi=120, layout="constrained")
+    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for panel, axes in enumerate(figure.subplots(1, len(attacks), squeeze=False, sharey=True)[0]):
+        part = compared[compared["attack"] == attacks[panel]]
+        ticks = range(len(part))
+        for colour, metric in zip(colours, METRICS, strict=False):
+            ours = pd.to_numeric(part[f"ours_{metric}"])
+            axes.plot(ticks, ours, "o-", color=colour, label=f"{HEADLINES[metric]} ours")
+            axes.plot(ticks, part[f"published_{metric}"], "x--", color=colour, label=f"{HEADLINES[metric]} published")
+        axes.set_xticks(ticks, list(part["value"]))
+        axes.set(title=ATTACK_TITLES[attacks[panel]], xlabel=VARIED[table], ylim=(-3, 103))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("percent")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.suptitle(f"Figure {number}. Ours at scale {scale.name}", fontsize="medium")
+    with replacing(path) as temporary:
+        figure.savefig(temporary)

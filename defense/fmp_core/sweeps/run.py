@@ -1,0 +1,72 @@
+"""Running a sweep: its records are checked, it is locked, and a launcher works off what is not done yet."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from fmp_core.errors import UserError
+from fmp_core.storage.lock import locked
+from fmp_core.sweeps.jobs import Job, finished, read_stamp, settings_hash, stop_leftovers
+from fmp_core.sweeps.local import Board, local_slots, run_local
+from fmp_core.sweeps.plan import Sweep, plan
+from fmp_core.sweeps.slurm import run_submitit
+
+BUSY = "The sweep in {folder} is running already; wait for it, or stop it first."
+
+
+def run_sweep(sweep: Sweep, launcher: str = "local", dry_run: bool = False) -> int:
+    """Run all jobs of ``sweep``; the exit code is 1 if one failed.
+
+    Args:
+        launcher: ``local``, ``slurm``, or ``submitit-local`` (submitit's own processes on this machine).
+        dry_run: print the commands and which of them are done.
+
+    Raises:
+        UserError: as :func:`~fmp_core.sweeps.plan.plan` and the launchers do; or a record was made with other settings; or
+            the sweep is running already.
+    """
+    jobs = plan(sweep)
+    check_records(jobs)
+    if dry_run:
+        print_commands(jobs)
+        return 0
+    with locked(sweep.folder, wait=False, busy=BUSY, name="lock"):
+        if launcher == "local":
+            stopped = stop_leftovers(sweep.folder)
+            if stopped:
+                print(f"stopped {stopped} processes that a killed run of this sweep had left", flush=True)
+        slots = local_slots(sweep.device, sweep.workers) if launcher == "local" else [{}] * len(jobs)
+        board = Board(jobs, len(slots))
+        unfinished = board.skip_finished()
+        print(f"sweep {sweep.name}: {len(jobs)} jobs, {board.skipped} done before; logs in {sweep.folder / 'logs'}", flush=True)
+        if launcher == "local":
+            timeout = 60 * sweep.timeout if sweep.timeout else None
+            run_local(unfinished, sweep.folder, slots, board.report, timeout)
+        else:
+            run_submitit(unfinished, sweep, board.report, "slurm" if launcher == "slurm" else "local")
+        return board.summary()
+
+
+def check_records(jobs: Sequence[Job]) -> None:
+    """Find bad flags of make_record.py, and records made with other settings, before anything runs.
+
+    Raises:
+        UserError: a record of that name was made by a sweep with other settings.
+        SystemExit: make_record.py refuses a flag (it says which).
+    """
+    for job in (job for job in jobs if job.kind == "record"):
+        stamp = read_stamp(job.folder)
+        if not finished(job):
+            import make_record  # imports torch, which takes seconds
+
+            make_record.parse(list(job.command[2:]))
+        if stamp and stamp.get("hash") != settings_hash(job):
+            raise UserError(f"{job.folder} was made with other settings; remove it, or give the new record another name.")
+
+
+def print_commands(jobs: Sequence[Job]) -> None:
+    """The commands of ``jobs`` as a shell reads them, and which of them need no run."""
+    for job in jobs:
+        print(f"# {job.name}{' (done)' if finished(job) else ''}\n{shlex.join(job.command)}")
+    print(f"# {len(jobs)} jobs")
