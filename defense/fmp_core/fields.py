@@ -83,18 +83,19 @@ def choice(*names: str) -> Kind:
             raise ValueError
         return str(value)
 
-    return Kind(parse, "one of " + ", ".join(names), "{" + ",".join(names) + "}")
+    expects = "one of " + ", ".join(names) if len(names) > 1 else names[0]
+    return Kind(parse, expects, "{" + ",".join(names) + "}")
 
 
 def text(metavar: str = "TEXT") -> Kind:
-    """A text that is not empty."""
+    """A text that is not empty; ``metavar`` FILE or FOLDER: a path."""
 
     def parse(value: Any) -> str:
         if not isinstance(value, (str, Path)) or not str(value):
             raise ValueError
         return str(value)
 
-    return Kind(parse, "a text", metavar)
+    return Kind(parse, {"FILE": "the path of a file", "FOLDER": "the path of a folder"}.get(metavar, "a text"), metavar)
 
 
 def pattern(expression: str, expects: str, metavar: str = "NAME") -> Kind:
@@ -252,7 +253,7 @@ def as_text(value: Any) -> str:
 def default_text(field: dataclasses.Field[Any]) -> str:
     """The default of a field as a reader writes it; empty if there is none."""
     value = field.metadata.get("shown", field.default)
-    return "" if value is None or value is REQUIRED else as_text(value)
+    return "" if value is None or value is REQUIRED else f"{value:g}" if isinstance(value, float) else as_text(value)
 
 
 def add_flags(

@@ -50,7 +50,7 @@ _tuning = partial(_setting, Stage.FINE_TUNING)
 _training = partial(_setting, (Stage.FINE_TUNING, Stage.TRAINING))
 _testing = partial(_setting, Stage.TESTING)
 _output = partial(_setting, Stage.OUTPUT, decides=False)
-_no_effect = partial(_setting, Stage.NO_EFFECT, help="no effect: images live on the device", decides=False)
+_no_effect = partial(_setting, Stage.NO_EFFECT, help="no effect; accepted because BackdoorBench has it", decides=False)
 
 _FOLDER = text("FOLDER")
 _STATISTIC = "one or three numbers of images in [0,1], such as 0.5 or 0.49,0.48,0.45"
@@ -69,8 +69,10 @@ class Settings:
     result_file: str | None = _place(None, text("RECORD"), "the attack record: a folder name below --record_root")
     record_root: str = _place("./record", _FOLDER, "the folder of attack records")
     dataset_path: str = _place("./data", _FOLDER, "the folder of datasets; the dataset's name is appended")
-    save_folder: str | None = _place(None, _FOLDER, "where results go, instead of <record>/defense; for read-only records")
-    defense_name: str = _place("fmp", NAME, "the result folder's name, below <record>/defense or --save_folder")
+    save_folder: str | None = _place(
+        None, _FOLDER, "where results go, if not to defense/ in the record (which may be read-only)"
+    )
+    defense_name: str = _place("fmp", NAME, "the result folder's name, below defense/ in the record, or below --save_folder")
     log: str | None = _place(None, _FOLDER, "folder of the log (default: log/ in the result folder)")
     checkpoint_save: str | None = _place(None, _FOLDER, "folder of saved epochs (default: checkpoint/ in the result folder)")
 
@@ -149,7 +151,9 @@ class Settings:
     )
     lr: float = _training(0.01, number(0, above=True, metavar="LR"), "learning rate")
     lr_scheduler: str = _training(
-        "CosineAnnealingLR", choice("CosineAnnealingLR", "StepLR", "MultiStepLR"), "learning-rate schedule, per epoch"
+        "CosineAnnealingLR",
+        choice("CosineAnnealingLR", "StepLR", "MultiStepLR", "ReduceLROnPlateau"),
+        "learning-rate schedule, per epoch",
     )
     steplr_stepsize: int = _training(5, integer(1), "StepLR: epochs between steps")
     steplr_gamma: float = _training(0.1, number(0, above=True, metavar="FACTOR"), "StepLR, MultiStepLR: factor of a step")

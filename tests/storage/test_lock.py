@@ -27,7 +27,7 @@ def test_a_second_process_is_refused_or_waits_and_a_killed_one_lets_go(tmp_path:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout and holder.stdout.readline() == b"held\n"
         with (
-            pytest.raises(UserError, match=r"Another run works in .*results {x}; wait for its end"),
+            pytest.raises(UserError, match=r"Another run works in .*results {x}; wait"),
             locked(folder, wait=False),
         ):
             pass
