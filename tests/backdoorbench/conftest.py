@@ -16,6 +16,7 @@ def workplace_template(real_workplace_template: Path) -> Path:
     """BackdoorBench's own processes read the record."""
     return real_workplace_template
 
+
 # Does what BackdoorBench's scripts do with paths and old names; none of its code.
 SCRIPT = """
 import argparse, os, sys
@@ -37,6 +38,7 @@ assert np.infty == np.inf and np.float is float
 assert np.asarray([[1], [1, 2]]).shape == np.array([np.zeros(2), np.zeros(3)]).shape == (2,)
 assert torch.zeros_like(torch.ones(2), device="cuda").to("cuda:0").cuda().device.type == "cpu"
 assert "0.5" in tabulate([{"loss": 0.5}], headers="keys", tablefmt="github", floatfmt=".5f")
+assert iter(torch.utils.data.DataLoader([1, 2])).next() == 1
 assert open("./config/defense/echo.yaml").read() == "x"
 open("stray.txt", "w").close()  # into the temporary folder
 print("ran with", args.dataset, args.model, NAME)

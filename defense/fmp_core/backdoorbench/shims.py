@@ -39,7 +39,7 @@ LIKES = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "ran
 def apply(root: str) -> list[str]:
     """Put back what is missing; returns what was done, in words. ``root`` is the folder whose files may import placeholders."""
     done = []
-    for shim in (_numpy_aliases, _whole_pickles, _pkg_resources, _tabulate, _dataset_files_as_they_are, _cuda_calls_on_cpu):
+    for shim in (_numpy_aliases, _whole_pickles, _loaders_next, _pkg_resources, _tabulate, _cifar_files, _cuda_calls_on_cpu):
         done += shim()
     done += _ragged_arrays(root) + _own_imports()
     sys.meta_path.append(_Placeholders(root))
@@ -102,6 +102,16 @@ def _whole_pickles() -> list[str]:
     return ["torch.load reads whole pickles"]
 
 
+def _loaders_next() -> list[str]:
+    """torch 1.13 dropped ``iter(loader).next()``, which bnp calls."""
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+    if hasattr(_BaseDataLoaderIter, "next"):
+        return []
+    _BaseDataLoaderIter.next = _BaseDataLoaderIter.__next__  # type: ignore[attr-defined]
+    return ["iter(loader).next()"]
+
+
 def _pkg_resources() -> list[str]:
     """setuptools 82 dropped pkg_resources, of which pytorch_wavelets uses one function."""
     if importlib.util.find_spec("pkg_resources") is not None:
@@ -158,7 +168,7 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _dataset_files_as_they_are() -> list[str]:
+def _cifar_files() -> list[str]:
     """torchvision downloads CIFAR again if a file's md5 is not the original's; here a file that exists is taken as it is."""
     from torchvision.datasets import cifar
 
