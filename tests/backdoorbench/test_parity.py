@@ -1,4 +1,4 @@
-"""check_parity.py: each comparison can fail; with BACKDOORBENCH_ROOT set, BackdoorBench itself must agree."""
+"""Each comparison can fail; with BACKDOORBENCH_ROOT set, BackdoorBench itself must agree."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ def test_fractions_must_be_equal_and_losses_close() -> None:
     assert all(verdicts(parity.compare_figures("model", FIGURES, FIGURES)))
     ours = {**FIGURES, "test_acc": 0.9 + 1e-12, "bd_test_loss_avg_over_batch": 3.001}
     assert verdicts(parity.compare_figures("model", FIGURES, ours)) == [False, True, True, True, False]
+
+
+def test_data_must_be_equal_to_the_last_label_and_pixel() -> None:
+    subset = {"seeded_subset": [5, 2], "indexed_subset": [5, 2], "subset_labels": [0, 1], "subset_pixels": "ab"}
+    ours = {**subset, "poisoned_targets": [0], "poisoned_originals": [3], "poisoned_pixels": "cd"}
+    theirs = {**ours, "sizes": {"clean_train": 9}}
+    assert all(verdicts(parity.compare_data(theirs, ours)))
+    other = {"seeded_subset": [2, 5], "poisoned_originals": [4], "poisoned_pixels": "ce"}
+    assert verdicts(parity.compare_data({**theirs, **other}, ours)) == [False, True, True, True, True, False, False]
 
 
 def test_tables_are_compared_by_columns_labels_and_formats(tmp_path: Path) -> None:
