@@ -10,7 +10,9 @@ from fmp_core.system.cli import Parser, run_main
 
 def main(argv: list[str] | None = None) -> int:
     """Run the defense that the flags describe; returns the exit code."""
-    parser = Parser("fmp", "Remove a backdoor with Adversarial Feature Map Pruning.")
+    parser = Parser(
+        "fmp", "Remove a backdoor with Adversarial Feature Map Pruning.", usage="%(prog)s --result_file RECORD [flags]"
+    )
     add_arguments(parser)
     args = parser.parse_args(argv)
     again = "the same command" + (" without --fresh" if args.fresh else "")

@@ -236,9 +236,11 @@ def changed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare one flag per setting, grouped by stage; see :func:`fmp_core.fields.add_flags`."""
-    parser.add_argument("--yaml_path", default=None, metavar="FILE", help=f"settings file (default {DEFAULT_YAML})")
     for title, grouped in groups().items():
-        fields.add_flags(parser.add_argument_group(title), Settings, grouped)
+        group = parser.add_argument_group(title)
+        if title == Stage.RUN.value:
+            group.add_argument("--yaml_path", default=None, metavar="FILE", help=f"settings file (default {DEFAULT_YAML})")
+        fields.add_flags(group, Settings, grouped)
 
 
 def groups() -> dict[str, list[str]]:
