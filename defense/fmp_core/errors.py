@@ -1,11 +1,11 @@
-"""The one exception a user is meant to read."""
+"""The exception whose message is for the user."""
 
 
 class UserError(Exception):
     """Bad input. The message is one sentence: which file or flag, what is wrong, what to do.
 
-    Command-line mains print it without a traceback and exit with code 2. Names in it may come from a stranger's file, so it is
-    kept to one line, without control characters, of bounded length.
+    :func:`fmp_core.system.cli.run_main` prints it without a traceback and exits with code 2. Names in it may come from a
+    stranger's file, so it is kept to one line, without control characters, of at most 1500 characters.
     """
 
     def __init__(self, message: str):
