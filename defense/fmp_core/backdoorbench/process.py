@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -93,7 +94,7 @@ def run_script(
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [os.path.abspath(program), str(SHIMS), script, *arguments]
-    started, listener = time.monotonic(), Listener()
+    started, used, listener = time.monotonic(), _children_seconds(), Listener()
     with open(log, "w", encoding="utf-8") as file, _started(command, folder, environment) as process:
         assert process.stdout is not None
         with contextlib.nullcontext() if echo else _heartbeat(listener):
@@ -105,8 +106,14 @@ def run_script(
                 listener.hear(line)
             code = process.wait()
         seconds = time.monotonic() - started
-        file.write(f"\nexit code {code} after {seconds:.0f} s\n")
+        file.write(f"\nexit code {code} after {seconds:.0f} s; CPU {_children_seconds() - used:.0f} s\n")
     return Ended(code, seconds, listener.reason if code else "")
+
+
+def _children_seconds() -> float:
+    """CPU seconds of all processes that we started and that have ended: on a crowded machine what a defense costs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @contextlib.contextmanager
