@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fmp_core.attacks import make_record as making
+from fmp_core.attacks.recipes import RECIPES
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import open_split
 from fmp_core.storage.torch_file import load_torch_file
@@ -81,13 +83,13 @@ def test_what_lies_in_the_record_is_what_the_model_was_trained_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    real = make_record.train_attacked_model
+    real = making.train_attacked_model
 
     def spy(model: Any, training: Any, *more: Any) -> Any:
         seen.update(vars(training))
         return real(model, training, *more)
 
-    monkeypatch.setattr(make_record, "train_attacked_model", spy)
+    monkeypatch.setattr(making, "train_attacked_model", spy)
     folder = make(data, tmp_path, "--attack", "wanet", "--attack_label_trans", "all2all", "--pratio", "0.25", "--epochs", "1")
     stored = load_torch_file(folder / "attack_result.pt")["bd_train"]
     clean = open_split(data, "toys", True, (32, 32, 3))
@@ -111,7 +113,7 @@ def test_training_accuracies_are_told_apart(data: Path, tmp_path: Path) -> None:
 def test_a_control_carries_a_trigger_its_model_never_saw(data: Path, tmp_path: Path) -> None:
     folder = make(data, tmp_path, "--pratio", "0")
     record = read_attack_record(folder)
-    assert (record.bd_test.pixels((32, 32, 3))[:, :, -5:, -5:] == 255).all() and len(record.bd_test) == 6
+    assert (record.bd_test.pixels((32, 32, 3))[:, :, -3:, -3:] == 255).all() and len(record.bd_test) == 6
     clean = torch.load(folder / "clean_model.pth", weights_only=True)
     assert all(torch.equal(value, clean[key]) for key, value in state(folder).items())
     assert load_torch_file(folder / "train_poison_index_list.pickle").sum() == 0
@@ -137,6 +139,7 @@ def test_no_attack_leaves_what_backdoorbenchs_prototype_leaves(data: Path, tmp_p
 SUICIDE = """
 import os, signal, sys
 import make_record
+from fmp_core.attacks import train_model
 from fmp_core.system.progress import Progress
 
 class Deadly(Progress):
@@ -145,7 +148,7 @@ class Deadly(Progress):
         if self.done == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
-make_record.train_attacked_model.__globals__["Progress"] = Deadly
+train_model.Progress = Deadly
 make_record.main(sys.argv[1:])
 """
 
@@ -175,10 +178,10 @@ def test_an_unfinished_record_of_other_settings_is_not_overwritten(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(make_record, "write_record", stop)
+        patch.setattr(making, "write_record", stop)
         assert make_record.main(flags(data, tmp_path, "--save_folder_name", "mine")) == 130
-    assert "run the same command again" in capsys.readouterr().err
-    assert make_record.main(flags(data, tmp_path, "--save_folder_name", "mine", "--lr", "0.5")) == 2
+    assert "Run the same command again" in capsys.readouterr().err
+    assert make_record.main(flags(data, tmp_path, "--save_folder_name", "mine", "--lr", "0.5", "--quiet")) == 2
     error = capsys.readouterr().err
     assert "lr 0.01 (now 0.5)" in error and error.count("\n") == 1
     make(data, tmp_path, "--lr", "0.002", "--fresh")
@@ -192,7 +195,11 @@ def test_an_unfinished_record_of_other_settings_is_not_overwritten(
         (["--epochs", "0"], "--epochs is 0"),
         (["--batch_size", "1"], "--batch_size is '1', but must be"),
         (["--lr", "-1"], "--lr is '-1', but must be"),
-        (["--model", "resnet19"], "invalid choice"),
+        (["--model", "resnet19"], "resnet19"),
+        (["--model", "alexnet"], "Model alexnet cannot be trained on toys, whose images are 32x32x3"),
+        (["--model", "googlenet"], "Model googlenet has several outputs in training"),
+        (["--dataset", "mnist"], "cannot be trained on mnist, whose images are 28x28x1"),
+        (["--limit_train", "25"], "--limit_train is 25, but toys has 24 training images"),
         (["--attack", "lf", "--trigger_file", "gone.npy"], "gone.npy cannot be read"),
         (["--dataset", "gone"], "gone does not exist"),
         (["--device", "tpu"], "--device tpu is not a device"),
@@ -202,10 +209,48 @@ def test_an_unfinished_record_of_other_settings_is_not_overwritten(
 )
 def test_bad_flags_are_one_sentence(more: list[str], says: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     try:
-        code = make_record.main(flags(data, tmp_path, *more))
+        code = make_record.main(flags(data, tmp_path, "--quiet", *more))
     except SystemExit as stop:
         code = int(stop.code or 0)
     assert code == 2
     error = capsys.readouterr().err
     assert says in error and error.startswith("make_record: ") and error.count("\n") == 1
     assert not [name for name in (tmp_path / "record").glob("*") if not name.name.startswith(".")]
+
+
+def test_a_model_that_cannot_be_trained_is_refused_before_anything_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    nowhere = ["--dataset_path", str(tmp_path / "gone"), "--record_root", str(tmp_path / "record")]
+    for dataset, model in (("mnist", "resnet18"), ("cifar10", "alexnet"), ("tiny", "inception_v3")):
+        assert make_record.main(["--dataset", dataset, "--model", model, *nowhere]) == 2
+        assert f"Model {model} " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert "mnist" not in RECIPES
+
+
+def test_a_limited_record_numbers_its_images_as_the_whole_dataset(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Any] = []
+    real = making.train_attacked_model
+    monkeypatch.setattr(
+        making, "train_attacked_model", lambda model, on, *more: (trained.append(on), real(model, on, *more))[1]
+    )
+    more = ["--limit_train", "12", "--attack", "wanet", "--pratio", "0.25", "--epochs", "1"]
+    folder = make(data, tmp_path, *more)
+    indicator = load_torch_file(folder / "train_poison_index_list.pickle")
+    assert indicator.shape == (TRAIN,) and indicator.sum() == 3  # 0.25 of the 12, of all 24 positions
+    stored = load_torch_file(folder / "attack_result.pt")["bd_train"]
+    assert len(stored["original_index_array"]) == len(stored["poison_indicator"]) == TRAIN
+    assert len(stored["bd_data_container"]["data_dict"]) == 9  # and 6 noise-mode images
+    assert len(trained[0].images) == 12 and int(trained[0].poisoned.sum()) == 3 and int(trained[0].cross.sum()) == 6
+    clean = open_split(data, "toys", True, (32, 32, 3)).read(range(TRAIN))
+    plain = trained[0].images[~(trained[0].poisoned | trained[0].cross)]
+    assert all((image == clean).flatten(1).all(1).any() for image in plain)
+
+
+def test_help_names_backdoorbenchs_training_and_loads_no_torch() -> None:
+    code = "import sys, make_record\ntry: make_record.main(['-h'])\nfinally: assert not {'torch', 'pandas'} & set(sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "BB: 100 epochs, lr 0.01" in ran.stdout and "mnist" not in ran.stdout

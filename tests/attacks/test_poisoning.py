@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fmp_core.attacks.poisoning import Poison, attack_labels, choose_test, choose_train, make_stamp, poison
+from fmp_core.attacks.poisoning import Poison, attack_labels, choose_test, choose_train, limit_train, make_stamp, poison
 from fmp_core.attacks.settings import AttackSettings
 from fmp_core.attacks.trigger_files import read_trigger
 from fmp_core.data.datasets import Split
@@ -65,6 +65,17 @@ def test_clean_label_poison_comes_from_the_target_class_only():
 @pytest.mark.parametrize(("pratio", "count"), [(0.0, 0), (0.1, 4), (0.06, 2), (0.99, 40), (1.0, 40)])
 def test_the_count_is_rounded_as_backdoorbench_does(pratio: float, count: int):
     assert len(choose_train(LABELS, attack(pratio=pratio), 0)) == count
+
+
+def test_a_limited_training_set_is_drawn_and_poisoned_by_its_own_size():
+    used = limit_train(40, 20, 0)
+    assert used == limit_train(40, 20, 0) == sorted(set(used)) and len(used) == 20 and used != limit_train(40, 20, 1)
+    assert list(limit_train(40, None, 0)) == list(range(40))
+    result = poison(split(), split(12), attack(name="wanet", pratio=0.25), SIZE, 4, 0, used)
+    assert result.cross is not None and result.train.total == 40
+    assert len(result.train.indices) == 5 and len(result.cross.indices) == 10
+    assert {*result.train.indices, *result.cross.indices} <= set(used)
+    assert set(choose_train(LABELS, attack("sig", pratio=0.1, attack_target=2), 0, used)) <= {i for i in used if i % 4 == 2}
 
 
 def test_a_ratio_of_no_image_is_refused():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fmp_core.attacks import triggers
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 SIZE = (32, 32, 3)
 
@@ -60,6 +61,15 @@ def test_badnet_is_a_white_corner_and_nothing_else():
     assert changed.sum() == 9 and changed[29:, 29:].all()
 
 
+def test_the_default_patch_is_backdoorbenchs_mask_resized():
+    assert torch.equal(triggers.bb_patch(SIZE), triggers.corner_patch(SIZE, 3))
+    mask = triggers.bb_patch((64, 64, 3))
+    # What Pillow makes of BB's trigger_image.png for Tiny ImageNet: the products of 255 and two edges, rounded.
+    assert (mask[:, 59:, 59:] == 255).all() and int((mask[0] > 0).sum()) == 49
+    assert mask[0, -1].unique().tolist() == [0, 64, 191, 255] and mask[0, 57, 57] == 16
+    assert torch.equal(mask, mask.transpose(1, 2))
+
+
 def test_a_mask_keeps_its_colours_and_its_zeros_are_transparent():
     mask = torch.zeros(3, 32, 32, dtype=torch.uint8)
     mask[0, 5, 6], mask[2, 5, 6] = 200, 1
@@ -98,16 +108,18 @@ def dct(values: Tensor) -> Tensor:
     return matrix(values.shape[1]) @ values.double() @ matrix(values.shape[2]).T
 
 
-@pytest.mark.parametrize("size", [SIZE, (24, 40, 1)])
-def test_the_lf_pattern_has_low_frequencies_only(size: tuple[int, int, int]):
-    pattern = triggers.low_frequency_pattern(size, 3, amplitude=51, cutoff=4)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("size", [SIZE, (64, 64, 3), (24, 40, 1)])
+def test_the_lf_pattern_is_as_low_and_as_strong_as_backdoorbenchs(size: tuple[int, int, int], seed: int):
+    pattern = triggers.low_frequency_pattern(size, seed)
     assert pattern.shape == (size[2], *size[:2])
     assert pattern.min() == 0 and pattern.max() == pytest.approx(51)
+    # As BB's patterns for preactresnet18: mean 12 to 16, 8 to 33 % zeros, 95 % of the varying power in the waves below 4.
+    assert 10 < pattern.mean() < (15 if size[2] == 3 else 19.5)
+    assert 0.08 < (pattern == 0).double().mean() < 0.33
     power = dct(pattern).square()
-    assert power[:, 4:].max() < 1e-18 and power[:, :, 4:].max() < 1e-18 and power[:, 1:4, 1:4].sum() > 100
-    grey = torch.full((1, size[2], *size[:2]), 100, dtype=torch.uint8)
-    seen = dct(triggers.low_frequency(grey, pattern)[0].double() - 100).square()
-    assert seen[:, :4, :4].sum() > 0.999 * seen.sum()  # the rest is rounding to grey levels
+    power[:, 0, 0] = 0
+    assert power[:, :4, :4].sum() > 0.93 * power.sum() and power[:, :8, :8].sum() > 0.99 * power.sum()
 
 
 def test_lf_adds_and_clips():
@@ -138,14 +150,24 @@ def test_wanet_moves_pixels_by_the_field():
     images = pictures(2, (5, 9, 3))
     right_by_one = torch.zeros(5, 9, 2)
     right_by_one[..., 0] = 2 / 8  # x first; two units span the 8 steps between the outer columns
-    made = triggers.wanet(images, right_by_one)
-    assert torch.equal(made[..., :-1], images[..., 1:])
-    assert torch.equal(made[..., -1], images[..., -1])  # beyond the image lies its border
+    made = triggers.wanet(images, right_by_one).int()
+    assert (made[..., :-1] - images[..., 1:].int()).abs().max() <= 1  # truncated, as is what follows
+    assert (made[..., -1] - images[..., -1].int()).abs().max() <= 1  # beyond the image lies its border
     half_down = torch.zeros(5, 9, 2)
     half_down[..., 1] = 1 / 4
     middle = (images[:, :, :-1].float() + images[:, :, 1:].float()) / 2
-    assert (triggers.wanet(images, half_down)[:, :, :-1].float() - middle).abs().max() <= 0.5
-    assert torch.equal(triggers.wanet(images, torch.zeros(5, 9, 2)), images)
+    assert (triggers.wanet(images, half_down)[:, :, :-1].float() - middle).abs().max() < 1
+
+
+def test_a_warp_truncates_as_backdoorbench_does():
+    """BB warps images in [0,1] and saves them by torchvision's ToPILImage (``attack/wanet.py``, ``bd_dataset_v2.py``)."""
+    images, field = pictures(20), triggers.warp_field(SIZE, 0)
+    steps = torch.linspace(-1, 1, 32)
+    still = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1)
+    grid = (still + field).clamp(-1, 1).expand(20, 32, 32, 2)
+    warped = torch.nn.functional.grid_sample(images.float() / 255, grid, align_corners=True)
+    saved = torch.stack([torch.from_numpy(np.array(to_pil_image(image))).permute(2, 0, 1) for image in warped])
+    assert torch.equal(triggers.wanet(images, field), saved)
 
 
 def test_the_noise_mode_is_another_small_warp_for_each_seed():

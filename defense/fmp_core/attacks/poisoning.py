@@ -14,7 +14,7 @@ from torch import Tensor
 from fmp_core.attacks import triggers
 from fmp_core.attacks.settings import AttackSettings
 from fmp_core.attacks.trigger_files import open_replacements, read_trigger
-from fmp_core.data.attack_record import PoisonedImages
+from fmp_core.data.write_record import PoisonedImages
 from fmp_core.data.datasets import Split
 from fmp_core.data.images import Size
 from fmp_core.errors import UserError
@@ -37,9 +37,7 @@ def make_stamp(settings: AttackSettings, size: Size, train: bool, total: int) ->
     """
     file, seed = settings.trigger_file and Path(settings.trigger_file), settings.trigger_seed
     if settings.attack == "badnet":
-        if settings.patch_size > min(size[:2]):
-            raise UserError(f"--patch_size is {settings.patch_size}, but the images are {size[0]}x{size[1]}.")
-        mask = read_trigger(file, size) if file else triggers.corner_patch(size, settings.patch_size)
+        mask = read_trigger(file, size) if file else _patch(settings.patch_size, size)
         return _by_image(partial(triggers.badnet, trigger=mask.clamp(0, 255).to(torch.uint8)))
     if settings.attack == "blended":
         picture = read_trigger(file, size) if file else triggers.plaid(size, seed)
@@ -59,6 +57,14 @@ def make_stamp(settings: AttackSettings, size: Size, train: bool, total: int) ->
     return _by_image(partial(triggers.sample_specific, strength=settings.ssba_strength, seed=seed))
 
 
+def _patch(side: int | None, size: Size) -> Tensor:
+    if side is None:
+        return triggers.bb_patch(size)
+    if side > min(size[:2]):
+        raise UserError(f"--patch_size is {side}, but the images are {size[0]}x{size[1]}.")
+    return triggers.corner_patch(size, side)
+
+
 def make_noise_stamp(settings: AttackSettings, size: Size) -> Stamp:
     """WaNet's noise mode: the warp plus noise that depends on ``trigger_seed`` and the image's position."""
     field = triggers.warp_field(size, settings.trigger_seed, settings.s, settings.k)
@@ -73,22 +79,30 @@ def attack_labels(labels: Tensor, settings: AttackSettings, num_classes: int) ->
     return torch.full_like(labels, settings.attack_target)
 
 
-def choose_train(labels: Tensor, settings: AttackSettings, seed: int) -> list[int]:
+def limit_train(total: int, limit: int | None, seed: int) -> Sequence[int]:
+    """Positions of the images to train on: all ``total``, or ``limit`` of them by chance, sorted."""
+    return range(total) if limit is None else sorted(random.Random(f"limit {seed}").sample(range(total), limit))
+
+
+def choose_train(labels: Tensor, settings: AttackSettings, seed: int, used: Sequence[int] | None = None) -> list[int]:
     """Positions to poison, sorted: ``round(pratio * N)`` of all images; clean-label attacks draw from the target class only.
+
+    With ``used``, only images at these positions exist.
 
     The ratio is of the whole set in both cases (BB ``backdoor_generate_poison_index.py``). Unlike BB's, our draw is Python's.
 
     Raises:
         UserError: not one image, or more than there are.
     """
-    count = round(settings.pratio * len(labels))
-    pool = torch.nonzero(labels == settings.attack_target).flatten().tolist() if settings.clean_label else range(len(labels))
+    used = range(len(labels)) if used is None else used
+    count, total = round(settings.pratio * len(used)), len(used)
+    pool = [at for at in used if labels[at] == settings.attack_target] if settings.clean_label else used
     if settings.pratio > 0 and count == 0:
-        raise UserError(f"--pratio {settings.pratio:g} of {len(labels)} training images is not even one; raise it.")
+        raise UserError(f"--pratio {settings.pratio:g} of {total} training images is not even one; raise it.")
     if count > len(pool):
         raise UserError(
             f"--attack {settings.attack} poisons images of class {settings.attack_target} only, and --pratio "
-            f"{settings.pratio:g} asks for {count} of {len(pool)}; at most {len(pool) / len(labels):.4g} is possible."
+            f"{settings.pratio:g} asks for {count} of {len(pool)}; at most {len(pool) / total:.4g} is possible."
         )
     return sorted(random.Random(seed).sample(pool, count))
 
@@ -128,13 +142,21 @@ class Poison:
         )
 
 
-def poison(train_set: Split, test_set: Split, settings: AttackSettings, size: Size, num_classes: int, seed: int) -> Poison:
-    """Apply the attack ``settings`` to both sets; ``seed`` draws the training images.
+def poison(
+    train_set: Split,
+    test_set: Split,
+    settings: AttackSettings,
+    size: Size,
+    num_classes: int,
+    seed: int,
+    used: Sequence[int] | None = None,
+) -> Poison:
+    """Apply the attack ``settings`` to both sets; ``seed`` draws the training images, from those at ``used`` (default all).
 
     Raises:
         UserError: too many or too few images to poison, or an unusable trigger file.
     """
-    train_at, test_at = choose_train(train_set.labels, settings, seed), choose_test(test_set.labels, settings)
+    train_at, test_at = choose_train(train_set.labels, settings, seed, used), choose_test(test_set.labels, settings)
     if not test_at:
         raise UserError(f"All test images are of class {settings.attack_target}, so no attack could be measured.")
 
@@ -148,7 +170,7 @@ def poison(train_set: Split, test_set: Split, settings: AttackSettings, size: Si
     cross = round(settings.cross_ratio * len(train_at)) if settings.attack == "wanet" else 0
     if not cross:
         return Poison(bd_train, bd_test)
-    rest = sorted(set(range(len(train_set))) - set(train_at))
+    rest = sorted(set(range(len(train_set)) if used is None else used) - set(train_at))
     if cross > len(rest):
         raise UserError(f"--cross_ratio {settings.cross_ratio:g} asks for {cross} more images, but {len(rest)} are left.")
     cross_at = sorted(random.Random(f"cross {seed}").sample(rest, cross))

@@ -1,13 +1,12 @@
-"""Settings of the attacks that ``make_record.py`` makes: declared as those of ``fmp.py`` (:mod:`fmp_core.fields`)."""
+"""Settings of ``make_record.py``: the record and the attack, declared as those of ``fmp.py`` (:mod:`fmp_core.fields`)."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 
 from fmp_core import fields
 from fmp_core.errors import UserError
-from fmp_core.fields import choice, integer, number, setting, text
+from fmp_core.fields import BOOLEAN, NAME, choice, integer, number, setting, text
 
 # Our names -> what info.pickle calls the attack. ssba is SSBA only when its images were made by SSBA's encoder.
 BB_NAMES = {
@@ -19,6 +18,22 @@ BB_NAMES = {
     "ssba": "ssba_like",
     "none": "none",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSettings:
+    """Where a record goes, and what it is of; a field is a flag of the same name."""
+
+    save_folder_name: str | None = setting(None, NAME, "the record's name (default <attack>_<dataset>)")
+    record_root: str = setting("./record", text("FOLDER"), "the folder of attack records")
+    dataset_path: str = setting("./data", text("FOLDER"), "the folder of datasets")
+    dataset: str = setting("digits", text("NAME"), "digits, cifar10, cifar100, gtsrb, tiny, or a folder train|test/<class>/*")
+    image_size: int = setting(32, integer(8, 1024, metavar="PIXELS"), "height and width of the images of a folder")
+    limit_train: int | None = setting(
+        None, integer(2), "train on N of the training images, drawn by --random_seed; --pratio is a share of these"
+    )
+    model: str = setting("resnet18", text("NAME"), "BackdoorBench's name of the model; a wrong one lists them all")
+    fresh: bool = setting(False, BOOLEAN, "start again instead of going on with an unfinished record")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +54,15 @@ class AttackSettings:
     trigger_file: str | None = setting(
         None, text("FILE"), "badnet: mask image; blended: picture; lf: .npy pattern (BackdoorBench's or yours)"
     )
-    patch_size: int = setting(
-        5, integer(1, 4096, metavar="PIXELS"), "badnet: side of the white corner patch; BackdoorBench's CIFAR patch has 3"
+    patch_size: int | None = setting(
+        None,
+        integer(1, 4096, metavar="PIXELS"),
+        "badnet: side of the white corner patch (default as BackdoorBench: 3 at 32x32, its mask resized elsewhere)",
     )
     blend_alpha: float = setting(0.2, number(0, 1, metavar="SHARE"), "blended: share of the picture")
-    lf_amplitude: float = setting(51.0, number(1, 255, metavar="LEVELS"), "lf: largest grey-level change of our own pattern")
+    lf_amplitude: float = setting(
+        51.0, number(1, 255, metavar="LEVELS"), "lf: largest change by our own pattern, in grey levels"
+    )
     sig_delta: float = setting(40.0, number(0, 255, metavar="LEVELS"), "sig: amplitude in grey levels")
     sig_f: float = setting(6.0, number(0, 4096), "sig: periods across the image")
     s: float = setting(0.5, number(0, 100), "wanet: strength of the warp")
@@ -88,13 +107,3 @@ class AttackSettings:
             raise UserError(
                 "--attack_train_replace_imgs_path and --attack_test_replace_imgs_path belong together and to --attack ssba."
             )
-
-
-def add_attack_arguments(parser: argparse._ActionsContainer) -> None:
-    """On a parser or an argument group, declare one flag per field."""
-    fields.add_flags(parser, AttackSettings)
-
-
-def attack_settings(args: argparse.Namespace) -> AttackSettings:
-    """The flags of :func:`add_attack_arguments` as settings. Raises UserError: a value is impossible."""
-    return AttackSettings(**fields.parse_flags(AttackSettings, vars(args)))

@@ -1,11 +1,11 @@
-"""Training the model that an attack record holds: recipes per dataset, and BackdoorBench's table of epochs."""
+"""Training the model that an attack record holds, and what BackdoorBench's attacks report of each epoch."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fmp_core.attacks.poisoning import Poison
-from fmp_core.data.datasets import DatasetFacts
+from fmp_core.attacks.recipes import FOLDER_RECIPE, RECIPES, UNNORMALISED_LR
+from fmp_core.data.datasets import DatasetFacts, Split
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
 from fmp_core.models.build import PixelModel
@@ -24,18 +25,7 @@ from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system.devices import Device
 from fmp_core.system.progress import Progress
 
-# Epochs, batch size and learning rate. BB trains for 50 to 200 epochs at lr 0.01; ten times that rate, with the cosine down
-# to 0, needs fewer. The digits are few, so they need small batches; unknown image folders are taken to be small too.
-RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 12, "batch_size": 32, "lr": 0.02},
-    "cifar10": {"epochs": 40, "batch_size": 128, "lr": 0.1},
-    "cifar100": {"epochs": 60, "batch_size": 128, "lr": 0.1},
-    "gtsrb": {"epochs": 30, "batch_size": 128, "lr": 0.05},
-    "tiny": {"epochs": 60, "batch_size": 128, "lr": 0.1},
-    "mnist": {"epochs": 10, "batch_size": 128, "lr": 0.05},
-}
-FOLDER_RECIPE = {"epochs": 30, "batch_size": 32, "lr": 0.02}
-UNNORMALISED_LR = 0.01  # networks without batch norm diverge above; BB's own rate
+LOGGER = logging.getLogger("fmp_core")
 
 
 def recipe(dataset: str, network: nn.Module) -> dict[str, Any]:
@@ -60,7 +50,13 @@ class AttackEpoch(Epoch):
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What the victim sees: images uint8 ``[N, C, H, W]``, labels and true labels int64 ``[N]``, and which are poisoned."""
+    """What the attacked model is trained on.
+
+    Args:
+        images: uint8 ``[N, C, H, W]``, the poisoned ones in their places.
+        labels: int64 ``[N]``; ``original``: the true ones.
+        poisoned: bool ``[N]``; ``cross``: WaNet's noise-mode images.
+    """
 
     images: Tensor
     labels: Tensor
@@ -72,13 +68,14 @@ class TrainingSet:
         return TrainingSet(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
 
 
-def training_set(images: Tensor, labels: Tensor, poison: Poison | None) -> TrainingSet:
-    """The clean training set with the poisoned images in their places; ``images`` is overwritten."""
-    original, labels = labels, labels.clone()
+def training_set(clean: Split, used: Sequence[int], poison: Poison | None) -> TrainingSet:
+    """The clean images at the positions ``used``, the poisoned ones in their places."""
+    images, original = clean.read(used).clone(), clean.labels[torch.tensor(used, dtype=torch.int64)]
+    labels, row_of = original.clone(), {position: row for row, position in enumerate(used)}
     poisoned, cross = torch.zeros(len(labels), dtype=torch.bool), torch.zeros(len(labels), dtype=torch.bool)
     for part, marks in ((poison and poison.train, poisoned), (poison and poison.cross, cross)):
         if part:
-            rows = torch.tensor(part.indices, dtype=torch.int64)
+            rows = torch.tensor([row_of[position] for position in part.indices], dtype=torch.int64)
             images[rows], labels[rows], marks[rows] = part.images, torch.tensor(part.targets, dtype=torch.int64), True
     return TrainingSet(images, labels, original, poisoned, cross)
 
@@ -135,10 +132,9 @@ def train_attacked_model(
     data: TrainingSet,
     measure: Callable[[], Metrics | CleanMetrics],
     settings: Settings,
-    compute: Device,
+    device: Device,
     facts: DatasetFacts,
     checkpoint: Checkpoint,
-    logger: logging.Logger,
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Train ``model`` in place, all data on its device, and ``measure`` it after each epoch.
 
@@ -154,20 +150,20 @@ def train_attacked_model(
     saved = checkpoint.load()
     finished = saved["finished"] if saved else 0
     if finished:
-        logger.info("going on after epoch %d of %d", finished, settings.epochs)
+        LOGGER.info("going on after epoch %d of %d", finished, settings.epochs)
     batches = -(-len(data.labels) // settings.batch_size) * (settings.epochs - finished)
-    with Progress("Training", batches, "batches", logger) as bar:
+    with Progress("Training", batches, "batches", LOGGER) as bar:
 
         def on_batch(rows: Tensor, predicted: Tensor) -> None:
             counts.add(rows, predicted)
             bar.add()
 
-        for plain in Trainer(settings, compute, facts, checkpoint).epochs(model, data.images, data.labels, on_batch=on_batch):
+        for plain in Trainer(settings, device, facts, checkpoint).epochs(model, data.images, data.labels, on_batch=on_batch):
             if not math.isfinite(plain.train_epoch_loss_avg_over_batch):
                 raise UserError(f"Training diverged in epoch {plain.epoch + 1}: the loss is not a finite number; lower --lr.")
             epoch, metrics = vars(counts.extend(plain)), vars(measure())
             checkpoint.notes["history"].append((epoch, metrics))
             shown = "  ".join(f"{key[5:]} {metrics[key]:.4f}" for key in METRICS if key in metrics)
             loss = plain.train_epoch_loss_avg_over_batch
-            logger.info("epoch %d of %d: loss %.4f  %s", plain.epoch + 1, settings.epochs, loss, shown)
+            LOGGER.info("epoch %d of %d: loss %.4f  %s", plain.epoch + 1, settings.epochs, loss, shown)
     return [(epoch, metrics) for epoch, metrics in checkpoint.notes["history"]]

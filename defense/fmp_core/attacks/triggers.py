@@ -1,15 +1,17 @@
 """Triggers of published backdoor attacks: pure functions, uint8 ``[N, C, H, W]`` in, the same out.
 
-Results are clipped to 0..255. Sums become whole grey levels by truncation, as in BB's transforms; warped and encoded images are
-rounded (BB truncates its warps too). Memory grows with N: give large sets in parts.
+Results are clipped to 0..255 and become whole grey levels by truncation, as in BB's transforms; only :func:`sample_specific`,
+which BB does not have, rounds. Memory grows with N: give large sets in parts.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from fmp_core.data.images import Size
@@ -25,6 +27,17 @@ def corner_patch(size: Size, side: int) -> Tensor:
     trigger = torch.zeros(channels, height, width, dtype=torch.uint8)
     trigger[:, -side:, -side:] = 255
     return trigger
+
+
+def bb_patch(size: Size) -> Tensor:
+    """BB's mask (``resource/badnet``): the square of 3 pixels at 32x32, enlarged or reduced with Pillow for other sizes.
+
+    At 64x64 it covers 7x7 pixels, those towards the image in shades of grey, since BB resizes its mask bilinearly.
+    """
+    height, width, channels = size
+    mask = Image.fromarray(corner_patch((32, 32, 1), 3)[0].numpy())
+    resized = torch.from_numpy(np.array(mask.resize((width, height), Image.Resampling.BILINEAR)))
+    return resized.expand(channels, height, width)
 
 
 def badnet(images: Tensor, trigger: Tensor) -> Tensor:
@@ -56,16 +69,19 @@ def blended(images: Tensor, picture: Tensor, alpha: float) -> Tensor:
 
 
 def low_frequency_pattern(size: Size, seed: int, amplitude: float = 51.0, cutoff: int = 4) -> Tensor:
-    """Our own low-frequency pattern, float64 ``[C, H, W]`` from 0 to ``amplitude`` grey levels (BB's reach 51).
+    """Our own low-frequency pattern, float64 ``[C, H, W]`` from 0 to ``amplitude`` grey levels, as strong as BB's.
 
-    Random amounts of the DCT-II waves (u, v), u and v below ``cutoff``; the constant wave only shifts the minimum to 0.
+    Random amounts of the DCT-II waves (u, v), 0 < u + v, u and v below ``cutoff``. What lies more than 0.9 standard deviations
+    below the mean becomes 0, and the maximum ``amplitude``: so the mean change is 12 grey levels and a fifth of the values are
+    0, as in the patterns that BB ships (``resource/lowFrequency``: 11 to 19 grey levels, 8 to 33 % zeros, maximum 51).
     """
     height, width, channels = size
     draw = torch.Generator().manual_seed(seed)
     amounts = torch.randn(channels, cutoff, cutoff, generator=draw, dtype=torch.float64)
     amounts[:, 0, 0] = 0
     waves = torch.einsum("cuv,uh,vw->chw", amounts, _cosines(cutoff, height), _cosines(cutoff, width))
-    return amplitude * _stretch(waves, (0, 1, 2))
+    floor = waves.mean() - 0.9 * waves.std()
+    return amplitude * ((waves - floor) / (waves.max() - floor)).clamp(min=0)
 
 
 def _cosines(count: int, length: int) -> Tensor:
@@ -104,6 +120,8 @@ def warp_field(size: Size, seed: int, strength: float = 0.5, points: int = 4) ->
 def wanet(images: Tensor, field: Tensor, noise_seeds: Tensor | None = None, rescale: float = 1.0) -> Tensor:
     """Images warped by ``field`` (:func:`warp_field`): bilinear, positions outside the image moved onto its border.
 
+    Pixels are floats in [0,1] meanwhile, so that truncation falls as in BB (``attack/wanet.py``, ToPILImage).
+
     With ``noise_seeds`` (int64 ``[N]``), each image gets ``field`` plus its own uniform noise of less than half a pixel (the
     paper's *noise mode*, BB's *cross* samples), so that a model learns the one warp and not warping as such.
     """
@@ -116,8 +134,7 @@ def wanet(images: Tensor, field: Tensor, noise_seeds: Tensor | None = None, resc
         for row, seed in enumerate(noise_seeds.tolist()):
             noise[row] = torch.rand(height, width, 2, generator=torch.Generator().manual_seed(seed)) * 2 - 1
         grids = (grids + noise / torch.tensor([width, height])).clamp(-1, 1)
-    moved = F.grid_sample(images.float(), grids, align_corners=True)
-    return _grey_levels(moved.round())
+    return _grey_levels(F.grid_sample(images.float() / 255, grids, align_corners=True) * 255)
 
 
 def sample_specific(images: Tensor, strength: float, seed: int) -> Tensor:
