@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -125,7 +126,7 @@ class Trigger:
         return torch.cat([part.argsort(descending=True, stable=True).argsort() + 1 for part in parts])
 
 
-def load_attacked(record: AttackRecord, settings: dict[str, object], device: torch.device) -> Attacked:
+def load_attacked(record: AttackRecord, settings: dict[str, Any], device: torch.device) -> Attacked:
     """The record's model on ``device``, with the preprocessing of a run with these ``settings`` (of ``metrics.json``)."""
     facts = preprocessing(Settings(**{name: value for name, value in settings.items() if name in FIELDS}), record)
     network = load_model(record.model_name, record.num_classes, record.state)
@@ -157,7 +158,8 @@ def read_run(folder: Path, summary: RunSummary, num_classes: int, layers: list[C
     Raises:
         UserError: a file is missing, damaged, of another run or about another model; names it.
     """
-    maps = _table(folder / "feature_maps.csv", lambda path: pd.read_csv(path, float_precision="round_trip"))
+    exact = {"margin": lambda text: float(text or "nan")}  # pandas may round the last digit, which can decide a tie
+    maps = _table(folder / "feature_maps.csv", lambda path: pd.read_csv(path, converters=exact))
     history = _table(folder / "fmp_df.csv", lambda path: pd.read_csv(path, index_col=0))
     scores = ["correct", "samples", "margin"] if "rank" in maps else []
     for path, frame, columns in (

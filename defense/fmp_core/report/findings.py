@@ -39,8 +39,8 @@ def verdict(outcome: AttackOutcome, acc_before: float, acc_after: float) -> tupl
     if chance is not None:
         low, high = (100 * outcome[limit] for limit in ("excess_low", "excess_high"))
         sentences.append(
-            f"Without any trigger, {100 * chance:.2f} % of clean images of other classes get the attacker’s class, so the trigger "
-            f"itself adds {100 * outcome['excess']:.1f} points (95 % interval {low:.1f} to {high:.1f})."
+            f"Without any trigger, {100 * chance:.2f} % of clean images of other classes get the attacker's class, so the "
+            f"trigger itself adds {100 * outcome['excess']:.1f} points (95 % interval {low:.1f} to {high:.1f})."
         )
     if not outcome["certain"]:
         sentences.append("The test set is too small to say more.")
@@ -63,7 +63,7 @@ def _about_figures(run: Run) -> Iterator[tuple[str, str]]:
         what, stop, why = sentence.partition(". ")
         yield what + stop.strip(), why
     if summary.test_images:
-        why = f"An even sample of {summary.test_images} images of each test set (--test_images); leave it out for figures to report."
+        why = f"An even sample of {summary.test_images} images of each test set; leave --test_images out for a full test."
         yield "This is a quick look, not tested on all images.", why
     drop = run.hits("test_acc", "before").mean() - run.hits("test_acc", "after").mean()
     if drop > MUCH_ACCURACY:
@@ -84,9 +84,9 @@ def _about_selection(run: Run, own: Pruning, precision: Precision | None) -> Ite
         yield f"{tied} feature maps are tied where the cut falls.", why
     if run.scored and precision is not None and precision.chosen and precision.chance > CHANCE:
         why = (
-            f"{precision.hits} of the {precision.chosen} pruned maps are among those whose activation the trigger changes most; a "
-            f"random selection does at least as well with probability {precision.chance:.2f}. Do not credit the ranking with the "
-            "change in ASR."
+            f"{precision.hits} of {precision.chosen} pruned maps are among those whose activation the trigger changes most; "
+            f"a random selection does at least as well with probability {precision.chance:.2f}. Do not credit the ranking with "
+            "the change in ASR."
         )
         yield "The ranking is no better than random on this record.", why
 

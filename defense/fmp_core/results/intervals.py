@@ -56,12 +56,12 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
     product = both * neither - only_first * only_second
     corrected = max(product - total / 2, 0.0) if product > 0 else product
     correlation = corrected / math.sqrt(margins) if margins else 0.0
-    shares = (wilson(hits / total, total) for hits in (both + only_first, both + only_second))
-    return difference(*shares, correlation)
+    share, other = (both + only_first) / total, (both + only_second) / total
+    return difference(wilson(share, total), wilson(other, total), correlation)
 
 
 def rating(gain: Interval, acc_drop: Interval) -> Interval:
     """Limits of :func:`fmp_core.metrics.rating` (DER of the drops of ASR and of Acc) from those of its parts, which come from
     different images."""
-    parts = (Interval(*(max(0.0, part) for part in interval)) for interval in (gain, acc_drop))
-    return Interval(*((part + 1) / 2 for part in difference(*parts)))
+    gained, lost = (Interval(*(max(0.0, limit) for limit in interval)) for interval in (gain, acc_drop))
+    return Interval(*((limit + 1) / 2 for limit in difference(gained, lost)))

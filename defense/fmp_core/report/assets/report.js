@@ -192,8 +192,8 @@ document.getElementById("controls").addEventListener("change", event => {
   else spread = event.target.value === "spread";
   draw();
 });
-document.getElementById("range").textContent = data.samples ? `heights run from ${percent(low)} to ${percent(high)} correct`
-  : "heights run from no change (top) to the layer’s largest";
+document.getElementById("range").textContent = !data.samples ? "heights run from no change (top) to the layer’s largest"
+  : low === high ? `all stand at ${percent(low)} correct` : `heights run from ${percent(low)} to ${percent(high)} correct`;
 const started = performance.now();
 draw();
 document.documentElement.dataset.drawn = (performance.now() - started).toFixed(1);

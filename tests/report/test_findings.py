@@ -1,0 +1,98 @@
+"""What a report says in words."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+import pytest
+from fmp_core.metrics import METRICS
+from fmp_core.models.activation_change import Precision
+from fmp_core.report.findings import command, verdict, warnings
+from fmp_core.report.page import page
+from fmp_core.report.strips import own_pruning
+from fmp_core.results.removal import attack_outcome
+from fmp_core.settings import Settings, add_arguments, load_settings
+from fmp_core.system.cli import Parser
+from made_runs import made_run, predictions, scored_maps
+
+APART, TIED = [1, 2, 8, 9], [1, 8, 8, 8]
+GOOD = Precision(hits=2, chosen=2, random=0.5, chance=0.01, percentile=0.9)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "images", "says"),
+    [
+        (0.95, 0.02, 10000, "is removed"),
+        (0.95, 0.30, 10000, "weakened, not removed"),
+        (0.95, 0.095, 1000, "weakened, perhaps removed"),
+        (0.95, 0.90, 10000, "still works"),
+        (0.5, 0.25, 100, "may still work"),
+        (0.05, 0.02, 10000, "no working backdoor"),
+    ],
+)
+def test_the_verdict_is_about_what_the_trigger_adds(before: float, after: float, images: int, says: str) -> None:
+    found = attack_outcome(predictions((0.88, after), (0.9, before), images))
+    head, sentence = verdict(found, 0.9, 0.88)
+    assert says in head and "fell by 2.00 points" in sentence and f"(before: {100 * before:.2f} %)" in sentence
+    assert "0.00 % of clean images of other classes" in sentence and ("too small" in sentence) != found["certain"]
+
+
+def said(correct: list[int], rows: Any = None, precision: Precision | None = GOOD, samples: int = 32, **more: Any) -> str:
+    run = made_run(scored_maps({"a": correct}, samples), rows, **{"settings": {"p": 2}, **more})
+    return " ".join(" ".join(pair) for pair in warnings(run, own_pruning(run), precision))
+
+
+def test_a_good_run_has_no_warning() -> None:
+    assert said(APART) == ""
+
+
+def test_each_warning_has_its_cause() -> None:
+    assert "3 feature maps are tied" in said(TIED)
+    assert "no better than random" in said(APART, precision=GOOD._replace(chance=0.3))
+    assert "Accuracy fell by 4.0 points" in said(APART, predictions((0.86, 0.02)))
+    assert "on 8 images only" in said(APART, samples=8)
+    assert "has 100 images only" in said(APART, clean_images=100)
+    assert "test sets are small" in said(APART, predictions((0.9, 0.02), images=50))
+    assert "Nothing was pruned" in said(APART, settings={"p": 8}) and "lower --p" in said(APART, settings={"p": 8})
+    assert "An even sample of 500 images" in said(APART, test_images=500)
+    sentence = "The attack reported other figures in record/x/attack_df_summary.csv: Acc 12.0 % here, 28.5 % there. Perhaps."
+    assert sentence in said(APART, warnings=[sentence])
+
+
+def test_a_budget_that_allows_nothing_is_named() -> None:
+    maps = scored_maps({"a": APART}).drop(columns=["correct", "samples", "margin", "rank"]).assign(moved=0.0)
+    run = made_run(maps, settings={"selection": "trigger", "budget": 0.02})
+    assert "--budget 0.02" in dict(warnings(run, own_pruning(run), None))["Nothing was pruned."]
+
+
+def test_the_page_shows_the_attacks_own_figures_the_quick_look_and_names_as_text() -> None:
+    bad, sentence = "<script>alert(1)</script>", "The attack reported other figures: Acc 12.0 % here, 28.5 % there."
+    run = made_run(
+        scored_maps({bad: APART}),
+        settings={"p": 2, "log": bad},
+        **{"model": bad, "device": bad, "record": bad, "warnings": [sentence, bad], "test_images": 500},
+        attack_figures=dict(zip(METRICS, (0.285, 0.9, 0.05), strict=True)),
+    )
+    text = page(run, 10, None, f"No pairs here {bad}.")
+    assert sentence in text and "Acc 28.50, ASR 90.00, RA 5.00" in text
+    assert "tested on a sample of 500 images" in text and "No pairs here" in text
+    assert bad not in text and "&lt;script&gt;alert(1)" in text
+
+
+@pytest.mark.parametrize("preset", [{}, {"preset": "strong"}, {"preset": "strong", "masked": "False", "frg_samples": "32"}])
+def test_the_command_repeats_the_run(preset: dict[str, str]) -> None:
+    settings = load_settings({"result_file": "a b", "p": "32", "eps": "8/255", "steplr_milestones": "3,4", **preset})
+    words = command(json.loads(json.dumps(vars(settings))))
+    assert "--result_file 'a b'" in words and "--lr" not in words and "--selection" not in words
+    assert ("--preset strong" in words) == bool(preset) and ("--masked False" in words) == ("masked" in preset)
+    parser = Parser("fmp")
+    add_arguments(parser)
+    assert load_settings(vars(parser.parse_args(shlex.split(words)[2:]))) == settings
+
+
+def test_the_command_of_an_ablation_leaves_out_what_its_rows_set() -> None:
+    settings = Settings(result_file="x", selection="none", scope="global", masked=True, p=8, defense_name="ablate-oracle")
+    words = command(vars(settings), "ablate.py --rows oracle")
+    assert words == "python record_scripts/ablate.py --rows oracle --result_file x --p 8"
