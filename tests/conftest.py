@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from fmp_core import command
-from fmp_core.data.attack_record import PoisonedImages, write_attack_record
+from fmp_core.data.write_record import PoisonedImages, write_attack_record
 from fmp_core.models.build import build_model
 from toy import NARROW_RESNET
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import poisoned
-from fmp_core.data.attack_record import read_attack_record, write_attack_record
+from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.clean_subset import choose_subset
 from fmp_core.data.images import read_images
+from fmp_core.data.write_record import write_attack_record
 from fmp_core.errors import UserError
 from fmp_core.settings import read_yaml
 from fmp_core.storage.torch_file import load_torch_file

@@ -13,15 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fmp_core.data.attack_record import (
-    ATTACK_KEYS,
-    PoisonedImages,
-    find_records,
-    read_attack_record,
-    write_attack_record,
-    write_defense_result,
-)
-from fmp_core.data.datasets import Split
+from fmp_core.data.attack_record import ATTACK_KEYS, PoisonedSet, find_records, read_attack_record
+from fmp_core.data.datasets import FACTS, Split
+from fmp_core.data.write_record import PoisonedImages, write_attack_record, write_defense_result
 from fmp_core.errors import UserError
 from fmp_core.models.build import load_model
 from PIL import Image
@@ -129,6 +123,16 @@ def test_records_are_found_by_name(record: Path):
     assert find_records(record.parent / "nowhere") == []
 
 
+def test_nested_and_linked_records_are_found_once(record: Path, tmp_path: Path):
+    shutil.copytree(record, record.parent / "cifar10" / "seed 1" / "nested")
+    shutil.copytree(record, tmp_path / "elsewhere")
+    (record.parent / "linked").symlink_to(tmp_path / "elsewhere")
+    (record.parent / "cifar10" / "loop").symlink_to(record.parent)
+    (record / "inner").mkdir()
+    shutil.copy(record / "attack_result.pt", record / "inner")  # a record holds no records
+    assert find_records(record.parent) == ["cifar10/seed 1/nested", "linked", "mine"]
+
+
 # What BackdoorBench writes.
 
 
@@ -143,9 +147,23 @@ def test_data_parallel_prefixes_are_dropped(record: Path, edit_record: Edit):
     assert list(read_attack_record(record).state) == ["b", "a", "n"]
 
 
-def test_only_a_leading_prefix_is_dropped(record: Path, edit_record: Edit):
-    edit_record(record, set_to("model", value={"sub.module.w": torch.ones(1)}))
-    assert list(read_attack_record(record).state) == ["sub.module.w"]
+@pytest.mark.parametrize(
+    "wrapped", ["_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "{}.module.w", "a.{}._orig_mod.b"]
+)
+def test_what_wraps_modules_leaves_the_keys(wrapped: str, record: Path, edit_record: Edit):
+    state = OrderedDict((wrapped.format(key), value) for key, value in STATE.items())
+    state._metadata = OrderedDict([(wrapped.format("b"), {"version": 2})])  # type: ignore[attr-defined]
+    edit_record(record, set_to("model", value=state))
+    plain = wrapped.replace("module.", "").replace("_orig_mod.", "")
+    found = read_attack_record(record).state
+    assert list(found) == [plain.format(key) for key in STATE]
+    assert found._metadata == {plain.format("b"): {"version": 2}}  # type: ignore[attr-defined]
+
+
+def test_two_weights_of_one_name_are_refused(record: Path, edit_record: Edit):
+    edit_record(record, set_to("model", value={"w": torch.ones(1), "module.w": torch.ones(1)}))
+    with pytest.raises(UserError, match="two weights that are called w"):
+        read_attack_record(record)
 
 
 def with_numpy_keys(content: dict[str, Any]) -> None:
@@ -283,9 +301,13 @@ def test_a_symlink_out_of_the_record_is_refused(record: Path, tmp_path: Path):
         read_attack_record(record)
 
 
-def test_a_symlinked_folder_out_of_the_record_is_refused(record: Path, tmp_path: Path):
+def test_the_image_folder_may_lie_on_another_disk(record: Path, tmp_path: Path):
+    """... behind a link; but nothing in it may lead elsewhere."""
     (record / "bd_test_dataset").rename(tmp_path / "images")
     (record / "bd_test_dataset").symlink_to(tmp_path / "images")
+    assert torch.equal(images_in(record), PIXELS)
+    (tmp_path / "images" / "2").rename(tmp_path / "two")
+    (tmp_path / "images" / "2").symlink_to(tmp_path / "two")
     with pytest.raises(UserError, match="outside its folder"):
         read_attack_record(record)
 
@@ -363,6 +385,30 @@ def test_v1_true_labels_come_from_the_indices(record: Path, edit_record: Edit):
     assert read_attack_record(record).bd_test.true_labels(clean_test()).tolist() == TRUE
 
 
+def test_a_test_set_in_another_order_is_refused(record: Path):
+    """RA would still be right, but pairs of clean and poisoned images would show different things."""
+    poisoned, test = read_attack_record(record).bd_test, clean_test()
+    shuffled = Split(test.labels.flip(0), test.read)
+    with pytest.raises(UserError, match="of its 4 poisoned test images, only 0 are those of the clean test images"):
+        poisoned.true_labels(shuffled)
+
+
+def test_a_few_labels_may_differ_from_the_clean_test_set(tmp_path: Path):
+    labels = torch.arange(100) % 7
+    poisoned = PoisonedSet(torch.zeros(100, 3, 1, 1), torch.zeros(100).long(), labels, torch.arange(100))
+    other = labels.clone()
+    other[:5] += 1
+    assert torch.equal(poisoned.true_labels(Split(other, lambda rows: torch.zeros(0))), labels)
+    other[5] += 1
+    with pytest.raises(UserError, match="another order"):
+        poisoned.true_labels(Split(other, lambda rows: torch.zeros(0)))
+
+
+def test_a_dataset_may_have_a_blank_in_its_name(record: Path, edit_record: Edit):
+    edit_record(record, set_to("clean_data", value="my toys"))
+    assert read_attack_record(record).dataset == "my toys"
+
+
 def test_v1_without_true_labels_is_refused(record: Path, edit_record: Edit):
     edit_record(record, v1(pil_images()))
     found = read_attack_record(record).bd_test
@@ -411,6 +457,53 @@ def test_v1_images_that_do_not_fit_are_refused(x: Any, record: Path, edit_record
 def test_v1_floats_in_the_unit_interval_are_pixels(record: Path, edit_record: Edit):
     edit_record(record, v1([np.full((4, 4, 3), 0.2, np.float32)] * 4, original_targets=TRUE))
     assert read_attack_record(record).bd_test.pixels((4, 4, 3)).unique().tolist() == [51]
+
+
+def normalised(pixels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    return (pixels.float() / 255 - mean) / std
+
+
+MNIST_PIXELS = PIXELS[:, :1]
+RANGES: dict[str, Callable[[], Any]] = {
+    "bytes, channels first": lambda: PIXELS,
+    "bytes, channels last": lambda: PIXELS.permute(0, 2, 3, 1),
+    "whole floats": lambda: PIXELS.float(),
+    "floats of bytes, channels last": lambda: PIXELS.permute(0, 2, 3, 1).numpy().astype(np.float64),
+    "long integers": lambda: PIXELS.long(),
+    "a list of tensors": lambda: list(PIXELS),
+    "a list of float tensors": lambda: [image / 255 for image in PIXELS],
+    "a list of tensors, channels last": lambda: [image.permute(1, 2, 0) for image in PIXELS],
+    "a list of arrays, channels first": lambda: [image.numpy() for image in PIXELS],
+}
+
+
+@pytest.mark.parametrize("x", RANGES.values(), ids=RANGES.keys())
+def test_the_range_and_layout_of_v1_images_are_found(x: Callable[[], Any], record: Path, edit_record: Edit):
+    edit_record(record, v1(x(), original_targets=TRUE))
+    assert torch.equal(images_in(record), PIXELS)
+
+
+def test_normalised_v1_images_are_recognised_by_the_datasets_mean_and_std(record: Path, edit_record: Edit):
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (FACTS["cifar10"].mean, FACTS["cifar10"].std))
+    edit_record(record, v1((PIXELS.float() / 255 - mean) / std, original_targets=TRUE))
+    edit_record(record, set_to("clean_data", value="CIFAR-10"))
+    assert torch.equal(images_in(record), PIXELS)
+
+
+UNCERTAIN: dict[str, Callable[[], Any]] = {
+    "normalised otherwise": lambda: normalised(PIXELS, 0.5, 0.5),
+    "above one": lambda: PIXELS.float() / 100,
+    "above 255": lambda: PIXELS.long() + 10,
+    "below zero": lambda: PIXELS.long() - 1,
+    "floats beside bytes": lambda: [PIXELS[0], *(PIXELS[1:].float() / 255)],
+}
+
+
+@pytest.mark.parametrize("x", UNCERTAIN.values(), ids=UNCERTAIN.keys())
+def test_v1_images_of_an_uncertain_range_are_refused_and_never_clipped(x: Callable[[], Any], record: Path, edit_record: Edit):
+    edit_record(record, v1(x(), original_targets=TRUE))
+    with pytest.raises(UserError, match="bd_test x holds"):
+        read_attack_record(record)
 
 
 # Files that are no records.
@@ -539,7 +632,7 @@ def test_a_pickled_image_without_content_is_refused(record: Path, edit_record: E
 def test_classes_that_do_not_fit_the_weights_are_named(tiny_record: Path, edit_record: Edit):
     edit_record(tiny_record, set_to("num_classes", value=12))
     found = read_attack_record(tiny_record)
-    with pytest.raises(UserError, match=r"classifier\.1\.weight has shape \(10, .*with 12 classes needs \(12, "):
+    with pytest.raises(UserError, match=r"weight has shape \(10, .*with 12 classes needs \(12, "):
         load_model(found.model_name, found.num_classes, found.state)
 
 

@@ -158,10 +158,15 @@ def test_a_damaged_batch_is_refused(content: Any, tmp_path: Path):
     assert str(tmp_path / "cifar10") in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_images_of_another_size_than_the_records_are_refused(tmp_path: Path):
-    write_cifar10(tmp_path, random_pixels(6), [0] * 6)
-    with pytest.raises(UserError, match=r"\(1, 3, 32, 32\)"):
-        open_split(tmp_path, "cifar10", False, (64, 64, 3))
+@pytest.mark.parametrize("size", [(64, 64, 3), (20, 24, 3), (32, 32, 1)])
+def test_images_take_the_size_that_the_record_says(size: tuple[int, int, int], tmp_path: Path):
+    """CIFAR-10 records at 64 or 224 pixels are BB's own; it resizes as torchvision does."""
+    images = random_pixels(6)
+    write_cifar10(tmp_path, images, [0] * 6)
+    read = open_split(tmp_path, "cifar10", False, size).read([0])[0]
+    image = Image.fromarray(images[5].transpose(1, 2, 0)).convert("RGB" if size[2] == 3 else "L")
+    expected = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR)).reshape(size)
+    assert np.array_equal(read.permute(1, 2, 0).numpy(), expected)
 
 
 # Folders and files that are missing

@@ -1,10 +1,11 @@
-"""BackdoorBench attack records in (safely), attack records and defense results out (atomically).
+"""Reading attack records, as data: nothing in them is executed.
 
 Formats: BB ``utils/save_load_attack.py`` and ``utils/bd_dataset_v2.py``; records of BB v1 hold plain ``x``/``y`` dicts.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -15,17 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fmp_core.data.datasets import Split
-from fmp_core.data.images import Size, read_images, room_for, to_pixels
+from fmp_core.data.datasets import DatasetFacts, Split, dataset_facts
+from fmp_core.data.images import Size, read_images
+from fmp_core.data.pixel_range import pixels_of
 from fmp_core.errors import UserError
-from fmp_core.storage.files import sync_disks, write_torch
-from fmp_core.storage.torch_file import PickledImage, load_torch_file
+from fmp_core.storage.torch_file import load_torch_file
 
 ATTACK_FILE = "attack_result.pt"
 MOST_CLASSES = 1_000_000
+DIFFERENT_LABELS = 0.05  # share of labels in which re-encoded data may differ from the record; another order differs in most
+DEPTH = 4  # folders between a record root and its records
 ATTACK_KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
 
 
@@ -51,22 +53,42 @@ class PoisonedSet:
         return self.images if isinstance(self.images, Tensor) else read_images(self.images, size)
 
     def true_labels(self, clean_test: Split) -> Tensor:
-        """The true labels, int64 ``[N]``. Raises UserError if the record does not determine them."""
+        """The true labels, int64 ``[N]``, compared with those of the clean test set where the record names its images.
+
+        Raises:
+            UserError: the record does not determine them, or they are not those of ``clean_test`` (another order, other data).
+        """
         if self.indices is not None and not ((self.indices >= 0) & (self.indices < len(clean_test))).all():
             raise UserError(
                 f"The record names poisoned test images {int(self.indices.min())} to {int(self.indices.max())}, but the clean "
                 f"test set has images 0..{len(clean_test) - 1}; check --dataset_path."
             )
         if self.original is not None:
+            self._check_pairs(clean_test)
             return self.original
         if self.indices is None:
             raise UserError("The record names neither the true labels nor the test images it poisoned, so RA is undefined.")
         return clean_test.labels[self.indices]
 
+    def _check_pairs(self, clean_test: Split) -> None:
+        if self.indices is None or self.original is None:
+            return
+        different = int((clean_test.labels[self.indices] != self.original).sum())
+        if different > DIFFERENT_LABELS * len(self):
+            raise UserError(
+                "The clean test set is not the one that the record was made of, or in another order: of the true labels that the "
+                f"record stores of its {len(self)} poisoned test images, only {len(self) - different} are those of the clean test "
+                "images at these positions; check --dataset_path."
+            )
+
 
 @dataclass(frozen=True)
 class AttackRecord:
-    """An attack record: the suspicious model and what is needed to judge it. ``state`` keys have no ``module.`` prefix."""
+    """An attack record: the suspicious model and what is needed to judge it.
+
+    ``state`` keys lack the parts ``module`` and ``_orig_mod``, with which DataParallel and ``torch.compile`` wrap modules; the
+    dict may have torch's ``_metadata``.
+    """
 
     folder: Path
     model_name: str
@@ -78,8 +100,19 @@ class AttackRecord:
 
 
 def find_records(root: str | Path) -> list[str]:
-    """Names of the folders below ``root`` that hold an attack record."""
-    return sorted(path.parent.relative_to(root).as_posix() for path in Path(root).glob(f"*/{ATTACK_FILE}"))
+    """Names of the folders below ``root`` that hold an attack record, at most DEPTH levels deep; links are followed."""
+    root, found = Path(root), []
+    seen = set()
+    for folder, inside, files in os.walk(root, followlinks=True):
+        place = Path(folder)
+        real, depth = place.resolve(), len(place.relative_to(root).parts)
+        if ATTACK_FILE in files and depth:
+            found.append(place.relative_to(root).as_posix())
+        if real in seen or depth >= DEPTH or (ATTACK_FILE in files and depth):
+            inside.clear()  # a record holds no records, but thousands of images
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        seen.add(real)
+    return sorted(found)
 
 
 def read_attack_record(folder: str | Path) -> AttackRecord:
@@ -106,7 +139,7 @@ def read_attack_record(folder: str | Path) -> AttackRecord:
 
 def _attack_record(folder: Path, content: Mapping[str, Any]) -> AttackRecord:
     dataset, model_name = content["clean_data"], content["model_name"]
-    if not (isinstance(dataset, str) and re.fullmatch(r"\w[\w.-]*", dataset)):
+    if not (isinstance(dataset, str) and re.fullmatch(r"\w[\w. -]*", dataset)):
         raise ValueError(f"clean_data is {brief(dataset)}, which names no dataset")
     if not isinstance(model_name, str):
         raise ValueError(f"model_name is {brief(model_name)}")
@@ -118,7 +151,8 @@ def _attack_record(folder: Path, content: Mapping[str, Any]) -> AttackRecord:
     bd_test = content["bd_test"]
     if not isinstance(bd_test, Mapping):
         raise ValueError(f"bd_test is a {type(bd_test).__name__}")
-    poisoned = _v1_poisoned_set(bd_test, size) if "x" in bd_test else _poisoned_set(folder, bd_test, size)
+    facts = dataset_facts(dataset, size)
+    poisoned = _v1_poisoned_set(bd_test, size, facts) if "x" in bd_test else _poisoned_set(folder, bd_test, size, facts)
     for name, labels in (("attack", poisoned.targets), ("original", poisoned.original)):
         if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(f"an {name} label of bd_test is outside 0..{num_classes - 1}")
@@ -128,14 +162,25 @@ def _attack_record(folder: Path, content: Mapping[str, Any]) -> AttackRecord:
 
 
 def _state(model: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
-    state = OrderedDict((str(key).removeprefix("module."), value) for key, value in model.items())
-    for key, value in state.items():
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    for stored, value in model.items():
+        key = _unwrapped(str(stored))
         if not isinstance(value, Tensor):
             raise ValueError(f"model[{key!r}] is a {type(value).__name__} that holds no numbers")
+        if key in state:
+            raise ValueError(f"model has two weights that are called {key} without 'module' and '_orig_mod'")
+        state[key] = value
+    saved = getattr(model, "_metadata", None)
+    if isinstance(saved, Mapping):
+        state._metadata = {_unwrapped(str(key)): value for key, value in saved.items()}  # type: ignore[attr-defined]
     return state
 
 
-def _poisoned_set(folder: Path, state: Mapping[str, Any], size: Size) -> PoisonedSet:
+def _unwrapped(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod"))
+
+
+def _poisoned_set(folder: Path, state: Mapping[str, Any], size: Size, facts: DatasetFacts) -> PoisonedSet:
     """The state of BB's ``prepro_cls_DatasetBD_v2``; positions whose indicator is 0 are clean and left out."""
     container = state["bd_data_container"]
     indicator, order = _integers(state["poison_indicator"]), _integers(state["original_index_array"])
@@ -152,20 +197,14 @@ def _poisoned_set(folder: Path, state: Mapping[str, Any], size: Size) -> Poisone
     if on_disk:
         images = _locate([items[i]["path"] for i in chosen], container.get("save_folder_path"), folder)
     else:
-        images = _stack([items[i][0] for i in chosen], size)
+        images = pixels_of([items[i][0] for i in chosen], size, facts.mean, facts.std)
     return PoisonedSet(images, _int64([x[0] for x in labels]), _int64([x[1] for x in labels]), _int64(chosen))
 
 
-def _v1_poisoned_set(state: Mapping[str, Any], size: Size) -> PoisonedSet:
-    x = state["x"]
-    if isinstance(x, Tensor) and x.is_floating_point():
-        if not x.isfinite().all():
-            raise ValueError("bd_test x holds NaN or infinite numbers")
-        images = (x * 255).round().clamp(0, 255).to(torch.uint8)
-    else:
-        images = _stack(list(x), size)
-    if images.shape[1:] != (size[2], *size[:2]) or len(images) != len(state["y"]):
-        raise ValueError(f"bd_test x has shape {tuple(images.shape)} for {len(state['y'])} labels")
+def _v1_poisoned_set(state: Mapping[str, Any], size: Size, facts: DatasetFacts) -> PoisonedSet:
+    if len(state["x"]) != len(state["y"]) or not len(state["y"]):
+        raise ValueError(f"bd_test has {len(state['x'])} images and {len(state['y'])} labels")
+    images = pixels_of(state["x"], size, facts.mean, facts.std)
     original, indices = state.get("original_targets"), state.get("original_index")
     for name, values in (("original_targets", original), ("original_index", indices)):
         if values is not None and len(values) != len(images):
@@ -189,28 +228,12 @@ def _integers(values: Any) -> list[int]:
     return [int(value) for value in values]
 
 
-def _stack(images: Sequence[Any], size: Size) -> Tensor:
-    """Images held in the record (pickled PIL, uint8 arrays ``[H, W, C]``) as uint8 ``[N, C, H, W]``."""
-    pixels = room_for(len(images), size)
-    for row, image in enumerate(images):
-        pixels[row] = to_pixels(image.decode() if isinstance(image, PickledImage) else Image.fromarray(_bytes(image)), size)
-    return pixels
-
-
-def _bytes(image: Any) -> np.ndarray:
-    if not isinstance(image, (Tensor, np.ndarray)):
-        raise ValueError(f"an image of bd_test is a {type(image).__name__}")
-    array = np.asarray(image)
-    if np.issubdtype(array.dtype, np.floating):
-        array = (array * 255).round().clip(0, 255)
-    return array.astype(np.uint8)
-
-
 def _locate(stored: Sequence[str], saved_below: str | None, folder: Path) -> list[Path]:
     """Files of poisoned images, inside the record folder wherever that lies now.
 
     BB stores paths relative to the working directory of the attack (``./record/<name>/bd_test_dataset/<label>/<i>.png``), which
-    break when the record is moved or renamed. Only the part from the image folder on is used; it may not leave the record.
+    break when the record is moved or renamed. Only the part from the image folder on is used. The image folder may be a link
+    (to a larger disk, say); nothing in it may lead out of it, and no stored path may climb.
     """
     root = folder.resolve()
     base = PurePosixPath(saved_below.replace("\\", "/")) if saved_below else None
@@ -223,7 +246,11 @@ def _locate(stored: Sequence[str], saved_below: str | None, folder: Path) -> lis
             else PurePosixPath(*path.parts[-3:])
         )
         file = root / inside
-        if not file.resolve().is_relative_to(root):
+        if (
+            inside.is_absolute()
+            or ".." in inside.parts
+            or not file.resolve().is_relative_to((root / inside.parts[0]).resolve())
+        ):
             raise UserError(f"The record in {folder} names an image outside its folder ({text}), and was refused.")
         found.append(file)
     missing = [file for file in found if not file.is_file()]
@@ -232,70 +259,3 @@ def _locate(stored: Sequence[str], saved_below: str | None, folder: Path) -> lis
             f"{len(missing)} of {len(found)} poisoned test images are missing, first {missing[0]}; copy the whole record."
         )
     return found
-
-
-@dataclass(frozen=True)
-class PoisonedImages:
-    """What an attack made of one clean set of ``total`` images: ``images`` uint8 ``[n, C, H, W]`` at positions ``indices``."""
-
-    total: int
-    indices: Sequence[int]
-    images: Tensor
-    targets: Sequence[int]
-    original: Sequence[int]
-
-
-def write_attack_record(
-    folder: Path,
-    *,
-    name: str,
-    model_name: str,
-    num_classes: int,
-    state: Mapping[str, Tensor],
-    dataset: str,
-    image_size: Size,
-    bd_train: PoisonedImages,
-    bd_test: PoisonedImages,
-) -> None:
-    """Write record ``name`` into ``folder`` as BB does: PNGs ``bd_*_dataset/<label>/<index>.png``, ``attack_result.pt`` last.
-
-    ``name`` is what the stored paths say (``./record/<name>/...``), since ``folder`` may be a temporary one.
-    """
-    content = {
-        "model_name": model_name,
-        "num_classes": num_classes,
-        "model": OrderedDict((key, value.detach().cpu()) for key, value in state.items()),
-        "data_path": f"./data/{dataset}",
-        "img_size": image_size,
-        "clean_data": dataset,
-        "bd_train": _backdoor_state(folder, name, "bd_train_dataset", bd_train, keep_all=True),
-        "bd_test": _backdoor_state(folder, name, "bd_test_dataset", bd_test, keep_all=False),
-    }
-    sync_disks()  # once for all images, which are many: attack_result.pt may not outlive them in a power cut
-    write_torch(folder / ATTACK_FILE, content)
-
-
-def _backdoor_state(folder: Path, record: str, images: str, poisoned: PoisonedImages, keep_all: bool) -> dict[str, Any]:
-    saved_below = f"./record/{record}/{images}"
-    items = {}
-    for row, (index, target, label) in enumerate(zip(poisoned.indices, poisoned.targets, poisoned.original, strict=True)):
-        inside = f"{int(label)}/{int(index)}.png"
-        (folder / images / inside).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(poisoned.images[row].permute(1, 2, 0).squeeze(-1).numpy()).save(folder / images / inside)
-        items[int(index)] = {"path": f"{saved_below}/{inside}", "other_info": [int(target), int(label)]}
-    indicator = np.zeros(poisoned.total)
-    indicator[list(items)] = 1
-    return {
-        "bd_data_container": {"save_folder_path": saved_below, "data_dict": items, "save_file_format": ".png"},
-        "getitem_all": True,
-        "getitem_all_switch": False,
-        "original_index_array": np.arange(poisoned.total) if keep_all else np.array(sorted(items), dtype=np.int64),
-        "poison_indicator": indicator,
-        "save_folder_path": saved_below,
-    }
-
-
-def write_defense_result(path: Path, model_name: str, num_classes: int, state: Mapping[str, Tensor]) -> None:
-    """Write ``defense_result.pt``: BB's three keys, CPU tensors (BB ``save_defense_result``)."""
-    model = OrderedDict((key, value.detach().cpu()) for key, value in state.items())
-    write_torch(path, {"model_name": model_name, "num_classes": num_classes, "model": model})

@@ -1,26 +1,33 @@
-"""BackdoorBench's dataset names -> uint8 tensors, read from the layouts BB keeps on disk (never downloaded)."""
+"""Datasets by name: what BackdoorBench knows of them, and their images as uint8 tensors (read from disk, never downloaded)."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
 from torchvision.datasets import MNIST
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from fmp_core.data.images import Size, read_images
+from fmp_core.data.folders import LayoutError, celeba, gtsrb, image_folder, tiny_imagenet, visible
+from fmp_core.data.images import Size, to_pixels
+from fmp_core.data.split import Split
 from fmp_core.errors import UserError
-from fmp_core.storage.unpickler import RefusedError, read_pickle
+from fmp_core.storage.placeholders import RefusedError
+from fmp_core.storage.unpickler import read_pickle
+
+__all__ = ["FACTS", "DatasetFacts", "Split", "dataset_facts", "known_name", "open_split"]
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What BB knows of a dataset (``utils/aggregate_block/dataset_and_transform_generate.py``)."""
+    """What BB knows of a dataset (``utils/aggregate_block/dataset_and_transform_generate.py``).
+
+    ``num_classes`` and ``size`` are BB's defaults; a record may hold others. ``mean`` and ``std`` have one number a channel.
+    """
 
     num_classes: int | None
     size: Size
@@ -36,27 +43,39 @@ FACTS = {
     "gtsrb": DatasetFacts(43, (32, 32, 3)),
     "tiny": DatasetFacts(200, (64, 64, 3), (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "mnist": DatasetFacts(10, (28, 28, 1), (0.5,), (0.5,)),
+    "celeba": DatasetFacts(8, (64, 64, 3)),
     "imagenet": DatasetFacts(1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 FOLDER_CROP_PADDING = 2  # for image folders BB does not know; 4 would cut a corner trigger out of half the images
+ALIASES = {"tinyimagenet": "tiny", "tinyimagenet200": "tiny", "imagenet1k": "imagenet", "ilsvrc2012": "imagenet"}
 
 
-def dataset_facts(name: str, size: Size) -> DatasetFacts:
-    """BB's facts of ``name``; a dataset BB does not know is an image folder with pixels in [0,1] as they are."""
+def known_name(name: str) -> str | None:
+    """BB's name of the dataset that ``name`` means (``CIFAR-10``, ``tiny-imagenet-200``), or None."""
+    plain = re.sub(r"[\W_]", "", name.lower())
+    plain = ALIASES.get(plain, plain)
+    return plain if plain in FACTS else None
+
+
+def dataset_facts(
+    name: str, size: Size, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> DatasetFacts:
+    """BB's facts of ``name`` for images of ``size``, with ``mean`` and ``std`` in place of the dataset's if they are given.
+
+    A dataset BB does not know is an image folder with pixels in [0,1] as they are.
+    """
     channels = size[2]
-    unknown = DatasetFacts(None, size, (0.0,) * channels, (1.0,) * channels, crop_padding=FOLDER_CROP_PADDING)
-    return FACTS.get(name, unknown)
+    unknown = DatasetFacts(None, size, (0.0,), (1.0,), crop_padding=FOLDER_CROP_PADDING)
+    facts = FACTS.get(known_name(name) or "", unknown)
+    mean, std = (_per_channel(values, channels) for values in (mean or facts.mean, std or facts.std))
+    return replace(facts, mean=mean, std=std)
 
 
-@dataclass(frozen=True)
-class Split:
-    """A training or test set: ``labels`` int64 ``[N]``; ``read(indices)`` gives uint8 ``[n, C, H, W]``."""
-
-    labels: Tensor
-    read: Callable[[Sequence[int]], Tensor]
-
-    def __len__(self) -> int:
-        return len(self.labels)
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One number a channel; of a grey image the mean over colours, of a coloured one the grey number."""
+    if len(values) == channels:
+        return tuple(values)
+    return (float(np.mean(values)),) * channels
 
 
 # What parsing a damaged file can raise, in our code or in torchvision's.
@@ -64,17 +83,25 @@ _BAD_CONTENT = (KeyError, ValueError, IndexError, TypeError, AttributeError, Run
 
 
 def open_split(root: str | Path, name: str, train: bool, size: Size) -> Split:
-    """Open one split of dataset ``name`` below ``root/name``; images of folder datasets are decoded only when read.
+    """Open one split of dataset ``name`` below ``root``; images of folder datasets are decoded only when read.
+
+    The folder is ``root/name``, or one whose name means the same dataset (``data/GTSRB`` for ``gtsrb``).
 
     Raises:
-        UserError: the folder or a file of it is missing or damaged; says where the data is expected.
+        UserError: the folder or a file of it is missing, damaged or laid out in no way that is known; says what is wanted.
     """
-    folder = Path(root) / name
-    if not folder.is_dir():
-        raise UserError(f"Dataset folder {folder} does not exist; put {name} there or name its parent with --dataset_path.")
-    openers = {"cifar10": _cifar10, "cifar100": _cifar100, "gtsrb": _gtsrb, "tiny": _tiny, "mnist": _mnist}
+    folder, known = _folder(Path(root), name), known_name(name)
+    openers = {"cifar10": _cifar10, "cifar100": _cifar100, "gtsrb": gtsrb, "tiny": tiny_imagenet, "mnist": _mnist}
+    openers["celeba"] = celeba
     try:
-        return openers.get(name, _image_folder)(folder, train, size)
+        try:
+            return openers.get(known or "", image_folder)(folder, train, size)
+        except LayoutError:
+            if known not in openers or not {"train", "Train"} & {path.name for path in visible(folder)}:
+                raise
+            return image_folder(folder, train, size)  # known datasets are also kept as folders of images
+    except LayoutError as error:
+        raise UserError(f"Dataset {name} in {folder} {error}") from None
     except FileNotFoundError as error:
         missing = error.filename or error
         raise UserError(f"Dataset {name} in {folder} is incomplete: {missing} is missing; unpack the dataset again.") from None
@@ -84,21 +111,37 @@ def open_split(root: str | Path, name: str, train: bool, size: Size) -> Split:
         raise UserError(f"Dataset {name} in {folder} cannot be read ({error}); unpack the dataset again.") from None
 
 
+def _folder(root: Path, name: str) -> Path:
+    exact, known = root / name, known_name(name)
+    if exact.is_dir():
+        return exact
+    alike = [path for path in visible(root) if path.is_dir() and known is not None and known_name(path.name) == known]
+    if len(alike) == 1:
+        return alike[0]
+    if alike:
+        raise UserError(
+            f"{root} has {', '.join(path.name for path in alike)}, which all mean {known}; name one of them {name}."
+        )
+    raise UserError(f"Dataset folder {exact} does not exist; put {name} there or name its parent with --dataset_path.")
+
+
 def _array_split(images: np.ndarray, labels: Sequence[int] | np.ndarray, size: Size) -> Split:
-    """``images`` uint8 ``[N, C, H, W]`` held in memory."""
-    height, width, channels = size
+    """``images`` uint8 ``[N, C, H, W]`` held in memory, resized when they are read if ``size`` is another."""
     pixels = torch.from_numpy(images)
     targets = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-    if pixels.shape != (len(targets), channels, height, width) or pixels.dtype != torch.uint8:
+    if len(pixels) != len(targets) or pixels.dtype != torch.uint8:
         raise ValueError(f"{len(targets)} labels but images of shape {tuple(pixels.shape)} {pixels.dtype}")
-    return Split(targets, lambda indices: pixels[torch.as_tensor(indices, dtype=torch.int64)])
 
+    def read(indices: Sequence[int]) -> torch.Tensor:
+        chosen = pixels[torch.as_tensor(indices, dtype=torch.int64)]
+        if chosen.shape[1:] == (size[2], *size[:2]):
+            return chosen
+        resized = torch.empty(len(chosen), size[2], *size[:2], dtype=torch.uint8)
+        for row, image in enumerate(chosen):
+            resized[row] = to_pixels(Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()), size)
+        return resized
 
-def _file_split(paths: Sequence[Path], labels: Sequence[int], size: Size) -> Split:
-    return Split(
-        torch.tensor(labels, dtype=torch.int64),
-        lambda indices: read_images([paths[int(i)] for i in indices], size),
-    )
+    return Split(targets, read)
 
 
 def _cifar_batch(path: Path, label_key: str) -> tuple[np.ndarray, list[int]]:
@@ -109,8 +152,11 @@ def _cifar_batch(path: Path, label_key: str) -> tuple[np.ndarray, list[int]]:
     return np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32), batch[label_key]
 
 
-def _cifar(files: list[Path], label_key: str, classes: int, size: Size) -> Split:
-    batches = [_cifar_batch(path, label_key) for path in files]
+def _cifar(folder: Path, inner: str, names: list[str], label_key: str, classes: int, size: Size) -> Split:
+    place = next((base for base in (folder / inner, folder) if any((base / name).exists() for name in names)), None)
+    if place is None:
+        raise LayoutError(f"{inner}/{names[0]}", folder)
+    batches = [_cifar_batch(place / name, label_key) for name in names]
     labels = [label for _, batch in batches for label in batch]
     if labels and not 0 <= min(labels) <= max(labels) < classes:
         raise ValueError(f"labels outside 0..{classes - 1}")
@@ -119,45 +165,15 @@ def _cifar(files: list[Path], label_key: str, classes: int, size: Size) -> Split
 
 def _cifar10(folder: Path, train: bool, size: Size) -> Split:
     names = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
-    return _cifar([folder / "cifar-10-batches-py" / name for name in names], "labels", 10, size)
+    return _cifar(folder, "cifar-10-batches-py", names, "labels", 10, size)
 
 
 def _cifar100(folder: Path, train: bool, size: Size) -> Split:
-    return _cifar([folder / "cifar-100-python" / ("train" if train else "test")], "fine_labels", 100, size)
-
-
-def _gtsrb(folder: Path, train: bool, size: Size) -> Split:
-    """``Train/000xx/GT-000xx.csv`` or ``Test/GT-final_test.csv``: ';' separated, column 0 file, column 7 class."""
-    tables = [folder / "Train" / f"{c:05d}" / f"GT-{c:05d}.csv" for c in range(43)]
-    paths: list[Path] = []
-    labels: list[int] = []
-    for table in tables if train else [folder / "Test" / "GT-final_test.csv"]:
-        with open(table, newline="") as file:
-            rows = list(csv.reader(file, delimiter=";"))[1:]
-        paths += [table.parent / row[0] for row in rows]
-        labels += [int(row[7]) for row in rows]
-    return _file_split(paths, labels, size)
-
-
-def _tiny(folder: Path, train: bool, size: Size) -> Split:
-    return _image_folder(folder / "tiny-imagenet-200", train, size)
+    return _cifar(folder, "cifar-100-python", ["train" if train else "test"], "fine_labels", 100, size)
 
 
 def _mnist(folder: Path, train: bool, size: Size) -> Split:
+    if not (folder / "MNIST").is_dir():
+        raise LayoutError("MNIST/raw/*-ubyte", folder)
     data = MNIST(str(folder), train=train, download=False)
     return _array_split(data.data.numpy()[:, None], data.targets.numpy(), size)
-
-
-def _image_folder(folder: Path, train: bool, size: Size) -> Split:
-    """``train/<class>/*`` and ``val/<class>/*`` (or ``test/``), classes in alphabetical order."""
-    names = ["train"] if train else ["val", "test"]
-    found = next((folder / name for name in names if (folder / name).is_dir()), None)
-    if found is None:
-        raise FileNotFoundError(2, "no such folder", str(folder / names[0]))
-    # Classes are counted on the training folder: a class without test images must not shift the labels of the others.
-    classes, numbers = find_classes(str(folder / "train"))
-    unknown = sorted({path.name for path in found.iterdir() if path.is_dir()} - set(classes))
-    if unknown:
-        raise ValueError(f"{found} has the folder {unknown[0]}, which is no class of {folder / 'train'}")
-    samples = make_dataset(str(found), numbers, IMG_EXTENSIONS, allow_empty=not train)
-    return _file_split([Path(path) for path, _ in samples], [label for _, label in samples], size)

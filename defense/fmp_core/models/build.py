@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
 from reprlib import repr as brief
+from typing import cast
 
 import torch
 import torchvision
@@ -64,36 +67,94 @@ def build_model(name: str, num_classes: int) -> nn.Module:
 
 
 def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """Build ``name`` and give it ``state``, matched by key; weights become float32.
+    """Build ``name`` and give it ``state``; weights become float32.
+
+    Keys are matched by name, after a prefix that all of them have (or lack) is dropped (or added). Torch's own migrations of
+    older states apply (``MLPBlock.linear_1`` of torchvision 0.12, ...). :func:`state_like` goes back to the record's keys.
 
     Raises:
-        UserError: names the first key that is missing, unknown or of another shape.
+        UserError: names the first weights that are missing, unknown, of another shape, of the wrong kind or not finite.
     """
     with torch.device("meta"):  # no time is spent on fresh weights, and no random number is drawn
-        model = build_model(name, num_classes)
-    for key, own in model.state_dict().items():
-        if key not in state:
-            raise UserError(f"The record's model lacks the weights {key} of {name}.")
-        if state[key].shape != own.shape:
-            raise UserError(
-                f"The record's {key} has shape {tuple(state[key].shape)}, but {name} with {num_classes} classes needs "
-                f"{tuple(own.shape)}; the record's model_name or num_classes is wrong."
-            )
-        wrong_kind = own.is_floating_point() > state[key].is_floating_point()
-        if wrong_kind or not state[key].to(own.dtype).isfinite().all():  # float64 may be finite and yet beyond float32
-            raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; it is damaged.")
-    unknown = next((key for key in state if key not in model.state_dict()), None)
-    if unknown is not None:
-        raise UserError(f"The record's model has the weights {unknown}, which {name} does not have.")
-    own_state = model.state_dict()
-    model.load_state_dict({key: value.to(own_state[key].dtype, copy=True) for key, value in state.items()}, assign=True)
-    return model
+        network = build_model(name, num_classes)
+    own = network.state_dict()
+    names = _without_prefix(list(state), list(own))
+    given: OrderedDict[str, Tensor] = OrderedDict()
+    for key, value in state.items():
+        wanted = own.get(names[key])
+        if wanted is not None and value.shape == wanted.shape:
+            _check_numbers(key, value, wanted.dtype)
+        given[names[key]] = value.to(torch.float32 if value.is_floating_point() else torch.int64, copy=True)
+    given._metadata = _metadata(state, network)  # type: ignore[attr-defined]
+    shapes = {key: value.shape for key, value in given.items() if key in own and value.shape != own[key].shape}
+    if shapes and own.keys() <= given.keys():
+        key, shape = next(iter(shapes.items()))
+        raise UserError(
+            f"The record's {key} has shape {tuple(shape)}, but {name} with {num_classes} classes needs "
+            f"{tuple(own[key].shape)}; the record's model_name or num_classes is wrong."
+        )
+    tensors = dict(given)
+    for key in shapes:  # load_state_dict then reports what is missing besides
+        del given[key]
+    try:
+        missing, unknown = network.load_state_dict(given, strict=False, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"The record's model does not fit {name}: {' '.join(str(error).split())[:300]}.") from None
+    _report(name, [key for key in missing if key not in shapes], unknown)
+    places = {tensor.data_ptr(): key for key, tensor in network.state_dict().items()}
+    network.record_keys = {key: places[tensors[names[key]].data_ptr()] for key in state}  # type: ignore[assignment]
+    return network
 
 
-def state_like(model: nn.Module, original: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """The weights of ``model`` as CPU tensors, in the key order and dtypes of ``original``."""
-    current = model.state_dict()
-    return OrderedDict((key, current[key].detach().cpu().to(value.dtype)) for key, value in original.items())
+def _without_prefix(keys: list[str], own: list[str]) -> dict[str, str]:
+    """Each key -> the key without the prefix common to all ``keys``, and with that of ``own``; if so more of them are known."""
+
+    def common(names: list[str]) -> str:
+        parts = [name.split(".")[:-1] for name in (min(names, default=""), max(names, default=""))]
+        shared = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*parts, strict=False)))
+        return "".join(f"{part}." for part, _ in shared)
+
+    prefix, wanted = common(keys), common(own)
+    renamed = {key: wanted + key.removeprefix(prefix) for key in keys}
+    better = len(set(own) & set(renamed.values())) > len(set(own) & set(keys))
+    return renamed if better else {key: key for key in keys}
+
+
+def _metadata(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, dict[str, int]]:
+    """The versions of modules that torch saved with ``state``; of the network itself, whose key has no name, always one."""
+    own = network.state_dict()._metadata  # type: ignore[attr-defined]
+    saved = getattr(state, "_metadata", {})
+    good = {
+        key: {"version": of["version"]}
+        for key, of in saved.items()
+        if isinstance(of, Mapping) and type(of.get("version")) is int
+    }
+    known = {key: version for key, version in good.items() if key in own}
+    return {"": own[""], **known}
+
+
+def _check_numbers(key: str, value: Tensor, dtype: torch.dtype) -> None:
+    # float64 may be finite and yet beyond float32
+    wrong_kind = dtype.is_floating_point > value.is_floating_point()
+    if wrong_kind or not value.to(dtype).isfinite().all():
+        raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; it is damaged.")
+
+
+def _report(name: str, missing: list[str], unknown: list[str]) -> None:
+    """Raise UserError if weights are left over on either side."""
+    if missing:
+        near = difflib.get_close_matches(missing[0], unknown[:1000], 1, 0) or [""]
+        instead = f", and has {near[0]} instead, which {name} does not have" if near[0] else ""
+        more = f" ({len(missing)} are missing, {len(unknown)} unknown)" if len(missing) > 1 else ""
+        raise UserError(f"The record's model lacks the weights {missing[0]} of {name}{instead}{more}.")
+    if unknown:
+        raise UserError(f"The record's model has the weights {unknown[0]}, which {name} does not have.")
+
+
+def state_like(network: nn.Module, original: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """The weights of what :func:`load_model` made from ``original``, as CPU tensors with its keys, order and dtypes."""
+    current, keys = network.state_dict(), cast("dict[str, str]", network.record_keys)
+    return OrderedDict((key, current[keys[key]].detach().cpu().to(value.dtype)) for key, value in original.items())
 
 
 class PixelModel(nn.Module):

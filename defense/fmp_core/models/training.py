@@ -174,7 +174,7 @@ class Trainer:
 
 
 class _GlobalGenerators:
-    """Torch's global generators as this training draws from them (for dropout); outside :meth:`active` they are the caller's."""
+    """Torch's global generators as the training draws from them (dropout does); elsewhere they are the caller's."""
 
     def __init__(self, cuda: tuple[int, ...], seed: int):
         self.cuda, self.seed = cuda, seed

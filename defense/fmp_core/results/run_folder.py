@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fmp_core.data.attack_record import AttackRecord, write_defense_result
+from fmp_core.data.attack_record import AttackRecord
+from fmp_core.data.write_record import write_defense_result
 from fmp_core.inputs import Inputs
 from fmp_core.inversion.trigger import INVERTED_TRIGGER, save_trigger
 from fmp_core.metrics import HEADLINES, METRICS, defense_effectiveness

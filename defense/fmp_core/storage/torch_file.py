@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 from fmp_core.errors import UserError
-from fmp_core.storage.unpickler import IMAGES, PLAIN, Callee, PickledImage, RefusedError, read_pickle
+from fmp_core.storage.placeholders import PLAIN, Callee, PickledImage, RefusedError
+from fmp_core.storage.unpickler import read_pickle
 
 __all__ = ["PickledImage", "load_torch_file"]
 
 LARGEST_FILE = 16 * 2**30  # bytes; sparse files may claim more at no cost
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch before 1.6
+_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled magic number
 
 
 class _StorageKind:
@@ -56,7 +56,6 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_grad_hooks_meta
 
 NAMES: dict[str, Any] = {
     **PLAIN,
-    **IMAGES,
     **{f"torch.{name}Storage": _StorageKind(dtype) for name, dtype in _STORAGES.items()},
     "torch._utils._rebuild_tensor": Callee(_tensor),
     "torch._utils._rebuild_tensor_v2": Callee(_tensor),
@@ -68,7 +67,9 @@ NAMES: dict[str, Any] = {
 def load_torch_file(path: Path) -> Any:
     """What ``torch.load`` gives on the CPU, for files of tensors, numpy arrays, PIL images (as data) and plain values.
 
-    Reads the zip files of torch >= 1.6 and the pickles before. Memory stays within a small multiple of the file's size.
+    Reads the zip files of torch >= 1.6. Values of other harmless types come as
+    :class:`~fmp_core.storage.placeholders.Opaque`; a state dict keeps torch's ``_metadata``. Memory stays within a small
+    multiple of the file's size.
 
     Raises:
         UserError: missing, truncated or damaged, or asks for anything but data (named).
@@ -80,14 +81,19 @@ def load_torch_file(path: Path) -> Any:
         if size > LARGEST_FILE:
             raise ValueError(f"it is larger than {LARGEST_FILE // 2**30} GiB")
         with open(path, "rb") as file:
-            if file.read(4) == b"PK\x03\x04":
-                return _read_zip(file, size)
-            file.seek(0)
-            return _read_legacy(file, size)
+            start = file.read(len(_BEFORE_1_6))
+            if start == _BEFORE_1_6:
+                raise UserError(
+                    f"{path} has the format of torch before 1.6, which is not read; save it again with a later one."
+                )
+            if start[:4] != b"PK\x03\x04":
+                raise ValueError("it is no zip file, as torch writes them")
+            return _read_zip(file, size)
+    except UserError:
+        raise
     except RefusedError as error:
-        raise UserError(
-            f"{path} was refused: its pickle asks for {error}, and a record may hold data only; do not trust this file."
-        ) from None
+        advice = "and a record may hold data only; do not trust this file" if error.runs_code else "which is not plain data"
+        raise UserError(f"{path} was refused: its pickle asks for {error}, {advice}.") from None
     except Exception as error:  # damaged bytes can fail anywhere below
         detail = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
@@ -119,45 +125,6 @@ def _read_zip(file: IO[bytes], size: int) -> Any:
         with archive.open(parts[f"{roots[0]}data.pkl"]) as source:
             pickled = io.BytesIO(source.read())
         return read_pickle(pickled, NAMES, _storages(read_storage, {}))
-
-
-def _read_legacy(file: IO[bytes], size: int) -> Any:
-    """Pickles of a magic number, a version, the machine's facts, the object and the storage keys; then the storages."""
-    with _refused_as_damage():
-        if read_pickle(file) != _LEGACY_MAGIC or read_pickle(file) != 1001:
-            raise ValueError("neither a zip file nor one of torch before 1.6")
-        if read_pickle(file).get("little_endian") is not True:
-            raise ValueError("it was written on a big-endian machine")
-    found: dict[str, Tensor] = {}
-    claimed = 0
-
-    def promise_storage(dtype: torch.dtype, key: str, numbers: int) -> Tensor:
-        nonlocal claimed
-        claimed += numbers * dtype.itemsize
-        if claimed > size:
-            raise ValueError("its storages claim more bytes than the file has")
-        return torch.empty(numbers, dtype=dtype)
-
-    content = read_pickle(file, NAMES, _storages(promise_storage, found))
-    keys = read_pickle(file)
-    if sorted(keys) != sorted(found):
-        raise ValueError("its storages are not those it lists")
-    for key in keys:
-        if int.from_bytes(file.read(8), "little") != len(found[key]):
-            raise ValueError(f"storage {key} is not as long as it says")
-        _fill(found[key], file)
-    return content
-
-
-@contextmanager
-def _refused_as_damage() -> Iterator[None]:
-    """A stray file is called damaged rather than dangerous, unless it asks for a function by name."""
-    try:
-        yield
-    except RefusedError as error:
-        if "." in str(error):
-            raise
-        raise ValueError("neither a zip file nor one of torch before 1.6") from None
 
 
 def _storages(make: Callable[[torch.dtype, str, int], Tensor], found: dict[str, Tensor]) -> Callable[[Any], Tensor]:

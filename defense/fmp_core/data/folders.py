@@ -1,0 +1,196 @@
+"""Datasets that are kept as image files, in the layouts in which people have them.
+
+The order of the images is BackdoorBench's in every layout, since a record names test images by their position.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from fmp_core.data.images import Size
+from fmp_core.data.split import Split, file_split
+
+LOGGER = logging.getLogger("fmp_core")
+
+
+class LayoutError(Exception):
+    """A dataset lies in no layout that is read; the message says which is wanted and what was found."""
+
+    def __init__(self, wanted: str, folder: Path):
+        names = sorted(path.name + "/" * path.is_dir() for path in visible(folder))
+        found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+        super().__init__(f"is incomplete or laid out otherwise: {wanted} is missing; {folder} has {found}.")
+
+
+def visible(folder: Path) -> list[Path]:
+    """What ``folder`` (none if it is no folder) holds, but for hidden files and folders (``.ipynb_checkpoints``)."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+
+
+def image_folder(folder: Path, train: bool, size: Size, test_names: Sequence[str] = ("test", "val")) -> Split:
+    """``train/<class>/*`` and ``test/<class>/*`` (or ``val/``), classes in alphabetical order.
+
+    Folders without images are no classes. The whole may lie one or two folders deeper. Where ``test/`` and ``val/`` both have
+    labelled images, the first of ``test_names`` is used, and the log says so.
+    """
+    base = _descend(folder, lambda place: _named(place, "train") is not None)
+    training = _named(base, "train") if base else None
+    if base is None or training is None:
+        raise LayoutError("train/<class>/*.png", folder)
+    training = _descend(training, lambda place: len(_classes(place)) > 1) or training
+    # Classes are counted on the training folder: a class without test images must not shift the labels of the others.
+    classes = sorted(_classes(training))
+    if train:
+        return _class_split(training, classes, size)
+    named = [place for name in test_names if (place := _named(base, name)) is not None]
+    places = [_descend(place, lambda inner: bool({*_classes(inner)} & {*classes})) or place for place in named]
+    usable = [place for place in places if _classes(place)]
+    if not usable:
+        raise LayoutError(f"{test_names[0]}/<class>/*.png (or {test_names[1]}/)", base)
+    labelled = [place for place in usable if {*_classes(place)} & {*classes}] or usable
+    if len(labelled) > 1:
+        LOGGER.warning("%s has labelled images in %s; %s is the test set", base, " and ".join(test_names), labelled[0].name)
+    unknown = sorted({*_classes(labelled[0])} - {*classes})
+    if unknown:
+        raise ValueError(f"{labelled[0]} has the folder {unknown[0]}, which is no class of {training}")
+    return _class_split(labelled[0], classes, size)
+
+
+def _named(folder: Path, name: str) -> Path | None:
+    return next((path for path in visible(folder) if path.name.lower() == name and path.is_dir()), None)
+
+
+def _descend(folder: Path, fits: Callable[[Path], bool]) -> Path | None:
+    """``folder``, or the only folder in it, or the only one in that, whichever fits first."""
+    for _ in range(3):
+        if fits(folder):
+            return folder
+        inner = [path for path in visible(folder) if path.is_dir()]
+        if len(inner) != 1:
+            return None
+        folder = inner[0]
+    return None
+
+
+def _classes(folder: Path) -> list[str]:
+    """Folders in ``folder`` that hold an image, at any depth."""
+    return [path.name for path in visible(folder) if path.is_dir() and _has_image(path)]
+
+
+def _has_image(folder: Path) -> bool:
+    for _, inside, files in os.walk(folder):
+        if any(name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".") for name in files):
+            return True
+        inside[:] = [name for name in inside if not name.startswith(".")]
+    return False
+
+
+def _class_split(folder: Path, classes: list[str], size: Size) -> Split:
+    numbers = {name: number for number, name in enumerate(classes)}
+    samples = make_dataset(str(folder), numbers, IMG_EXTENSIONS, allow_empty=True)
+    samples = [sample for sample in samples if "/." not in sample[0].removeprefix(str(folder))]
+    if not samples:
+        raise ValueError(f"{folder} holds no image")
+    return file_split([Path(path) for path, _ in samples], [label for _, label in samples], size)
+
+
+def tiny_imagenet(folder: Path, train: bool, size: Size) -> Split:
+    """Tiny ImageNet unpacked (``val/images`` and ``val/val_annotations.txt``), or with a folder for each class in ``val/``."""
+    base = next((place for place in (folder / "tiny-imagenet-200", folder) if (place / "train").is_dir()), folder)
+    images, table = base / "val" / "images", base / "val" / "val_annotations.txt"
+    if train or not table.is_file() or not _has_image(images):
+        return image_folder(base, train, size, test_names=("val", "test"))  # its test/ has no labels
+    numbers = {name: number for number, name in enumerate(sorted(_classes(base / "train")))}
+    rows = sorted((fields[1], fields[0]) for line in table.read_text().splitlines() if (fields := line.split()))
+    return file_split([images / _plain(name) for _, name in rows], [numbers[label] for label, _ in rows], size)
+
+
+GTSRB_LAYOUTS = (
+    "Train/00000/GT-00000.csv and Test/GT-final_test.csv (BackdoorBench), GTSRB/Training and GT-final_test.csv (torchvision), "
+    "Final_Training/Images and Final_Test/Images (the original archives) or Train.csv and Test.csv (Kaggle)"
+)
+
+
+def gtsrb(folder: Path, train: bool, size: Size) -> Split:
+    """German traffic signs as in GTSRB_LAYOUTS; training images by class, test images in the order of their table."""
+    inner = [folder, *(folder / name for name in ("GTSRB", "gtsrb", "gtsrb/GTSRB"))]
+    for base in inner:
+        for name in ("Train", "Training", "Final_Training/Images") if train else ():
+            if any(path.is_dir() and path.name.isdecimal() for path in visible(base / name)):
+                return file_split(*_gtsrb_training(base / name), size)
+        if not train:
+            places = ("Test", "", "..", "Final_Test", "Final_Test/Images")
+            table = next((base / p / "GT-final_test.csv" for p in places if (base / p / "GT-final_test.csv").is_file()), None)
+            images = next((base / p for p in ("Test", "Final_Test/Images") if (base / p).is_dir()), None)
+            if table is not None and images is not None:
+                return file_split(*_gtsrb_rows(table, images), size)
+            if (base / "Test.csv").is_file():
+                return file_split(*_kaggle_rows(base / "Test.csv"), size)
+    raise LayoutError(f"one of {GTSRB_LAYOUTS}", folder)
+
+
+def _gtsrb_training(folder: Path) -> tuple[list[Path], list[int]]:
+    paths: list[Path] = []
+    labels: list[int] = []
+    classes = sorted(
+        (path for path in visible(folder) if path.is_dir() and path.name.isdecimal()), key=lambda path: int(path.name)
+    )
+    tables = {path: path / f"GT-{path.name}.csv" for path in classes}
+    has_tables = any(table.is_file() for table in tables.values())
+    for place, table in tables.items():
+        if has_tables:
+            found = _gtsrb_rows(table, place)
+        else:
+            images = [path for path in visible(place) if path.suffix.lower() in IMG_EXTENSIONS]
+            found = images, [int(place.name)] * len(images)
+        paths += found[0]
+        labels += found[1]
+    return paths, labels
+
+
+def _gtsrb_rows(table: Path, images: Path) -> tuple[list[Path], list[int]]:
+    """The original tables: ';' separated, column 0 file, column 7 class."""
+    with open(table, newline="") as file:
+        rows = list(csv.reader(file, delimiter=";"))[1:]
+    return [images / _plain(row[0]) for row in rows], [int(row[7]) for row in rows]
+
+
+def _kaggle_rows(table: Path) -> tuple[list[Path], list[int]]:
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [table.parent / _plain(row["Path"]) for row in rows], [int(row["ClassId"]) for row in rows]
+
+
+CELEBA_ATTRIBUTES = (18, 31, 21)  # Heavy_Makeup, Smiling, Mouth_Slightly_Open: BB's eight classes (dataset/CelebA.py)
+
+
+def celeba(folder: Path, train: bool, size: Size) -> Split:
+    """CelebA as torchvision lays it out, with BB's eight classes of three attributes."""
+    base = next((place for place in (folder / "celeba", folder) if (place / "list_attr_celeba.txt").is_file()), None)
+    if base is None:
+        raise LayoutError("celeba/list_attr_celeba.txt, list_eval_partition.txt and img_align_celeba/", folder)
+    parts = dict(_table(base / "list_eval_partition.txt"))
+    paths, labels = [], []
+    for name, *values in list(_table(base / "list_attr_celeba.txt"))[2:]:
+        if parts[name] == ("0" if train else "2"):
+            first, second, third = (values[number] == "1" for number in CELEBA_ATTRIBUTES)
+            labels.append((first << 2) + (second << 1) + third)
+            paths.append(base / "img_align_celeba" / _plain(name))
+    return file_split(paths, labels, size)
+
+
+def _table(path: Path) -> Iterable[list[str]]:
+    return (fields for line in path.read_text().splitlines() if (fields := line.split()))
+
+
+def _plain(name: str) -> str:
+    """A file's name in a table, which may not lead out of the dataset."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"the file name {name[:80]!r} leads out of the dataset")
+    return name

@@ -1,0 +1,87 @@
+"""Attack records and defense results as BackdoorBench writes them; each file appears whole or not at all.
+
+Formats: BB ``utils/save_load_attack.py`` and ``utils/bd_dataset_v2.py``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from fmp_core.data.attack_record import ATTACK_FILE
+from fmp_core.data.images import Size
+from fmp_core.storage.files import sync_disks, write_torch
+
+
+@dataclass(frozen=True)
+class PoisonedImages:
+    """What an attack made of one clean set of ``total`` images: ``images`` uint8 ``[n, C, H, W]`` at positions ``indices``."""
+
+    total: int
+    indices: Sequence[int]
+    images: Tensor
+    targets: Sequence[int]
+    original: Sequence[int]
+
+
+def write_attack_record(
+    folder: Path,
+    *,
+    name: str,
+    model_name: str,
+    num_classes: int,
+    state: Mapping[str, Tensor],
+    dataset: str,
+    image_size: Size,
+    bd_train: PoisonedImages,
+    bd_test: PoisonedImages,
+) -> None:
+    """Write record ``name`` into ``folder`` as BB does: PNGs ``bd_*_dataset/<label>/<index>.png``, ``attack_result.pt`` last.
+
+    ``name`` is what the stored paths say (``./record/<name>/...``), since ``folder`` may be a temporary one.
+    """
+    content = {
+        "model_name": model_name,
+        "num_classes": num_classes,
+        "model": OrderedDict((key, value.detach().cpu()) for key, value in state.items()),
+        "data_path": f"./data/{dataset}",
+        "img_size": image_size,
+        "clean_data": dataset,
+        "bd_train": _backdoor_state(folder, name, "bd_train_dataset", bd_train, keep_all=True),
+        "bd_test": _backdoor_state(folder, name, "bd_test_dataset", bd_test, keep_all=False),
+    }
+    sync_disks()  # once for all images, which are many: attack_result.pt may not outlive them in a power cut
+    write_torch(folder / ATTACK_FILE, content)
+
+
+def _backdoor_state(folder: Path, record: str, images: str, poisoned: PoisonedImages, keep_all: bool) -> dict[str, Any]:
+    saved_below = f"./record/{record}/{images}"
+    items = {}
+    for row, (index, target, label) in enumerate(zip(poisoned.indices, poisoned.targets, poisoned.original, strict=True)):
+        inside = f"{int(label)}/{int(index)}.png"
+        (folder / images / inside).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(poisoned.images[row].permute(1, 2, 0).squeeze(-1).numpy()).save(folder / images / inside)
+        items[int(index)] = {"path": f"{saved_below}/{inside}", "other_info": [int(target), int(label)]}
+    indicator = np.zeros(poisoned.total)
+    indicator[list(items)] = 1
+    return {
+        "bd_data_container": {"save_folder_path": saved_below, "data_dict": items, "save_file_format": ".png"},
+        "getitem_all": True,
+        "getitem_all_switch": False,
+        "original_index_array": np.arange(poisoned.total) if keep_all else np.array(sorted(items), dtype=np.int64),
+        "poison_indicator": indicator,
+        "save_folder_path": saved_below,
+    }
+
+
+def write_defense_result(path: Path, model_name: str, num_classes: int, state: Mapping[str, Tensor]) -> None:
+    """Write ``defense_result.pt``: BB's three keys, CPU tensors (BB ``save_defense_result``)."""
+    model = OrderedDict((key, value.detach().cpu()) for key, value in state.items())
+    write_torch(path, {"model_name": model_name, "num_classes": num_classes, "model": model})
