@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/flags.md, which lists every flag of fmp.py and every attack of make_record.py, from where they are declared.
+"""Write docs/flags.md, which lists every flag of fmp.py and make_record.py, from where they are declared.
 
 python record_scripts/write_flags.py
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
-from fmp_core.attacks.settings import AttackSettings
+from fmp_core.attacks.settings import AttackSettings, RecordSettings
 from fmp_core.fields import as_text, fields_of, markdown
 from fmp_core.settings import DEFAULT_YAML, FIELDS, PRESETS, PROJECT, Settings, deciding_result, groups, training_settings
 from fmp_core.storage.files import write_text
@@ -33,11 +33,13 @@ UNTOUCHED = """### What may change without a result changing
 
 Sweeps, caches and interrupted runs take no notice of these:
 """
-ATTACKS = """## make_record.py
+RECORD = """## make_record.py
 
-The attack. `python record_scripts/make_record.py --help` lists what else there is.
+### The record
 """
-TRAINING = """The attacked model is trained with flags that fmp.py has, too. Those that are left out come from the dataset's
+TRAINING = """### Training
+
+The attacked model is trained with flags that fmp.py has, too. Those that are left out come from the dataset's
 recipe ([records](records.md)):
 """
 
@@ -52,7 +54,8 @@ def page() -> str:
         flags = " ".join(f"--{key} {as_text(value)}" for key, value in sets.items())
         parts.append(f"* `{name}`: {f'`{flags}`' if flags else 'the defaults'}")
     parts += ["", UNTOUCHED, _flags(name for name in FIELDS if name not in deciding_result()) + ".\n"]
-    parts += [ATTACKS, markdown(AttackSettings, fields_of(AttackSettings)), TRAINING, _flags(training_settings()) + "."]
+    parts += [RECORD, markdown(RecordSettings, fields_of(RecordSettings)), "### The attack\n"]
+    parts += [markdown(AttackSettings, fields_of(AttackSettings)), TRAINING, _flags(training_settings()) + "."]
     return "\n".join(parts) + "\n"
 
 

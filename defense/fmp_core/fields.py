@@ -291,5 +291,6 @@ def markdown(cls: type, names: Iterable[str]) -> str:
         field = fields_of(cls)[name]
         about, default = field.metadata, default_text(field)
         flags = f"`--{name}`" + (f", `{about['short']}`" if about["short"] else "")
-        rows.append(f"| {flags} | {f'`{default}`' if default else ''} | {about['kind'].expects} | {about['help']} |")
+        words = about["help"].replace("<", "&lt;").replace("|", "&#124;")
+        rows.append(f"| {flags} | {f'`{default}`' if default else ''} | {about['kind'].expects} | {words} |")
     return "\n".join(rows) + "\n"
