@@ -73,7 +73,7 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
     size = known.size if known else (record.image_size, record.image_size, 3)
     facts = dataset_facts(record.dataset, size)
     network = check_model(record.model, facts.num_classes or 2, record.dataset, size)
-    settings = Settings(**{**recipe(record.dataset, network), **training})  # type: ignore[arg-type]
+    settings = Settings(**{**recipe(record.dataset, network), **training})
     if record.dataset == "digits":
         make_digits(Path(record.dataset_path) / "digits")
     train_set, test_set = (open_split(record.dataset_path, record.dataset, train, size) for train in (True, False))
