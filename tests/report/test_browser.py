@@ -27,7 +27,9 @@ LAYERS = {LONG if number == 7 else f"layer{number}.conv": correct.tolist() for n
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run with 4800 feature maps and of two other defenses beside it."""
-    run = made_run(scored_maps(LAYERS, margins=True), attack_figures=dict.fromkeys(METRICS, 0.5), test_images=500)
+    long = [f"The attack reported other figures in {'/a/folder/of/a/long/name' * 4}/attack_df_summary.csv: Acc 12 % here."]
+    maps, figures = scored_maps(LAYERS, margins=True), dict.fromkeys(METRICS, 0.5)
+    run = made_run(maps, attack_figures=figures, test_images=500, warnings=long, record="badnet_" + "x" * 80)
     return written(tmp_path_factory.mktemp("page"), run)
 
 
