@@ -26,7 +26,9 @@ from tabulate import tabulate
 parser = argparse.ArgumentParser()
 for flag in ("dataset", "model", "result_file", "device", "fail"):
     parser.add_argument("--" + flag)
+parser.add_argument("--num_workers", type=float)
 args = parser.parse_args()
+list(torch.utils.data.DataLoader([1, 2], num_workers=args.num_workers or 0))
 path = f"record/{args.result_file}/attack_result.pt"
 content = torch.load(path)
 real = os.path.realpath(path)

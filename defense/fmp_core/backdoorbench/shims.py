@@ -33,13 +33,15 @@ OPTIONAL = {
     "skimage": "scikit-image",
 }
 FACTORIES = ("zeros", "ones", "full", "empty", "rand", "randn", "randint", "arange", "eye", "tensor", "as_tensor", "linspace")
+COUNTS = {"--num_workers", "--num_workers_semi", "--u_num"}
 LIKES = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 
 
 def apply(root: str) -> list[str]:
     """Put back what is missing; returns what was done, in words. ``root`` is the folder whose files may import placeholders."""
     done = []
-    for shim in (_numpy_aliases, _whole_pickles, _loaders_next, _pkg_resources, _tabulate, _cifar_files, _cuda_calls_on_cpu):
+    shims = (_numpy_aliases, _whole_pickles, _whole_numbers, _loaders_next, _pkg_resources, _tabulate, _cifar_files)
+    for shim in (*shims, _cuda_calls_on_cpu):
         done += shim()
     done += _ragged_arrays(root) + _own_imports()
     sys.meta_path.append(_Placeholders(root))
@@ -100,6 +102,22 @@ def _whole_pickles() -> list[str]:
         return []
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     return ["torch.load reads whole pickles"]
+
+
+def _whole_numbers() -> list[str]:
+    """BackdoorBench reads counts as decimal numbers, which torch and numpy refuse as counts: its YAML files' 4 works, but not
+    ``--num_workers 4``."""
+    import argparse
+
+    add = argparse.ArgumentParser.add_argument
+
+    def add_argument(self, *names, **kwargs):  # type: ignore[no-untyped-def]
+        if COUNTS.intersection(names) and kwargs.get("type") is float:
+            kwargs["type"] = int
+        return add(self, *names, **kwargs)
+
+    argparse.ArgumentParser.add_argument = add_argument  # type: ignore[method-assign]
+    return ["whole numbers for " + ", ".join(sorted(COUNTS))]
 
 
 def _loaders_next() -> list[str]:
