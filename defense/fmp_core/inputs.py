@@ -118,11 +118,10 @@ def paired_images(test: TestData, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if test.counterparts is None:
         raise UserError("The record does not say which clean test image each poisoned one was made from.")
-    known = (test.counterparts >= 0).nonzero().flatten()
-    if not len(known) or not bool((test.clean_labels[test.counterparts[known]] == test.originals[known]).all()):
-        raise UserError(
-            "The clean test set on disk is in another order than the attack's: which image belongs to which is unknown."
-        )
+    labels = test.clean_labels[test.counterparts.clamp(min=0)]
+    known = ((test.counterparts >= 0) & (labels == test.originals)).nonzero().flatten()  # labels may differ in re-encoded data
+    if not len(known):
+        raise UserError("No poisoned test image has its clean counterpart among the images tested; raise --test_images.")
     rows = known[torch.linspace(0, len(known) - 1, min(count, len(known))).round().long().to(known.device)]
     return test.clean_images[test.counterparts[rows]], test.poisoned_images[rows], test.originals[rows]
 

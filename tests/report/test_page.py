@@ -22,6 +22,7 @@ from fmp_core.report.findings import HEADLINES
 from fmp_core.results.intervals import wilson
 from fmp_core.results.removal import attack_outcome
 
+SAMPLE = ("--test_images", "8")  # of 10 clean and 9 triggered images
 RESULTS = Path("record") / RECORD / "defense" / "fmp"
 VERDICT = {"backdoored": True, "target": 3, "family": "sparse", "success": [0.1, 0.2, 0.0, 0.9], "lead": 0.7, "too_few": False}
 
@@ -33,7 +34,7 @@ def finished(workplace_template: Path, tmp_path_factory: pytest.TempPathFactory)
     shutil.copytree(workplace_template, root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        ran = call_fmp("--result_file", RECORD, "--frg_samples", "2", "--p", "16", "--device", "cpu", "--epochs", "2")
+        ran = call_fmp("--result_file", RECORD, "--frg_samples", "2", "--p", "16", "--device", "cpu", "--epochs", "2", *SAMPLE)
     assert ran.code == 0, ran.err
     yield root
 
@@ -76,8 +77,9 @@ def test_the_figures_are_those_of_the_run(finished: Path):
         for name in METRICS:
             assert f"{100 * metrics[when][name]:.2f}" in text
     assert f"{100 * metrics['der']:.2f}" in text
-    assert f"{100 * wilson(metrics['after']['test_acc'], 10).low:.2f}" in text
-    assert "--p 16" in text and metrics["versions"]["torch"] in text and "ranking" in text
+    assert f"{100 * wilson(metrics['after']['test_acc'], 8).low:.2f}" in text
+    assert "--p 16" in text and "--test_images 8" in text and "tested on a sample of 8 images" in text
+    assert metrics["versions"]["torch"] in text and "ranking" in text
     outcome = attack_outcome(pd.read_csv(finished / RESULTS / "predictions.csv"))
     assert metrics["removal"] == outcome and HEADLINES[outcome["outcome"], outcome["certain"]] in text
 
