@@ -166,6 +166,8 @@ def test_a_defense_of_backdoorbench(place: Path) -> None:
         ({"records": "r"}, "records is 'r', but must be a list"),
         ({"records": [3]}, "neither the name of a record"),
         ({"records": [{"name": "{oops}"}]}, "may only use"),
+        ({"records": [{"epoch": 3}]}, "'epoch' is not a flag of make_record.py"),
+        ({"records": [{"pratio": 2}]}, "records: pratio of badnet_digits is 2, but must be a number"),
         ({"seeds": [-1]}, "whole numbers"),
         ({"seeds": [True]}, "whole numbers"),
         ({"workers": 0}, "workers is 0"),
@@ -415,20 +417,27 @@ def test_submitits_own_processes_run_a_sweep(place: Path) -> None:
     assert finished(jobs[0]) and finished(jobs[2]) and order() == ["a begins", "a ends", "x begins", "x ends"]
 
 
-def test_a_real_sweep_ranks_once(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (workplace / "s.yaml").write_text(
-        textwrap.dedent(f"""
+def test_a_real_sweep_does_shared_work_once(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two jobs of the paper's preset rank once, two strong ones search once; --report reruns none of them."""
+    text = f"""
         records: [{RECORD}]
-        defenses: [{{defense: fmp, p: [32, 64]}}]
-        ours: {{epochs: 0, frg_samples: 1, ratio: 0.2}}
+        defenses:
+          - {{defense: fmp, p: [32, 64]}}
+          - {{defense: fmp, name: strong, preset: strong, budget: [0.01, 0.1]}}
+        ours: {{epochs: 0, frg_samples: 1, ratio: 0.2, test_images: 2, report: REPORT}}
         device: cpu
-        """)
-    )
+        workers: 2
+    """
+    (workplace / "s.yaml").write_text(textwrap.dedent(text).replace("REPORT", "False"))
     assert script.main(["s.yaml"]) == 0
-    printed = capsys.readouterr().out
-    assert "2 of 2 jobs done" in printed
-    logs = [(workplace / "sweeps" / "s" / "logs" / f"{RECORD}.fmp-p{p}.log").read_text() for p in (32, 64)]
-    assert sum("] ranking 2976 feature maps" in log for log in logs) == 1
-    assert sum("feature maps read from" in log for log in logs) == 1
+    assert "4 of 4 jobs done" in capsys.readouterr().out
+
+    def logs(*names: str) -> list[str]:
+        return [(workplace / "sweeps" / "s" / "logs" / f"{RECORD}.{name}.log").read_text() for name in names]
+
+    paper, strong = logs("fmp-p32", "fmp-p64"), logs("strong-budget0.01", "strong-budget0.1")
+    print(paper, strong)
+    assert sum("feature maps read from" in log for log in paper) == 1
+    (workplace / "s.yaml").write_text(textwrap.dedent(text).replace("REPORT", "True"))
     assert script.main(["s.yaml"]) == 0
-    assert "(2 were done before)" in capsys.readouterr().out
+    assert "(4 were done before)" in capsys.readouterr().out

@@ -145,7 +145,7 @@ def read_leaderboard(path: str | Path) -> pd.DataFrame:
     before = board[SETTING].join(attacked, on=SETTING)[metrics]
     compared = before.notna().all(axis=1) & (board["defense"] != BASELINE)
     both = zip(before[compared].to_dict("records"), board[compared].to_dict("records"), strict=True)
-    rated = pd.DataFrame([ratings(b, a) for b, a in both], index=board.index[compared])  # type: ignore[arg-type]
+    rated = pd.DataFrame([ratings(b, a) for b, a in both], index=board.index[compared])
     board = board.join(rated)
     board["method"] = board["defense"] + " (published)"
     return board.reindex(columns=COLUMNS).astype(dict.fromkeys(WHOLE_NUMBERS, "Int64")).reset_index(drop=True)

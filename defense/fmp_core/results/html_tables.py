@@ -77,7 +77,7 @@ def _section(table: Table, number: int) -> str:
     styler = texts.style.set_uuid(f"t{number}").apply(lambda _: _css(table), axis=None)
     styler.apply_index(lambda names: ["" if not name.endswith(PUBLISHED) else _PUBLISHED for name in names])
     styler.format_index(printable, axis=0, escape="html").format_index(attack_title, axis=1, level=0, escape="html")
-    styler.format_index(lambda metric: HEADLINES.get(metric, metric), axis=1, level=1)
+    styler.format_index(lambda metric: HEADLINES.get(str(metric), str(metric)), axis=1, level=1)
     notes = "".join(f"<p>{escape(printable(note))}</p>\n" for note in table.notes)
     return f'<h2>{escape(printable(table.title))}</h2>\n<div class="wide">{styler.to_html()}</div>\n{notes}'
 
@@ -85,7 +85,7 @@ def _section(table: Table, number: int) -> str:
 def _css(table: Table) -> pd.DataFrame:
     """The style of each cell: its bar, bold where it is best, italic where it is published."""
     css = table.best().map({True: "font-weight: 700;", False: ""}.get)
-    for attack, metric in table.means.columns:
+    for attack, metric in table.columns:
         colour = f"var(--{'bad' if metric in LOW_IS_GOOD else 'good'})"
         bars = table.means[attack, metric].map(f"background: linear-gradient(90deg, {colour} {{:.1f}}%, transparent 0);".format)
         css[attack, metric] += bars.where(table.means[attack, metric].notna(), "")

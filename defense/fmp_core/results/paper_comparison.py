@@ -89,7 +89,8 @@ def comparison_text(
 def _not_run(table: str, compared: pd.DataFrame, backdoorbench: bool) -> Iterator[str]:
     """Sentences on the rows without a figure of ours, and on rows that are not what the paper ran."""
     own = compared[(compared["attack"] != AVERAGE) & ~compared["defense"].isin(NOT_RUNNABLE)]
-    left_out, missing = [], []
+    left_out: list[str] = []
+    missing: list[str] = []
     for (defense, value), rows in own.groupby(["defense", "value"], sort=False):
         absent = rows[rows["ours_test_acc"].isna()]
         name = "the attacked model" if defense == "no defense" else str(defense)

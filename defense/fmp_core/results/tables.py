@@ -50,7 +50,12 @@ class Table:
 
     @property
     def attacks(self) -> list[str]:
-        return list(dict.fromkeys(attack for attack, _ in self.means.columns))
+        return list(dict.fromkeys(self.means.columns.get_level_values(0)))
+
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """(attack, metric) of each column of figures."""
+        return [(str(column[0]), str(column[1])) for column in self.means.columns]
 
     def texts(self, between: str = "±") -> pd.DataFrame:
         """What the cells say: ``92.00``, ``92.00±1.41`` over seeds, or ``-``; the first column is ``RATIO``."""
@@ -187,7 +192,7 @@ def to_markdown(table: Table) -> str:
 
     cells = table.texts()
     cells = cells.where(~table.best(), "**" + cells + "**")
-    heads = ["Method", "ratio", *(f"{plain(attack_title(a))} {HEADLINES[m]}" for a, m in table.means.columns)]
+    heads = ["Method", "ratio", *(f"{plain(attack_title(a))} {HEADLINES[m]}" for a, m in table.columns)]
     rows = [heads, ["---", *("---:" for _ in heads[1:])]]
     rows += [[plain(method), *texts] for method, texts in zip(cells.index, cells.to_numpy(), strict=True)]
     notes = "".join(f"\n{plain(note)}\n" for note in table.notes)

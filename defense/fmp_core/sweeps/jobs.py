@@ -142,7 +142,7 @@ def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: fl
 
 
 def _write_stamp(job: Job, seconds: float) -> None:
-    stamp = {"hash": settings_hash(job), "method": job.method, "seed": job.seed, "seconds": round(seconds, 1)}
+    stamp: dict[str, Any] = {"hash": settings_hash(job), "method": job.method, "seed": job.seed, "seconds": round(seconds, 1)}
     stamp |= {"command": list(job.command), "settings": dict(job.settings)}
     write_text((job.writes or job.folder) / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
 

@@ -25,7 +25,7 @@ def run_missing(tables: Sequence[str], scale: str, keys: Mapping[str, Any], laun
     records = [path.parent for path in Path(keys["record_root"]).glob(f"*/{ATTACK_FILE}")]
     by_hand = [folder.name for folder in records if not read_stamp(folder)]
     content = sweep_content(tables, SCALES[scale], keys["backdoorbench"], by_hand)
-    return run_sweep(make_sweep(content | keys, "paper_tables"), launcher, dry_run)
+    return run_sweep(make_sweep({**content, **keys}, "paper_tables"), launcher, dry_run)
 
 
 def show(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fmp_core import fields
+from fmp_core.attacks.settings import AttackSettings, RecordSettings
 from fmp_core.errors import UserError
 from fmp_core.fields import ANYTHING, REQUIRED, integer, list_of, mapping, number, pattern, setting, text
 from fmp_core.results.read import BB_DATASETS
@@ -25,6 +26,7 @@ from fmp_core.settings import (
     deciding_result,
     load_settings,
     names,
+    training_settings,
 )
 from fmp_core.sweeps.jobs import Job
 
@@ -146,6 +148,7 @@ def _record_jobs(sweep: Sweep, entry: Any) -> Iterator[Job]:
             raise UserError(f"records: name {template!r} may only use {', '.join(f'{{{key}}}' for key in known)}.")
         varied = {key: value for key, value in chosen.items() if key not in ("attack", "dataset")}
         name = template.format(**known) if template else f"{known['attack']}_{known['dataset']}{_suffix(varied)}"
+        _check_record_flags(name, flags)
         places = {"save_folder_name": name, "record_root": sweep.record_root, "dataset_path": sweep.dataset_path}
         command = [sys.executable, str(PROJECT / "record_scripts" / "make_record.py"), *_flags({**flags, **places})]
         command += ["--device", sweep.device]
@@ -158,6 +161,17 @@ def _record_jobs(sweep: Sweep, entry: Any) -> Iterator[Job]:
             command=tuple(command),
             settings=flags,
         )
+
+
+def _check_record_flags(name: str, flags: Mapping[str, Any]) -> None:
+    """Raises UserError: make_record.py knows no such flag, or it cannot have that value."""
+    kinds = {key: cls for cls in (Settings, AttackSettings, RecordSettings) for key in fields.fields_of(cls)}
+    known = {*fields.fields_of(RecordSettings), *fields.fields_of(AttackSettings), *training_settings()}
+    for key, value in flags.items():
+        if key not in known - {"save_folder_name", "record_root", "dataset_path", "device"}:
+            raise UserError(f"records: {key!r} is not a flag of make_record.py that a sweep can give.")
+        if value is not None:
+            fields.parse_value(kinds[key], key, value, f"records: {key} of {name}")
 
 
 def _defense_jobs(sweep: Sweep, record: str, entry: Any, seed: int) -> Iterator[Job]:

@@ -49,18 +49,9 @@ def run_sweep(sweep: Sweep, launcher: str = "local", dry_run: bool = False) -> i
 
 
 def check_records(jobs: Sequence[Job]) -> None:
-    """Find bad flags of make_record.py, and records made with other settings, before anything runs.
-
-    Raises:
-        UserError: a record of that name was made by a sweep with other settings.
-        SystemExit: make_record.py refuses a flag (it says which).
-    """
+    """Raises UserError: a record that is to be made was made by a sweep with other settings."""
     for job in (job for job in jobs if job.kind == "record"):
         stamp = read_stamp(job.folder)
-        if not finished(job):
-            import make_record  # imports torch, which takes seconds
-
-            make_record.parse(list(job.command[2:]))
         if stamp and stamp.get("hash") != settings_hash(job):
             raise UserError(f"{job.folder} was made with other settings; remove it, or give the new record another name.")
 
