@@ -4,46 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fmp
 import pytest
 import torch
 from conftest import RECORD, call_fmp
-from driver import PATIENCE, Run
+from driver import Run
 from fmp_core.frg import scorer
+from fmp_core.frg.reverse import FrgSettings
+from fmp_core.frg.scorer import Batching, FeatureMapScorer
+from fmp_core.frg.scores import Scores
 from fmp_core.models.feature_maps import trace_conv_layers
-from toy import Plain, SmallPreActResNet, needs_cuda, toy_case
+from fmp_core.results import run_folder
+from torch import Tensor
+from toy import Normalised, Plain, SmallPreActResNet, needs_cuda, toy_case
 
-FLAGS = [
-    "--device",
-    "cpu",
-    "--result_file",
-    RECORD,
-    "--frg_samples",
-    "2",
-    "--epochs",
-    "3",
-    "--ratio",
-    "0.4",
-    "--batch_size",
-    "8",
-]
-FLAGS += ["--chunk", "64", "--amp", "False", "--frequency_save", "2", "--report", "False"]
+FLAGS = ["--device", "cpu", "--result_file", RECORD, "--frg_samples", "2", "--p", "8", "--epochs", "3", "--ratio", "0.4"]
+FLAGS += ["--batch_size", "8", "--chunk", "16", "--amp", "False", "--frequency_save", "2", "--report", "False"]
 RESULTS = Path("record") / RECORD / "defense" / "fmp"
-SLOW = bool(os.environ.get("FMP_SLOW_TESTS"))
-KILLS, LATEST = (25, 1.0) if SLOW else (3, 0.6)  # and when, at the latest: a share of the time of a whole run
 
 
-def start(root: Path, *flags: str) -> Run:
-    return Run(root, *FLAGS, *flags)
+def start(root: Path, *flags: str, **when: Any) -> Run:
+    return Run(root, *FLAGS, *flags, **when)
 
 
 def final(root: Path) -> dict[str, Any]:
@@ -69,15 +60,21 @@ def same(one: Any, other: Any) -> bool:
     return one == other
 
 
+class Whole(NamedTuple):
+    """What a run left that nothing disturbed, and how many files it wrote, one after the other."""
+
+    files: dict[str, Any]
+    written: int
+
+
 @pytest.fixture(scope="module")
-def whole(workplace_template: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
-    """The files of a run that nothing disturbed, and its seconds."""
+def whole(workplace_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     root = tmp_path_factory.mktemp("whole") / "workplace"
     shutil.copytree(workplace_template, root)
-    started = time.monotonic()
-    ran = start(root).finish()
+    run = start(root)
+    ran = run.finish()
     assert ran.code == 0, ran.err
-    return final(root), time.monotonic() - started
+    return Whole(final(root), run.files_written())
 
 
 def states(root: Path) -> list[Path]:
@@ -85,31 +82,34 @@ def states(root: Path) -> list[Path]:
     return [*(root / RESULTS / "cache").glob("ranking_*.pt"), *(root / RESULTS / "checkpoint").glob("interrupted.pt")]
 
 
-def test_killed_anywhere_a_run_ends_with_the_same_files(whole: tuple[dict[str, Any], float], workplace: Path):
-    """``kill -9`` at random moments, one after the other in the same folder until a run gets through, several times over."""
-    expected, seconds = whole
-    generator = random.Random(0)
-    kills = rounds = resumed = 0
-    while kills < KILLS:
+def ends_with_the_same_files(root: Path, expected: dict[str, Any]) -> None:
+    ran = start(root).finish()
+    assert ran.code == 0, ran.err
+    found = final(root)
+    assert sorted(found) == sorted(expected)
+    assert [name for name in expected if not same(found[name], expected[name])] == []
+    assert not states(root)
+
+
+def test_killed_again_and_again_a_run_ends_with_the_same_files(whole: Whole, workplace: Path):
+    """``kill -9`` in the ranking, in fine-tuning and while results are written, one after the other in the same folder."""
+    for hold_at, kind in (("ranking_", "ranking_"), ("interrupted", "interrupted"), ("defense_result", "interrupted")):
+        process = start(workplace, hold_at=hold_at)
+        process.signal(signal.SIGKILL)
+        assert process.finish().code == -signal.SIGKILL
+        (state,) = states(workplace)
+        assert state.name.startswith(kind)
+    assert start(workplace, kill_at=6).finish().code == -signal.SIGKILL
+    ends_with_the_same_files(workplace, whole.files)
+
+
+@pytest.mark.slow
+def test_killed_at_any_file_a_run_ends_with_the_same_files(whole: Whole, workplace: Path):
+    for kill_at in range(1, whole.written + 1):
         shutil.rmtree(workplace / "record" / RECORD / "defense", ignore_errors=True)
-        rounds += 1
-        for _ in range(3):
-            process = start(workplace)
-            if not process.ends_within(generator.uniform(0.0, LATEST) * seconds):
-                process.signal(signal.SIGKILL)
-            ran = process.finish()
-            if ran.code == 0:
-                break
-            assert ran.code == -signal.SIGKILL, ran.err
-            kills += 1
-            resumed += bool(states(workplace))
-        ran = start(workplace).finish()
-        assert ran.code == 0, ran.err
-        found = final(workplace)
-        assert sorted(found) == sorted(expected)
-        assert [name for name in expected if not same(found[name], expected[name])] == []
-        assert not states(workplace)
-    print(f"{kills} kills in {rounds} runs, {resumed} of them with something to go on from: all ended with the same files")
+        for at in (kill_at, 1 + kill_at // 2):
+            assert start(workplace, kill_at=at).finish().code in (-signal.SIGKILL, 0)
+        ends_with_the_same_files(workplace, whole.files)
 
 
 RANKING = ["--epochs", "0"]
@@ -117,20 +117,24 @@ TRAINING = ["--selection", "none"]
 
 
 @pytest.mark.parametrize(
-    "flags, stop, code, word",
-    [(RANKING, signal.SIGINT, 130, "interrupted"), (TRAINING, signal.SIGTERM, 143, "terminated")],
+    "flags, hold_at, stop, code, word",
+    [
+        (RANKING, "ranking_", signal.SIGINT, 130, "interrupted"),
+        (TRAINING, "interrupted", signal.SIGTERM, 143, "terminated"),
+    ],
 )
 def test_a_signal_ends_a_run_with_a_message_and_the_next_goes_on(
-    flags: list[str], stop: signal.Signals, code: int, word: str, workplace: Path
+    flags: list[str], hold_at: str, stop: signal.Signals, code: int, word: str, workplace: Path
 ):
-    process = start(workplace, *flags)
-    process.until(lambda: bool(states(workplace)))
+    process = start(workplace, *flags, hold_at=hold_at)
     process.signal(stop)
     ran = process.finish()
     assert ran.code == code and "Traceback" not in ran.err
     assert ran.err.splitlines()[-1].startswith(f"fmp: {word}; earlier results are unchanged. Run the same command again")
-    again = start(workplace, *flags).finish()
-    assert again.code == 0 and "goes on" in again.err
+    assert len(states(workplace)) == 1
+    again = call_fmp(*FLAGS, *flags)
+    assert again.code == 0 and re.search("continues? after|goes on", again.err), again.err
+    assert not states(workplace)
 
 
 def test_killed_after_the_last_epoch_a_run_has_its_predictions_too(workplace: Path, monkeypatch: pytest.MonkeyPatch):
@@ -141,7 +145,7 @@ def test_killed_after_the_last_epoch_a_run_has_its_predictions_too(workplace: Pa
     expected = final(workplace)
     shutil.rmtree(workplace / RESULTS)
     with monkeypatch.context() as patch:
-        patch.setattr(fmp, "write_defense_result", killed)
+        patch.setattr(run_folder, "write_defense_result", killed)
         assert call_fmp(*FLAGS, *TRAINING, "--frequency_save", "0").code == 130
     assert [path.name for path in states(workplace)] == ["interrupted.pt"]
     assert call_fmp(*FLAGS, *TRAINING, "--frequency_save", "0").code == 0
@@ -163,8 +167,8 @@ def test_a_run_that_ends_early_says_what_lies_there(workplace: Path, monkeypatch
     expected = results()
     for where, name, said in (
         (fmp, "prune_feature_maps", "earlier results are unchanged"),
-        (fmp.report, "write_plots", "new results are partly written"),
-        (fmp, "write_report", "all results but the report are written"),
+        (run_folder, "write_plots", "new results are partly written"),
+        (fmp, "write_report", "new results are partly written"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, interrupted)
@@ -176,29 +180,43 @@ def test_a_run_that_ends_early_says_what_lies_there(workplace: Path, monkeypatch
     assert results()["index.txt"] != expected["index.txt"]
 
 
-def test_a_checkpoint_of_other_settings_is_refused_and_fresh_starts_again(workplace: Path):
-    process = start(workplace, *TRAINING)
-    process.until(lambda: bool(states(workplace)))
+def interrupted_in_training(root: Path) -> Path:
+    """The state that a run leaves which was killed after an epoch of fine-tuning."""
+    process = start(root, *TRAINING, hold_at="interrupted")
     process.signal(signal.SIGKILL)
     process.finish()
-    before = (workplace / RESULTS / "checkpoint" / "interrupted.pt").read_bytes()
-    ran = call_fmp(*FLAGS, *TRAINING, "--lr", "0.05")
-    assert ran.code == 2 and "interrupted.pt was made with lr 0.01 (now 0.05)" in ran.err
-    assert (workplace / RESULTS / "checkpoint" / "interrupted.pt").read_bytes() == before
-    ran = call_fmp(*FLAGS, *TRAINING, "--p", "8")
-    assert ran.code == 2 and "made with p " in ran.err and "(now 8)" in ran.err
+    (state,) = states(root)
+    return state
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_fresh_starts_again(workplace: Path):
+    state = interrupted_in_training(workplace)
+    before = state.read_bytes()
+    for flags, said in ((["--lr", "0.05"], "lr 0.01 (now 0.05)"), (["--p", "16"], "p 8 (now 16)")):
+        ran = call_fmp(*FLAGS, *TRAINING, *flags)
+        assert ran.code == 2 and "interrupted.pt was made with" in ran.err and said in ran.err
+        assert state.read_bytes() == before
     assert call_fmp(*FLAGS, "--epochs", "0").code == 0  # trains nothing, so it loses nothing
-    assert (workplace / RESULTS / "checkpoint" / "interrupted.pt").read_bytes() == before
+    assert state.read_bytes() == before
     assert call_fmp(*FLAGS, *TRAINING, "--lr", "0.05", "--fresh", "--epochs", "1").code == 0
     assert not states(workplace)
 
 
+def test_fine_tuning_goes_on_under_other_flags_that_decide_nothing(whole: Whole, workplace: Path):
+    """A report, another log or a wait are no reason to train again."""
+    interrupted_in_training(workplace)
+    flags = ["--report", "True", "--wait", "--log", "logs", "--tensorboard", "False", "--frequency_save", "0", "--quiet"]
+    ran = call_fmp(*FLAGS, *TRAINING, *flags, "--log_level", "debug")
+    assert ran.code == 0, ran.err
+    (log,) = (workplace / "logs").glob("*.log")
+    assert "continues after epoch 1 of 3" in log.read_text()
+    assert (workplace / RESULTS / "report.html").is_file() and not states(workplace)
+
+
 def test_a_second_run_is_told_of_the_first_or_waits_for_it(workplace: Path):
-    first = start(workplace, *TRAINING)
-    first.until(lambda: bool(states(workplace)))
-    first.signal(signal.SIGSTOP)
+    first = start(workplace, *TRAINING, hold_at="interrupted")
     try:
-        second = start(workplace, *TRAINING).finish()
+        second = call_fmp(*FLAGS, *TRAINING)
         assert second.code == 2 and second.err.startswith("fmp: Another run works in record/badnet_tiny/defense/fmp; ")
         assert second.err.count("\n") == 1
         third = start(workplace, *TRAINING, "--wait")
@@ -207,7 +225,7 @@ def test_a_second_run_is_told_of_the_first_or_waits_for_it(workplace: Path):
         first.signal(signal.SIGKILL)  # no lock outlives its process
     first.finish()
     ran = third.finish()
-    assert ran.code == 0 and "goes on after epoch" in ran.err
+    assert ran.code == 0 and "continues after epoch" in ran.err
     assert not states(workplace)
 
 
@@ -230,8 +248,11 @@ def fill(disk: Path, leave: int) -> None:
 SHORT = ["--device", "cpu", "--result_file", RECORD, "--selection", "random", "--epochs", "0", "--report", "False"]
 
 
-def test_a_full_disk_is_one_sentence_and_earlier_results_stand(workplace: Path, small_disk: Path):
-    shutil.copytree(workplace / "record", small_disk / "record")
+def test_a_full_disk_is_one_sentence_and_earlier_results_stand(
+    workplace: Path, real_workplace_template: Path, small_disk: Path
+):
+    """The weights of a model of BackdoorBench's do not fit any more; the smaller files before them do."""
+    shutil.copytree(real_workplace_template / "record", small_disk / "record")
     flags = [*SHORT, "--record_root", str(small_disk / "record")]
     assert call_fmp(*flags).code == 0
     results = small_disk / "record" / RECORD / "defense" / "fmp"
@@ -280,6 +301,11 @@ def test_the_clock_may_jump(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     assert min(json.loads((workplace / RESULTS / "metrics.json").read_text())["seconds"].values()) >= 0
 
 
+def score(model: Normalised, images: Tensor, labels: Tensor, rows: int | None = None) -> Scores:
+    layers = trace_conv_layers(model.network, images[:1])
+    return FeatureMapScorer(model, layers, images, labels, FrgSettings(0.1), batching=Batching(rows)).score()
+
+
 @pytest.mark.parametrize("least", [2, 32])
 def test_out_of_memory_halves_the_batch_and_goes_on(least: int, monkeypatch: pytest.MonkeyPatch):
     """An allocator that refuses more than 16 images at a time, as a small GPU would; also where a CPU has 32 threads."""
@@ -292,26 +318,23 @@ def test_out_of_memory_halves_the_batch_and_goes_on(least: int, monkeypatch: pyt
             raise torch.OutOfMemoryError("CUDA out of memory")
         return genuine(model, layers, images, start, copies, *more)
 
-    model, images, labels = toy_case(Plain, count=7)
-    layers = trace_conv_layers(model.network, images[:1])
-    expected = scorer.score_feature_maps(model, layers, images, labels, eps=0.1, rows=64)
+    expected = score(*toy_case(Plain, count=7), rows=64)
     monkeypatch.setattr(scorer, "SharedForward", limited)
     monkeypatch.setattr(scorer, "least_rows", lambda _device: least)
-    found = scorer.score_feature_maps(model, layers, images, labels, eps=0.1, rows=64)
+    found = score(*toy_case(Plain, count=7), rows=64)
     assert len(seen) == 3 and seen[0] > seen[1] > 16 >= seen[2]
     assert torch.equal(found.correct, expected.correct) and torch.equal(found.margin, expected.margin)
 
 
+@pytest.mark.cuda
 @needs_cuda
 def test_a_gpu_that_is_too_small_halves_the_batch_and_goes_on():
     model, images, labels = toy_case(SmallPreActResNet, count=512)
-    layers = trace_conv_layers(model.network, images[:1])
-    expected = scorer.score_feature_maps(model, layers, images, labels, eps=0.1)
-    model, images, labels = model.cuda(), images.cuda(), labels.cuda()
+    expected = score(model, images, labels)
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(60e6 / torch.cuda.get_device_properties(0).total_memory)
     try:
-        found = scorer.score_feature_maps(model, layers, images, labels, eps=0.1, rows=4096)
+        found = score(model.cuda(), images.cuda(), labels.cuda(), rows=4096)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     torch.testing.assert_close(found.margin, expected.margin, rtol=0, atol=1e-3)
@@ -328,11 +351,9 @@ def test_memory_that_never_suffices_is_one_sentence(workplace: Path, monkeypatch
 
 def test_a_leader_that_is_refused_ends_the_others_with_a_message(workplace: Path):
     """Another run holds the result folder: the first process says so and ends, and the second one after it."""
-    first = start(workplace, *TRAINING)
-    first.until(lambda: bool(states(workplace)))
-    first.signal(signal.SIGSTOP)
+    first = start(workplace, *TRAINING, hold_at="interrupted")
     try:
-        workers = [Run(workplace, *FLAGS, *RANKING, environment=place) for place in _places()]
+        workers = [start(workplace, *RANKING, environment=place) for place in _places()]
         leader, other = (worker.finish() for worker in workers)
     finally:
         first.signal(signal.SIGKILL)
@@ -343,20 +364,21 @@ def test_a_leader_that_is_refused_ends_the_others_with_a_message(workplace: Path
 
 def _places() -> list[dict[str, str]]:
     """What torchrun would put into the environment of two processes."""
-    port = str(20_000 + os.getpid() % 20_000)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
 def test_a_worker_that_dies_ends_the_others_with_a_message(workplace: Path):
-    """Two processes rank together; one is killed. The other ends by itself, soon, and says what happened."""
-    workers = [Run(workplace, *FLAGS, environment=place) for place in _places()]
-    workers[1].until(lambda: any("1of2" in path.name for path in states(workplace)))
-    workers[1].signal(signal.SIGKILL)
-    workers[1].finish()
-    died = time.monotonic()
-    ran = workers[0].finish()
+    """Two processes rank together; one is killed. The other ends by itself, and says what happened."""
+    first, second = _places()
+    leader = start(workplace, environment=first)
+    worker = start(workplace, environment=second, hold_at="ranking_")
+    worker.signal(signal.SIGKILL)
+    worker.finish()
+    ran = leader.finish()
     assert ran.code == 2 and "Traceback" not in ran.err
     assert "Another process of torchrun ended early" in ran.err.splitlines()[-1]
-    assert time.monotonic() - died < PATIENCE
-    assert any("0of2" in path.name for path in states(workplace))  # what it scored is kept
+    assert sorted(re.findall(r"\dof2", " ".join(path.name for path in states(workplace)))) == ["0of2", "1of2"]  # is kept

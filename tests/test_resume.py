@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from fmp_core.errors import UserError
-from fmp_core.frg import scorer_state
+from fmp_core.frg import racing, scorer_state
 from fmp_core.frg.racing import race
-from fmp_core.frg.scorer import Scores, score_feature_maps
+from fmp_core.frg.scorer import FeatureMapScorer
 from fmp_core.frg.scorer_state import RankingCheckpoints
+from fmp_core.frg.scores import Counts, Scores
 from fmp_core.models.feature_maps import trace_conv_layers
 from fmp_core.storage.checkpoint import Checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scoring import make_scorer, score_feature_maps
 from toy import Plain, SmallPreActResNet, toy_case
 
 EPS = 16 / 255
@@ -71,7 +73,7 @@ def test_stopped_after_each_group_a_ranking_ends_with_the_same_bits(
 def test_what_is_saved_is_not_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     score, checkpoint = scorer(Plain), Checkpoint(tmp_path / "ranking.pt", {})
     first = score(rows=3, checkpoint=checkpoint)
-    monkeypatch.setattr(scorer_state.Tally, "put", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(Counts, "put", lambda *_: pytest.fail("scored again"))
     assert equal(score(rows=3, checkpoint=checkpoint), first)
 
 
@@ -108,24 +110,23 @@ def test_a_ranking_goes_on_with_another_number_of_threads(tmp_path: Path):
     assert torch.equal(found.correct, expected.correct) and torch.allclose(found.margin, expected.margin)
 
 
-def test_a_race_goes_on_in_its_second_lap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(scorer_state, "EVERY", 0.0)
-    score = scorer(Plain)
-    cheap = score(dtype=torch.bfloat16)
-    expected = race(cheap, lambda wanted: score(wanted=wanted), 4, "global")
-    for lap in (1, 2):
-        checkpoints = RankingCheckpoints(tmp_path, "k" * 64, fresh=lap == 1)
+def test_a_race_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Killed when it begins to score contenders: what was predicted before is read again."""
+    monkeypatch.setattr(racing, "CALIBRATION_MAPS", 1)  # the model has few maps
+    model, images, labels = toy_case(Plain, count=7)
+    scorer = make_scorer(model, trace_conv_layers(model.network, images[:1]), images, labels, eps=EPS)
+    expected = race(scorer, 4, "global", cheap_precision=torch.float32)
 
-        def exactly(wanted: torch.Tensor, files=checkpoints, lap: int = lap) -> Scores:
-            if lap == 1:
-                raise Killed
-            return score(wanted=wanted, checkpoint=files.of(torch.float32, wanted))
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
 
-        try:
-            found = race(score(dtype=torch.bfloat16, checkpoint=checkpoints.of(torch.bfloat16)), exactly, 4, "global")
-        except Killed:
-            assert [path.name.count("ranking_kkkkkkkkkkkkkkkk_") for path in tmp_path.iterdir()] == [1]
-    assert equal(found, expected) and torch.equal(found.settled, expected.settled)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(FeatureMapScorer, "score", killed)
+        race(scorer, 4, "global", RankingCheckpoints(tmp_path, "k" * 64, fresh=True), torch.float32)
+    assert list(tmp_path.glob("ranking_kkkkkkkkkkkkkkkk_*"))
+    checkpoints = RankingCheckpoints(tmp_path, "k" * 64, fresh=False)
+    found = race(scorer, 4, "global", checkpoints, torch.float32)
+    assert equal(found, expected) and found.settled is not None and torch.equal(found.settled, expected.settled)
     checkpoints.remove()
     assert not list(tmp_path.iterdir())
 

@@ -1,72 +1,87 @@
 """Racing: the selection is that of the exact scores."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from fmp_core.frg.image_racing import foretell_scores, mean_reverse
+from fmp_core.frg import racing
 from fmp_core.frg.margin_taylor import MarginTaylor
-from fmp_core.frg.racing import race
+from fmp_core.frg.racing import mean_reverse, predict_scores, race, score_contenders
 from fmp_core.frg.reverse import SharedForward
-from fmp_core.frg.scorer import Scores, choose, score_feature_maps
+from fmp_core.frg.scores import Scores, lowest
 from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
+from fmp_core.system.devices import has_fast_bfloat16
+from scoring import make_scorer
 from torch import Tensor, nn
 from toy import SmallPreActResNet, toy_case
 
+CPU = torch.device("cpu")
+needs_bfloat16 = pytest.mark.skipif(not has_fast_bfloat16(CPU), reason="this CPU emulates bfloat16, slowly")
 
-def scores_of(correct: Tensor, margin: Tensor, widths: tuple[int, ...], smallest_margin: float = 1.0) -> Scores:
+
+def scores_of(correct: Tensor, margin: Tensor, widths: tuple[int, ...]) -> Scores:
     layers = tuple(ConvLayer(f"c{i}", nn.Conv2d(1, width, 1)) for i, width in enumerate(widths))
-    return Scores(layers, correct, margin, torch.full((len(correct),), smallest_margin), 32)
+    return Scores(layers, correct, margin, torch.ones(len(correct), dtype=torch.float64), 32)
 
 
-def run(cheap: Scores, exact: Scores, p: int, scope: str) -> tuple[Scores, int]:
-    rescored = torch.zeros(cheap.total, dtype=torch.bool)
+class Lookup:
+    """Stands for a scorer whose exact scores are known, and counts the maps it was asked for."""
 
-    def score(wanted: Tensor) -> Scores:
-        assert not (rescored & wanted).any(), "a map was scored twice"
-        rescored.logical_or_(wanted)
-        return replace(exact, correct=exact.correct * wanted, margin=exact.margin * wanted)
+    precision = torch.float32
 
-    return race(cheap, score, p, scope), int(rescored.sum())
+    def __init__(self, exact: Scores):
+        self.exact, self.scored = exact, torch.zeros(exact.total, dtype=torch.bool)
+
+    def score(self, maps: Tensor, checkpoint: None) -> Scores:
+        assert not (self.scored & maps).any(), "a map was scored twice"
+        self.scored |= maps
+        return replace(self.exact, correct=self.exact.correct * maps, margin=self.exact.margin * maps)
+
+
+def contend(cheap: Scores, exact: Scores, p: int, scope: str) -> tuple[Scores, int]:
+    scorer: Any = Lookup(exact)
+    return score_contenders(cheap, scorer, p, scope), int(scorer.scored.sum())
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("seed", range(5))
-def test_the_selection_is_the_exact_one_at_a_fraction_of_the_cost(seed: int, scope: str):
+@pytest.mark.parametrize("seed", range(3))
+def test_contenders_give_the_exact_selection_at_a_fraction_of_the_cost(seed: int, scope: str):
     generator = torch.Generator().manual_seed(seed)
     widths = (256, 512)
     correct = torch.randint(26, 31, (768,), generator=generator)
     margin = torch.randn(768, generator=generator, dtype=torch.float64)
     noise = 0.002 * torch.randn(768, generator=generator, dtype=torch.float64)
     exact, cheap = scores_of(correct, margin, widths), scores_of(correct, margin + noise, widths)
-    raced, rescored = run(cheap, exact, 64, scope)
-    assert torch.equal(choose(raced, 64, scope).mask, choose(exact, 64, scope).mask)
-    assert rescored < 768 // 10
+    raced, scored = contend(cheap, exact, 64, scope)
+    assert torch.equal(lowest(raced, 64, scope)[0], lowest(exact, 64, scope)[0])
+    assert scored < 768 // 10
 
 
-def test_a_map_whose_count_may_be_wrong_is_rescored():
-    widths = (128,)
+def test_a_map_whose_count_may_be_wrong_is_scored_in_full():
     margin = torch.arange(128, dtype=torch.float64)
-    exact = scores_of(torch.full((128,), 20), margin, widths)
+    exact = scores_of(torch.full((128,), 20), margin, (128,))
     exact.correct[100] = 19  # bfloat16 counted one more: an image that is barely right, barely wrong in float32
-    cheap = scores_of(torch.full((128,), 20), margin + 0.001, widths)
+    cheap = scores_of(torch.full((128,), 20), margin + 0.001, (128,))
     cheap.smallest_margin[100] = 0.0001
-    raced, rescored = run(cheap, exact, 64, "layer")
-    assert choose(raced, 64, "layer").mask.nonzero().flatten().tolist() == [0, 100]
-    assert rescored == 5
+    raced, scored = contend(cheap, exact, 64, "layer")
+    assert lowest(raced, 64, "layer")[0].nonzero().flatten().tolist() == [0, 100]
+    assert scored == 5
 
 
-def test_a_batch_that_memory_ran_out_in_is_seen_once(monkeypatch: pytest.MonkeyPatch):
+def test_dropped_maps_rank_behind_all_settled_ones():
+    scores = scores_of(torch.full((128,), 5), torch.arange(128, dtype=torch.float64), (128,))
+    raced, scored = contend(scores, scores, 64, "layer")
+    assert raced.settled is not None
+    assert scored == int(raced.settled.sum()) == 4
+    assert raced.settled[raced.order()[:4]].all()
+
+
+def test_a_batch_that_memory_ran_out_in_counts_once(monkeypatch: pytest.MonkeyPatch):
     """The allocator refuses once, within a batch: what was summed over its first maps is not summed twice."""
     model, images, labels = toy_case(SmallPreActResNet, count=12)
-    layers = trace_conv_layers(model.network, images[:1])
-
-    def score(wanted: Tensor, watch: Any) -> Scores:
-        return score_feature_maps(model, layers, images, labels, eps=0.05, rows=8, wanted=wanted, watch=watch)
-
-    expected = mean_reverse(score, layers, images)
+    scorer = make_scorer(model, trace_conv_layers(model.network, images[:1]), images, labels, eps=0.05, rows=8)
+    expected = mean_reverse(scorer)
     genuine, calls = SharedForward.reversed_images, []
 
     def refuses_once(self: SharedForward, *asked: Any) -> Tensor:
@@ -76,17 +91,7 @@ def test_a_batch_that_memory_ran_out_in_is_seen_once(monkeypatch: pytest.MonkeyP
         return genuine(self, *asked)
 
     monkeypatch.setattr(SharedForward, "reversed_images", refuses_once)
-    found = mean_reverse(score, layers, images)
-    assert len(calls) > 5 and torch.equal(found, expected)
-
-
-def test_dropped_maps_rank_behind_all_settled_ones():
-    widths = (128,)
-    correct, margin = torch.full((128,), 5), torch.arange(128, dtype=torch.float64)
-    raced, rescored = run(scores_of(correct, margin, widths), scores_of(correct, margin, widths), 64, "layer")
-    assert raced.settled is not None
-    assert rescored == int(raced.settled.sum()) == 4
-    assert raced.settled[raced.order()[:4]].all()
+    assert torch.equal(mean_reverse(scorer), expected) and len(calls) > 5
 
 
 def wide_net(seed: int) -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -97,53 +102,49 @@ def wide_net(seed: int) -> tuple[nn.Sequential, Tensor, Tensor]:
         nn.Conv2d(3, 96, 3, padding=1),
         nn.BatchNorm2d(96),
         nn.ReLU(),
-        nn.Conv2d(96, 192, 3, 2, padding=1),
-        nn.BatchNorm2d(192),
+        nn.Conv2d(96, 128, 3, 2, padding=1),
+        nn.BatchNorm2d(128),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(192 * 16, 5),
+        nn.Linear(128 * 16, 5),
     ).eval()
-    images = torch.rand(24, 3, 8, 8, generator=generator)
+    images = torch.rand(16, 3, 8, 8, generator=generator)
     with torch.no_grad():
         ranking = net(images).topk(2).indices
-    wrong = torch.rand(24, generator=generator) < 0.2
+    wrong = torch.rand(16, generator=generator) < 0.2
     return net, images, torch.where(wrong, ranking[:, 1], ranking[:, 0])
 
 
-class Counting:
-    """Scores feature maps, and counts the (map, image) pairs and those whose margin was foretold."""
-
-    def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, eps: float):
-        self.layers = trace_conv_layers(net, images[:1])
-        self.score = partial(score_feature_maps, net, self.layers, images, labels, eps=eps)
-        self.images = len(images)
-        self.pairs = self.foretold = 0
-
-    def __call__(self, wanted: Tensor, which: Tensor | None = None, foretell: Any = None, **options: Any) -> Scores:
-        pairs = int(wanted.sum()) * (self.images if which is None else len(which))
-        self.pairs += pairs
-        self.foretold += pairs if foretell else 0
-        return self.score(wanted=wanted, which=which, foretell=foretell, **{"dtype": torch.bfloat16, **options})
-
-
+@pytest.mark.parametrize("cheap", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
 @pytest.mark.parametrize("eps", [1 / 255, 8 / 255])
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("seed", range(3))
-def test_foretold_scores_lead_to_the_exact_selection(seed: int, scope: str, eps: float):
-    net, images, labels = wide_net(seed)
-    score = Counting(net, images, labels, eps)
-    first_order = MarginTaylor(net, mean_reverse(score, score.layers, images), labels)
-    foretold, error = foretell_scores(score, first_order, score.layers, 16, scope)
-    assert score.foretold > score.pairs / 3
-    low = race(foretold, score, 16, scope, error)
-    raced = race(low, partial(score, dtype=torch.float32), 16, scope)
-    exact = score.score()
-    assert torch.equal(choose(raced, 16, scope).mask, choose(exact, 16, scope).mask)
-    settled = raced.settled
-    assert settled is not None and 0 < int(settled.sum()) < foretold.total
-    assert torch.equal(raced.correct[settled], exact.correct[settled])
-    assert torch.equal(raced.margin[settled], exact.margin[settled])
-    assert (raced.margin[~settled] <= exact.margin[~settled]).all(), "a floor above the margin"
+def test_racing_gives_the_exact_selection(scope: str, eps: float, cheap: torch.dtype):
+    for seed in range(2):
+        net, images, labels = wide_net(seed)
+        scorer = make_scorer(net, trace_conv_layers(net, images[:1]), images, labels, eps=eps)
+        raced, exact = race(scorer, 16, scope, cheap_precision=cheap), scorer.score()
+        assert torch.equal(lowest(raced, 16, scope)[0], lowest(exact, 16, scope)[0])
+        settled = raced.settled
+        assert settled is not None and 0 < int(settled.sum()) < raced.total
+        assert torch.equal(raced.correct[settled], exact.correct[settled])
+        assert torch.equal(raced.margin[settled], exact.margin[settled])
+        assert (raced.margin[~settled] <= exact.margin[~settled]).all(), "a floor above the margin"
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bfloat16_is_used_only_where_the_hardware_has_it(fast: bool, monkeypatch: pytest.MonkeyPatch):
+    net, images, labels = wide_net(0)
+    scorer = make_scorer(net, trace_conv_layers(net, images[:1]), images, labels, eps=1 / 255)
+    asked: list[torch.dtype] = []
+
+    def in_precision(precision: torch.dtype) -> Any:
+        asked.append(precision)
+        return scorer
+
+    monkeypatch.setattr(racing, "has_fast_bfloat16", lambda _device: fast)
+    monkeypatch.setattr(scorer, "in_precision", in_precision)
+    race(scorer, 16, "layer")
+    assert asked == [torch.bfloat16 if fast else torch.float32]
 
 
 def test_first_order_is_exact_on_a_linear_model():
@@ -151,23 +152,38 @@ def test_first_order_is_exact_on_a_linear_model():
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     images, labels = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])
     reverse = images + 0.1 * torch.randn(4, 5, 3, 2, 2)
-    which = torch.tensor([3, 0])
+    image_ids = torch.tensor([3, 0])
     with torch.no_grad():
-        logits = net(reverse[:, which].flatten(0, 1)).view(4, 2, 3)
-    found = MarginTaylor(net, images, labels).margins(reverse[:, which], which)
+        logits = net(reverse[:, image_ids].flatten(0, 1)).view(4, 2, 3)
+    found = MarginTaylor(net, images, labels).margins(reverse[:, image_ids], image_ids)
     expected = logits[..., 0] - logits[..., 1:].amax(-1)  # both images are of class 0
     assert torch.allclose(found, expected, atol=1e-6)
 
 
-def test_the_model_answers_where_first_order_is_not_sure():
-    """Foretold margins that are all wrong, and no sure one among them, change nothing."""
+def test_the_model_is_run_where_a_prediction_cannot_be_trusted():
+    """Predicted margins that are all wrong, and none of them trusted, change nothing; trusted ones replace the model's."""
     net, images, labels = wide_net(0)
-    score = Counting(net, images, labels, 1 / 255)
+    scorer = make_scorer(net, trace_conv_layers(net, images[:1]), images, labels, eps=1 / 255)
 
-    def never_sure(reverse: Tensor, _first: int) -> tuple[Tensor, Tensor]:
+    def never(reverse: Tensor, _image_ids: Tensor) -> tuple[Tensor, Tensor]:
         return torch.full(reverse.shape[:2], -1.0), torch.zeros(reverse.shape[:2], dtype=torch.bool)
 
-    exact = score.score()
-    found = score.score(foretell=never_sure)
-    assert torch.equal(found.correct, exact.correct) and torch.allclose(found.smallest_margin, exact.smallest_margin, atol=1e-5)
-    assert torch.allclose(found.margin, exact.margin, atol=1e-5)
+    def always(reverse: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return (image_ids.float() - 2.5).expand(reverse.shape[:2]).clone(), torch.ones(reverse.shape[:2], dtype=torch.bool)
+
+    exact, found = scorer.count(), scorer.count(predictor=never)
+    assert torch.equal(found.correct, exact.correct)
+    assert torch.allclose(found.margin, exact.margin, atol=1e-4)
+    assert torch.allclose(found.smallest_margin, exact.smallest_margin, atol=1e-5)
+    some = scorer.count(image_ids=torch.tensor([1, 4, 2, 3]), predictor=always)
+    assert [set(part.tolist()) for part in some] == [{2}, {0.0}, {0.5}]
+
+
+def test_most_margins_are_predicted(monkeypatch: pytest.MonkeyPatch):
+    net, images, labels = wide_net(0)
+    scorer = make_scorer(net, trace_conv_layers(net, images[:1]), images, labels, eps=1 / 255)
+    answered: list[int] = []
+    genuine = type(scorer)._logits
+    monkeypatch.setattr(type(scorer), "_logits", lambda self, pixels: answered.append(len(pixels)) or genuine(self, pixels))
+    predicted, _ = predict_scores(scorer, 16, "layer")
+    assert predicted.total == 224 and sum(answered) < 0.5 * 224 * 16

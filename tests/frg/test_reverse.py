@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from fmp_core.frg.reverse import SharedForward, fgsm, noisy_start
-from fmp_core.frg.scorer import score_feature_maps
 from fmp_core.models.build import PixelModel
 from fmp_core.models.feature_maps import frozen, trace_conv_layers
 from reference import score, start
+from scoring import score_feature_maps
 from torch import Tensor, nn
 from toy import NETS, OddConvs, Plain, PreActivation, SmallPreActResNet, toy_case
 

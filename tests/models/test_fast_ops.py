@@ -112,13 +112,13 @@ def test_watched_outputs_survive_in_place_changes():
     assert seen[0].item() == conv.weight.item()
 
 
-def test_a_lowered_copy_keeps_pixels_norms_and_logits_exact(network: nn.Module):
-    twin = to_precision(network, network.first, torch.bfloat16)
-    kept = [name for name, p in twin.named_parameters() if p.dtype == torch.float32]
+def test_a_low_precision_copy_keeps_pixels_norms_and_logits_exact(network: nn.Module):
+    low_precision = to_precision(network, network.first, torch.bfloat16)
+    kept = [name for name, p in low_precision.named_parameters() if p.dtype == torch.float32]
     assert kept == ["first.weight", "norm.weight", "norm.bias", "linear.weight", "linear.bias"]
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     with torch.inference_mode(), FastOps(torch.bfloat16):
-        logits = twin(torch.rand(4, 3, 8, 8))
+        logits = low_precision(torch.rand(4, 3, 8, 8))
     assert logits.dtype == torch.float32
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fmp_core.frg.scorer import Scores
+from fmp_core.frg.scores import Scores
 from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.selection.cache import cache_file, content_key, load_scores, save_scores
 from torch import nn

@@ -11,16 +11,14 @@ from fmp_core.system import distributed
 from fmp_core.system.devices import Device
 
 WORKER = """
-import json, sys, torch
-from functools import partial
-from fmp_core.frg import image_racing
+import json, torch
+from fmp_core.frg import racing
+from fmp_core.frg.reverse import FrgSettings
+from fmp_core.frg.scorer import Batching, FeatureMapScorer
+from fmp_core.inversion.search import TriggerSearch
+from fmp_core.models.feature_maps import trace_conv_layers
 from fmp_core.system import distributed
 from fmp_core.system.devices import Device
-from fmp_core.inversion.verdict import TriggerSearch
-from fmp_core.models.feature_maps import trace_conv_layers
-from fmp_core.frg.margin_taylor import MarginTaylor
-from fmp_core.frg.image_racing import foretell_scores, mean_reverse
-from fmp_core.frg.scorer import score_feature_maps
 from torch import nn
 torch.set_num_threads(1)
 distributed.join(Device(torch.device("cpu")))
@@ -29,19 +27,15 @@ net = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(
 images, labels = torch.rand(20, 3, 10, 10), torch.randint(4, (20,))
 net(images)
 layers = trace_conv_layers(net, images[:1])
-score = partial(score_feature_maps, net, layers, images, labels, eps=0.1, rows=16)
-whole = score()
-image_racing.PILOTS = 3
-
-def score_some(wanted, which=None, **hooks):
-    return score(wanted=wanted, which=which, **hooks)
-
-first_order = MarginTaylor(net, mean_reverse(score_some, layers, images), labels)
-raced, _ = foretell_scores(score_some, first_order, layers, 4, "layer")
-shown = TriggerSearch(net, layers, (255 * images).to(torch.uint8), labels, torch.float32, 0).weigh("dense-32", 4).success
+scorer = FeatureMapScorer(net, layers, images, labels, FrgSettings(0.1), batching=Batching(rows=16))
+whole = scorer.score()
+racing.CALIBRATION_MAPS = 3
+raced, error = racing.predict_scores(scorer, 4, "layer")
+search = TriggerSearch(net, layers, (255 * images).to(torch.uint8), labels, torch.float32, 0)
+flip_rates = search.test("dense-32", 4).flip_rates
 if distributed.is_leader():
     scored = [scores.correct.tolist() + [value.hex() for value in scores.margin.tolist()] for scores in (whole, raced)]
-    print(json.dumps([*scored, shown.tolist()]))
+    print(json.dumps([*scored, error.tolist(), flip_rates.tolist()]))
 distributed.leave()
 """
 
@@ -54,7 +48,7 @@ def worker(tmp_path: Path) -> Path:
 
 
 def run(*command: str) -> list:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -109,7 +109,7 @@ class SharedForward:
         call, difference = self.calls[key], self.difference[key]
         into = torch.cat([_through_one_channel(call, difference[:, channel], channel) for channel in channels])
         if call.input is self.start:
-            return into
+            return into.detach()
         return torch.autograd.grad(call.input, self.start, into, retain_graph=True)[0]
 
     def reversed_images(self, layer: ConvLayer, channels: Sequence[int], settings: FrgSettings) -> Tensor:

@@ -134,15 +134,15 @@ def to_precision(model: nn.Module, first_conv: nn.Module, dtype: torch.dtype) ->
     """
     if dtype == torch.float32:
         return model
-    twin = copy.deepcopy(model)
-    counterpart = dict(zip(model.modules(), twin.modules(), strict=True))
-    linear = [module for module in twin.modules() if isinstance(module, nn.Linear)]
-    kept = {twin, counterpart[first_conv], *linear[-1:]}
-    for module in twin.modules():
+    low_precision = copy.deepcopy(model)
+    counterpart = dict(zip(model.modules(), low_precision.modules(), strict=True))
+    linear = [module for module in low_precision.modules() if isinstance(module, nn.Linear)]
+    kept = {low_precision, counterpart[first_conv], *linear[-1:]}
+    for module in low_precision.modules():
         if module not in kept and not isinstance(module, _BatchNorm):
             for part in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 part.data = part.data.to(dtype) if part.is_floating_point() else part.data
-    return twin
+    return low_precision
 
 
 def _current(arg: Any) -> Any:

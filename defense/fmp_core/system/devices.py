@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -63,9 +64,16 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def choose_dtype(text: str, device: torch.device) -> torch.dtype:
-    """``fp32``, ``bf16``, or ``auto``: bf16 where the device has it in hardware."""
+    """``fp32``, ``bf16``, or ``auto``: bf16 where the device has it in hardware. Warns once of bf16 that is emulated."""
+    if text == "bf16" and not has_fast_bfloat16(device):
+        _warn_of_emulation()
     bfloat16 = text == "bf16" or (text == "auto" and has_fast_bfloat16(device))
     return torch.bfloat16 if bfloat16 else torch.float32
+
+
+@cache
+def _warn_of_emulation() -> None:
+    logging.getLogger("fmp_core").warning("--dtype bf16 is slower than fp32 here: this hardware has no bfloat16 arithmetic")
 
 
 def rows_per_batch(device: torch.device) -> int:
