@@ -187,14 +187,11 @@ def test_an_impossible_value_is_refused_by_flag_or_by_key_and_file(key: str, val
     assert f"{path}: {key} is {value!r}, but must be " in str(caught.value)
 
 
-def test_an_unknown_yaml_key_is_refused_by_name_and_file(tmp_path: Path):
+def test_an_unknown_key_is_refused_by_name(tmp_path: Path):
     path = settings_file(tmp_path, p=8, once_prune_ratio=0.1)
     with pytest.raises(UserError, match="unknown key 'once_prune_ratio'") as caught:
         load_settings({"yaml_path": path})
     assert path in str(caught.value)
-
-
-def test_an_unknown_setting_from_python_is_refused_by_name():
     with pytest.raises(UserError, match="'epoch' is not a setting"):
         load_settings({"epoch": 3})
 
@@ -219,17 +216,19 @@ def test_a_file_that_holds_no_settings_is_refused_in_one_line(content: bytes, sa
     assert "\n" not in str(caught.value)
 
 
-def test_the_current_folders_config_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_current_folders_config_comes_before_the_one_beside_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     own = tmp_path / "config" / "defense" / "fmp"
     own.mkdir(parents=True)
     (own / "config.yaml").write_text("p: 5\n")
     monkeypatch.chdir(tmp_path)
     assert load_settings({}).p == 5
-
-
-def test_a_config_missing_here_is_found_beside_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
     assert find_config("./config/defense/fmp/gtsrb.yaml") == PROJECT / "config/defense/fmp/gtsrb.yaml"
+
+
+def test_an_installed_package_does_without_the_default_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fmp_core.settings.PROJECT", tmp_path)
+    assert load_settings({}) == Settings()
 
 
 def test_a_config_in_neither_place_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -256,15 +256,19 @@ def parse_value(name: str, value: Any, source: str) -> Any:
     return fields.parse_value(Settings, name, value, source)
 
 
-def find_config(path: str) -> Path:
+def find_config(path: str) -> Path | None:
     """The settings file ``path``, from the current folder or else from beside the script.
 
+    None if that is the default one and in neither place, as where the package is installed: it states the defaults.
+
     Raises:
-        UserError: it is in neither place.
+        UserError: another one is in neither place.
     """
     for candidate in (Path(path), PROJECT / path):
         if candidate.is_file():
             return candidate
+    if path == DEFAULT_YAML:
+        return None
     raise UserError(f"--yaml_path {path} does not exist, neither in {Path.cwd()} nor in {PROJECT}.")
 
 
@@ -286,7 +290,8 @@ def load_settings(flags: Mapping[str, Any]) -> Settings:
     for key in flags:
         if key not in FIELDS and key != "yaml_path" and flags[key] is not None:
             raise UserError(f"{key!r} is not a setting of FMP; known settings: {', '.join(FIELDS)}.")
-    values = read_yaml(find_config(str(flags.get("yaml_path") or DEFAULT_YAML)))
+    path = find_config(str(flags.get("yaml_path") or DEFAULT_YAML))
+    values = read_yaml(path) if path else {}
     chosen = fields.parse_flags(Settings, flags)
     values |= PRESETS[chosen.get("preset") or values.get("preset") or "paper"] | chosen
     settings = Settings(**values)
