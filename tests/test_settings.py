@@ -66,7 +66,6 @@ IMPOSSIBLE = [
     ("sgd_momentum", "1.1"),
     ("wd", "-1"),
     ("amp", "ture"),
-    ("amp", "yes"),
     ("pin_memory", "2"),
     ("frequency_test", "-1"),
     ("frequency_save", "0.5"),
