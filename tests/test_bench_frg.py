@@ -15,13 +15,15 @@ FIGURES = {
     "efficiency",
     "ratio_vs_released",
     "peak_memory_mib",
+    "ours_operations_per_map",
+    "released_operations_per_map",
 }
 
 
 def test_all_figures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(benchmark, "CEILING_BATCHES", {"cpu": (4,)})
     flags = ["--model", "squeezenet1_0", "--device", "cpu", "--images", "2", "--maps", "26", "--dtype", "fp32"]
-    assert bench_frg.main([*flags, "--against", "released", "--csv", str(tmp_path / "frg.csv")]) == 0
+    assert bench_frg.main([*flags, "--against", "released", "--operations", "--csv", str(tmp_path / "frg.csv")]) == 0
     table = pd.read_csv(tmp_path / "frg.csv")
     assert list(table.columns) == ["device", "dtype", "figure", "value"]
     assert set(table["figure"]) >= FIGURES

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fmp_core.frg.scorer import Scores, choose
+from fmp_core.frg.scores import Scores
 from fmp_core.models.evaluate import Metrics
 from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.models.training import Epoch
 from fmp_core.results import run_folder
+from fmp_core.selection.choice import select_lowest
 from PIL import Image
 from torch import nn
 
@@ -102,7 +103,7 @@ def scores() -> Scores:
 
 
 def test_feature_maps_ranked_within_their_layer(tmp_path: Path) -> None:
-    frame = run_folder.feature_map_frame(scores().layers, choose(scores(), 2, "layer"), scores(), "layer")
+    frame = run_folder.feature_map_frame(scores().layers, select_lowest(scores(), 2, "layer"), "layer")
     run_folder.write_csv(tmp_path / "feature_maps.csv", frame, index=False)
     assert lines(tmp_path / "feature_maps.csv") == [
         "layer,channel,correct,samples,margin,rank,pruned",
@@ -116,14 +117,14 @@ def test_feature_maps_ranked_within_their_layer(tmp_path: Path) -> None:
 
 
 def test_feature_maps_ranked_all_together() -> None:
-    frame = run_folder.feature_map_frame(scores().layers, choose(scores(), 3, "global"), scores(), "global")
+    frame = run_folder.feature_map_frame(scores().layers, select_lowest(scores(), 3, "global"), "global")
     assert frame["rank"].tolist() == [4, 2, 3, 6, 5, 1]
     assert frame["pruned"].tolist() == [False, True, False, False, False, True]
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_pruned_maps_are_those_of_the_lowest_ranks(scope: str) -> None:
-    frame = run_folder.feature_map_frame(scores().layers, choose(scores(), 2, scope), scores(), scope)
+    frame = run_folder.feature_map_frame(scores().layers, select_lowest(scores(), 2, scope), scope)
     for _, group in frame.groupby("layer") if scope == "layer" else [("all", frame)]:
         assert group[group["pruned"]]["rank"].max() < group[~group["pruned"]]["rank"].min()
         assert sorted(group["rank"]) == list(range(1, len(group) + 1))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import FACTS
+from fmp_core.frg.operations import RELEASED_BATCH, operations_per_map
 from fmp_core.frg.reverse import FrgSettings
 from fmp_core.frg.scorer import Batching, FeatureMapScorer
 from fmp_core.models.build import PixelModel, build_model, load_model
@@ -32,7 +33,6 @@ from fmp_core.system import devices
 
 EPS = 1 / 255
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RELEASED_BATCH = 32  # images per batch of the released code
 CEILING_BATCHES = {"cpu": (32, 64, 256), "cuda": (256, 1024, 4096)}
 TRAINING_IMAGES = {"cpu": 1024, "cuda": 10240}
 
@@ -97,7 +97,7 @@ def conv_costs(model: nn.Module, layers: list[ConvLayer], image: Tensor) -> list
     return costs
 
 
-def released_scheme(model: nn.Module, layer: ConvLayer, channel: int, images: Tensor, labels: Tensor, start: Tensor) -> int:
+def released_scheme(model: nn.Module, layer: ConvLayer, channel: int, images: Tensor, labels: Tensor, start: Tensor) -> Tensor:
     """One feature map, one batch, as the released code spends it: 3 forward passes and one backward."""
     kept: list[Tensor] = []
     handle = layer.module.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
@@ -111,7 +111,7 @@ def released_scheme(model: nn.Module, layer: ConvLayer, channel: int, images: Te
     (gradient,) = torch.autograd.grad(loss, noisy)
     reverse = (images + EPS * gradient.sign()).clamp(0, 1)
     with torch.no_grad():
-        return int((model(reverse).argmax(1) == labels).sum())
+        return (model(reverse).argmax(1) == labels).sum()
 
 
 def sample_maps(layers: list[ConvLayer], count: int) -> Tensor:
@@ -170,6 +170,9 @@ def measure(args: Namespace, dtype: torch.dtype) -> dict[str, float]:
         if args.against == "released":
             figures["released_map_images_per_s"] = _measure_released(subject)
             figures["ratio_vs_released"] = ranked / figures["released_map_images_per_s"]
+        if args.operations:
+            counted = operations_per_map(subject.model, subject.images[:1], len(subject.images), released_scheme)
+            figures |= {f"{name}_operations_per_map": number for name, number in counted.items()}
         forward, both = ceilings(subject.model, dtype, subject.images)
         figures["ceiling_forward_images_per_s"], figures["ceiling_input_grad_images_per_s"] = forward, both
         costs = conv_costs(subject.model, subject.layers, subject.images[:1])

@@ -270,6 +270,3 @@ class FeatureMapScorer:
         weights = {p.data_ptr() for net in (self.model, self._low_precision) for p in net.parameters()}
         kept = sum(size for pointer, size in sizes.items() if pointer not in weights)
         return kept + sum(t.nbytes for t in (*shared.clean.values(), *shared.difference.values()))
-
-
-from fmp_core.frg.old_names import Choice, choose, choose_by_chance, score_feature_maps, slices  # noqa: E402,F401

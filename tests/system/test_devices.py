@@ -1,0 +1,22 @@
+"""Which precision a device gets."""
+
+import logging
+
+import pytest
+import torch
+from fmp_core.system import devices
+
+
+def test_bf16_is_chosen_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda _device: True)
+    assert devices.choose_dtype("auto", cpu) == devices.choose_dtype("bf16", cpu) == torch.bfloat16
+    assert devices.choose_dtype("fp32", cpu) == torch.float32
+    assert not caplog.records
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda _device: False)
+    devices._warn_of_emulation.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="fmp_core"):
+        assert devices.choose_dtype("auto", cpu) == torch.float32
+        assert not caplog.records
+        assert devices.choose_dtype("bf16", cpu) == devices.choose_dtype("bf16", cpu) == torch.bfloat16
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["--dtype bf16 is slower than fp32 here"]
