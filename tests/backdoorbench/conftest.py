@@ -39,7 +39,7 @@ assert items and all(os.path.isfile(item["path"]) for item in items)
 assert np.infty == np.inf and np.float is float
 assert np.asarray([[1], [1, 2]]).shape == np.array([np.zeros(2), np.zeros(3)]).shape == (2,)
 assert torch.zeros_like(torch.ones(2), device="cuda").to("cuda:0").cuda().device.type == "cpu"
-assert "0.5" in tabulate([{"loss": 0.5}], headers="keys", tablefmt="github", floatfmt=".5f")
+assert "0.5" in tabulate([{"loss": 0.5}], headers="keys", tablefmt="github", floatfmt=".5f").split("\\n")[2]
 assert iter(torch.utils.data.DataLoader([1, 2])).next() == 1
 assert open("./config/defense/echo.yaml").read() == "x"
 open("stray.txt", "w").close()  # into the temporary folder
