@@ -1,4 +1,4 @@
-"""Sweeps start processes, so their records have a model of BackdoorBench's."""
+"""Jobs of a sweep are other processes, so the workplace's record holds a model that they know."""
 
 from __future__ import annotations
 

@@ -417,18 +417,28 @@ def test_submitits_own_processes_run_a_sweep(place: Path) -> None:
     assert finished(jobs[0]) and finished(jobs[2]) and order() == ["a begins", "a ends", "x begins", "x ends"]
 
 
+def test_a_real_sweep_is_not_rerun_for_a_report(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"records: [{RECORD}]\ndefenses: [ft-only]\nours: {{epochs: 0, ratio: 0.2, report: REPORT}}\ndevice: cpu\n"
+    for report, says in ((False, "1 of 1 jobs done (0 were done before)"), (True, "(1 were done before)")):
+        (workplace / "s.yaml").write_text(text.replace("REPORT", str(report)))
+        assert script.main(["s.yaml"]) == 0
+        assert says in capsys.readouterr().out
+
+
+@pytest.mark.slow  # four runs of the program, one of which searches for triggers towards ten classes
 def test_a_real_sweep_does_shared_work_once(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two jobs of the paper's preset rank once, two strong ones search once; --report reruns none of them."""
-    text = f"""
+    """Of two jobs with the paper's preset one ranks, of two strong ones one searches for triggers, though all run at once."""
+    (workplace / "s.yaml").write_text(
+        textwrap.dedent(f"""
         records: [{RECORD}]
         defenses:
           - {{defense: fmp, p: [32, 64]}}
           - {{defense: fmp, name: strong, preset: strong, budget: [0.01, 0.1]}}
-        ours: {{epochs: 0, frg_samples: 1, ratio: 0.2, test_images: 2, report: REPORT}}
+        ours: {{epochs: 0, frg_samples: 1, ratio: 0.2, test_images: 2, report: False}}
         device: cpu
-        workers: 2
-    """
-    (workplace / "s.yaml").write_text(textwrap.dedent(text).replace("REPORT", "False"))
+        workers: 4
+        """)
+    )
     assert script.main(["s.yaml"]) == 0
     assert "4 of 4 jobs done" in capsys.readouterr().out
 
@@ -436,8 +446,5 @@ def test_a_real_sweep_does_shared_work_once(workplace: Path, capsys: pytest.Capt
         return [(workplace / "sweeps" / "s" / "logs" / f"{RECORD}.{name}.log").read_text() for name in names]
 
     paper, strong = logs("fmp-p32", "fmp-p64"), logs("strong-budget0.01", "strong-budget0.1")
-    print(paper, strong)
     assert sum("feature maps read from" in log for log in paper) == 1
-    (workplace / "s.yaml").write_text(textwrap.dedent(text).replace("REPORT", "True"))
-    assert script.main(["s.yaml"]) == 0
-    assert "(4 were done before)" in capsys.readouterr().out
+    assert sum("triggers is read from the cache" in log for log in strong) == 1

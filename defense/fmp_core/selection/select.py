@@ -96,6 +96,8 @@ def test_for_backdoor(defender: DefenderInputs, settings: Settings, cache: Path,
                 verdict = search.test(family, classes)
                 if distributed.is_leader():
                     save_verdicts(cache, key, [*verdicts, verdict])
+            else:
+                LOGGER.info("the verdict on %s triggers is read from the cache (--fresh tests again)", family)
             LOGGER.info("%s triggers: %s", family, pformat(verdict.as_dict(), compact=True))
             verdicts.append(verdict)
             if verdict.backdoored:
