@@ -5,6 +5,9 @@ Payloads that would run leave a file ``pwned`` in the current folder. Nothing he
 
 from __future__ import annotations
 
+import argparse
+import collections
+import copyreg
 import functools
 import importlib
 import io
@@ -26,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 RECORD = "badnet_tiny"
 FILE = Path("record") / RECORD / "attack_result.pt"
@@ -233,16 +236,11 @@ def encrypted_zip() -> bytes:
     return bytes(whole)
 
 
-def legacy(body: bytes, keys: list[str], data: bytes = b"") -> bytes:
+def legacy(body: bytes) -> bytes:
     """A file of torch before 1.6."""
     facts = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     head = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, facts)]
-    return b"".join(head) + body + pickle.dumps(keys, 2) + data
-
-
-def legacy_claim() -> bytes:
-    storage = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + integer(TERA) + b"NtQ"
-    return legacy(pickled(storage), ["0"], struct.pack("<q", TERA))
+    return b"".join(head) + body + pickle.dumps([], 2)
 
 
 def sparse(size: int, file: Path = FILE) -> Callable[[Path], object]:
@@ -297,6 +295,40 @@ def many_large_images(root: Path) -> None:
             Image.new("RGB", (8, 8)).save(file)
 
 
+def gtsrb_table(file: str) -> Callable[[Path], object]:
+    """A record of traffic signs, and a training table that names ``file``."""
+
+    def damage(root: Path) -> None:
+        edit("clean_data", value="gtsrb")(root)
+        table = root / "data" / "gtsrb" / "Train" / "00000" / "GT-00000.csv"
+        table.parent.mkdir(parents=True)
+        table.write_text(f"Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n{file};9;9;1;1;9;9;0\n")
+
+    return damage
+
+
+def tiny_annotations(file: str, label: str = "n0") -> Callable[[Path], object]:
+    """A record of Tiny ImageNet as it is unpacked, and annotations of ``val/images``."""
+
+    def damage(root: Path) -> None:
+        edit("clean_data", value="tiny-imagenet-200")(root)
+        base = root / "data" / "tiny-imagenet-200"
+        for place in ("train/n0/images", "train/n1/images", "val/images"):
+            (base / place).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(base / place / "val_0.JPEG")
+        (base / "val" / "val_annotations.txt").write_text(f"{file}\t{label}\t0\t0\t9\t9\n")
+
+    return damage
+
+
+def linked_images_that_link_further(root: Path) -> None:
+    images = root / PNG.parents[1]
+    images.rename(root / "disk")
+    images.symlink_to(root / "disk")
+    (root / "disk" / "3" / "3.png").unlink()
+    (root / "disk" / "3" / "3.png").symlink_to("/etc/passwd")
+
+
 def v1(**changes: Any) -> Callable[[Path], object]:
     state = {"x": torch.zeros(2, 3, 32, 32), "y": [0, 0], "original_targets": [1, 2], **changes}
     return edit("bd_test", value=state)
@@ -347,7 +379,12 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "object array": (lambda: np.array([Call(os.system, TOUCH)], dtype=object), "a numpy array of O8"),
     "object array of data": (lambda: np.array([{}, []], dtype=object), "a numpy array of O8"),
-    "set": (lambda: {1, 2}, "builtins.set"),
+    "a set that holds a call": (lambda: {Call(os.system, TOUCH)}, "posix.system (under 'gadget')"),
+    "a namespace that holds a call": (lambda: argparse.Namespace(x=Call(os.system, TOUCH)), "posix.system"),
+    "a defaultdict whose factory calls": (lambda: Call(collections.defaultdict, Call(os.system, TOUCH)), "posix.system"),
+    "a deque of a call": (lambda: collections.deque([Call(eval, "open('pwned', 'w')")]), "builtins.eval"),
+    "Pillow's open": (lambda: Call(Image.open, "pwned"), "PIL.Image.open"),
+    "a class rebuilt of a library": (lambda: Call(copyreg._reconstructor, subprocess.Popen, object, None), "subprocess.Popen"),  # type: ignore[attr-defined]
 }
 
 
@@ -390,6 +427,19 @@ MACHINE: dict[str, tuple[Callable[[], bytes], str]] = {
     "a tuple a million deep as a key": (lambda: pickled(b"}", b")" + b"\x85" * 10**6, b"Ns"), "a tuple as the key of a dict"),
     "a list a million deep": (lambda: pickled(b"]" * 10**6, b"a" * (10**6 - 1)), "is not an attack record"),
     "memo at two billion": (lambda: pickled(b"Nr\xff\xff\xff\x7f"), "is not an attack record"),
+    "a method of a harmless class": (
+        lambda: pickled(name("pathlib", "PosixPath.touch"), name("pathlib", "PosixPath"), text("pwned"), b"\x85R\x85R"),
+        "pathlib.PosixPath.touch",
+    ),
+    "a call of a stranger's class": (lambda: pickled(name("evil", "Run"), b")R"), "evil.Run"),
+    "a call of a stranger's object": (lambda: pickled(name("evil", "Run"), b")\x81", b")R"), "a call of what is no function"),
+    "attributes for a stranger's class": (lambda: pickled(name("evil", "Run"), b"}b"), "attributes for a UnknownClass"),
+    "an object of Popen": (lambda: pickled(name("subprocess", "Popen"), b")\x81"), "subprocess.Popen"),
+    "a path of a bomb": (lambda: pickled(name("pathlib", "PosixPath"), codec_bomb("zlib_codec", 9), b"\x85R"), "zlib_codec"),
+    "texts of a terabyte": (
+        lambda: pickled(name("numpy", "dtype"), text("U1000000000"), b"\x89\x88\x87R"),
+        "numpy array of U1000000000",
+    ),
     "a text of four gigabytes": (lambda: pickled(b"X\xff\xff\xff\xff" + b"abc"), "not a whole torch file"),
     "no end": (lambda: pickled(b"N")[:-1], "not a whole torch file"),
     "an empty stack": (lambda: pickled(), "not a whole torch file"),
@@ -417,16 +467,14 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         "not a whole torch file",
     ),
     "a tar file": (write(tar_file), "not a whole torch file"),
-    "a bare pickle": (write(lambda: pickle.dumps(Call(os.system, TOUCH), 2)), "posix.system"),
+    "a bare pickle": (write(lambda: pickle.dumps(Call(os.system, TOUCH), 2)), "not a whole torch file"),
     "zip-slip names": (write(named_zip("../../pwned", "/tmp/pwned", "../../../data.pkl")), "without one data.pkl"),
     "two pickles": (write(named_zip("a/data.pkl", "b/data.pkl")), "without one data.pkl"),
     "a compressed bomb": (write(lambda: torch_zip(pickled(text("a" * 2**28)), compression=zipfile.ZIP_DEFLATED)), "compressed"),
     "overlapping parts": (write(overlapping_zip), "claim more bytes than the file has"),
     "a part of four gigabytes": (write(claiming_zip), "claim more bytes than the file has"),
     "an encrypted part": (write(encrypted_zip), "not a whole torch file"),
-    "an old file of a terabyte": (write(legacy_claim), "claim more bytes than the file has"),
-    "an old file with other keys": (write(lambda: legacy(pickled(b"}"), ["7"])), "not those it lists"),
-    "an old file that calls": (write(lambda: legacy(pickle.dumps(Call(os.system, TOUCH), 2), [])), "posix.system"),
+    "an old file that calls": (write(lambda: legacy(pickle.dumps(Call(os.system, TOUCH), 2))), "torch before 1.6"),
     "a sparse terabyte": (sparse(2**40), "larger than 16 GiB"),
     "a pipe": (instead_of(FILE, os.mkfifo), "holds no attack_result.pt"),
     "a folder": (instead_of(FILE, Path.mkdir), "holds no attack_result.pt"),
@@ -453,7 +501,7 @@ CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "images of NaN": (v1(x=torch.full((2, 3, 32, 32), torch.nan)), "x holds NaN"),
     "images of another shape": (v1(x=torch.zeros(2, 3, 32, 31)), "x has shape"),
     "laughs for an indicator": (edit("bd_test", "poison_indicator", value=laughs()), "not as BackdoorBench writes it"),
-    "laughs for images": (v1(x=laughs()), "an image of bd_test is a list"),
+    "laughs for images": (v1(x=laughs(), y=[0] * 10, original_targets=[1] * 10), "an image of bd_test is a list"),
     "laughs for a dataset": (edit("clean_data", value=laughs()), "names no dataset"),
     "laughs for a class count": (edit("num_classes", value=laughs()), "not as BackdoorBench writes it"),
     "laughs for a model": (edit("model", value=laughs()), "not as BackdoorBench writes it"),
@@ -465,8 +513,26 @@ CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a path that climbs": (edit(*ITEM, "path", value="./record/x/../../../../../../etc/passwd"), "outside its folder"),
     "a path that climbs in its last parts": (edit(*ITEM, "path", value="../../passwd"), "outside its folder"),
     "an absolute path": (edit(*ITEM, "path", value="/etc/passwd"), "outside its folder"),
-    "a path with escape codes": (edit(*ITEM, "path", value="../\x1b[2J\n/../x"), "are missing"),
+    "a path with escape codes": (edit(*ITEM, "path", value="../\x1b[2J\n/../x"), "outside its folder"),
     "a path with a zero byte": (edit(*ITEM, "path", value="a/b\0.png"), "not as BackdoorBench writes it"),
+    "a set for weights": (edit(*WEIGHT, value={1, 2}), "holds no numbers"),
+    "a set for a size": (edit("img_size", value={1, 2, 3}), "not as BackdoorBench writes it"),
+    "a complex class count": (edit("num_classes", value=10 + 0j), "not as BackdoorBench writes it"),
+    "a text of numpy for a label": (edit(*ITEM, "other_info", value=[np.str_("1"), 2]), "not as BackdoorBench writes it"),
+    "a path for a name": (edit("model_name", value=Path("/etc")), "model_name is <"),
+    "an image of PostScript in memory": (
+        v1(x=[Call(EpsImagePlugin.EpsImageFile, state=[{}, "RGB", (10**6, 10**6), None, EPS])] * 2),
+        "does not fit its bytes",
+    ),
+    "two weights under one name": (
+        edit("model", value={"w": torch.ones(1), "_orig_mod.w": torch.ones(1)}),
+        "two weights that are called w",
+    ),
+    "a name of a million prefixes": (edit("model", value={"module." * 10**6 + "w": torch.ones(1)}), "lacks the weights"),
+    "labels of another test set": (v1(original_index=[3, 4]), "only 0 are those of the clean test images"),
+    "images linked to a folder of others": (link(PNG.parents[1], "/etc"), "are missing"),
+    "linked images that link further": (linked_images_that_link_further, "outside its folder"),
+    "images linked to themselves": (link(PNG.parents[1], PNG.parents[1].name), "BackdoorBench"),
     "an image link that leaves": (link(PNG, "/etc/passwd"), "outside its folder"),
     "a folder link that leaves": (link(PNG.parent, "/etc"), "outside its folder"),
     "a link to itself": (link(PNG, "3.png"), "not as BackdoorBench"),
@@ -481,6 +547,11 @@ CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "leads out of the record",
     ),
+    "a table that climbs": (gtsrb_table("../../../../../etc/passwd"), "leads out of the dataset"),
+    "a table of absolute names": (gtsrb_table("/etc/passwd"), "leads out of the dataset"),
+    "a table of one endless field": (gtsrb_table("x" * 2**20), "cannot be read"),
+    "annotations that climb": (tiny_annotations("../../../../../etc/passwd"), "leads out of the dataset"),
+    "annotations of unknown classes": (tiny_annotations("val_0.JPEG", "n\x1b[2J"), "cannot be read"),
     "many large images": (many_large_images, "more than this machine's memory"),
     "an image that is text": (image(lambda: b"no image"), "cannot be decoded"),
     "an empty image": (image(lambda: b""), "cannot be decoded"),
@@ -511,6 +582,16 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "binary": ("eps: \x00\x01", "cannot be read as YAML"),
     "infinity": ("eps: .inf", "must be a number"),
 }
+SAVE_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a file": (lambda root: (root / "out").write_text(""), "out"),
+    "results linked elsewhere": (
+        lambda root: (
+            (root / "out" / RECORD).mkdir(parents=True),
+            (root / "out" / RECORD / "defense").symlink_to(root / "data"),
+        ),
+        "leads out of the record",
+    ),
+}
 INDICES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a word": (lambda file: file.write_text("1\n__import__('os')\n"), "not an index"),
     "below zero": (lambda file: file.write_text("-1\n"), "names image -1"),
@@ -536,6 +617,8 @@ def corpus() -> dict[str, Case]:
         cases[f"settings: {key}"] = Case(
             lambda root, yaml=yaml: (root / "bad.yaml").write_text(yaml), says, ("--yaml_path", "bad.yaml")
         )
+    for key, (make, says) in SAVE_FOLDERS.items():
+        cases[f"save_folder: {key}"] = Case(make, says, ("--save_folder", "out"))
     for key, (make, says) in INDICES.items():
         cases[f"index: {key}"] = Case(lambda root, make=make: make(root / "bad.txt"), says, ("--index", "bad.txt"))
     return cases

@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "defense")]
 
-import fmp  # noqa: E402
+from fmp_core import command  # noqa: E402
 from PIL import Image  # noqa: E402
 
 Image.init()  # imports Pillow's plugins, which define named tuples by exec
@@ -83,7 +83,7 @@ def run(name: str, folder: str, flags: list[str]) -> dict[str, Any]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         watching = True
         try:
-            code = fmp.main(flags)
+            code = command.main(flags)
         except BaseException as error:  # reported, so that the test can name the case
             code = repr(error)[:300]
         watching = False

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fmp_core.data.datasets import FACTS, dataset_facts, open_split
+from fmp_core.data.datasets import FACTS, dataset_facts, known_name, open_split
 from fmp_core.errors import UserError
 from PIL import Image
 
@@ -223,6 +223,56 @@ def test_gtsrb_without_a_class_names_its_table(tmp_path: Path):
         open_split(tmp_path, "gtsrb", True, CIFAR)
 
 
+HEAD = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n"
+
+
+def gtsrb_torchvision(root: Path) -> None:
+    base = root / "gtsrb"
+    for label in (0, 1, 2, 10):
+        for number in (0, 1):
+            save_image(base / "GTSRB" / "Training" / f"{label:05d}" / f"0000{number}.ppm", 10 * label + number)
+        rows = "".join(f"0000{number}.ppm;9;9;1;1;9;9;{label}\n" for number in (0, 1))
+        (base / "GTSRB" / "Training" / f"{label:05d}" / f"GT-{label:05d}.csv").write_text(HEAD + rows)
+    for number in (0, 1):
+        save_image(base / "GTSRB" / "Final_Test" / "Images" / f"0000{number}.ppm", 200 + number)
+    (base / "GT-final_test.csv").write_text(f"{HEAD}00001.ppm;9;9;1;1;9;9;2\n00000.ppm;9;9;1;1;9;9;10\n")
+
+
+def gtsrb_official(root: Path) -> None:
+    gtsrb_torchvision(root)
+    (root / "gtsrb" / "GTSRB" / "Final_Training").mkdir()
+    (root / "gtsrb" / "GTSRB" / "Training").rename(root / "gtsrb" / "GTSRB" / "Final_Training" / "Images")
+
+
+def gtsrb_kaggle(root: Path) -> None:
+    base = root / "GTSRB"  # another way to write the name
+    for label in (0, 1, 2, 10):
+        for number in (0, 1):
+            save_image(base / "Train" / str(label) / f"0000{label}_{number}.png", 10 * label + number)
+        (base / "Train" / str(label) / ".ipynb_checkpoints").mkdir()
+        save_image(base / "Train" / str(label) / ".ipynb_checkpoints" / "a.png", 99)
+    for number in (0, 1):
+        save_image(base / "Test" / f"0000{number}.png", 200 + number)
+    rows = "9,9,1,1,9,9,2,Test/00001.png\n9,9,1,1,9,9,10,Test/00000.png\n"
+    (base / "Test.csv").write_text(f"Width,Height,Roi.X1,Roi.Y1,Roi.X2,Roi.Y2,ClassId,Path\n{rows}")
+
+
+@pytest.mark.parametrize("lay_out", [gtsrb_torchvision, gtsrb_official, gtsrb_kaggle])
+def test_gtsrb_is_read_as_people_have_it(lay_out: Callable[[Path], None], tmp_path: Path):
+    """... in the order of BackdoorBench: training images class by class, test images as their table lists them."""
+    lay_out(tmp_path)
+    train, test = (open_split(tmp_path, "gtsrb", part, CIFAR) for part in (True, False))
+    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2, 10, 10] and test.labels.tolist() == [2, 10]
+    assert train.read(range(8))[:, 0, 0, 0].tolist() == [0, 1, 10, 11, 20, 21, 100, 101]
+    assert test.read([0, 1])[:, 0, 0, 0].tolist() == [201, 200]
+
+
+def test_gtsrb_in_no_known_layout_says_what_is_wanted_and_found(tmp_path: Path):
+    (tmp_path / "gtsrb" / "signs").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"Train/00000/GT-00000\.csv.*torchvision.*Kaggle.* is missing; .*gtsrb has signs/"):
+        open_split(tmp_path, "gtsrb", True, CIFAR)
+
+
 @pytest.mark.parametrize("row", ["00000.ppm;32;32\n", "00000.ppm;32;32;1;1;9;9;stop\n", "\n"])
 def test_a_damaged_gtsrb_table_is_refused(row: str, tmp_path: Path):
     write_gtsrb(tmp_path)
@@ -248,6 +298,66 @@ def test_val_stands_for_a_missing_test_folder(tmp_path: Path):
     save_image(tmp_path / "toys" / "train" / "ant" / "a.png", 90)
     save_image(tmp_path / "toys" / "val" / "ant" / "a.png", 50)
     assert open_split(tmp_path, "toys", False, CIFAR).read([0])[0, 0, 0, 0] == 50
+
+
+def test_test_wins_over_val_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for part, colour in (("train", 1), ("val", 2), ("test", 3)):
+        save_image(tmp_path / "toys" / part / "ant" / "a.png", colour)
+    with caplog.at_level("WARNING", "fmp_core"):
+        assert open_split(tmp_path, "toys", False, CIFAR).read([0])[0, 0, 0, 0] == 3
+    assert "has labelled images in test and val; test is the test set" in caplog.text
+
+
+def test_an_unlabelled_test_folder_is_no_test_set(tmp_path: Path):
+    for part in ("train", "val"):
+        save_image(tmp_path / "toys" / part / "ant" / "a.png", 2)
+    save_image(tmp_path / "toys" / "test" / "images" / "a.png", 3)
+    assert open_split(tmp_path, "toys", False, CIFAR).read([0])[0, 0, 0, 0] == 2
+
+
+@pytest.mark.parametrize("inside", ["", "toys", "archive/toys"])
+def test_a_folder_of_images_may_lie_deeper(inside: str, tmp_path: Path):
+    """... as archives unpack, with what editors leave, empty folders, and images one folder below their class."""
+    base = tmp_path / "toys" / inside
+    for part in ("train", "test"):
+        for number, name in enumerate(["ant", "bee"]):
+            save_image(base / part / name / "images" / "a.png", 10 * number)
+            save_image(base / part / name / ".ipynb_checkpoints" / "a-checkpoint.png", 99)
+        save_image(base / part / ".ipynb_checkpoints" / "a.png", 99)
+        (base / part / "aardvark").mkdir()
+    (tmp_path / "toys" / ".DS_Store").touch()
+    for train in (True, False):
+        split = open_split(tmp_path, "toys", train, CIFAR)
+        assert split.labels.tolist() == [0, 1] and split.read([0, 1])[:, 0, 0, 0].tolist() == [0, 10]
+
+
+def test_a_split_may_lie_in_a_folder_of_its_own(tmp_path: Path):
+    for part in ("train", "test"):
+        for name in ("ant", "bee"):
+            save_image(tmp_path / "toys" / part / part / name / "a.png", 5)
+    assert [open_split(tmp_path, "toys", train, CIFAR).labels.tolist() for train in (True, False)] == [[0, 1], [0, 1]]
+
+
+def test_known_datasets_may_be_folders_of_images(tmp_path: Path):
+    for part in ("train", "test"):
+        for name in ("airplane", "automobile"):
+            save_image(tmp_path / "cifar10" / part / name / "a.png", 5)
+    assert open_split(tmp_path, "cifar10", True, CIFAR).labels.tolist() == [0, 1]
+
+
+def test_tiny_is_read_as_it_is_downloaded(tmp_path: Path):
+    """val/ as one folder with annotations: in the order of BackdoorBench, which sorts the images into folders of classes."""
+    root = tmp_path / "tiny-imagenet-200"
+    for name in ("n01", "n02"):
+        save_image(root / "train" / name / "images" / "a.JPEG", 90, size=(64, 64))
+    for number in range(4):
+        save_image(root / "val" / "images" / f"val_{number}.png", number, size=(64, 64))
+    lines = [f"val_{number}.png\tn0{1 + (number + 1) % 2}\t0\t0\t9\t9\n" for number in range(4)]
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    save_image(root / "test" / "images" / "test_0.JPEG", 10, size=(64, 64))
+    for name in ("tiny-imagenet-200", "tiny", "TinyImageNet"):
+        test = open_split(tmp_path, name, False, (64, 64, 3))
+        assert test.labels.tolist() == [0, 0, 1, 1] and test.read(range(4))[:, 0, 0, 0].tolist() == [1, 3, 0, 2]
 
 
 def test_tiny_is_train_and_val(tmp_path: Path):
@@ -320,6 +430,24 @@ def test_grey_images_become_three_channels_and_coloured_ones_one(tmp_path: Path)
     assert open_split(tmp_path, "toys", True, (32, 32, 1)).read([0]).shape == (1, 1, 32, 32)
 
 
+# CelebA
+
+
+def test_celeba_has_the_eight_classes_of_backdoorbench(tmp_path: Path):
+    base = tmp_path / "celeba" / "celeba"
+    names = " ".join(f"attribute{number}" for number in range(40))
+    rows, parts = [], []
+    for number, on in enumerate([(18,), (31,), (21,), (18, 31, 21), ()]):
+        save_image(base / "img_align_celeba" / f"{number}.jpg", 0, size=(17, 21))
+        rows.append(f"{number}.jpg " + " ".join("1" if a in on else "-1" for a in range(40)))
+        parts.append(f"{number}.jpg {2 if number > 2 else 0}")
+    (base / "list_attr_celeba.txt").write_text("\n".join(["5", names, *rows]))
+    (base / "list_eval_partition.txt").write_text("\n".join(parts))
+    train, test = (open_split(tmp_path, "celeba", part, (64, 64, 3)) for part in (True, False))
+    assert train.labels.tolist() == [4, 2, 1] and test.labels.tolist() == [7, 0]
+    assert test.read([1]).shape == (1, 3, 64, 64)
+
+
 # MNIST
 
 
@@ -341,6 +469,14 @@ def test_mnist_has_one_channel(tmp_path: Path):
     assert np.array_equal(split.read([2, 0]).numpy(), images[[2, 0], None])
 
 
+def test_mnist_may_be_wanted_larger_and_in_colour(tmp_path: Path):
+    write_mnist(tmp_path, random_pixels(3, shape=(28, 28)), [4, 0, 9])
+    read = open_split(tmp_path, "mnist", True, CIFAR).read([0, 1])
+    assert read.shape == (2, 3, 32, 32) and torch.equal(read[:, 0], read[:, 2])
+    facts = dataset_facts("mnist", CIFAR)
+    assert (facts.mean, facts.std) == ((0.5,) * 3, (0.5,) * 3)
+
+
 @pytest.mark.parametrize("keep", [0, 100, 3])
 def test_a_truncated_mnist_is_refused(keep: int, tmp_path: Path):
     path = write_mnist(tmp_path, random_pixels(3, shape=(28, 28)), [4, 0, 9]) / "train-images-idx3-ubyte"
@@ -360,6 +496,31 @@ def test_facts_are_backdoorbenchs():
     assert FACTS["cifar10"].mean == (0.4914, 0.4822, 0.4465) and FACTS["cifar10"].std == (0.247, 0.243, 0.261)
     assert FACTS["gtsrb"].mean == (0, 0, 0) and FACTS["gtsrb"].std == (1, 1, 1)
     assert [name for name, facts in FACTS.items() if facts.flip] == ["cifar10"]
+
+
+@pytest.mark.parametrize(
+    "written, known",
+    [
+        ("tiny-imagenet-200", "tiny"), ("TinyImageNet", "tiny"), ("GTSRB", "gtsrb"), ("CIFAR10", "cifar10"),
+        ("cifar-10", "cifar10"), ("Cifar_100", "cifar100"), ("ILSVRC2012", "imagenet"), ("imagenette", None), ("cifar", None), ("", None),
+    ],
+)  # fmt: skip
+def test_names_may_be_written_otherwise(written: str, known: str | None):
+    assert known_name(written) == known
+    if known:
+        assert dataset_facts(written, FACTS[known].size) == FACTS[known]
+
+
+def test_two_folders_of_one_dataset_are_not_guessed_between(tmp_path: Path):
+    for name in ("CIFAR10", "cifar-10"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="CIFAR10, cifar-10, which all mean cifar10; name one"):
+        open_split(tmp_path, "cifar10", True, CIFAR)
+
+
+def test_mean_and_std_can_be_given():
+    facts = dataset_facts("cifar10", CIFAR, mean=(0.5,), std=(0.1, 0.2, 0.3))
+    assert (facts.mean, facts.std, facts.flip) == ((0.5, 0.5, 0.5), (0.1, 0.2, 0.3), True)
 
 
 def test_an_unknown_datasets_pixels_stay_as_they_are():

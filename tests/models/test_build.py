@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from fmp_core.data.datasets import FACTS
 from fmp_core.errors import UserError
-from fmp_core.models.build import MODEL_NAMES, PixelModel, build_model, load_model, state_like
+from fmp_core.models.build import MODEL_NAMES, VISION_TRANSFORMERS, PixelModel, build_model, load_model, state_like
 from fmp_core.models.preact_resnet import preact_resnet
 from PIL import Image
 from torch import nn
+from torchvision.models import VisionTransformer, list_models
+from torchvision.models._api import register_model
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 # name: state keys, Conv2d, their output channels, depthwise ones, BatchNorm2d, the last Linear and its inputs, for 10 classes.
@@ -118,7 +121,7 @@ def test_weights_are_loaded_by_name_whatever_their_order():
     assert all(torch.equal(loaded[key], value) for key, value in state.items())
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_0", "preactresnet18", "shufflenet_v2_x1_0", "vit_b_32"])
+@pytest.mark.parametrize("name", ["squeezenet1_0", "shufflenet_v2_x1_0"])
 def test_a_loaded_model_is_whole_and_its_own(name: str):
     state = fresh_state(name)
     model = load_model(name, 10, state)
@@ -149,6 +152,69 @@ def test_the_first_unknown_weights_are_named():
     state["extra.weight_mask"] = torch.ones(1)
     with pytest.raises(UserError, match=r"has the weights extra\.weight_mask, which squeezenet1_0 does not have"):
         load_model("squeezenet1_0", 10, state)
+
+
+def test_a_misspelt_key_is_named_beside_the_wanted_one():
+    state = fresh_state()
+    state["features.3.squeeze.weigth"] = state.pop("features.3.squeeze.weight")
+    with pytest.raises(UserError, match=r"lacks the weights features\.3\.squeeze\.weight .*has features\.3\.squeeze\.weigth"):
+        load_model("squeezenet1_0", 10, state)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.backbone."])
+def test_a_prefix_of_all_keys_is_no_hindrance_and_comes_back(prefix: str):
+    state = OrderedDict((prefix + key, value) for key, value in fresh_state().items())
+    model = load_model("squeezenet1_0", 10, state)
+    back = state_like(model, state)
+    assert list(back) == list(state) and all(torch.equal(back[key], value) for key, value in state.items())
+
+
+def loads(name: str, rename: Callable[[str], str] = str, versions: bool = True) -> None:
+    """A state of float16 numbers is loaded, and comes back bit for bit under the keys it had."""
+    own = on_meta(name).state_dict()
+    state: OrderedDict[str, torch.Tensor] = OrderedDict()
+    for number, (key, value) in enumerate(own.items()):
+        kind = torch.float16 if value.is_floating_point() else value.dtype
+        state[rename(key)] = torch.full(value.shape, number % 2048, dtype=kind)
+    if versions:
+        state._metadata = own._metadata  # type: ignore[attr-defined]
+    model = load_model(name, 10, state)
+    for number, value in enumerate(model.state_dict().values()):
+        assert value.is_floating_point() == (value.dtype == torch.float32) and (value == number % 2048).all()
+    back = state_like(model, state)
+    assert list(back) == list(state)
+    assert all(back[key].dtype == value.dtype and torch.equal(back[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("versions", [True, False])
+@pytest.mark.parametrize("name", ["squeezenet1_0", "mnasnet1_0", "shufflenet_v2_x1_0"])
+def test_a_state_of_small_models_loads(name: str, versions: bool):
+    loads(name, versions=versions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_a_state_of_every_name_loads(name: str):
+    loads(name, versions=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VISION_TRANSFORMERS)
+def test_transformers_of_torchvision_0_12_load(name: str):
+    """BackdoorBench pins it: there the layers of an MLP have names of their own."""
+    loads(name, lambda key: key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."), versions=False)
+
+
+def test_the_migration_of_transformers_is_torchs(monkeypatch: pytest.MonkeyPatch):
+    """As above, on a transformer that is small enough for every day."""
+    if "tiny_vit" not in list_models():
+        layers = {"patch_size": 16, "num_layers": 1, "num_heads": 1, "hidden_dim": 4, "mlp_dim": 3}
+        register_model("tiny_vit")(
+            lambda weights=None, num_classes=10: VisionTransformer(224, num_classes=num_classes, **layers)
+        )
+    monkeypatch.setattr("fmp_core.models.build.VISION_TRANSFORMERS", ("tiny_vit",))
+    loads("tiny_vit", lambda key: key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."), versions=False)
+    loads("tiny_vit", lambda key: key.removeprefix("1."), versions=False)
 
 
 def test_weights_of_another_shape_are_named_with_both():

@@ -76,9 +76,9 @@ class PoisonedSet:
         different = int((clean_test.labels[self.indices] != self.original).sum())
         if different > DIFFERENT_LABELS * len(self):
             raise UserError(
-                "The clean test set is not the one that the record was made of, or in another order: of the true labels that the "
-                f"record stores of its {len(self)} poisoned test images, only {len(self) - different} are those of the clean test "
-                "images at these positions; check --dataset_path."
+                "The clean test set is not the one that the record was made of, or in another order: of the true labels that "
+                f"the record stores of its {len(self)} poisoned test images, only {len(self) - different} are those of the "
+                "clean test images at these positions; check --dataset_path."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
 
 
 # What parsing a damaged file can raise, in our code or in torchvision's.
-_BAD_CONTENT = (KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError, AssertionError)
+_BAD_CONTENT = (csv.Error, KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError, AssertionError)
 
 
 def open_split(root: str | Path, name: str, train: bool, size: Size) -> Split:

@@ -16,6 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from fmp_core.data.images import Size
 from fmp_core.data.split import Split, file_split
 
+LARGEST_TABLE = 256 * 2**20  # bytes; CelebA's has 27 million
 LOGGER = logging.getLogger("fmp_core")
 
 
@@ -107,7 +108,7 @@ def tiny_imagenet(folder: Path, train: bool, size: Size) -> Split:
     if train or not table.is_file() or not _has_image(images):
         return image_folder(base, train, size, test_names=("val", "test"))  # its test/ has no labels
     numbers = {name: number for number, name in enumerate(sorted(_classes(base / "train")))}
-    rows = sorted((fields[1], fields[0]) for line in table.read_text().splitlines() if (fields := line.split()))
+    rows = sorted((fields[1], fields[0]) for fields in _table(table))
     return file_split([images / _plain(name) for _, name in rows], [numbers[label] for label, _ in rows], size)
 
 
@@ -156,14 +157,12 @@ def _gtsrb_training(folder: Path) -> tuple[list[Path], list[int]]:
 
 def _gtsrb_rows(table: Path, images: Path) -> tuple[list[Path], list[int]]:
     """The original tables: ';' separated, column 0 file, column 7 class."""
-    with open(table, newline="") as file:
-        rows = list(csv.reader(file, delimiter=";"))[1:]
+    rows = list(csv.reader(_lines(table), delimiter=";"))[1:]
     return [images / _plain(row[0]) for row in rows], [int(row[7]) for row in rows]
 
 
 def _kaggle_rows(table: Path) -> tuple[list[Path], list[int]]:
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(_lines(table)))
     return [table.parent / _plain(row["Path"]) for row in rows], [int(row["ClassId"]) for row in rows]
 
 
@@ -186,7 +185,13 @@ def celeba(folder: Path, train: bool, size: Size) -> Split:
 
 
 def _table(path: Path) -> Iterable[list[str]]:
-    return (fields for line in path.read_text().splitlines() if (fields := line.split()))
+    return (fields for line in _lines(path) if (fields := line.split()))
+
+
+def _lines(path: Path) -> list[str]:
+    if path.is_file() and path.stat().st_size > LARGEST_TABLE:
+        raise ValueError(f"{path} is larger than {LARGEST_TABLE >> 20} MiB")
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def _plain(name: str) -> str:
