@@ -132,8 +132,8 @@ def read_record(folder: Path) -> Record:
 
 def _summary_file(folder: Path) -> Path:
     """The csv that holds the defense's last word; ft-sam keeps it in ``log/``, fp calls it finetune."""
-    found = [path for place in (folder, folder / "log") for path in sorted(place.glob("*_df_summary.csv"))]
-    stages = [path for path in found if _stage(path) not in UNFINISHED_STAGES]
+    summaries = [path for place in (folder, folder / "log") for path in sorted(place.glob("*_df_summary.csv"))]
+    stages = [path for path in summaries if _stage(path) not in UNFINISHED_STAGES]
     final = [path for path in stages if _stage(path) != "finetune"] or stages
     if len(final) == 1:
         return final[0]
