@@ -1,4 +1,4 @@
-"""The strong preset's evidence: triggers reversed from clean images, the class they name, and the maps they move."""
+"""Trigger inversion: the triggers, the verdict they lead to, and the maps whose activation they change."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from fmp_core.errors import UserError
+from fmp_core.inversion.search import TriggerSearch
 from fmp_core.inversion.trigger import FAMILIES, SPARSE_PART, InvertedTrigger, load_trigger, save_trigger
-from fmp_core.inversion.verdict import LEAST_LEAD, Evidence, TriggerSearch, choose_within_budget, most_moved_first
+from fmp_core.inversion.verdict import LEAST_MARGIN, Verdict
 from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.models.pruning import accuracy_without
-from fmp_core.repair.unlearning import unlearning_images
-from fmp_core.selection.cache import evidence_file, load_evidence, save_evidence
+from fmp_core.repair.unlearning import with_random_triggers
+from fmp_core.selection.cache import load_verdicts, save_verdicts, verdict_file
+from fmp_core.selection.choice import in_equal_shares, most_within_budget
 from torch import Tensor, nn
 from toy import SmallPreActResNet, footprint, same, toy_case, weights
 
@@ -63,29 +65,29 @@ def trigger_search(trigger: Tensor | None) -> TriggerSearch:
 WHITE = torch.ones(3, 4, 4)
 
 
-def test_a_planted_patch_is_named_and_its_map_moved_most():
+def test_a_planted_patch_is_found_and_its_map_changed_most():
     found = trigger_search(WHITE)
     before = footprint(found.model)
-    evidence = found.weigh("sparse", CLASSES)
-    assert evidence.backdoored and evidence.target == TARGET and evidence.success[TARGET] > 0.9
+    verdict = found.test("sparse", CLASSES)
+    assert verdict.backdoored and verdict.target == TARGET and verdict.flip_rates[TARGET] > 0.9
     trigger = found.triggers(["sparse"], TARGET)[0]
-    assert found.moved(trigger).argmax() == BAD
+    assert found.activation_change(trigger).argmax() == BAD
     assert footprint(found.model) == before
 
 
 def test_a_clean_model_shows_nothing():
-    evidence = trigger_search(None).weigh("sparse", CLASSES)
-    assert not evidence.backdoored
+    verdict = trigger_search(None).test("sparse", CLASSES)
+    assert not verdict.backdoored
 
 
-def test_the_lead_decides():
+def test_the_margin_decides():
     close, ahead, few = (
-        Evidence("sparse", torch.tensor([0.6, next_best, 0.1], dtype=torch.float64), held_out)
+        Verdict("sparse", torch.tensor([0.6, next_best, 0.1], dtype=torch.float64), held_out)
         for next_best, held_out in ((0.4, 100), (0.2, 100), (0.2, 49))
     )
-    assert close.lead == pytest.approx(0.2) and not close.backdoored
+    assert close.margin == pytest.approx(0.2) and not close.backdoored
     assert ahead.backdoored and ahead.as_dict()["target"] == 0
-    assert few.lead == ahead.lead and few.too_few and not few.backdoored and not ahead.too_few
+    assert few.margin == ahead.margin and few.too_few and not few.backdoored and not ahead.too_few
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(8, 3), (60, 22)])
@@ -93,9 +95,9 @@ def test_a_handful_of_images_shows_nothing(count: int, held_out: int):
     """Half of them are held out; of few a class is easily ahead by chance, backdoor or not."""
     found = trigger_search(WHITE)
     few = TriggerSearch(found.model, found.layers, found.images[:count], found.labels[:count], torch.float32, 0)
-    evidence = few.weigh("sparse", CLASSES)
-    assert evidence.lead >= LEAST_LEAD and evidence.too_few and not evidence.backdoored
-    assert evidence.held_out == held_out  # half of them, but for the largest class
+    verdict = few.test("sparse", CLASSES)
+    assert verdict.margin >= LEAST_MARGIN and verdict.too_few and not verdict.backdoored
+    assert verdict.held_out == held_out  # half of them, but for the largest class
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,24 +120,24 @@ def test_a_subset_of_one_class_only_shows_nothing():
     found = trigger_search(WHITE)
     one = found.labels == TARGET
     alone = TriggerSearch(found.model, found.layers, found.images[one], found.labels[one], torch.float32, 0)
-    evidence = alone.weigh("sparse", CLASSES)
-    assert float(evidence.success[TARGET]) == 0 and evidence.too_few
+    verdict = alone.test("sparse", CLASSES)
+    assert float(verdict.flip_rates[TARGET]) == 0 and verdict.too_few
 
 
-def test_most_moved_first_takes_the_same_share_of_every_layer():
+def test_in_equal_shares_takes_the_same_share_of_every_layer():
     layers = (ConvLayer("a", nn.Conv2d(1, 64, 1)), ConvLayer("b", nn.Conv2d(1, 128, 1)))
-    moved = torch.rand(192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    moved[64:] *= 1000  # layers have scales of their own
-    first = most_moved_first(moved, layers)[:30]
-    assert set(first[first < 64].tolist()) == set(moved[:64].topk(10).indices.tolist())
-    assert set(first[first >= 64].tolist()) == set((moved[64:].topk(20).indices + 64).tolist())
+    change = torch.rand(192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    change[64:] *= 1000  # layers have scales of their own
+    first = in_equal_shares(change, layers)[:30]
+    assert set(first[first < 64].tolist()) == set(change[:64].topk(10).indices.tolist())
+    assert set(first[first >= 64].tolist()) == set((change[64:].topk(20).indices + 64).tolist())
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(0.1, 10), (0.0, 0), (0.055, 5), (0.07, 7)])
 def test_pruning_goes_as_far_as_the_budget(budget: float, expected: int):
     order = torch.randperm(400, generator=torch.Generator().manual_seed(1))
-    chosen = choose_within_budget(order, budget, lambda mask: 0.9 - 0.01 * int(mask.sum()))
-    assert set(chosen.mask.nonzero().flatten().tolist()) == set(order[:expected].tolist())
+    chosen = most_within_budget(order, budget, lambda mask: 0.9 - 0.01 * int(mask.sum()))
+    assert set(chosen.nonzero().flatten().tolist()) == set(order[:expected].tolist())
 
 
 def test_accuracy_without_leaves_the_model_as_it_was():
@@ -156,15 +158,15 @@ def a_trigger(family: str, value: float) -> InvertedTrigger:
     return InvertedTrigger(family, 1, torch.full((1, 3, 16, 16), value), where)
 
 
-def test_unlearning_images_carry_one_trigger_each():
+def test_images_to_unlearn_carry_one_trigger_each():
     images, _ = images_of(60)
     triggers = [a_trigger("sparse", 1.0), a_trigger("dense-8", 8 / 255)]
-    made = unlearning_images(images, triggers, seed=0)
+    made = with_random_triggers(images, triggers, seed=0)
     expected = [(trigger.apply(images / 255) * 255).round().to(torch.uint8) for trigger in triggers]
-    which = torch.stack([(made == one).flatten(1).all(1) for one in expected])
-    assert which.any(0).all() and which.any(1).all()
-    assert torch.equal(made, unlearning_images(images, triggers, seed=0))
-    assert not torch.equal(made, unlearning_images(images, triggers, seed=1))
+    carries = torch.stack([(made == one).flatten(1).all(1) for one in expected])
+    assert carries.any(0).all() and carries.any(1).all()
+    assert torch.equal(made, with_random_triggers(images, triggers, seed=0))
+    assert not torch.equal(made, with_random_triggers(images, triggers, seed=1))
 
 
 def test_a_trigger_file_is_read_back_or_refused(tmp_path: Path):
@@ -186,19 +188,19 @@ def test_a_trigger_file_is_read_back_or_refused(tmp_path: Path):
     [
         "",
         "{",
-        '{"key": "other", "success": {}}',
-        '{"key": "k", "held_out": 60, "success": {"sparse": [1, 2, 3]}}',
-        '{"key": "k", "held_out": 60, "success": 7}',
-        '{"key": "k", "success": {"sparse": [0, 0, 0]}}',
+        '{"key": "other", "flip_rates": {}}',
+        '{"key": "k", "held_out": 60, "flip_rates": {"sparse": [1, 2, 3]}}',
+        '{"key": "k", "held_out": 60, "flip_rates": 7}',
+        '{"key": "k", "flip_rates": {"sparse": [0, 0, 0]}}',
         "[]",
     ],
 )
-def test_cached_evidence_is_read_back_or_ignored(tmp_path: Path, damage: str):
-    found = [Evidence("sparse", torch.tensor([0.1, 1 / 3, 0.9], dtype=torch.float64), 60)]
-    save_evidence(tmp_path, "k", found)
-    again = load_evidence(tmp_path, "k", 3)
+def test_cached_verdict_is_read_back_or_ignored(tmp_path: Path, damage: str):
+    found = [Verdict("sparse", torch.tensor([0.1, 1 / 3, 0.9], dtype=torch.float64), 60)]
+    save_verdicts(tmp_path, "k", found)
+    again = load_verdicts(tmp_path, "k", 3)
     assert list(again) == ["sparse"] and again["sparse"].held_out == 60
-    assert torch.equal(again["sparse"].success, found[0].success)
-    assert load_evidence(tmp_path, "k", 4) == {} == load_evidence(tmp_path, "absent", 3)
-    evidence_file(tmp_path, "k").write_text(damage)
-    assert load_evidence(tmp_path, "k", 3) == {}
+    assert torch.equal(again["sparse"].flip_rates, found[0].flip_rates)
+    assert load_verdicts(tmp_path, "k", 4) == {} == load_verdicts(tmp_path, "absent", 3)
+    verdict_file(tmp_path, "k").write_text(damage)
+    assert load_verdicts(tmp_path, "k", 3) == {}
