@@ -11,10 +11,13 @@ from fmp_core.data.datasets import DatasetFacts
 from fmp_core.frg.scores import Scores, layer_slices, lowest
 from fmp_core.models.build import PixelModel, build_model
 from fmp_core.models.feature_maps import trace_conv_layers
+from fmp_core.system.devices import has_fast_bfloat16
 from reference import score
 from scoring import score_feature_maps
 from torch import Tensor, nn
 from toy import Normalised, OutOfOrder, Plain, SmallPreActResNet, footprint, needs_cuda, toy_case, weights
+
+needs_bfloat16 = pytest.mark.skipif(not has_fast_bfloat16(torch.device("cpu")), reason="this CPU emulates bfloat16, slowly")
 
 
 class OnPaper(nn.Module):
@@ -93,7 +96,7 @@ def test_rows_change_no_bit(steps: int) -> None:
     assert_rows_change_no_bit(model, images, labels, (1, 2, 3, 7, 30), steps=steps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)])
 @pytest.mark.parametrize("count", [1, 3])
 def test_rows_change_no_bit_where_maps_are_single_pixels(dtype: torch.dtype, count: int) -> None:
     """On 8x8 images resnet18 is matrix products of few rows, for which MKL and oneDNN have kernels of their own."""
@@ -137,9 +140,9 @@ def test_progress_adds_up_to_all_map_image_pairs() -> None:
     model, images, labels = toy_case(Plain, count=7)
     layers = trace_conv_layers(model.network, images[:1])
     for rows in (None, 3):
-        told: list[int] = []
-        scores = score_feature_maps(model, layers, images, labels, eps=EPS, rows=rows, progress=told.append)
-        assert sum(told) == scores.total * 7 and min(told) > 0
+        pairs: list[int] = []
+        scores = score_feature_maps(model, layers, images, labels, eps=EPS, rows=rows, progress=pairs.append)
+        assert sum(pairs) == scores.total * 7 and min(pairs) > 0
 
 
 @pytest.mark.parametrize("training", [True, False])

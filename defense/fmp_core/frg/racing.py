@@ -78,7 +78,7 @@ def predict_scores(
             some[positions] = maps[positions]
             image_ids = (predictor.undecided == undecided).nonzero().flatten().cpu()  # the host waits, once per layer
             if some.any() and len(image_ids):
-                checkpoint = checkpoints and checkpoints.of(scorer.precision, some, image_ids)
+                checkpoint = checkpoints.of(scorer.precision, some, image_ids) if checkpoints else None
                 total = total.plus(scorer.count(some, image_ids, checkpoint, predictor).cpu())
         return total
 
@@ -121,7 +121,8 @@ def score_contenders(
     for cut in cuts(cheap, p, scope):
         contenders[cut.order[: CONTENDERS * cut.count]] = True
     while contenders.any():
-        full = scorer.score(contenders, checkpoint=checkpoints and checkpoints.of(scorer.precision, contenders))
+        checkpoint = checkpoints.of(scorer.precision, contenders) if checkpoints else None
+        full = scorer.score(contenders, checkpoint=checkpoint)
         for own, found in ((correct, full.correct), (margin, full.margin), (smallest_margin, full.smallest_margin)):
             own[contenders] = found[contenders]
         settled |= contenders

@@ -42,18 +42,18 @@ class Predictor(Protocol):
 class Group(NamedTuple):
     """FRG images of some maps of a layer, as many as fill a batch.
 
-    ``map_ids`` int64 ``[n]``; ``filled`` ``[copies*rows, C, H, W]``, of which the first n copies and the first ``count`` rows
+    ``map_ids`` int64 ``[n]``; ``filled`` ``[copies*rows, C, H, W]``, of which the first n copies and the first ``images`` rows
     of each are asked for, the rest is filling.
     """
 
     map_ids: Tensor
     filled: Tensor
     copies: int
-    count: int
+    images: int
 
     def asked(self, rows: Tensor) -> Tensor:
-        """``[n, count, ...]`` of a tensor with as many rows as ``filled``."""
-        return rows.unflatten(0, (self.copies, -1))[: len(self.map_ids), : self.count]
+        """``[n, images, ...]`` of a tensor with as many rows as ``filled``."""
+        return rows.unflatten(0, (self.copies, -1))[: len(self.map_ids), : self.images]
 
 
 class Scored(NamedTuple):
@@ -143,7 +143,7 @@ class FeatureMapScorer:
                 state.part.put(group.map_ids, Counts.over_images(*self._margins(group, labels[part], ids[part], predictor)))
                 state.groups += 1
                 file.save_if_due(state)
-                self.progress(len(group.map_ids) * group.count)
+                self.progress(len(group.map_ids) * group.images)
 
         with self._ready(), file.saving(RankingState.empty(self.total, self.rows, self.device)) as state:
             if state.images:
@@ -163,7 +163,7 @@ class FeatureMapScorer:
         def scored(part: slice, ids: Tensor, state: RankingState) -> Iterator[Scored]:
             for group in self._groups(self.images[part], self.start[part], maps, state):
                 yield Scored(group.map_ids, group.asked(group.filled), self._margins(group, self.labels[part], ids)[0])
-                self.progress(len(group.map_ids) * group.count)
+                self.progress(len(group.map_ids) * group.images)
 
         def summarise_batch(part: slice, state: RankingState) -> None:
             ids = torch.arange(part.start, part.stop, device=self.device)
@@ -213,16 +213,15 @@ class FeatureMapScorer:
         images, start = torch.cat([images, images[filling]]), torch.cat([start, start[filling]])
         copies = max(1, state.rows // len(images))
         state.group_by(copies)
-        wanted = [(layer, maps[part].nonzero().flatten().tolist(), part) for layer, part in layer_slices(self.layers)]
-        wanted = [entry for entry in wanted if entry[1]]
-        if not wanted:
+        channels_of = {layer: maps[part].nonzero().flatten().tolist() for layer, part in layer_slices(self.layers)}
+        layers = [layer for layer, channels in channels_of.items() if channels]
+        if not layers:
             return
-        map_ids = maps.nonzero().flatten().to(self.device).split([len(channels) for _, channels, _ in wanted])
-        shared = SharedForward(
-            self.model, [layer for layer, _, _ in wanted], images, start, copies, self._low_precision, self.precision
-        )
+        map_ids = maps.nonzero().flatten().to(self.device).split([len(channels_of[layer]) for layer in layers])
+        shared = SharedForward(self.model, layers, images, start, copies, self._low_precision, self.precision)
         done = state.groups
-        for (layer, channels, _), ids in zip(wanted, map_ids, strict=True):
+        for layer, ids in zip(layers, map_ids, strict=True):
+            channels = channels_of[layer]
             for first in range(0, len(channels), copies):
                 some = channels[first : first + copies]
                 if done > 0:

@@ -67,26 +67,26 @@ class RankingState:
         Raises:
             ValueError, KeyError, TypeError: it is not of a ranking of as many maps.
         """
-        counts_of = []
+        restored = []
         for name in ("whole", "part"):
             counts = Counts(**saved[name])
             for own, theirs in zip(self.whole, counts, strict=True):
                 if own.shape != theirs.shape or own.dtype != theirs.dtype:
                     raise ValueError("counts of another shape")
-            counts_of.append(Counts(*(tensor.to(self.whole.margin.device) for tensor in counts)))
+            restored.append(Counts(*(tensor.to(self.whole.margin.device) for tensor in counts)))
         images, rows, groups, copies = (int(saved[name]) for name in ("images", "rows", "groups", "copies"))
         if images < 0 or rows < 1 or groups < 0 or copies < 0:
             raise ValueError("negative counts")
-        self.whole, self.images = counts_of[0], images
+        self.whole, self.images = restored[0], images
         if rows == self.rows:  # else another batch size is wanted now, and the batch under way starts again
-            self.part, self.groups, self.copies = counts_of[1], groups, copies
+            self.part, self.groups, self.copies = restored[1], groups, copies
 
 
 @dataclass
 class RankingCheckpoints:
-    """The files of one ranking below ``folder``: one for each call of the scoring function (racing makes several).
+    """The files of one ranking below ``folder``: one for each call of the scorer (racing makes several).
 
-    ``key`` is the :func:`~fmp_core.selection.cache.content_key` of the question. ``fresh`` forgets what was saved before.
+    ``key`` is the :func:`~fmp_core.storage.checkpoint.content_key` of the question. ``fresh`` forgets what was saved before.
     """
 
     folder: Path
@@ -94,10 +94,10 @@ class RankingCheckpoints:
     fresh: bool
     made: list[Checkpoint] = field(default_factory=list)
 
-    def of(self, dtype: torch.dtype, wanted: Tensor | None = None, which: Tensor | None = None) -> Checkpoint:
-        """For a call that scores the maps of the bool mask ``wanted`` ``[N]`` on the images at ``which`` (None: all)."""
-        bits = b"".join(b"all" if chosen is None else chosen.numpy().tobytes() for chosen in (wanted, which))
-        call = hashlib.sha256(str(dtype).encode() + bits).hexdigest()[:8]
+    def of(self, precision: torch.dtype, maps: Tensor | None = None, image_ids: Tensor | None = None) -> Checkpoint:
+        """For a call that scores ``maps`` (bool ``[N]``) on the images at ``image_ids`` (None: all)."""
+        bits = b"".join(b"all" if chosen is None else chosen.numpy().tobytes() for chosen in (maps, image_ids))
+        call = hashlib.sha256(str(precision).encode() + bits).hexdigest()[:8]
         path = self.folder / f"ranking_{self.key[:16]}_{call}_{distributed.share_name()}.pt"
         checkpoint = Checkpoint(path, {"key": self.key, "call": call, "share": distributed.share_name()})
         if self.fresh:

@@ -99,7 +99,8 @@ class Scores:
         return torch.from_numpy(np.lexsort((self.margin.numpy(), self.correct.numpy(), dropped.numpy())))  # last key first
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True)
+class Cut:
     """The cut through one comparison group: the first ``count`` of ``order`` (positions, lowest score first) lie below it."""
 
     order: Tensor
