@@ -254,6 +254,15 @@ def test_a_job_that_leaves_no_result_has_failed(place: Path) -> None:
     assert str(ended["b"].problem).startswith("stopped after 1 s: it printed nothing")
 
 
+def test_a_record_in_a_folder_of_records(place: Path) -> None:
+    (place / "record" / "r").rename(place / "record" / "nested")
+    (place / "record" / "r").mkdir()
+    (place / "record" / "nested").rename(place / "record" / "r" / "x")
+    folder = Path("record/r/x/defense/a")
+    job = replace(working("a"), record="r/x", folder=folder, command=(sys.executable, "-c", WORK, str(folder), "0"))
+    assert run_all([job])["a"].problem is None and Path("sweeps/s/logs/r_x.a.log").is_file()
+
+
 def test_siblings_wait_for_the_ranking(place: Path) -> None:
     jobs = [
         working("lead", 0.5, shared_work="k"),

@@ -44,7 +44,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.record}.{self.folder.name}" if self.kind != "record" else f"{self.record}.record"
+        """What its log and lock are called; records may lie in folders of records."""
+        return f"{self.record.replace('/', '_')}.{self.folder.name if self.kind != 'record' else 'record'}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _name_what_was_moved(problem: str, job: Job, log: Path, failed: Path) -> str
 
 def _lock_name(job: Job) -> str:
     """BB's runs of one defense on one record write into one folder, so they share a lock."""
-    return f"{job.record}.{job.writes.name}.backdoorbench" if job.writes else job.name
+    return f"{job.record.replace('/', '_')}.{job.writes.name}.backdoorbench" if job.writes else job.name
 
 
 @contextlib.contextmanager
