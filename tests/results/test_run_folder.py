@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fmp_core.errors import UserError
 from fmp_core.frg.scores import Scores
 from fmp_core.models.evaluate import Metrics
 from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.models.training import Epoch
-from fmp_core.results import run_folder
-from fmp_core.selection.choice import select_lowest
+from fmp_core.results import bb_tables, run_folder
+from fmp_core.results.summary import RunSummary, advice, as_table
+from fmp_core.selection.choice import Selection, select_lowest
+from fmp_core.system.versions import versions
 from PIL import Image
 from torch import nn
 
@@ -35,9 +40,9 @@ def lines(path: Path) -> list[str]:
 
 
 def written(folder: Path, rows: list[tuple[Epoch | None, Metrics | None]]) -> tuple[list[str], list[str]]:
-    frame = run_folder.history_frame(rows)
-    run_folder.write_csv(folder / "fmp_df.csv", frame)
-    run_folder.write_csv(folder / "fmp_df_summary.csv", run_folder.summary_frame(frame))
+    frame = bb_tables.history_frame(rows)
+    bb_tables.write_csv(folder / "fmp_df.csv", frame)
+    bb_tables.write_csv(folder / "fmp_df_summary.csv", bb_tables.summary_frame(frame))
     return lines(folder / "fmp_df.csv"), lines(folder / "fmp_df_summary.csv")
 
 
@@ -88,7 +93,7 @@ def test_floats_are_in_shortest_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [[(Epoch(0, 2, 3.5, 0.1), METRICS), (Epoch(1, 2, math.nan, 0.2), None)], [(None, METRICS)]])
 def test_plots_are_pictures_of_bbs_size(tmp_path: Path, rows: list[tuple[Epoch | None, Metrics | None]]) -> None:
-    run_folder.write_plots(tmp_path, run_folder.history_frame(rows))
+    bb_tables.write_plots(tmp_path, bb_tables.history_frame(rows))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["acc_like_metric_plots.png", "loss_metric_plots.png"]
     for path in tmp_path.iterdir():
         with Image.open(path) as image:
@@ -104,7 +109,7 @@ def scores() -> Scores:
 
 def test_feature_maps_ranked_within_their_layer(tmp_path: Path) -> None:
     frame = run_folder.feature_map_frame(scores().layers, select_lowest(scores(), 2, "layer"), "layer")
-    run_folder.write_csv(tmp_path / "feature_maps.csv", frame, index=False)
+    bb_tables.write_csv(tmp_path / "feature_maps.csv", frame, index=False)
     assert lines(tmp_path / "feature_maps.csv") == [
         "layer,channel,correct,samples,margin,rank,pruned",
         "b,0,7,10,0.5,3,False",
@@ -130,27 +135,87 @@ def test_pruned_maps_are_those_of_the_lowest_ranks(scope: str) -> None:
         assert sorted(group["rank"]) == list(range(1, len(group) + 1))
 
 
-def test_the_table_is_in_percent() -> None:
-    metrics = {
+def test_feature_maps_without_scores_have_no_rank_and_raced_ones_no_margin() -> None:
+    layers, mask = scores().layers, torch.arange(6) == 1
+    frame = run_folder.feature_map_frame(layers, Selection(mask), "layer")
+    assert frame.columns.tolist() == ["layer", "channel", "pruned"] and frame["pruned"].tolist() == mask.tolist()
+    change = torch.arange(6).double()
+    frame = run_folder.feature_map_frame(layers, Selection(mask, activation_change=change), "layer")
+    assert frame.columns.tolist() == ["layer", "channel", "moved", "pruned"] and frame["moved"].tolist() == change.tolist()
+    settled = dataclasses.replace(scores(), settled=mask)
+    frame = run_folder.feature_map_frame(layers, Selection(mask, scores=settled), "global")
+    assert frame["margin"].notna().tolist() == mask.tolist() and frame["margin"][1] == -1.0
+
+
+def summary(**changes: Any) -> RunSummary:
+    """Of a run that removed the backdoor."""
+    values: dict[str, Any] = {
         "before": {"test_acc": 0.9123, "test_asr": 1.0, "test_ra": 0.0},
         "after": {"test_acc": 0.9, "test_asr": 0.0123, "test_ra": 0.5},
-    }
-    assert [line.split() for line in run_folder.table(metrics).splitlines()] == [
+        "der": 0.98765, "record": "r", "dataset": "d", "model": "m", "clean_images": 5000, "frg_images": 32,
+        "feature_maps": 100, "pruned": 1, "tied_at_cut": 0, "verdict": None, "chosen_by": None, "seconds": {}, "seed": 0,
+        "device": "cpu", "settings": {"preset": "paper"}, "versions": {}, "removal": {"outcome": "removed"},
+    }  # fmt: skip
+    return RunSummary(**{**values, **changes})
+
+
+def test_the_table_is_in_percent() -> None:
+    text = as_table(summary().as_dict(), Path("there"))
+    assert [line.split() for line in text.strip().splitlines()[:3]] == [
         ["percent", "Acc", "ASR", "RA"],
         ["before", "FMP", "91.23", "100.00", "0.00"],
         ["after", "FMP", "90.00", "1.23", "50.00"],
     ]
+    assert text.splitlines()[-1] == "DER 98.77 %   results: there"  # nothing to advise
+    text = as_table(summary(test_images=500).as_dict(), Path("there"))
+    assert "even sample of 500 images" in text
 
 
-def test_json_is_readable_and_whole(tmp_path: Path) -> None:
-    run_folder.write_json(tmp_path / "metrics.json", {"b": 1, "a": [0.5, None], "path": Path("x")})
-    text = (tmp_path / "metrics.json").read_text()
-    assert json.loads(text) == {"b": 1, "a": [0.5, None], "path": "x"}
-    assert text.startswith('{\n  "b": 1,') and text.endswith("\n")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"removal": {"outcome": "none before"}}, None),
+        ({"removal": None}, None),
+        ({"removal": {"outcome": "still works"}}, "The backdoor still works: try --preset strong."),
+        ({"removal": {"outcome": "weakened"}}, "The backdoor is weakened, not removed: try --preset strong."),
+        ({"removal": {"outcome": "still works"}, "settings": {"preset": "strong"}}, "more clean data (--ratio)"),
+        ({"removal": {"outcome": "still works"}, "clean_images": 50}, "50 clean images only; more help"),
+        ({"after": {"test_acc": 0.8, "test_asr": 0.0, "test_ra": 0.5}}, "Accuracy fell by 11.2 points: try a smaller --lr"),
+        ({"after": {"test_acc": 0.89, "test_asr": 0.0, "test_ra": 0.5}}, None),
+    ],
+)
+def test_one_line_of_advice_where_it_is_due(changes: dict[str, Any], said: str | None) -> None:
+    lines = advice(summary(**changes).as_dict())
+    assert len(lines) == (said is not None)
+    assert said is None or said in lines[0]
+
+
+def test_metrics_json_is_readable_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    written_one = summary(warnings=["w"], settings={"preset": "paper", "path": Path("x")})
+    written_one.write(path)
+    text = path.read_text()
+    assert json.loads(text)["settings"]["path"] == "x" and text.endswith("\n")
+    assert list(json.loads(text)) == [field.name for field in dataclasses.fields(RunSummary)]
+    again = RunSummary.read(path)
+    assert again.as_dict() == {**written_one.as_dict(), "settings": {"preset": "paper", "path": "x"}}
+    old = {key: value for key, value in json.loads(text).items() if key not in ("warnings", "removal", "attack_figures")}
+    path.write_text(json.dumps({**old, "unknown": 1}))
+    assert RunSummary.read(path).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "cannot be read"), ("{", "cannot be read"), ("{}", "lacks before"), ("[]", "lacks")]
+)
+def test_a_damaged_metrics_json_is_one_sentence(content: str | None, said: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(UserError, match=said):
+        RunSummary.read(tmp_path / "metrics.json")
 
 
 def test_versions_name_what_a_result_depends_on() -> None:
-    versions = run_folder.versions()
-    assert versions["torch"] == torch.__version__
-    assert {"fmp", "git", "python", "torchvision", "numpy"} <= versions.keys()
-    assert all(isinstance(value, str) and value for value in versions.values())
+    assert versions()["torch"] == torch.__version__
+    assert {"fmp", "git", "python", "torchvision", "numpy"} <= versions().keys()
+    assert all(isinstance(value, str) and value for value in versions().values())

@@ -58,7 +58,7 @@ def test_fewer_test_images_are_the_first_ones_and_their_poisoned_twins(workplace
 
 def test_rows_of_strong_lack_one_part_each(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdict, "LEAST_HELD_OUT", 0)
-    monkeypatch.setattr(verdict, "LEAST_LEAD", -1.0)  # whatever the model, a trigger is reversed
+    monkeypatch.setattr(verdict, "LEAST_MARGIN", -1.0)  # whatever the model, a trigger is inverted
     parts = ("moved", "unpruned", "random", "unmasked", "clean", "undistilled")
     rows = ["strong", *(f"strong-{part}" for part in parts)]
     assert ablate.main(["--result_file", RECORD, "--rows", *rows, *FLAGS]) == 0

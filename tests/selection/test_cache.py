@@ -6,7 +6,8 @@ import pytest
 import torch
 from fmp_core.frg.scores import Scores
 from fmp_core.models.feature_maps import ConvLayer
-from fmp_core.selection.cache import cache_file, content_key, load_scores, save_scores
+from fmp_core.selection.cache import cache_file, load_scores, save_scores
+from fmp_core.storage.checkpoint import content_key
 from torch import nn
 
 LAYERS = (ConvLayer("c", nn.Conv2d(1, 4, 1)),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from fmp_core.storage.files import check_folders, make_folders, refuse_links_out
 from fmp_core.system.devices import Device
 from fmp_core.system.versions import versions
 
+LOGGER = logging.getLogger("fmp_core")
 History = Sequence[
     tuple[Epoch | None, Metrics | None]
 ]  # an epoch that was not tested has no metrics; None: no epoch was trained
@@ -134,6 +136,8 @@ def summarise(
     before, after = (evaluations[at].metrics.headline() for at in (0, -1))
     predictions = prediction_frame(inputs.test, evaluations[0].predictions, evaluations[-1].predictions)
     attack_figures, warnings = compare_with_attack(inputs.record.folder, before)
+    for warning in warnings:
+        LOGGER.warning("%s", warning)
     return RunSummary(
         before=before,
         after=after,

@@ -1,0 +1,158 @@
+"""Selecting feature maps: which selection prunes what, what is read from the cache, and which images decide."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import fmp_core.frg
+import fmp_core.inversion
+import pytest
+import torch
+from fmp_core.data.datasets import DatasetFacts
+from fmp_core.frg.scores import layer_slices
+from fmp_core.inputs import DefenderInputs
+from fmp_core.inversion import search, trigger, verdict
+from fmp_core.models.feature_maps import trace_conv_layers
+from fmp_core.selection import select
+from fmp_core.selection.choice import Selection
+from fmp_core.selection.select import select_feature_maps
+from fmp_core.settings import Settings
+from fmp_core.storage.checkpoint import source_digest
+from fmp_core.system.cli import Stages
+from toy import CLASSES, SmallPreActResNet, toy_images, toy_model
+
+
+@pytest.fixture
+def defender(monkeypatch: pytest.MonkeyPatch) -> DefenderInputs:
+    for name, fewer in (("STEPS", 2), ("SPARSE_BATCH", 4), ("DENSE_BATCH", 4)):
+        monkeypatch.setattr(trigger, name, fewer)
+    images = toy_images(24)
+    model = toy_model(SmallPreActResNet, images)
+    layers = trace_conv_layers(model.network, images[:1])
+    pixels = (images * 255).round().to(torch.uint8)
+    with torch.no_grad():
+        labels = model(pixels / 255).argmax(1)
+    return DefenderInputs(model, layers, pixels, labels, CLASSES, DatasetFacts(CLASSES, (8, 8, 3)))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def selecting(defender: DefenderInputs, tmp_path: Path) -> Callable[..., Selection]:
+    def call(**settings: Any) -> Selection:
+        return select_feature_maps(defender, Settings(**{"frg_samples": 2, "p": 2, **settings}), tmp_path, Stages())
+
+    return call
+
+
+def pruned_by_layer(selection: Selection, defender: DefenderInputs) -> list[int]:
+    return [int(selection.mask[positions].sum()) for _, positions in layer_slices(defender.layers)]
+
+
+@pytest.mark.parametrize("backdoored", [True, False])
+def test_maps_are_drawn_at_random_only_if_that_is_asked_for(
+    backdoored: bool, defender: DefenderInputs, selecting: Callable[..., Selection], monkeypatch: pytest.MonkeyPatch
+):
+    """Not where scores, a verdict or triggers are missing: those are other selections, which have none of these."""
+    drawn: list[object] = []
+    genuine = select.select_at_random
+    monkeypatch.setattr(select, "select_at_random", lambda *given: drawn.append(given) or genuine(*given))
+    monkeypatch.setattr(verdict, "LEAST_HELD_OUT", 0)
+    monkeypatch.setattr(verdict, "LEAST_MARGIN", -1.0 if backdoored else 2.0)
+    selections = {name: selecting(selection=name) for name in ("frg", "trigger", "none")}
+    assert drawn == []
+    assert selections["none"].pruned == 0 and selections["none"].scores is None
+    assert selections["frg"].scores is not None and selections["frg"].verdict is None
+    assert (selections["trigger"].scores is None) == backdoored == bool(selections["trigger"].triggers)
+    assert (selections["trigger"].activation_change is not None) == backdoored == (selections["trigger"].target is not None)
+    if not backdoored:  # as in the paper
+        assert torch.equal(selections["trigger"].mask, selections["frg"].mask)
+    one, again, other = (selecting(selection="random", random_seed=seed) for seed in (0, 0, 1))
+    assert len(drawn) == 3 and one.scores is None
+    assert torch.equal(one.mask, again.mask) and not torch.equal(one.mask, other.mask)
+    shares = [layer.channels // 2 for layer in defender.layers]
+    assert pruned_by_layer(one, defender) == shares == pruned_by_layer(selections["frg"], defender)
+
+
+def test_no_trigger_is_inverted_on_the_images_that_the_budget_is_measured_on(
+    defender: DefenderInputs, selecting: Callable[..., Selection], monkeypatch: pytest.MonkeyPatch
+):
+    inverted_on: list[torch.Tensor] = []
+    measured_on: list[torch.Tensor] = []
+    invert, accuracy = search.invert_trigger, select.accuracy_without
+
+    def watched_inversion(network: Any, dtype: Any, images: torch.Tensor, *more: Any) -> Any:
+        inverted_on.extend(images)
+        return invert(network, dtype, images, *more)
+
+    def watched_accuracy(model: Any, layers: Any, masks: Any, images: torch.Tensor, labels: torch.Tensor) -> float:
+        measured_on.extend(images)
+        assert len(labels) == len(images)
+        return accuracy(model, layers, masks, images, labels)
+
+    monkeypatch.setattr(search, "invert_trigger", watched_inversion)
+    monkeypatch.setattr(select, "accuracy_without", watched_accuracy)
+    monkeypatch.setattr(verdict, "LEAST_HELD_OUT", 0)
+    monkeypatch.setattr(verdict, "LEAST_MARGIN", -1.0)
+    assert selecting(selection="trigger").triggers
+    known = {image.numpy().tobytes() for image in inverted_on}
+    assert measured_on and known and not known & {image.numpy().tobytes() for image in measured_on}
+    assert len({image.numpy().tobytes() for image in measured_on}) == 12  # half of them are held out
+
+
+# An algorithm's constants are part of the question that the cache answers.
+
+
+def test_scores_of_another_algorithm_are_not_believed(
+    selecting: Callable[..., Selection], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def ranked() -> bool:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "fmp_core"):
+            selecting()
+        assert ("ranking" in caplog.text) != ("read from" in caplog.text)
+        return "ranking" in caplog.text
+
+    assert ranked() and not ranked()
+    for module, source, constant in (("frg", "reverse.py", "clamp(0, 1)"), ("frg", "racing.py", "CONTENDERS = 2")):
+        with monkeypatch.context() as patch:
+            change_source(getattr(fmp_core, module), source, constant, tmp_path / source, patch)
+            assert ranked(), source
+    source_digest.cache_clear()
+    assert not ranked()  # and what was believed before still is
+
+
+def test_verdicts_of_another_algorithm_are_not_believed(
+    selecting: Callable[..., Selection], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    searched: list[str] = []
+    genuine = search.TriggerSearch.test
+
+    def watched(self: search.TriggerSearch, family: str, num_classes: int) -> verdict.Verdict:
+        searched.append(family)
+        return genuine(self, family, num_classes)
+
+    monkeypatch.setattr(search.TriggerSearch, "test", watched)
+    selecting(selection="trigger")
+    assert searched == list(trigger.FAMILIES)
+    searched.clear()
+    selecting(selection="trigger")
+    assert searched == []
+    with monkeypatch.context() as patch:
+        change_source(fmp_core.inversion, "trigger.py", "STEPS = 16", tmp_path / "changed", patch)
+        selecting(selection="trigger")
+    assert searched == list(trigger.FAMILIES)
+    source_digest.cache_clear()
+
+
+def change_source(package: ModuleType, source: str, line: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let ``package`` lie in ``folder``, where something is changed in ``line`` of ``source``; its code stays what it is."""
+    shutil.copytree(Path(str(package.__file__)).parent, folder)
+    text = (folder / source).read_text()
+    assert line in text
+    (folder / source).write_text(text.replace(line, line[:-1] + "3"))
+    patch.setattr(package, "__file__", str(folder / "__init__.py"))
+    source_digest.cache_clear()
