@@ -21,7 +21,7 @@ import sweep as script
 from conftest import RECORD
 from fmp_core.sweeps.jobs import Outcome, finished
 from fmp_core.sweeps.slurm import run_submitit
-from test_sweep import order, place, sweep_of, working  # noqa: F401
+from sweep_jobs import order, sweep_of, working
 
 pytestmark = pytest.mark.slow  # daemons are started; `make test-all`
 PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "squeue"]
@@ -106,7 +106,7 @@ def slurm() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_sweep_through_slurm(slurm: None, place: Path) -> None:  # noqa: F811
+def test_a_sweep_through_slurm(slurm: None, place: Path) -> None:
     pytest.importorskip("submitit")
     jobs = [working("a", 0.3, shared_work="k"), working("b", code="raise SystemExit(4)"), working("x", shared_work="k")]
     dies = "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"  # as an out-of-memory kill of the whole job does

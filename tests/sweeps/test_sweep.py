@@ -21,46 +21,11 @@ from fmp_core.errors import UserError
 from fmp_core.storage.lock import locked
 from fmp_core.sweeps.jobs import Job, Outcome, finished, run, settings_hash, stop_leftovers
 from fmp_core.sweeps.local import Board, local_slots, may_start, readable, run_local
-from fmp_core.sweeps.plan import Sweep, make_sweep, plan, read_sweep
+from fmp_core.sweeps.plan import plan, read_sweep
 from fmp_core.sweeps.slurm import run_submitit, waves
+from sweep_jobs import WORK, order, sweep_of, working
 
 DEFENSE = Path(__file__).resolve().parents[2] / "defense"
-# Stands for a defense: says when it began, takes a while, and leaves whole results.
-WORK = """
-import json, pathlib, sys, time
-folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
-folder.mkdir(parents=True, exist_ok=True)
-with open("order.txt", "a") as file: file.write(folder.name + " begins\\n")
-time.sleep(seconds)
-after = {"test_acc": 0.9, "test_asr": 0.1, "test_ra": 0.8}
-(folder / "metrics.json").write_text(json.dumps({"after": after}))
-(folder / "defense_result.pt").write_bytes(b"")
-with open("order.txt", "a") as file: file.write(folder.name + " ends\\n")
-"""
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with a record ``r`` (its model is never opened here)."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "record" / "r").mkdir(parents=True)
-    (tmp_path / "record" / "r" / "attack_result.pt").write_bytes(b"model")
-    return tmp_path
-
-
-def sweep_of(**keys: Any) -> Sweep:
-    return make_sweep({"name": "s", "records": ["r"], "defenses": ["fmp"], "device": "cpu", **keys}, "test")
-
-
-def working(name: str, seconds: float = 0, code: str = WORK, **keys: Any) -> Job:
-    folder = Path("record/r/defense") / name
-    command = (sys.executable, "-c", code, str(folder), str(seconds))
-    settings = {"seconds": seconds}
-    return Job(record="r", kind="ours", method=name, seed=0, folder=folder, command=command, settings=settings, **keys)
-
-
-def order() -> list[str]:
-    return Path("order.txt").read_text().splitlines()
 
 
 def run_all(jobs: list[Job], workers: int = 2, timeout: float | None = None) -> dict[str, Outcome]:

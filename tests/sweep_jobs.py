@@ -1,0 +1,38 @@
+"""Jobs that stand for defenses in the tests of sweeps: small, and they note when they begin and end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from fmp_core.sweeps.jobs import Job
+from fmp_core.sweeps.plan import Sweep, make_sweep
+
+# Stands for a defense: says when it began, takes a while, and leaves whole results.
+WORK = """
+import json, pathlib, sys, time
+folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+folder.mkdir(parents=True, exist_ok=True)
+with open("order.txt", "a") as file: file.write(folder.name + " begins\\n")
+time.sleep(seconds)
+after = {"test_acc": 0.9, "test_asr": 0.1, "test_ra": 0.8}
+(folder / "metrics.json").write_text(json.dumps({"after": after}))
+(folder / "defense_result.pt").write_bytes(b"")
+with open("order.txt", "a") as file: file.write(folder.name + " ends\\n")
+"""
+
+
+def sweep_of(**keys: Any) -> Sweep:
+    return make_sweep({"name": "s", "records": ["r"], "defenses": ["fmp"], "device": "cpu", **keys}, "test")
+
+
+def working(name: str, seconds: float = 0, code: str = WORK, **keys: Any) -> Job:
+    folder = Path("record/r/defense") / name
+    command = (sys.executable, "-c", code, str(folder), str(seconds))
+    settings = {"seconds": seconds}
+    return Job(record="r", kind="ours", method=name, seed=0, folder=folder, command=command, settings=settings, **keys)
+
+
+def order() -> list[str]:
+    return Path("order.txt").read_text().splitlines()
