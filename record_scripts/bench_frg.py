@@ -14,7 +14,7 @@ Figures (images/s unless named otherwise):
   times the share of multiplications up to layer l;
 * released_map: the released scheme, written anew: per map two full forward passes, one backward, one inference, batch 32, fp32;
 * ours_operations_per_map, released_operations_per_map: operations on the device (about as many kernel launches on a GPU) to
-  rank all maps on ``--images`` images, per map. Counted without a GPU, on tensors without data: 512 images take some minutes.
+  rank all maps on ``--images`` images, per map. Counted without a GPU, on tensors without data: 512 images take minutes.
 """
 
 from __future__ import annotations
