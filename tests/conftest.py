@@ -75,7 +75,6 @@ def build_workplace(root: Path, model: str = MODEL) -> None:
         num_classes=10,
         state=network.state_dict(),
         dataset="cifar10",
-        image_size=(32, 32, 3),
         bd_train=poisoned(pixels[:50], targets[:50], [3, 11, 20, 27, 42]),
         bd_test=poisoned(pixels[50:], targets[50:], list(range(1, 10))),
     )

@@ -379,7 +379,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "object array": (lambda: np.array([Call(os.system, TOUCH)], dtype=object), "a numpy array of O8"),
     "object array of data": (lambda: np.array([{}, []], dtype=object), "a numpy array of O8"),
-    "a set that holds a call": (lambda: {Call(os.system, TOUCH)}, "posix.system (under 'gadget')"),
+    "a set that holds a call": (lambda: {Call(os.system, TOUCH)}, "posix.system (under 'model' / 'gadget')"),
     "a namespace that holds a call": (lambda: argparse.Namespace(x=Call(os.system, TOUCH)), "posix.system"),
     "a defaultdict whose factory calls": (lambda: Call(collections.defaultdict, Call(os.system, TOUCH)), "posix.system"),
     "a deque of a call": (lambda: collections.deque([Call(eval, "open('pwned', 'w')")]), "builtins.eval"),

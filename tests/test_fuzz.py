@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     labels = torch.arange(4)
     write_attack_record(
         root, name="record", model_name="m", num_classes=4, state={"w": torch.ones(3, 3), "b": torch.arange(4)},
-        dataset="toys", image_size=(4, 4, 3), bd_train=poisoned(images, labels, [0]), bd_test=poisoned(images, labels, [1, 3]),
+        dataset="toys", bd_train=poisoned(images, labels, [0]), bd_test=poisoned(images, labels, [1, 3]),
     )  # fmt: skip
     yield root
     shutil.rmtree(root)

@@ -15,7 +15,7 @@ from fmp_core.results.read import UnreadableError, read_record
 from hostile import RECORD, Case, corpus
 
 CASES = corpus()
-GOOD = "a whole record and then a missing one"  # warms up: what is imported later was not imported for a good reason
+GOOD = "a whole record, and a log folder that is a file"  # warms up: what is imported later was not imported for a good reason
 FLAGS = ["--device", "cpu", "--result_file", RECORD, "--epochs", "0", "--frg_samples", "1"]
 
 
@@ -35,7 +35,9 @@ def reports(workplace_template: Path, tmp_path_factory: pytest.TempPathFactory) 
     """All cases, run by one process: what the command said, and what it left behind."""
     root = tmp_path_factory.mktemp("hostile")
     todo, before = [], {}
-    for number, (name, case) in enumerate({GOOD: Case(lambda root: None, "", ("--p", "0")), **CASES}.items()):
+    for number, (name, case) in enumerate(
+        {GOOD: Case(lambda root: None, "", ("--log", "data/cifar10/cifar-10-batches-py/test_batch")), **CASES}.items()
+    ):
         place = root / str(number)
         shutil.copytree(workplace_template, place)
         case.damage(place)

@@ -111,7 +111,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_classes=CLASSES,
         state=network.state_dict(),
         dataset="colours",
-        image_size=(SIZE, SIZE, 3),
         bd_train=bd_train,
         bd_test=bd_test,
     )

@@ -34,7 +34,7 @@ def record(tmp_path: Path) -> Path:
     test = PoisonedImages(8, AT, PIXELS, [0] * 4, TRUE)
     train = PoisonedImages(20, [3, 5], PIXELS[:2], [0, 0], [2, 3])
     write_attack_record(
-        folder, name="mine", model_name="resnet18", num_classes=4, state=STATE, dataset="toys", image_size=SIZE,
+        folder, name="mine", model_name="resnet18", num_classes=4, state=STATE, dataset="toys",
         bd_train=train, bd_test=test,
     )  # fmt: skip
     return folder

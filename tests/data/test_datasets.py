@@ -502,7 +502,7 @@ def test_facts_are_backdoorbenchs():
     "written, known",
     [
         ("tiny-imagenet-200", "tiny"), ("TinyImageNet", "tiny"), ("GTSRB", "gtsrb"), ("CIFAR10", "cifar10"),
-        ("cifar-10", "cifar10"), ("Cifar_100", "cifar100"), ("ILSVRC2012", "imagenet"), ("imagenette", None), ("cifar", None), ("", None),
+        ("cifar-10", "cifar10"), ("Cifar_100", "cifar100"), ("ILSVRC2012", "imagenet"), ("imagenette", None), ("", None),
     ],
 )  # fmt: skip
 def test_names_may_be_written_otherwise(written: str, known: str | None):

@@ -121,7 +121,6 @@ def write_record(plan: Plan, state: dict[str, Tensor], history: History) -> None
         num_classes=plan.num_classes,
         state=cpu_state,
         dataset=plan.record.dataset,
-        image_size=plan.facts.size,
         bd_train=plan.poison.recorded_train(),
         bd_test=plan.poison.test,
     )

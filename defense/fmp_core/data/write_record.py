@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from fmp_core.data.attack_record import ATTACK_FILE
-from fmp_core.data.images import Size
 from fmp_core.storage.files import sync_disks, write_torch
 
 
@@ -39,7 +38,6 @@ def write_attack_record(
     num_classes: int,
     state: Mapping[str, Tensor],
     dataset: str,
-    image_size: Size,
     bd_train: PoisonedImages,
     bd_test: PoisonedImages,
 ) -> None:
@@ -47,12 +45,13 @@ def write_attack_record(
 
     ``name`` is what the stored paths say (``./record/<name>/...``), since ``folder`` may be a temporary one.
     """
+    channels, height, width = bd_test.images.shape[1:]
     content = {
         "model_name": model_name,
         "num_classes": num_classes,
         "model": OrderedDict((key, value.detach().cpu()) for key, value in state.items()),
         "data_path": f"./data/{dataset}",
-        "img_size": image_size,
+        "img_size": (height, width, channels),
         "clean_data": dataset,
         "bd_train": _backdoor_state(folder, name, "bd_train_dataset", bd_train, keep_all=True),
         "bd_test": _backdoor_state(folder, name, "bd_test_dataset", bd_test, keep_all=False),

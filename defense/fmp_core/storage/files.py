@@ -132,7 +132,9 @@ def refuse_links_out_of(root: Path, *folders: Path) -> None:
     """
     for folder in folders:
         if not folder.resolve().is_relative_to(root.resolve()):
-            raise UserError(f"{folder} leads out of the record, to {folder.resolve()}, and was refused; remove the link.")
+            raise UserError(
+                f"{folder} leads out of the record, to {folder.resolve()}, and was refused; remove the link or give --save_folder."
+            )
 
 
 def write_text(path: str | Path, text: str) -> None:
