@@ -77,7 +77,7 @@ class Settings:
     checkpoint_save: str | None = _place(None, _FOLDER, "folder of saved epochs (default: checkpoint/ in the result folder)")
 
     # Does not decide: what it sets, does.
-    preset: str = _run("paper", choice("paper", "strong"), "strong: see docs/strong.md; single flags override what it sets")
+    preset: str = _run("paper", choice("paper", "strong"), "strong: see docs/method.md; single flags override what it sets")
     device: str = _setting(
         (Stage.RUN, Stage.TRAINING),
         "auto",
