@@ -1,9 +1,9 @@
-# make demo | test | lint | clean; everything runs in .venv, made on first use, which gets no more than a target needs.
+# make demo | test | test-all | lint | clean; everything runs in .venv, made on first use, which gets no more than a target needs.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -e
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 .venv/run: setup.cfg
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,9 @@ demo: .venv/run
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+test-all: .venv/test
+	$(BIN)/python -m pytest -m "" --cov=defense --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: .venv/lint
 	$(BIN)/ruff check .

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -19,13 +21,19 @@ import pytest
 import torch
 from conftest import MODEL, RECORD, Ran, call_fmp
 from fmp_core.errors import UserError
+from fmp_core.inputs import DefenderInputs
+from fmp_core.inversion import trigger as triggers
 from fmp_core.inversion import verdict as verdicts
 from fmp_core.inversion.trigger import FAMILIES
-from fmp_core.settings import PROJECT
-from fmp_core.storage.files import write_torch
+from fmp_core.selection.choice import Selection
+from fmp_core.settings import PROJECT, Settings
+from fmp_core.system.cli import Stages
+from hostile import Call
 from PIL import Image
+from toy import NARROW_RESNET_MAPS
 
-QUICK = ("--result_file", RECORD, "--frg_samples", "2", "--p", "16")
+QUICK = ("--result_file", RECORD, "--frg_samples", "2", "--p", "8")
+MAPS = sum(NARROW_RESNET_MAPS.values())
 RESULTS = Path("record") / RECORD / "defense" / "fmp"
 FT_COLUMNS = [
     "epoch",
@@ -92,6 +100,31 @@ def test_a_run_ends_with_a_table(finished: Finished):
     assert f"results: {RESULTS}" in lines[-1] and lines[-1].startswith("DER ")
 
 
+def test_ten_plain_lines_come_first_then_the_first_figure(finished: Finished):
+    """What the run works on, and with what; all else is in the log. The attacked model is tested before anything else."""
+    lines = finished.ran.err.splitlines()
+    first = next(number for number, line in enumerate(lines) if "Acc " in line)
+    assert first <= 10 and lines[first].startswith("before: Acc ")
+    words = [line.split()[0] for line in lines[:first]]
+    assert words[:7] == ["record", "model", "dataset", "clean", "test", "device", "preset"]
+    about = "\n".join(lines[:first])
+    for part in (
+        RECORD,
+        f"{MODEL}, {MAPS} feature maps",
+        "cifar10, 10 classes",
+        "5 training images",
+        "10 clean and 9 poisoned",
+    ):
+        assert part in about
+    assert "frg_samples 2" in about and "p 8" in about and "lr" not in about  # only what differs from the defaults
+
+
+def test_the_terminal_speaks_in_percent(finished: Finished):
+    (line,) = [line for line in finished.ran.err.splitlines() if line.startswith("before: ")]
+    figures = finished.metrics["before"]
+    assert line == "before: Acc {:.2f} %  ASR {:.2f} %  RA {:.2f} %".format(*(100 * value for value in figures.values()))
+
+
 def test_a_run_leaves_every_file_of_bbs_and_ours(finished: Finished):
     names = {path.relative_to(finished.results).as_posix() for path in finished.results.rglob("*") if path.is_file()}
     logs = {name for name in names if re.fullmatch(r"log/\d{4}(_\d\d){5}\.log", name)}
@@ -149,11 +182,11 @@ def test_feature_maps_csv_has_a_row_per_map(finished: Finished):
     frame = pd.read_csv(finished.results / "feature_maps.csv")
     assert frame.columns.tolist() == ["layer", "channel", "correct", "samples", "margin", "rank", "pruned"]
     sizes = frame.groupby("layer", sort=False).size()
-    assert sizes.iloc[0] == 96 and sizes.index[0] == "features.0" and len(sizes) == 25 and len(frame) == 2976
+    assert sizes.to_dict() == NARROW_RESNET_MAPS
     assert set(frame["samples"]) == {2} and frame["correct"].between(0, 2).all()
     pruned = frame.groupby("layer", sort=False)["pruned"].sum()
-    assert pruned.tolist() == [size // 16 for size in sizes]
-    assert (frame["pruned"] == (frame["rank"] <= frame["layer"].map(sizes) // 16)).all()
+    assert pruned.tolist() == [size // 8 for size in sizes]
+    assert (frame["pruned"] == (frame["rank"] <= frame["layer"].map(sizes) // 8)).all()
 
 
 def test_metrics_json_says_what_was_done(finished: Finished):
@@ -164,12 +197,13 @@ def test_metrics_json_says_what_was_done(finished: Finished):
     drop = {key: max(0.0, metrics["before"][key] - metrics["after"][key]) for key in ("test_acc", "test_asr")}
     assert metrics["der"] == pytest.approx((drop["test_asr"] - drop["test_acc"] + 1) / 2)
     assert (metrics["record"], metrics["dataset"], metrics["model"]) == (RECORD, "cifar10", MODEL)
-    assert (metrics["clean_images"], metrics["frg_images"], metrics["feature_maps"]) == (5, 2, 2976)
+    assert (metrics["clean_images"], metrics["frg_images"], metrics["feature_maps"]) == (5, 2, MAPS)
     assert metrics["pruned"] == pd.read_csv(finished.results / "feature_maps.csv")["pruned"].sum()
     assert metrics["seed"] == 0 and metrics["device"].startswith("cpu")
+    assert metrics["test_images"] is None and metrics["attack_figures"] is None and metrics["warnings"] == []
     assert {"load", "ranking", "testing"} <= set(metrics["seconds"])
     assert all(seconds >= 0 for seconds in metrics["seconds"].values())
-    assert metrics["settings"]["p"] == 16 and metrics["settings"]["eps"] == 1 / 255
+    assert metrics["settings"]["p"] == 8 and metrics["settings"]["eps"] == 1 / 255
     assert {"fmp", "git", "python", "torch", "torchvision", "numpy", "pandas"} <= set(metrics["versions"])
 
 
@@ -198,13 +232,15 @@ def test_saved_epochs_are_defense_results_and_the_last_is_the_result(finished: F
     assert any(not torch.equal(epochs[0]["model"][key], value) for key, value in final.items())
 
 
-def test_the_log_holds_settings_versions_and_results(finished: Finished):
+def test_the_log_holds_settings_and_all_that_was_said(finished: Finished):
     (log,) = (finished.results / "log").glob("*.log")
     text = log.read_text()
-    assert re.match(r"\d{4}-\d\d-\d\d:\d\d:\d\d:\d\d \[INFO    \] \[fmp\.py:\d+\] ", text)
-    for part in ("'eps': 0.00392", "'terminal_info'", "'torch': ", "before: Acc", "pruned ", "epoch 2 of 2: Acc"):
+    stamp = r"\d{4}-\d\d-\d\d:\d\d:\d\d:\d\d \[INFO    \] \[\w+\.py:\d+\] "
+    assert re.match(stamp, text)
+    for part in ("'eps': 0.00392", "'terminal_info'", "before: Acc", "pruned ", "epoch 2 of 2: Acc"):
         assert part in text
-    assert finished.ran.err == text  # no terminal: the same lines, no progress bar
+    said = [re.sub(stamp, "", line) for line in text.splitlines() if re.match(stamp, line)]
+    assert finished.ran.err.splitlines() == said[1:]  # no terminal: the same lines without time and place, no progress bar
 
 
 def test_a_second_run_gives_the_same_bits(finished: Finished, workplace: Path, run_fmp: Run):
@@ -223,36 +259,48 @@ def test_a_second_run_gives_the_same_bits(finished: Finished, workplace: Path, r
 
 def test_epochs_0_prunes_and_evaluates(workplace: Path, run_fmp: Run):
     record = torch.load(workplace / "record" / RECORD / "attack_result.pt", weights_only=False)["model"]
-    flags = ("--result_file", RECORD, "--frg_samples", "1", "--p", "32", "--epochs", "0", "--eps", "2/255", "--scope", "global")
-    assert run_fmp(*flags).code == 0
+    flags = ("--result_file", RECORD, "--frg_samples", "1", "--p", "9", "--epochs", "0", "--eps", "2/255", "--scope", "global")
+    ran = run_fmp(*flags)
+    assert ran.code == 0 and ran.err.count("\npruned: Acc") == 1
     frame = table(workplace / RESULTS / "fmp_df.csv")
     assert frame.columns.tolist() == FT_COLUMNS and len(frame) == 1
     assert frame["train_acc"].isna().all() and frame["test_acc"].notna().all()
     maps = pd.read_csv(workplace / RESULTS / "feature_maps.csv")
     chosen = maps[maps["pruned"]]
-    assert sorted(chosen["rank"]) == list(range(1, 2976 // 32 + 1))
+    assert sorted(chosen["rank"]) == list(range(1, MAPS // 9 + 1))
     expected = {key: value.clone() for key, value in record.items()}
     for layer, channel in zip(chosen["layer"], chosen["channel"], strict=True):
-        expected[f"{layer}.weight"][channel] = 0
-        expected[f"{layer}.bias"][channel] = 0
+        norm = f"{layer[:-1]}1" if "downsample" in layer else layer.replace("conv", "bn")
+        for key in (f"{layer}.weight", f"{norm}.weight", f"{norm}.bias"):
+            expected[key][channel] = 0
     result = weights(workplace)
     assert all(torch.equal(result[key], value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize(("selection", "share"), [("random", 16), ("none", None)])
-def test_ablations_rank_nothing_and_lie_beside_the_result(selection: str, share: int | None, workplace: Path, run_fmp: Run):
+@pytest.mark.parametrize(
+    ("selection", "pruned"), [("random", [size // 8 for size in NARROW_RESNET_MAPS.values()]), ("none", [0] * 6)]
+)
+def test_ablations_rank_nothing_and_lie_beside_the_result(selection: str, pruned: list[int], workplace: Path, run_fmp: Run):
+    """A model that is not changed is not tested twice, either."""
     ran = run_fmp(*QUICK, "--epochs", "0", "--selection", selection, "--defense_name", f"by_{selection}")
-    assert ran.code == 0 and "map-images" not in ran.err
+    assert ran.code == 0 and "ranking" not in ran.err
+    assert ran.err.count(": Acc ") == (2 if any(pruned) else 1)
     folder = workplace / RESULTS.with_name(f"by_{selection}")
     assert (folder / "defense_result.pt").is_file() and not (workplace / RESULTS).exists()
     maps = pd.read_csv(folder / "feature_maps.csv")
     assert list(maps.columns) == ["layer", "channel", "pruned"]
-    expected = sum(len(group) // share for _, group in maps.groupby("layer")) if share else 0
-    assert int(maps["pruned"].sum()) == expected
+    assert maps.groupby("layer", sort=False)["pruned"].sum().tolist() == pruned
+    metrics = json.loads((folder / "metrics.json").read_text())
+    if not any(pruned):
+        record = torch.load(workplace / "record" / RECORD / "attack_result.pt", weights_only=False)["model"]
+        result = torch.load(folder / "defense_result.pt", weights_only=True)["model"]
+        assert all(torch.equal(result[key], value) for key, value in record.items())
+        assert metrics["after"] == metrics["before"]
+        assert table(folder / "fmp_df.csv")["test_acc"].tolist() == [metrics["after"]["test_acc"]]
 
 
 def test_racing_prunes_what_exact_ranking_prunes(workplace: Path, run_fmp: Run):
-    flags = (*QUICK, "--epochs", "0", "--frg_samples", "6", "--dtype", "fp32")
+    flags = (*QUICK, "--epochs", "0", "--frg_samples", "6", "--dtype", "fp32", "--ratio", "0.2")
     assert run_fmp(*flags).code == 0
     exact = pd.read_csv(workplace / RESULTS / "feature_maps.csv")
     ran = run_fmp(*flags, "--ranking", "racing")
@@ -270,6 +318,8 @@ def test_racing_prunes_what_exact_ranking_prunes(workplace: Path, run_fmp: Run):
 def test_the_strong_preset_gives_a_verdict_and_flags_override_it(
     workplace: Path, run_fmp: Run, monkeypatch: pytest.MonkeyPatch
 ):
+    for name, fewer in (("STEPS", 3), ("SPARSE_BATCH", 8), ("DENSE_BATCH", 8)):
+        monkeypatch.setattr(triggers, name, fewer)
     strong = (*QUICK, "--preset", "strong", "--epochs", "0", "--dtype", "fp32")
     ran = run_fmp(*strong)
     assert ran.code == 0 and "held-out clean images are too few to tell" in ran.err
@@ -284,9 +334,110 @@ def test_the_strong_preset_gives_a_verdict_and_flags_override_it(
     assert verdict["family"] in FAMILIES and verdict["lead"] == pytest.approx(best - next_best, abs=1e-3)
     assert (
         verdict["backdoored"]
-        == (verdict["lead"] >= verdicts.LEAST_LEAD)
+        == (verdict["lead"] >= verdicts.LEAST_MARGIN)
         == (workplace / RESULTS / "reversed_trigger.pt").exists()
     )
+
+
+def test_the_class_takes_another_selection(workplace: Path):
+    """The one extension point: ablations and other methods select, all else stays."""
+    given: list[Any] = []
+
+    def first_map(defender: DefenderInputs, settings: Settings, cache: Path, stages: Stages) -> Selection:
+        given.extend([defender, settings.p, cache])
+        mask = torch.zeros(MAPS, dtype=torch.bool)
+        mask[0] = True
+        return Selection(mask, selected_by="a test")
+
+    method = fmp.FMP({"device": "cpu", "report": False, "epochs": 0, "p": 9}, select=first_map)
+    metrics = method.defense(RECORD)["metrics"]
+    assert (metrics["pruned"], metrics["chosen_by"], metrics["frg_images"]) == (1, "a test", 0)
+    assert given[1:] == [9, RESULTS]
+    tensors = {field.name: getattr(given[0], field.name) for field in dataclasses.fields(given[0])}
+    assert {name for name, value in tensors.items() if isinstance(value, torch.Tensor)} == {"images", "labels"}
+    assert len(tensors["images"]) == 5 and not hasattr(given[0], "test")  # of the poisoned test set it knows nothing
+    before = torch.load(workplace / "record" / RECORD / "attack_result.pt", weights_only=False)["model"]
+    changed = {key for key, value in weights(workplace).items() if not torch.equal(value, before[key])}
+    assert changed == {"conv1.weight", "bn1.weight"}  # bn1.bias was 0 already
+
+
+def test_a_quick_look_tests_an_even_sample_and_says_so(workplace: Path, run_fmp: Run):
+    flags = (*QUICK, "--selection", "none", "--epochs", "0")
+    assert run_fmp(*flags).code == 0
+    whole = pd.read_csv(workplace / RESULTS / "predictions.csv")
+    ran = run_fmp(*flags, "--test_images", "5")
+    assert ran.code == 0
+    assert "5 clean and 5 poisoned (--test_images 5" in ran.err and "even sample of 5 images" in ran.out
+    metrics = json.loads((workplace / RESULTS / "metrics.json").read_text())
+    assert metrics["test_images"] == 5 == metrics["settings"]["test_images"]
+    part = pd.read_csv(workplace / RESULTS / "predictions.csv")
+    assert part["poisoned"].sum() == 5 == (~part["poisoned"]).sum()
+    assert part.loc[~part["poisoned"], "label"].tolist() == [0, 2, 4, 6, 8]  # ten images, one of each class
+    merged = part.merge(whole, how="left", indicator=True)  # the same predictions as of the whole sets
+    assert set(merged["_merge"]) == {"both"}
+    assert run_fmp(*flags, "--test_images", "1000").code == 0
+    assert pd.read_csv(workplace / RESULTS / "predictions.csv").equals(whole)
+
+
+def test_results_may_lie_outside_a_read_only_record(workplace: Path, run_fmp: Run):
+    before = listing(workplace / "record")
+    ran = run_fmp(*QUICK, "--epochs", "0", "--save_folder", "elsewhere")
+    folder = workplace / "elsewhere" / RECORD / "defense" / "fmp"
+    assert ran.code == 0 and f"results: {folder.relative_to(workplace)}" in ran.out
+    assert {"metrics.json", "defense_result.pt", "fmp_df.csv", "cache", "log"} <= set(os.listdir(folder))
+    assert listing(workplace / "record") == before
+
+
+def test_mean_and_std_are_the_models_own_preprocessing(workplace: Path, run_fmp: Run, edit_record: Edit):
+    """A first convolution that undoes another normalisation: with that one given, the model sees what it saw before."""
+    flags = (*QUICK, "--selection", "none", "--epochs", "0")
+
+    def losses() -> list[float]:
+        assert ran.code == 0, ran.err
+        columns = ["clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch"]
+        return [float(value) for value in table(workplace / RESULTS / "fmp_df.csv")[columns].iloc[0]]
+
+    ran = run_fmp(*flags)
+    usual = losses()
+    ran = run_fmp(*flags, "--mean", "0.5", "--std", "0.25")
+    assert losses() != usual
+    ran = run_fmp(*flags, "--mean", "0.4914,0.4822,0.4465", "--std", "0.247,0.243,0.261")  # cifar10's
+    assert losses() == usual
+    ran = run_fmp(*flags, "--mean", "0.5", "--std", "0.25")
+    quarter = losses()
+
+    def quadruple(content: dict[str, Any]) -> None:
+        content["model"]["conv1.weight"] *= 4  # a power of two: the same bits from pixels that are not divided by 0.25
+
+    edit_record(workplace / "record" / RECORD, quadruple)
+    ran = run_fmp(*flags, "--mean", "0.5", "--std", "1")
+    assert losses() == quarter
+
+
+def test_a_model_that_does_not_do_what_the_attack_said_is_warned_of(workplace: Path, run_fmp: Run):
+    """Perhaps its preprocessing is another one, or the data are."""
+    flags = (*QUICK, "--selection", "none", "--epochs", "0")
+    assert run_fmp(*flags).code == 0
+    before = json.loads((workplace / RESULTS / "metrics.json").read_text())["before"]
+    path = workplace / "record" / RECORD / "attack_df_summary.csv"
+
+    def told(**figures: float) -> tuple[Ran, dict[str, Any]]:
+        path.write_text(f",test_acc,test_asr,test_ra\nlast,{','.join(str(figures[name]) for name in before)}\n")
+        ran = run_fmp(*flags)
+        assert ran.code == 0
+        return ran, json.loads((workplace / RESULTS / "metrics.json").read_text())
+
+    ran, metrics = told(**before)
+    assert metrics["attack_figures"] == pytest.approx(before) and metrics["warnings"] == []
+    ran, metrics = told(**{**before, "test_acc": before["test_acc"] + 0.5})
+    (warning,) = metrics["warnings"]
+    acc = f"Acc {100 * before['test_acc']:.1f} % here, {100 * before['test_acc'] + 50:.1f} % there"
+    assert acc in warning and "attack_df_summary.csv" in warning and "--mean" in warning and "ASR" not in warning
+    assert warning in ran.err  # on the terminal and in the log, too
+    path.write_text("\0")
+    assert run_fmp(*flags).code == 0  # it is not ours to refuse
+    (warning,) = json.loads((workplace / RESULTS / "metrics.json").read_text())["warnings"]
+    assert "attack_df_summary.csv" in warning
 
 
 def test_the_class_runs_from_python_on_another_place(
@@ -366,6 +517,9 @@ def test_help_names_every_flag(run_fmp: Run):
     assert ran.code == 0
     for flag in ("--result_file", "--yaml_path", "--eps", "--p", "--scope", "--ratio", "--frequency_save", "-pm"):
         assert flag in ran.out
+    assert "VALUE" not in ran.out
+    for stage in ("ranking feature maps (FRG)", "fine-tuning", "testing"):
+        assert f"\n{stage}:\n" in ran.out
 
 
 # Bad input: one sentence, exit code 2, no files.
@@ -377,7 +531,7 @@ def set_to(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 def truncate(root: Path, edit: Edit) -> None:
     path = root / "record" / RECORD / "attack_result.pt"
-    path.write_bytes(path.read_bytes()[:100_000])
+    path.write_bytes(path.read_bytes()[:-10_000])
 
 
 def empty(root: Path, edit: Edit) -> None:
@@ -386,7 +540,7 @@ def empty(root: Path, edit: Edit) -> None:
 
 
 def hostile(root: Path, edit: Edit) -> None:
-    write_torch(root / "record" / RECORD / "attack_result.pt", {"model": argparse.Namespace(a=1)})
+    edit(root / "record" / RECORD, set_to("epoch", Call(os.mkdir, "pwned")))
 
 
 def lose_images(root: Path, edit: Edit) -> None:
@@ -403,6 +557,12 @@ def lose_data(root: Path, edit: Edit) -> None:
 
 def lose_batch(root: Path, edit: Edit) -> None:
     (root / "data" / "cifar10" / "cifar-10-batches-py" / "test_batch").unlink()
+
+
+def shuffle_labels(root: Path, edit: Edit) -> None:
+    path = root / "data" / "cifar10" / "cifar-10-batches-py" / "test_batch"
+    batch = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps({**batch, "labels": batch["labels"][::-1]}, protocol=2))
 
 
 def eleven_classes(root: Path, edit: Edit) -> None:
@@ -437,16 +597,17 @@ def toys_with_too_few_classes(root: Path, edit: Edit) -> None:
 BAD_FILES: dict[str, tuple[Callable[[Path, Edit], None], str]] = {
     "truncated record": (truncate, "attack_result.pt is not a whole torch file"),
     "empty folder": (empty, "holds no attack_result.pt"),
-    "foreign global": (hostile, "argparse.Namespace"),
+    "foreign global": (hostile, "posix.mkdir"),
     "poisoned images missing": (lose_images, "1 of 9 poisoned test images are missing"),
     "poisoned image broken": (break_image, "3.png cannot be decoded"),
     "data folder missing": (lose_data, "Dataset folder data/cifar10 does not exist"),
     "data file missing": (lose_batch, "test_batch is missing"),
-    "wrong num_classes": (eleven_classes, "The record says 11 classes, but cifar10 has 10"),
-    "wrong model": (another_model, "lacks the weights conv1.weight of resnet18"),
+    "test set in another order": (shuffle_labels, "only 0 are those of the clean test images at these positions"),
+    "wrong num_classes": (eleven_classes, "the record's model_name or num_classes is wrong"),
+    "wrong model": (another_model, "lacks the weights layer1.1.conv1.weight of resnet18"),
     "unknown model": (unknown_model, "Model 'senet18' is not one of BackdoorBench's"),
-    "wrong dataset": (another_dataset, "The record says 10 classes, but cifar100 has 100"),
-    "weights missing": (lose_weights, "lacks the weights classifier.1.bias"),
+    "wrong dataset": (another_dataset, "Dataset folder data/cifar100 does not exist"),
+    "weights missing": (lose_weights, "lacks the weights fc.bias"),
     "labels beyond the model": (toys_with_too_few_classes, "labelled up to 11"),
 }
 BAD_FLAGS: dict[tuple[str, ...], str] = {
@@ -523,15 +684,19 @@ def test_a_folder_that_cannot_be_made_is_one_line(flags: tuple[str, ...], workpl
     assert listing(workplace) == before
 
 
-def test_images_too_small_for_the_model_are_one_line_and_leave_nothing(workplace: Path, run_fmp: Run, edit_record: Edit):
+def test_images_too_small_for_the_model_are_one_line_and_leave_nothing(
+    workplace: Path, real_workplace_template: Path, run_fmp: Run, edit_record: Edit
+):
+    shutil.rmtree(workplace / "record")
+    shutil.copytree(real_workplace_template / "record", workplace / "record")
     for part in ("train", "test"):
-        for number in range(20):
-            file = workplace / "data" / "toys" / part / str(number % 10) / f"{number}.png"
+        for label in range(10):
+            file = workplace / "data" / "toys" / part / str(label) / "a.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(file)
     edit_record(workplace / "record" / RECORD, lambda content: content.update(clean_data="toys", img_size=(8, 8, 3)))
     before = listing(workplace)
-    refuses(run_fmp(*QUICK), "8")
+    refuses(run_fmp(*QUICK, "--ratio", "1"), "cannot take the record's (8, 8, 3) images")
     assert listing(workplace) == before
 
 
@@ -540,7 +705,7 @@ def test_images_too_small_for_the_model_are_one_line_and_leave_nothing(workplace
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "COV_"))}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_the_script_runs_as_a_program_and_prints_one_line(workplace: Path):
@@ -581,10 +746,10 @@ print(isinstance(method, defense.base.defense), method.settings.p, hasattr(metho
 
 
 @pytest.fixture
-def checkout(workplace_template: Path, tmp_path: Path) -> Path:
+def checkout(real_workplace_template: Path, tmp_path: Path) -> Path:
     """The shape of a BackdoorBench checkout with our files copied in."""
     root = tmp_path / "BackdoorBench"
-    shutil.copytree(workplace_template, root)
+    shutil.copytree(real_workplace_template, root)
     (root / "defense").mkdir()
     (root / "defense" / "__init__.py").touch()
     (root / "defense" / "base.py").write_text(BASE)
@@ -603,7 +768,7 @@ def test_beside_backdoorbench_the_class_is_one_of_its_defenses(checkout: Path):
 
 
 def test_beside_backdoorbench_the_command_runs_like_its_own(checkout: Path):
-    flags = ["--result_file", RECORD, "--device", "cpu", "--frg_samples", "1", "--epochs", "0"]
+    flags = ["--result_file", RECORD, "--device", "cpu", "--selection", "random", "--epochs", "0"]
     ran = python("defense/fmp.py", *flags, cwd=checkout)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("BackdoorBench's base is imported\n")

@@ -8,12 +8,27 @@ from pathlib import Path
 import ablate
 import pandas as pd
 import pytest
-from fmp_core.data.attack_record import read_attack_record
-from fmp_core.inversion import verdict
+from fmp_core.inversion import trigger, verdict
 from fmp_core.report.findings import command as report_command
 
 RECORD = "badnet_tiny"
-FLAGS = ["--frg_samples", "1", "--epochs", "1", "--batch_size", "25", "--ratio", "1", "--device", "cpu", "--random_seed", "3"]
+FLAGS = ["--frg_samples", "1", "--p", "8", "--epochs", "1", "--batch_size", "25", "--ratio", "1"]
+FLAGS += ["--device", "cpu", "--random_seed", "3"]
+    "--frg_samples",
+    "1",
+    "--p",
+    "8",
+    "--epochs",
+    "1",
+    "--batch_size",
+    "25",
+    "--ratio",
+    "1",
+    "--device",
+    "cpu",
+    "--random_seed",
+    "3",
+]
 
 
 def test_rows_are_runs_and_are_not_repeated(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,25 +53,25 @@ def test_rows_are_runs_and_are_not_repeated(workplace: Path, capsys: pytest.Capt
     assert "record_scripts/ablate.py --rows oracle " in report_command(metrics["settings"], metrics["chosen_by"])
 
 
-def test_fewer_test_images_are_the_first_ones_and_their_poisoned_twins(workplace: Path) -> None:
-    """``--test_images`` says of the first images what the whole test says of them."""
+def test_fewer_test_images_are_an_even_sample_and_lie_beside_the_others(workplace: Path) -> None:
     flags = ["--result_file", RECORD, "--rows", "oracle-pruned", "random-1", *FLAGS]
     assert ablate.main([*flags, "--epochs", "0", "--csv", "whole.csv"]) == 0
     assert ablate.main([*flags, "--epochs", "0", "--csv", "part.csv", "--test_images", "5"]) == 0
     folder = workplace / "record" / RECORD / "defense"
     whole, part = (pd.read_csv(folder / f"ablate-random-1{only}" / "predictions.csv") for only in ("", "-5"))
-    images = read_attack_record(workplace / "record" / RECORD).bd_test.indices
-    assert images is not None
-    kept = [number < 5 for number in range((~whole["poisoned"]).sum())] + [index < 5 for index in images.tolist()]
-    assert part.equals(whole[kept].reset_index(drop=True)) and 5 < len(part) < len(whole)
+    merged = part.merge(whole, how="left", indicator=True)  # of the same images the same predictions
+    assert set(merged["_merge"]) == {"both"} and len(part) == 10 < len(whole)
     before = pd.read_csv("part.csv").set_index("row").loc["(attacked)"]
     poisoned = part[part["poisoned"]]
     assert before["ASR"] == round(100 * (poisoned["before"] == poisoned["target"]).mean(), 2)
     metrics = json.loads((folder / "ablate-random-1-5" / "metrics.json").read_text())
-    assert "ablate.py --rows random-1 --test_images 5 " in report_command(metrics["settings"], metrics["chosen_by"])
+    again = report_command(metrics["settings"], metrics["chosen_by"])
+    assert "ablate.py --rows random-1 " in again and "--test_images 5" in again
 
 
 def test_rows_of_strong_lack_one_part_each(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, fewer in (("STEPS", 2), ("SPARSE_BATCH", 8), ("DENSE_BATCH", 8)):
+        monkeypatch.setattr(trigger, name, fewer)
     monkeypatch.setattr(verdict, "LEAST_HELD_OUT", 0)
     monkeypatch.setattr(verdict, "LEAST_MARGIN", -1.0)  # whatever the model, a trigger is inverted
     parts = ("moved", "unpruned", "random", "unmasked", "clean", "undistilled")
@@ -80,6 +95,16 @@ def test_rows_of_strong_lack_one_part_each(workplace: Path, monkeypatch: pytest.
         assert sorted(most) == list(moved.index[(moved["layer"] == layer) & moved["pruned"]])
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--result_file", "absent"], "absent"),
+        (["--result_file", RECORD, "--rows", "nothing"], "--rows"),
+        (["--result_file", RECORD, "--eps", "x"], "eps"),
+        (["--result_file", RECORD, "--test_images", "0"], "--test_images"),
+        (["--result_file", RECORD, "--scope", "global"], "--scope is what the rows differ in"),
+    ],
+)
 def test_bad_input_is_one_sentence(workplace: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
     try:
         code = ablate.main(flags)
