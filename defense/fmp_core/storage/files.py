@@ -133,7 +133,8 @@ def refuse_links_out_of(root: Path, *folders: Path) -> None:
     for folder in folders:
         if not folder.resolve().is_relative_to(root.resolve()):
             raise UserError(
-                f"{folder} leads out of the record, to {folder.resolve()}, and was refused; remove the link or give --save_folder."
+                f"{folder} leads out of the record, to {folder.resolve()}, and was refused; remove the link, or let results "
+                "go elsewhere with --save_folder."
             )
 
 
