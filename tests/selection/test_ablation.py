@@ -14,21 +14,6 @@ from fmp_core.report.findings import command as report_command
 RECORD = "badnet_tiny"
 FLAGS = ["--frg_samples", "1", "--p", "8", "--epochs", "1", "--batch_size", "25", "--ratio", "1"]
 FLAGS += ["--device", "cpu", "--random_seed", "3"]
-    "--frg_samples",
-    "1",
-    "--p",
-    "8",
-    "--epochs",
-    "1",
-    "--batch_size",
-    "25",
-    "--ratio",
-    "1",
-    "--device",
-    "cpu",
-    "--random_seed",
-    "3",
-]
 
 
 def test_rows_are_runs_and_are_not_repeated(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

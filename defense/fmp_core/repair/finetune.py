@@ -82,6 +82,7 @@ class FineTuning:
         if checkpoint.load() is not None:
             for epoch, metrics in checkpoint.notes["history"]:
                 done.append(self._plan(Epoch(**epoch), metrics and Metrics(**metrics)))
+                done[-1].to_save = False  # it was saved then; the model is that of the last epoch now, or of none yet
             LOGGER.info("fine-tuning continues after epoch %d of %d (--fresh starts again)", len(done), settings.epochs)
         yield from done
         batches = -(-len(self.defender.images) // settings.batch_size) * (settings.epochs - len(done))
