@@ -69,7 +69,7 @@ def test_the_model_is_left_as_it_was_found():
     assert torch.equal(model.bn1.running_mean, running)  # type: ignore[arg-type]
 
 
-def test_images_without_twins_are_refused():
+def test_images_without_counterparts_are_refused():
     clean, poisoned = pairs(2)
     with pytest.raises(ValueError, match="no pairs"):
         trigger_activation_change(Plain(), [], clean, poisoned[:1])
