@@ -1,8 +1,8 @@
 """Trigger activation change (TAC): how far the trigger moves each feature map, and whether a selection found those maps.
 
-TAC needs poisoned images beside their clean counterparts, which no defender has: reports and ablations may use it, the defense may
-not. After Zheng et al., "Data-free backdoor removal based on channel Lipschitzness" (ECCV 2022), with the mean absolute
-difference in place of the L2 norm.
+TAC needs poisoned images beside their clean counterparts, which no defender has: reports and ablations may use it, the
+defense may not. After Zheng et al., "Data-free backdoor removal based on channel Lipschitzness" (ECCV 2022), with the mean
+absolute difference in place of the L2 norm.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fmp_core.system.devices import rows_per_batch
 
 
 def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], clean: Tensor, poisoned: Tensor) -> Tensor:
-    """Mean over images and positions of |map on the poisoned image - map on its clean counterpart|, float64 ``[N_maps]`` on the CPU.
+    """Mean over images and positions of |map on the poisoned image - on its clean counterpart|, float64 ``[N_maps]``, CPU.
 
     Maps are the convolutions' outputs, layers in the order given (execution order), channels within them.
 
