@@ -90,7 +90,7 @@ def workplace_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_workplace_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with one of BackdoorBench's models; a folder's conftest.py or a module may make it its ``workplace_template``."""
+    """The same with a model of BackdoorBench's; a folder's conftest.py or a module may make it its ``workplace_template``."""
     root = tmp_path_factory.mktemp("real_template")
     build_workplace(root, REAL_MODEL)
     return root
