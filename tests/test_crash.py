@@ -202,7 +202,7 @@ def test_a_checkpoint_of_other_settings_is_refused_and_fresh_starts_again(workpl
     assert not states(workplace)
 
 
-def test_fine_tuning_goes_on_under_other_flags_that_decide_nothing(whole: Whole, workplace: Path):
+def test_fine_tuning_goes_on_under_other_flags_that_decide_nothing(workplace: Path):
     """A report, another log or a wait are no reason to train again."""
     interrupted_in_training(workplace)
     flags = ["--report", "True", "--wait", "--log", "logs", "--tensorboard", "False", "--frequency_save", "0", "--quiet"]
