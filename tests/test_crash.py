@@ -26,7 +26,7 @@ from fmp_core.frg.scores import Scores
 from fmp_core.models.feature_maps import trace_conv_layers
 from fmp_core.results import run_folder
 from torch import Tensor
-from toy import Normalised, Plain, SmallPreActResNet, needs_cuda, toy_case
+from toy import Normalised, Plain, toy_case
 
 FLAGS = ["--device", "cpu", "--result_file", RECORD, "--frg_samples", "2", "--p", "8", "--epochs", "3", "--ratio", "0.4"]
 FLAGS += ["--batch_size", "8", "--chunk", "16", "--amp", "False", "--frequency_save", "2", "--report", "False"]
@@ -324,20 +324,6 @@ def test_out_of_memory_halves_the_batch_and_goes_on(least: int, monkeypatch: pyt
     found = score(*toy_case(Plain, count=7), rows=64)
     assert len(seen) == 3 and seen[0] > seen[1] > 16 >= seen[2]
     assert torch.equal(found.correct, expected.correct) and torch.equal(found.margin, expected.margin)
-
-
-@pytest.mark.cuda
-@needs_cuda
-def test_a_gpu_that_is_too_small_halves_the_batch_and_goes_on():
-    model, images, labels = toy_case(SmallPreActResNet, count=512)
-    expected = score(model, images, labels)
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(60e6 / torch.cuda.get_device_properties(0).total_memory)
-    try:
-        found = score(model.cuda(), images.cuda(), labels.cuda(), rows=4096)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.testing.assert_close(found.margin, expected.margin, rtol=0, atol=1e-3)
 
 
 def test_memory_that_never_suffices_is_one_sentence(workplace: Path, monkeypatch: pytest.MonkeyPatch):

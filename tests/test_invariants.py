@@ -47,7 +47,6 @@ from toy import (
     Plain,
     SmallPreActResNet,
     footprint,
-    needs_cuda,
     same,
     toy_case,
     weights,
@@ -461,14 +460,3 @@ def test_mistake_two_full_forwards_per_feature_map() -> None:
     score(model.eval(), layers, images, labels, eps=EPS)
     handle.remove()
     assert passed[0] == 3 * maps * len(images)
-
-
-@pytest.mark.cuda
-@needs_cuda
-def test_the_whole_command_on_cuda(base: Path, fresh: Path) -> None:
-    results = run(fresh, device="cuda:0")
-    assert metrics(results)["device"].startswith("cuda:0")
-    assert all(value.device.type == "cpu" for value in saved_weights(results).values())
-    on_cpu, on_cuda = (pd.read_csv(folder / "feature_maps.csv") for folder in (base, results))
-    assert (on_cpu["correct"] == on_cuda["correct"]).mean() > 0.95
-    assert np.abs(on_cpu["margin"] - on_cuda["margin"]).median() < 1e-2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from fmp_core.system.devices import has_fast_bfloat16
 from reference import score
 from scoring import score_feature_maps
 from torch import Tensor, nn
-from toy import Normalised, OutOfOrder, Plain, SmallPreActResNet, footprint, needs_cuda, toy_case, weights
+from toy import Normalised, OutOfOrder, Plain, SmallPreActResNet, footprint, toy_case, weights
 
 needs_bfloat16 = pytest.mark.skipif(not has_fast_bfloat16(torch.device("cpu")), reason="this CPU emulates bfloat16, slowly")
 
@@ -210,17 +209,3 @@ def test_scores_belong_to_the_layer_of_that_name() -> None:
     for layer, where in layer_slices(scores.layers):
         alone = score(model, [layer], images, labels, eps=EPS)
         torch.testing.assert_close(scores.margin[where], alone.margins.mean(1), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.cuda
-@needs_cuda
-@pytest.mark.parametrize("make", [Plain, SmallPreActResNet], ids=lambda make: make.__name__)
-def test_cuda_scores_equal_the_cpu_loop(make: Callable[[], nn.Module]) -> None:
-    model, images, labels = toy_case(make)  # type: ignore[arg-type]
-    layers = trace_conv_layers(model.network, images[:1])
-    slow = score(model, layers, images, labels, eps=EPS)
-    model = model.cuda()
-    fast = score_feature_maps(model, layers, images.cuda(), labels.cuda(), eps=EPS)
-    near = (slow.margins.abs() < 1e-2).sum(1)
-    assert ((fast.correct - slow.correct).abs() <= near).all()
-    torch.testing.assert_close(fast.margin, slow.margins.mean(1), rtol=1e-2, atol=1e-2)
