@@ -1,9 +1,9 @@
-# make demo | test | test-all | lint | clean; everything runs in .venv, made on first use, which gets no more than a target needs.
+# make demo | test | test-all | test-cuda | lint | clean; everything runs in .venv, made on first use, which gets no more than a target needs.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -e
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-cuda lint clean
 
 .venv/run: setup.cfg
 	$(PYTHON) -m venv .venv
@@ -26,6 +26,11 @@ test: .venv/test
 test-all: .venv/test
 	$(BIN)/python -m pytest -m "" --cov=defense --cov-report=term-missing:skip-covered --cov-fail-under=90
 
+test-cuda:
+	@$(PYTHON) record_scripts/check_cuda.py --probe
+	@$(MAKE) --no-print-directory .venv/test
+	$(BIN)/python record_scripts/check_cuda.py
+
 lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,4 +38,4 @@ lint: .venv/lint
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv record/badnet_digits data/digits
+	rm -rf .venv record/badnet_digits data/digits cuda_check
