@@ -15,7 +15,7 @@ READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.defa
 
 class CountWaits(TorchDispatchMode):
     """While active, counts in ``count``: a number read from a tensor (on any device, so that tests on a CPU see it), sizes that
-    depend on values, and copies from a GPU to the host."""
+    depend on values, and copies from a GPU that the host waits for."""
 
     count = 0
 
@@ -23,7 +23,11 @@ class CountWaits(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.count += func in READS or (func in (aten._to_copy.default, aten.copy_.default) and _leaves_gpu(func, args, result))
+        self.count += func in READS or (
+            func in (aten._to_copy.default, aten.copy_.default)
+            and _leaves_gpu(func, args, result)
+            and not (kwargs or {}).get("non_blocking")
+        )
         return result
 
 

@@ -18,6 +18,7 @@ from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
 from fmp_core.models.preact_resnet import BUILDERS as PREACT_RESNETS
 from fmp_core.models.preact_resnet import preact_resnet
+from fmp_core.system.devices import to_host
 
 TORCHVISION = [
     "resnet18",
@@ -154,7 +155,8 @@ def _report(name: str, missing: list[str], unknown: list[str]) -> None:
 def state_like(network: nn.Module, original: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     """The weights of what :func:`load_model` made from ``original``, as CPU tensors with its keys, order and dtypes."""
     current, keys = network.state_dict(), cast("dict[str, str]", network.record_keys)
-    return OrderedDict((key, current[keys[key]].detach().cpu().to(value.dtype)) for key, value in original.items())
+    values = to_host(current[keys[key]] for key in original)
+    return OrderedDict((key, own.to(value.dtype)) for (key, value), own in zip(original.items(), values, strict=True))
 
 
 class PixelModel(nn.Module):

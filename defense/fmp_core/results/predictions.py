@@ -9,6 +9,7 @@ import pandas as pd
 
 from fmp_core.errors import UserError
 from fmp_core.models.evaluate import Predictions, TestData
+from fmp_core.system.devices import to_host
 
 COLUMNS = ["poisoned", "label", "target", "before", "after"]
 
@@ -25,8 +26,9 @@ def prediction_frame(data: TestData, before: Predictions, after: Predictions) ->
         (True, data.originals, data.targets, before.poisoned, after.poisoned),
     ):
         columns = {"label": labels, "target": targets, "before": first, "after": last}
-        rows = {name: -1 if column is None else column.cpu().numpy() for name, column in columns.items()}
-        parts.append(pd.DataFrame({"poisoned": poisoned, **rows}))
+        known = {name: column for name, column in columns.items() if column is not None}
+        rows = {name: column.numpy() for name, column in zip(known, to_host(known.values()), strict=True)}
+        parts.append(pd.DataFrame({"poisoned": poisoned, **dict.fromkeys(columns, -1), **rows}))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -19,6 +19,7 @@ from fmp_core import __version__
 from fmp_core.errors import UserError
 from fmp_core.storage.files import write_torch
 from fmp_core.storage.torch_file import load_torch_file
+from fmp_core.system.devices import to_host
 
 
 @dataclass
@@ -104,9 +105,10 @@ def content_key(state: Mapping[str, Tensor], images: Tensor, labels: Tensor, set
     digest = hashlib.sha256()
     about = {**settings, "fmp": __version__, "torch": torch.__version__, "device": images.device.type}
     digest.update(json.dumps(about, sort_keys=True).encode())
-    for name, tensor in (*state.items(), ("images", images), ("labels", labels)):
+    names, tensors = zip(*state.items(), ("images", images), ("labels", labels), strict=True)
+    for name, tensor in zip(names, to_host(tensors), strict=True):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from fmp_core.errors import UserError
 
@@ -89,6 +91,15 @@ def least_rows(device: torch.device) -> int:
 def fewest_rows(device: torch.device) -> int:
     """What a batch is halved down to when memory runs out; below :func:`least_rows` near ties may fall otherwise."""
     return 2 if device.type == "cpu" else 1
+
+
+def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """``tensors`` on the CPU, without gradients. The host waits for a GPU once, not for each of them."""
+    tensors = [tensor.detach() for tensor in tensors]
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+    return copies
 
 
 def is_out_of_memory(error: BaseException) -> bool:
