@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.is_nonzero.default}
+COPIES = {aten._to_copy.default: 0, aten.copy_.default: 1}  # the position of the source
 
 
 class CountWaits(TorchDispatchMode):
     """While active, counts in ``count``: a number read from a tensor (on any device, so that tests on a CPU see it), sizes that
-    depend on values, and copies from a GPU that the host waits for."""
+    depend on values, and copies between a GPU and the host, in either direction, that the host waits for."""
 
     count = 0
 
@@ -23,14 +23,6 @@ class CountWaits(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.count += func in READS or (
-            func in (aten._to_copy.default, aten.copy_.default)
-            and _leaves_gpu(func, args, result)
-            and not (kwargs or {}).get("non_blocking")
-        )
+        copied = func in COPIES and not (kwargs or {}).get("non_blocking")
+        self.count += func in READS or (copied and args[COPIES[func]].device.type != result.device.type)
         return result
-
-
-def _leaves_gpu(func: Any, args: Sequence[Any], result: Tensor) -> bool:
-    source = args[1] if func is aten.copy_.default else args[0]
-    return source.device.type == "cuda" and result.device.type == "cpu"

@@ -66,7 +66,7 @@ def test_autocast_learns_nearly_the_same_in_float32_weights() -> None:
 
 
 @everywhere
-def test_the_host_waits_once_an_epoch_and_once_an_evaluation_however_many_batches(device: str) -> None:
+def test_the_host_waits_for_no_batch_of_an_epoch_or_an_evaluation(device: str) -> None:
     def waits(batch_size: int) -> tuple[int, int]:
         model, epochs = start(device, batch_size=batch_size, epochs=1)
         with CountWaits() as training:
@@ -77,8 +77,7 @@ def test_the_host_waits_once_an_epoch_and_once_an_evaluation_however_many_batche
             evaluate(model, BothTestSets(images, labels, images, labels, labels), batch_size)
         return training.count, testing.count
 
-    few, many = waits(10), waits(2)
-    assert few == many and max(few) <= 1
+    assert waits(10) == waits(2)
 
 
 @everywhere
