@@ -15,10 +15,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -e
 	touch $@
 
 demo: .venv/run
-	@test -d record/badnet_digits || $(BIN)/python record_scripts/make_record.py
+	@test -d record/badnet_digits || $(BIN)/python record_scripts/make_record.py --image_size 16 --patch_size 3 --epochs 8
 	$(BIN)/python defense/fmp.py --result_file badnet_digits --yaml_path ./config/defense/fmp/digits.yaml
-	@echo "the report: $(CURDIR)/record/badnet_digits/defense/fmp/report.html"
-	@echo "pictures: $(CURDIR)/record/badnet_digits/defense/fmp/acc_like_metric_plots.png and loss_metric_plots.png"
 
 test: .venv/test
 	$(BIN)/python -m pytest
