@@ -20,14 +20,17 @@ CLASSES = 5
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-NARROW_RESNET, NARROW_RESNET_MAPS = "narrow_resnet", {
-    "conv1": 8,
-    "layer1.0.conv1": 8,
-    "layer1.0.conv2": 8,
-    "layer2.0.conv1": 16,
-    "layer2.0.conv2": 16,
-    "layer2.0.downsample.0": 16,
-}
+NARROW_RESNET, NARROW_RESNET_MAPS = (
+    "narrow_resnet",
+    {
+        "conv1": 8,
+        "layer1.0.conv1": 8,
+        "layer1.0.conv2": 8,
+        "layer2.0.conv1": 16,
+        "layer2.0.conv2": 16,
+        "layer2.0.downsample.0": 16,
+    },
+)
 
 
 class NarrowResNet(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import zipfile
@@ -383,6 +384,13 @@ def test_v1_labels_may_be_tensors_or_arrays(record: Path, edit_record: Edit):
 def test_v1_true_labels_come_from_the_indices(record: Path, edit_record: Edit):
     edit_record(record, v1(pil_images(), original_index=np.array(AT)))
     assert read_attack_record(record).bd_test.true_labels(clean_test()).tolist() == TRUE
+
+
+@pytest.mark.parametrize("key", [("model",), ("img_size",), ("bd_test", "poison_indicator")])
+def test_an_unknown_object_where_data_is_needed_is_named(key: tuple[str, ...], record: Path, edit_record: Edit):
+    edit_record(record, set_to(*key, value=argparse.Namespace(x=1)))
+    with pytest.raises(UserError, match=rf"{' '.join(key)} is a argparse\.Namespace"):
+        read_attack_record(record)
 
 
 def test_a_test_set_in_another_order_is_refused(record: Path):

@@ -14,9 +14,9 @@ from torch import Tensor
 from fmp_core.attacks import triggers
 from fmp_core.attacks.settings import AttackSettings
 from fmp_core.attacks.trigger_files import open_replacements, read_trigger
-from fmp_core.data.write_record import PoisonedImages
 from fmp_core.data.datasets import Split
 from fmp_core.data.images import Size
+from fmp_core.data.write_record import PoisonedImages
 from fmp_core.errors import UserError
 
 ROWS = 1024  # images per call of a trigger function; bounds the memory of its float copies

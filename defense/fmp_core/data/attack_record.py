@@ -22,6 +22,7 @@ from fmp_core.data.datasets import DatasetFacts, Split, dataset_facts
 from fmp_core.data.images import Size, read_images
 from fmp_core.data.pixel_range import pixels_of
 from fmp_core.errors import UserError
+from fmp_core.storage.placeholders import Opaque
 from fmp_core.storage.torch_file import load_torch_file
 
 ATTACK_FILE = "attack_result.pt"
@@ -137,7 +138,20 @@ def read_attack_record(folder: str | Path) -> AttackRecord:
         raise UserError(f"{path} is not as BackdoorBench writes it ({type(error).__name__}: {error}).") from None
 
 
+def _refuse_placeholders(content: Mapping[str, Any]) -> None:
+    """An object of a class that this program does not know may stand where nobody looks, but not where data is needed."""
+    bd_test = content["bd_test"] if isinstance(content["bd_test"], Mapping) else {}
+    needed = [(key, content[key]) for key in ATTACK_KEYS if key not in ("bd_train", "data_path")]  # these are never read
+    needed += [
+        (f"bd_test {key}", bd_test.get(key)) for key in ("bd_data_container", "poison_indicator", "original_index_array")
+    ]
+    for key, value in needed:
+        if isinstance(value, Opaque):
+            raise ValueError(f"{key} is a {value.name}, which holds no data that could be read")
+
+
 def _attack_record(folder: Path, content: Mapping[str, Any]) -> AttackRecord:
+    _refuse_placeholders(content)
     dataset, model_name = content["clean_data"], content["model_name"]
     if not (isinstance(dataset, str) and re.fullmatch(r"\w[\w. -]*", dataset)):
         raise ValueError(f"clean_data is {brief(dataset)}, which names no dataset")
