@@ -107,7 +107,8 @@ class SharedForward:
         """Gradient of each copy's loss at the noisy images, ``[copies*B, C, H, W]``; copy ``j`` asks for ``channels[j]``."""
         key = id(layer.module.weight)
         call, difference = self.calls[key], self.difference[key]
-        into = torch.cat([_through_one_channel(call, difference[:, channel], channel) for channel in channels])
+        parts = {channel: _through_one_channel(call, difference[:, channel], channel) for channel in set(channels)}
+        into = torch.cat([parts[channel] for channel in channels])
         if call.input is self.start:
             return into.detach()
         return torch.autograd.grad(call.input, self.start, into, retain_graph=True)[0]
