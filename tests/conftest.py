@@ -80,6 +80,10 @@ def build_workplace(root: Path, model: str = MODEL) -> None:
     )
 
 
+class Stranger:
+    """A class of nobody's library, for records that hold an object of it."""
+
+
 @pytest.fixture(scope="session")
 def workplace_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be changed; its record's model is known to this process only. ``real_workplace_template`` for others."""

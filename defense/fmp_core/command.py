@@ -34,7 +34,7 @@ def _run(args: argparse.Namespace) -> int:
         metrics = method.defense(settings.result_file)["metrics"]
     finally:
         distributed.leave()
-    if metrics:
+    if metrics and not settings.quiet:
         print(as_table(metrics, method.folder.path))
     return 0
 

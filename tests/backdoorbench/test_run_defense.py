@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import run_defense
 import torch
-from conftest import RECORD
+from conftest import RECORD, Stranger
 from fmp_core.backdoorbench import shims
 from fmp_core.backdoorbench.install import PROJECT
 from fmp_core.backdoorbench.process import Ended, Listener
 from fmp_core.backdoorbench.run import run_on_record, verdict
 from fmp_core.backdoorbench.workspace import Job, open_job, workspace
+from fmp_core.data.attack_record import read_attack_record
 from fmp_core.errors import UserError
 
 Tree = Callable[[Path], dict[str, str | None]]
@@ -105,7 +106,11 @@ def test_what_backdoorbench_cannot_be_given_is_refused_before_it_starts(
         sentence = "its dataset is digits, and BackdoorBench knows a_forks_own, celeba, cifar10, cifar100, gtsrb, imagenet"
         assert (sentence in str(refusal.value)) == (known == "digits")
     edit_record(tiny_record, lambda content: content.update(clean_data="cifar10", extra=subprocess.Popen))
-    with pytest.raises(UserError, match=r"\.Popen, and a record may hold data only"):  # BackdoorBench would unpickle it
+    with pytest.raises(UserError, match=r"\.Popen \(under 'extra'\), and a record may hold data only"):
+        job(checkout)
+    edit_record(tiny_record, lambda content: content.update(clean_data="cifar10", extra=Stranger()))
+    assert read_attack_record(tiny_record).dataset == "cifar10"  # we make no such object, but BackdoorBench would
+    with pytest.raises(UserError, match=r"Stranger \(under 'extra'\), and a record may hold data only"):
         job(checkout)
 
 

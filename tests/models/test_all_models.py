@@ -27,7 +27,10 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = {"preactresnet34", "preactresnet50", "vgg19", "densenet161", "vit_b_16"}  # seconds each
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS])
 def test_gradients_and_logits_are_those_of_the_plain_model(name: str):
     torch.manual_seed(0)
     model = build_model(name, 10)

@@ -78,7 +78,7 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
     check_dataset(root, name, record.dataset)
     for train in (True, False):
         open_split(dataset_path, record.dataset, train, dataset_facts(record.dataset, record.image_size).size)
-    state = load_torch_file(record.folder / ATTACK_FILE)
+    state = load_torch_file(record.folder / ATTACK_FILE, known_only=True)  # BackdoorBench would run an unknown class
     folders = (_image_folder(state[part]) for part in ("bd_train", "bd_test"))
     return Job(
         root,

@@ -64,12 +64,12 @@ NAMES: dict[str, Any] = {
 }
 
 
-def load_torch_file(path: Path) -> Any:
+def load_torch_file(path: Path, known_only: bool = False) -> Any:
     """What ``torch.load`` gives on the CPU, for files of tensors, numpy arrays, PIL images (as data) and plain values.
 
     Reads the zip files of torch >= 1.6. Values of other harmless types come as
     :class:`~fmp_core.storage.placeholders.Opaque`; a state dict keeps torch's ``_metadata``. Memory stays within a small
-    multiple of the file's size.
+    multiple of the file's size. ``known_only``: see :func:`~fmp_core.storage.unpickler.read_pickle`.
 
     Raises:
         UserError: missing, truncated or damaged, or asks for anything but data (named).
@@ -88,7 +88,7 @@ def load_torch_file(path: Path) -> Any:
                 )
             if start[:4] != b"PK\x03\x04":
                 raise ValueError("it is no zip file, as torch writes them")
-            return _read_zip(file, size)
+            return _read_zip(file, size, known_only)
     except UserError:
         raise
     except RefusedError as error:
@@ -101,7 +101,7 @@ def load_torch_file(path: Path) -> Any:
         ) from None
 
 
-def _read_zip(file: IO[bytes], size: int) -> Any:
+def _read_zip(file: IO[bytes], size: int, known_only: bool) -> Any:
     with zipfile.ZipFile(file) as archive:
         parts = {part.filename: part for part in archive.infolist()}
         # torch stores uncompressed. So no part can be larger than the file: neither a bomb nor a claim.
@@ -124,7 +124,7 @@ def _read_zip(file: IO[bytes], size: int) -> Any:
 
         with archive.open(parts[f"{roots[0]}data.pkl"]) as source:
             pickled = io.BytesIO(source.read())
-        return read_pickle(pickled, NAMES, _storages(read_storage, {}))
+        return read_pickle(pickled, NAMES, _storages(read_storage, {}), known_only)
 
 
 def _storages(make: Callable[[torch.dtype, str, int], Tensor], found: dict[str, Tensor]) -> Callable[[Any], Tensor]:

@@ -31,7 +31,12 @@ from fmp_core.storage.placeholders import (
 MOST_INSTRUCTIONS = 20_000_000  # of one pickle; a record of CIFAR-10 has 0.4 million. Each may make an object of 64 bytes.
 
 
-def read_pickle(file: IO[bytes], names: Mapping[str, Any] = PLAIN, persistent: Callable[[Any], Any] | None = None) -> Any:
+def read_pickle(
+    file: IO[bytes],
+    names: Mapping[str, Any] = PLAIN,
+    persistent: Callable[[Any], Any] | None = None,
+    known_only: bool = False,
+) -> Any:
     """The object of the pickle that starts at the position of ``file``.
 
     Values that hold data but that nobody here reads (sets, paths, namespaces, ...) come out as
@@ -40,13 +45,15 @@ def read_pickle(file: IO[bytes], names: Mapping[str, Any] = PLAIN, persistent: C
     Args:
         names: full name -> :class:`Callee` or a placeholder, beside the harmless ones.
         persistent: gives the object of a persistent id, as torch writes for storages.
+        known_only: refuse classes outside Python's and torch's libraries, which are placeholders here: for a file that another
+            program is going to unpickle for real.
 
     Raises:
         RefusedError: it asks for a name that does more than hold data, or for an instruction or a call that data does not
             need; the message says under which key, if it stands under one.
         ValueError, IndexError, ... : it is damaged.
     """
-    machine = _Machine(names, persistent)
+    machine = _Machine(names, persistent, known_only)
     try:
         return machine.run(file)
     except RefusedError as error:
@@ -59,8 +66,8 @@ def read_pickle(file: IO[bytes], names: Mapping[str, Any] = PLAIN, persistent: C
 class _Machine:
     """A stack, the stacks below each mark, and the memo."""
 
-    def __init__(self, names: Mapping[str, Any], persistent: Callable[[Any], Any] | None):
-        self.names, self.persistent = names, persistent
+    def __init__(self, names: Mapping[str, Any], persistent: Callable[[Any], Any] | None, known_only: bool):
+        self.names, self.persistent, self.known_only = names, persistent, known_only
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -133,7 +140,10 @@ class _Machine:
             raise RefusedError("a name that is no text")
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # those of Python 2
         full = f"{module}.{name}"
-        return self.names[full] if full in self.names else harmless(full)
+        value = self.names[full] if full in self.names else harmless(full)
+        if self.known_only and isinstance(value, UnknownClass):
+            raise RefusedError(full)
+        return value
 
     def stack_global(self, _arg: None) -> None:
         module, name = self.stack.pop(-2), self.stack.pop()
