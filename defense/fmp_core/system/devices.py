@@ -58,9 +58,11 @@ def has_amx() -> bool:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
+    """Whether the device multiplies bfloat16 matrices in hardware (a CPU: unless torch is held back, ``ATEN_CPU_CAPABILITY``)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        return False
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return has_amx() or (probe is not None and bool(probe()))
 
