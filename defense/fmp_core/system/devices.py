@@ -58,7 +58,7 @@ def has_amx() -> bool:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware; on a CPU, unless ``ATEN_CPU_CAPABILITY`` holds torch back."""
+    """Whether the device multiplies bfloat16 matrices in hardware; a CPU: unless ``ATEN_CPU_CAPABILITY`` holds torch back."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
