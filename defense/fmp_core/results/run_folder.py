@@ -135,7 +135,7 @@ def summarise(
     """The content of metrics.json; ``evaluations`` as for :meth:`RunFolder.write`."""
     before, after = (evaluations[at].metrics.headline() for at in (0, -1))
     predictions = prediction_frame(inputs.test, evaluations[0].predictions, evaluations[-1].predictions)
-    attack_figures, warnings = compare_with_attack(inputs.record.folder, before)
+    attack_figures, warnings = compare_with_attack(inputs.record.folder, before, settings.test_images)
     for warning in warnings:
         LOGGER.warning("%s", warning)
     return RunSummary(
@@ -167,8 +167,14 @@ def summarise(
 FIGURES_DIFFER = 0.02  # of a fraction; evaluation batches, device and precision explain less
 
 
-def compare_with_attack(folder: Path, before: dict[str, float]) -> tuple[dict[str, float] | None, list[str]]:
-    """The attack's own figures of the attacked model, if the record has them, and a warning where ours differ much."""
+def compare_with_attack(
+    folder: Path, before: dict[str, float], sample: int | None
+) -> tuple[dict[str, float] | None, list[str]]:
+    """The attack's own figures of the attacked model, if the record has them, and a warning where ours differ much.
+
+    ``sample``: how many images of each test set ours are of, which may explain three standard deviations; None: all.
+    """
+    allowed = FIGURES_DIFFER + (1.5 / sample**0.5 if sample else 0)
     try:
         figures = read_attack_metrics(folder) or None
     except UnreadableError as problem:
@@ -178,7 +184,7 @@ def compare_with_attack(folder: Path, before: dict[str, float]) -> tuple[dict[st
     differing = [
         f"{HEADLINES[name]} {100 * before[name]:.1f} % here, {100 * figures[name]:.1f} % there"
         for name in METRICS
-        if abs(before[name] - figures[name]) > FIGURES_DIFFER
+        if abs(before[name] - figures[name]) > allowed
     ]
     if not differing:
         return figures, []
