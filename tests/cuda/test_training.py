@@ -23,7 +23,10 @@ from waits import CountWaits
 
 FACTS = DatasetFacts(5, (8, 8, 3), flip=True, crop_padding=2)
 on_cuda = [pytest.mark.cuda, needs_cuda]
-everywhere = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=on_cuda)])
+# On a CPU for `make test-all`: torch 2.14 aborted twice in a dispatch mode's backward pass with kernels held back to AVX2.
+everywhere = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda:0", marks=on_cuda)]
+)
 
 
 def start(device: str = "cuda:0", checkpoint: Checkpoint | None = None, **changes: Any) -> tuple[nn.Module, Iterator[Epoch]]:
