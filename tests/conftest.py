@@ -80,10 +80,6 @@ def build_workplace(root: Path, model: str = MODEL) -> None:
     )
 
 
-class Stranger:
-    """A class of nobody's library, for records that hold an object of it."""
-
-
 @pytest.fixture(scope="session")
 def workplace_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be changed; its record's model is known to this process only. ``real_workplace_template`` for others."""
@@ -137,10 +133,9 @@ def edit_record() -> Callable[[Path, Callable[[dict[str, Any]], Any]], None]:
 def quiet_logger() -> Iterator[None]:
     """A run adds handlers to the package's logger; the next test must not log into a closed stream."""
     logger = logging.getLogger("fmp_core")
-    level, propagate = logger.level, logger.propagate
     yield
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    logger.setLevel(level)
-    logger.propagate = propagate
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True  # else pytest adds handlers of its own

@@ -519,7 +519,7 @@ CONTENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a set for a size": (edit("img_size", value={1, 2, 3}), "not as BackdoorBench writes it"),
     "a complex class count": (edit("num_classes", value=10 + 0j), "not as BackdoorBench writes it"),
     "a text of numpy for a label": (edit(*ITEM, "other_info", value=[np.str_("1"), 2]), "not as BackdoorBench writes it"),
-    "a path for a name": (edit("model_name", value=Path("/etc")), "model_name is <"),
+    "a path for a name": (edit("model_name", value=Path("/etc")), "model_name is a pathlib"),
     "an image of PostScript in memory": (
         v1(x=[Call(EpsImagePlugin.EpsImageFile, state=[{}, "RGB", (10**6, 10**6), None, EPS])] * 2),
         "does not fit its bytes",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import run_defense
 import torch
-from conftest import RECORD, Stranger
+from conftest import RECORD
 from fmp_core.backdoorbench import shims
 from fmp_core.backdoorbench.install import PROJECT
 from fmp_core.backdoorbench.process import Ended, Listener
@@ -22,6 +22,7 @@ from fmp_core.backdoorbench.run import run_on_record, verdict
 from fmp_core.backdoorbench.workspace import Job, open_job, workspace
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.errors import UserError
+from toy import Stranger
 
 Tree = Callable[[Path], dict[str, str | None]]
 BACKSTOP = 900

@@ -18,13 +18,8 @@ LINE = re.compile(r"\d{4}-\d\d-\d\d:\d\d:\d\d:\d\d \[INFO    ] \[test_logs.py:\d
 
 @pytest.fixture(autouse=True)
 def logger() -> Iterator[logging.Logger]:
-    level, propagate, handlers = logs.LOGGER.level, logs.LOGGER.propagate, logs.LOGGER.handlers
-    logs.LOGGER.handlers = []  # not those of tests before
     yield logs.LOGGER
     logs.close()
-    logs.LOGGER.handlers = handlers
-    logs.LOGGER.setLevel(level)
-    logs.LOGGER.propagate = propagate
 
 
 def speak() -> None:
