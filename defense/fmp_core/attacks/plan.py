@@ -51,6 +51,7 @@ class Plan:
 
 
 def record_folder(record: RecordSettings, attack: AttackSettings) -> Path:
+    """Where the record is going to lie."""
     return Path(record.record_root) / (record.save_folder_name or f"{attack.attack}_{record.dataset}")
 
 

@@ -269,6 +269,7 @@ class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def main() -> None:
+    """Run BackdoorBench's script that the command line names, with today's libraries adapted."""
     script, root = sys.argv[1], os.getcwd()
     sys.argv = sys.argv[1:]
     # As if Python had been given the script. BackdoorBench's utils, models and dataset are namespace packages, over which

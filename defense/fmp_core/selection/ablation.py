@@ -166,6 +166,7 @@ def _percent(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def as_text(table: pd.DataFrame) -> str:
+    """The table for a terminal; empty cells stay empty."""
     return table.to_string(index=False, na_rep="")
 
 
