@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,13 +131,11 @@ def _rows(labels: Tensor, count: int | None) -> Sequence[int]:
 
 def preprocessing(settings: Settings, record: AttackRecord) -> DatasetFacts:
     """The dataset's facts, with the normalisation that ``--mean`` and ``--std`` give."""
-    facts, channels = dataset_facts(record.dataset, record.image_size), record.image_size[2]
-    given = {name: value for name in ("mean", "std") if (value := getattr(settings, name)) is not None}
-    for name, values in given.items():
-        if len(values) not in (1, channels):
+    channels = record.image_size[2]
+    for name, values in (("mean", settings.mean), ("std", settings.std)):
+        if values is not None and len(values) not in (1, channels):
             raise UserError(f"--{name} has {len(values)} numbers, but the record's images have {channels} channel(s).")
-    whole: dict[str, Any] = {name: tuple(values) * (channels // len(values)) for name, values in given.items()}
-    return replace(facts, **whole)
+    return dataset_facts(record.dataset, record.image_size, settings.mean, settings.std)
 
 
 def _check_flags(settings: Settings, record: AttackRecord) -> None:

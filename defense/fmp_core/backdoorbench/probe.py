@@ -54,12 +54,14 @@ def pixels_sha256(images: Iterable[Any], transform: Any) -> str:
 
 
 def draw(total: int, question: dict[str, Any], index: str | None) -> list[int]:
+    """BackdoorBench's own clean subset: positions in a clean training set of ``total`` images, in its order."""
     fix_random(question["seed"])
     chosen = choose_index(argparse.Namespace(ratio=question["ratio"], index=index), total)
     return [int(i) for i in chosen]
 
 
 def main() -> None:
+    """Read the question file that the command line names first, write the answer to the second."""
     with open(sys.argv[1], encoding="utf-8") as file:
         question = json.load(file)
     folder = "record/" + question["result_file"]
