@@ -14,7 +14,7 @@ import install as script
 import pytest
 from fmp_core.backdoorbench.install import COMMIT, OWN_FOLDER, PROJECT, UNITS, install, uninstall
 from fmp_core.errors import UserError
-from fmp_core.system.commit import git_hash
+from fmp_core.system.versions import git_hash
 
 Tree = Callable[[Path], dict[str, str | None]]
 
@@ -66,10 +66,10 @@ def test_installed_fmp_is_a_defense_of_the_checkout_and_leaves_no_trace(reposito
 import sys
 sys.path[:0] = ["", "defense"]  # ours may be installed in this Python, too
 from defense.fmp import FMP
-import defense.base as b, fmp_core.system.commit as c
+import defense.base as b, fmp_core.system.versions as c
 print(issubclass(FMP, b.defense), b.__file__, c.__file__, c.git_hash())
 """
-    own = repository / "defense" / "fmp_core" / "system" / "commit.py"
+    own = repository / "defense" / "fmp_core" / "system" / "versions.py"
     expected = ["True", str(repository / "defense" / "base.py"), str(own), git_hash()]
     assert python(repository, code).split() == expected, "the commit must be ours, not BackdoorBench's"
     assert (repository / "defense" / "__pycache__").is_dir()
@@ -82,7 +82,7 @@ def test_a_copy_without_its_commit_file_knows_none(repository: Path, small: Path
     shutil.copytree(PROJECT / "defense" / "fmp_core" / "system", small / "defense" / "fmp_core" / "system")
     install(repository, small)
     (repository / COMMIT).unlink()
-    code = "import runpy; print(runpy.run_path('defense/fmp_core/system/commit.py')['git_hash']())"
+    code = "import runpy; print(runpy.run_path('defense/fmp_core/system/versions.py')['git_hash']())"
     assert python(repository, code) == "unknown"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fmp_core.errors import UserError
 from fmp_core.storage.files import write_text
-from fmp_core.system.commit import git_hash
+from fmp_core.system.versions import git_hash
 
 PROJECT = Path(__file__).resolve().parents[3]
 UNITS = ("defense/fmp.py", "defense/fmp_core", "config/defense/fmp", "record_scripts")

@@ -1,7 +1,3 @@
-"""What a run needs of the machine and the terminal.
-
-Public: :mod:`~fmp_core.system.cli` (``Parser``, ``run_main``, ``Stages``, ``kept``), :mod:`~fmp_core.system.logs` (``set_up``),
-:mod:`~fmp_core.system.progress` (``Progress``), :mod:`~fmp_core.system.devices` (``choose_device``),
-:mod:`~fmp_core.system.distributed` (``join``, ``is_leader``) and
-:mod:`~fmp_core.system.versions` (``versions``). The first three load no torch.
+"""What a run needs of the machine and the terminal: :mod:`.cli` (one way to parse and to end), :mod:`.logs`, :mod:`.progress`,
+:mod:`.devices`, :mod:`.distributed` and :mod:`.versions`. Only devices and distributed load torch.
 """

@@ -1,13 +1,4 @@
-"""Command lines: one parser, one way to end, and the timer of a run's stages. Imports no torch, so that ``-h`` answers at once.
-
-A main parses, imports what is heavy, and calls one function::
-
-    def main(argv: list[str] | None = None) -> int:
-        parser = Parser("collect", __doc__)
-        parser.add_argument(...)
-        args = parser.parse_args(argv)
-        return run_main("collect", lambda: run(args))
-"""
+"""Command lines: one parser, one way to end, and the timer of stages. Imports no torch, so that ``-h`` answers at once."""
 
 from __future__ import annotations
 
@@ -15,15 +6,14 @@ import argparse
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 from fmp_core.errors import UserError
 
-UNCHANGED = "earlier results are unchanged"  # what a run that ends early may say
 ADVICE = {  # when memory runs out in a stage
     "ranking": "lower --chunk or --memory",
     "fine-tuning": "lower --batch_size",
@@ -32,21 +22,13 @@ ADVICE = {  # when memory runs out in a stage
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags are written out in full; a wrong one ends the program with one sentence and exit code 2.
-
-    Args:
-        prog: the name that its sentences begin with; shown in ``--help`` as it is called.
-        description: shown as it is written.
-    """
+    """Flags are written out in full; a wrong one ends the program with one sentence and exit code 2."""
 
     def __init__(self, prog: str, description: str | None = None, **more: Any):
-        super().__init__(
-            prog=prog,
-            description=description,
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
-            allow_abbrev=False,
-            **more,
-        )
+        def formatter(prog: str) -> argparse.HelpFormatter:
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110)
+
+        super().__init__(prog, description=description, formatter_class=formatter, allow_abbrev=False, **more)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help lists the flags.\n")
@@ -56,8 +38,7 @@ class Stages:
     """Seconds that each stage of a run took, those of stages inside it taken off.
 
     ``with stages("fine-tuning"): ...`` adds to ``stages.seconds["fine-tuning"]``; a ``with stages("testing")`` in that block
-    counts as testing only, so that all seconds add up to those of the outer blocks. An exception keeps the name of the
-    innermost stage it arose in (:func:`run_main` gives advice by it).
+    counts as testing only, so that all seconds add up to those of the outer blocks.
     """
 
     def __init__(self) -> None:
@@ -69,10 +50,8 @@ class Stages:
         started = time.perf_counter()
         self._inner.append(0.0)
         try:
-            yield
-        except BaseException as error:
-            _note(error, "stage", name)
-            raise
+            with _noted("stage", name):
+                yield
         finally:
             took = time.perf_counter() - started
             self.seconds[name] = self.seconds.get(name, 0.0) + took - self._inner.pop()
@@ -81,22 +60,17 @@ class Stages:
 
 
 @contextmanager
-def kept(words: str) -> Iterator[None]:
-    """What the sentence of :func:`run_main` says of the results, if the block ends early (default: UNCHANGED).
-
-    ``with kept("new results are partly written"): write(...)``
-    """
+def _noted(name: str, words: str) -> Iterator[None]:
+    """Keep ``words`` on an exception of the block, for :func:`run_main`; the innermost block knows best."""
     try:
         yield
     except BaseException as error:
-        _note(error, "kept", words)
+        if not hasattr(error, name):
+            setattr(error, name, words)
         raise
 
 
-def _note(error: BaseException, name: str, words: str) -> None:
-    """Keep ``words`` on the exception; the innermost block knows best."""
-    if not hasattr(error, name):
-        setattr(error, name, words)
+kept = partial(_noted, "kept")  # with kept("new results are partly written"): ... what is said of the results if it ends early
 
 
 class Terminated(KeyboardInterrupt):
@@ -104,15 +78,12 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def stopping_gently() -> Iterator[None]:
+def _stopping_gently() -> Iterator[None]:
     """Raise :class:`Terminated` in the block on SIGTERM, so that locks, files and checkpoints are left in order."""
 
     def stop(_signal: int, _frame: Any) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
@@ -131,34 +102,28 @@ def run_main(prog: str, function: Callable[[], int | None], again: str = "the sa
         again: what to run to go on after an interruption.
     """
     try:
-        with stopping_gently():
+        with _stopping_gently():
             return function() or 0
     except BrokenPipeError:  # of ``| head``: nobody reads the rest, also not what Python flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except (UserError, OSError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
-        ending = _ending(error, again)
-        if ending is None:
+        results, code = getattr(error, "kept", "earlier results are unchanged"), 2
+        if isinstance(error, UserError):
+            sentence = str(error)
+        elif isinstance(error, OSError):
+            sentence = str(UserError(f"{error.filename or 'a file'} failed ({error.strerror or error}); {results}."))
+        elif isinstance(error, KeyboardInterrupt):
+            how, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+            sentence = f"{how}; {results}. Run {again} again to go on from here."
+        elif _is_out_of_memory(error):
+            stage = getattr(error, "stage", "load")
+            advice = ADVICE.get(stage, "close what else uses it")
+            sentence = f"out of memory ({stage}); {advice}, or choose another --device; {results}."
+        else:
             raise
-        print(f"{prog}: {ending[0]}", file=sys.stderr)
-        return ending[1]
-
-
-def _ending(error: BaseException, again: str) -> tuple[str, int] | None:
-    """The sentence and the exit code; None for errors that are nobody's input."""
-    results = getattr(error, "kept", UNCHANGED)
-    if isinstance(error, UserError):
-        return str(error), 2
-    if isinstance(error, OSError):
-        return str(UserError(f"{error.filename or 'a file'} failed ({error.strerror or error}); {results}.")), 2
-    if isinstance(error, KeyboardInterrupt):
-        how, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
-        return f"{how}; {results}. Run {again} again to go on from here.", code
-    if _is_out_of_memory(error):
-        stage = getattr(error, "stage", "load")
-        advice = ADVICE.get(stage, "close what else uses it")
-        return f"out of memory ({stage}); {advice}, or choose another --device; {results}.", 2
-    return None
+        print(f"{prog}: {sentence}", file=sys.stderr)
+        return code
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

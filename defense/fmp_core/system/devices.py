@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,7 +25,11 @@ class Device:
     @property
     def name(self) -> str:
         """The hardware in words, for reports."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        about = Path("/proc/cpuinfo")
+        model = re.search(r"^model name\s*: *(.*)", about.read_text(encoding="utf-8"), re.M) if about.is_file() else None
+        return f"{model[1] if model else 'CPU'}, {torch.get_num_threads()} threads"
 
 
 def choose_device(text: str) -> Device:
@@ -41,7 +46,7 @@ def choose_device(text: str) -> Device:
     if match is None:
         raise UserError(f"--device {text} is not a device; give cpu, cuda, cuda:0 or cuda:0,1.")
     ids = tuple(int(part) for part in (match[1] or "0").split(","))
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = torch.cuda.device_count()
     absent = next((i for i in ids if i >= count), None)
     if absent is not None:
         raise UserError(
@@ -50,29 +55,31 @@ def choose_device(text: str) -> Device:
     return Device(torch.device("cuda", ids[0]), ids if len(ids) > 1 else ())
 
 
+def _cpu_has(feature: str) -> bool:
+    probe = getattr(torch.cpu, f"_is_{feature}_supported", None)  # older torch cannot tell
+    return probe is not None and bool(probe())
+
+
 @cache
 def has_amx() -> bool:
     """Whether this CPU has Intel's matrix instructions."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return probe is not None and bool(probe())
+    return _cpu_has("amx_tile")
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware; a CPU: unless ``ATEN_CPU_CAPABILITY`` holds torch back."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
-        return False
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return has_amx() or (probe is not None and bool(probe()))
+    limited = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    return not limited and (has_amx() or _cpu_has("avx512_bf16"))
 
 
 def choose_dtype(text: str, device: torch.device) -> torch.dtype:
     """``fp32``, ``bf16``, or ``auto``: bf16 where the device has it in hardware. Warns once of bf16 that is emulated."""
-    if text == "bf16" and not has_fast_bfloat16(device):
+    fast = has_fast_bfloat16(device)
+    if text == "bf16" and not fast:
         _warn_of_emulation()
-    bfloat16 = text == "bf16" or (text == "auto" and has_fast_bfloat16(device))
-    return torch.bfloat16 if bfloat16 else torch.float32
+    return torch.bfloat16 if text == "bf16" or (text == "auto" and fast) else torch.float32
 
 
 @cache
@@ -113,12 +120,3 @@ def make_deterministic() -> None:
     """Ask cuDNN for the same kernels every time (BB's ``fix_random`` does the same)."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"

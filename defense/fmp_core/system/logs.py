@@ -49,15 +49,10 @@ class Terminal(logging.Handler):
 
 
 def set_up(folder: Path, settings: Settings, about: Mapping[str, Any] | None = None) -> Path:
-    """Log to ``<folder>/<time>.log``, whatever the settings, and to the terminal as ``--log_level`` and ``--quiet`` ask.
+    """Log everything to ``<folder>/<time>.log``, and to the terminal what ``--log_level`` and ``--quiet`` ask for.
 
     The first record of the file, as in BackdoorBench, is the whole of ``about`` (default: the settings) and the command line.
-
-    Returns:
-        The log file.
-
-    Raises:
-        UserError: the file cannot be made.
+    Raises UserError if the file cannot be made; else returns its path.
     """
     close()
     path = folder / f"{time.strftime('%Y_%m_%d_%H_%M_%S')}.log"
@@ -67,9 +62,8 @@ def set_up(folder: Path, settings: Settings, about: Mapping[str, Any] | None = N
     except OSError as error:
         raise UserError(f"The log {path} cannot be written ({error.strerror or error}); make room or give --log.") from None
     file.setFormatter(FILE_FORMAT)
-    terminal = Terminal(logging.WARNING if settings.quiet else logging.getLevelName(settings.log_level.upper()))
-    for handler in (file, terminal):
-        LOGGER.addHandler(handler)
+    LOGGER.addHandler(file)
+    LOGGER.addHandler(Terminal("WARNING" if settings.quiet else settings.log_level.upper()))
     LOGGER.setLevel(logging.DEBUG)
     LOGGER.propagate = False
     to_file(pformat({**(dataclasses.asdict(settings) if about is None else about), "terminal_info": sys.argv}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -43,5 +42,5 @@ class Progress:
             left = (now - self.started) / self.done * (self.total - self.done)
             self.logger.info("%s: %d of %d %s, about %.0f s left", self.label, self.done, self.total, self.unit, left)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.bar.close()
