@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
 from fmp_core.models.evaluate import to_unit
-from fmp_core.models.feature_maps import frozen
+from fmp_core.models.one_pixel import OnePixelConvolutions
 from fmp_core.settings import Settings
 from fmp_core.storage.checkpoint import Checkpoint, TrainingParts
 from fmp_core.system.devices import Device, has_fast_bfloat16
@@ -150,7 +150,7 @@ class Trainer:
         )
         scheduler = _scheduler(optimizer, settings)
         generator = torch.Generator().manual_seed(settings.random_seed)
-        bfloat16 = settings.amp and has_fast_bfloat16(self.device.device) and not _meets_faulty_kernel(model, images[:1])
+        bfloat16 = settings.amp and has_fast_bfloat16(self.device.device)
         learner = _Learner(nn.DataParallel(model, list(ids)) if ids else model, optimizer, bfloat16, teacher, on_batch)
         cuda = ids or ((self.device.device.index,) if self.device.device.type == "cuda" else ())
         parts = TrainingParts(model, optimizer, scheduler, generator, cuda)
@@ -208,7 +208,7 @@ class _Learner:
         for rows, substituted, crops in batches.on(device):
             plain, target = images[rows], labels[rows]
             pixels = plain if substituted is None else torch.where(substituted[:, None, None, None], substitutes[rows], plain)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16), OnePixelConvolutions():
                 logits = self.model(to_unit(crops(pixels)).contiguous(memory_format=torch.channels_last))
                 loss = F.cross_entropy(logits, target)
                 if self.teacher is not None:
@@ -224,29 +224,6 @@ class _Learner:
                 self.on_batch(rows, predicted)
         mean, right = torch.stack([torch.stack(losses).double().mean(), hits.double()]).tolist()
         return Epoch(number, len(losses), mean, right / seen)
-
-
-def _meets_faulty_kernel(model: nn.Module, image: Tensor) -> bool:
-    """Whether a convolution with a kernel beyond 1x1 sees a one-pixel map on a CPU.
-
-    The bfloat16 weight gradient of such a convolution (oneDNN in torch 2.15) is partly uninitialised memory.
-    """
-    seen: list[bool] = []
-
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, nn.Conv2d)
-        seen.append(inputs[0][0, 0].numel() == 1 and max(module.kernel_size) > 1)
-
-    if image.device.type != "cpu":
-        return False
-    handles = [module.register_forward_pre_hook(look) for module in model.modules() if isinstance(module, nn.Conv2d)]
-    try:
-        with frozen(model), torch.no_grad():
-            model(to_unit(image))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return any(seen)
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings) -> LRScheduler:

@@ -1,0 +1,40 @@
+"""Convolutions over one pixel: the same numbers as torch's, by another way."""
+
+import pytest
+import torch
+from fmp_core.models.one_pixel import OnePixelConvolutions
+from torch import Tensor, nn
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "groups", "other_way"),
+    [
+        (1, 1, 1, 1, True),
+        (1, 2, 1, 1, True),
+        (1, 1, 3, 1, True),
+        (1, 1, 1, 6, True),
+        (1, 1, (1, 2), 2, True),
+        (1, 1, 0, 1, False),
+        (2, 1, 1, 1, False),
+        (2, 2, 1, 6, False),
+    ],
+)
+def test_outputs_and_gradients_are_those_of_the_convolution(size, stride, padding, groups, bias, other_way) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    sides = padding if isinstance(padding, tuple) else (padding, padding)
+    kernel = tuple(2 * side + 1 for side in sides)
+    layer = nn.Conv2d(6, 12, kernel, stride, padding, groups=groups, bias=bias).double()
+    images = torch.randn(5, 6, size, size, dtype=torch.float64, requires_grad=True)
+
+    def compute() -> list[Tensor]:
+        outputs = layer(images)
+        gradients = torch.autograd.grad(outputs.square().sum(), [images, *layer.parameters()])
+        return [outputs.detach(), *gradients]
+
+    expected = compute()
+    with torch.profiler.profile() as profile, OnePixelConvolutions():
+        actual = compute()
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(one, other)
+    assert other_way != any(event.key == "aten::convolution" for event in profile.key_averages())
