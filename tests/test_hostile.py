@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fmp_core.results.read import UnreadableError, read_record
+from fmp_core.errors import UserError
+from fmp_core.results.read import read_record
 from hostile import RECORD, Case, corpus
 
 CASES = corpus()
@@ -78,7 +79,7 @@ def test_collecting_reads_a_hostile_info_pickle_as_unreadable(name: str, workpla
     shutil.copy(workplace_template / "record" / RECORD / "attack_result.pt", tmp_path / "record" / RECORD)
     CASES[name].damage(tmp_path)
     (tmp_path / "record" / RECORD / "attack_result.pt").rename(tmp_path / "record" / RECORD / "info.pickle")
-    with pytest.raises(UnreadableError, match=r"info\.pickle") as caught:
+    with pytest.raises(UserError, match=r"info\.pickle") as caught:
         read_record(tmp_path / "record" / RECORD)
     assert str(caught.value).isprintable()
     assert not (tmp_path / "pwned").exists() and not Path("pwned").exists()

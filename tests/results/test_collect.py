@@ -11,10 +11,11 @@ import collect as script
 import pandas as pd
 import pytest
 import torch
+from fmp_core.errors import UserError
 from fmp_core.metrics import ratings
 from fmp_core.results.collect import collect, join_leaderboard, read_leaderboard
 from fmp_core.results.html_tables import to_html
-from fmp_core.results.read import UnreadableError, read_result
+from fmp_core.results.read import read_result
 from fmp_core.results.tables import Table, build_tables, to_latex, to_markdown, to_text
 
 T5 = "clean_test_loss_avg_over_batch,bd_test_loss_avg_over_batch,test_acc,test_asr,test_ra"
@@ -158,14 +159,14 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     assert read_result(tmp_path).seed is None
     (tmp_path / "ft_df_summary.csv").unlink()
     os.mkfifo(tmp_path / "ft_df_summary.csv")
-    with pytest.raises(UnreadableError, match="no regular file"):
+    with pytest.raises(UserError, match="no regular file"):
         read_result(tmp_path)
 
 
 def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "ft_df_summary.csv", "wb") as file:
         file.truncate(17 * 2**20)
-    with pytest.raises(UnreadableError, match="larger than 16 MiB"):
+    with pytest.raises(UserError, match="larger than 16 MiB"):
         read_result(tmp_path)
 
 

@@ -25,7 +25,7 @@ from fmp_core.report.pictures import pictures
 from fmp_core.report.strips import own_pruning, p_table, strips
 from fmp_core.results.intervals import Interval, difference, rating, wilson
 from fmp_core.results.predictions import confusion, success_by_class
-from fmp_core.results.read import UnreadableError, read_result
+from fmp_core.results.read import read_result
 from fmp_core.results.removal import attack_outcome
 from fmp_core.results.run_folder import RunFolder
 from fmp_core.settings import Settings
@@ -98,7 +98,7 @@ def _other(folder: Path) -> Mapping[str, float]:
         raise UserError(f"--compare {folder.name}: {folder} does not exist; run that defense first.")
     try:
         return read_result(folder).metrics
-    except UnreadableError as error:
+    except UserError as error:
         raise UserError(f"--compare {folder.name}: {error}; that defense may not have ended.") from None
 
 

@@ -12,13 +12,10 @@ from fmp_core.results.tables import build_tables, printable, to_latex, to_markdo
 from fmp_core.storage.files import replacing
 
 
-def export(
-    root: str | Path, files: Mapping[str, Path], leaderboard: Path | None, width: int, warn: Callable[[str], None]
-) -> str:
-    """The tables as text of at most ``width`` columns.
+def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width: int, warn: Callable[[str], None]) -> str:
+    """The tables of all results below ``root`` as text of at most ``width`` columns.
 
     Args:
-        root: the folder of attack records.
         files: where to write ``csv`` and ``parquet`` (one row per result, fractions), ``markdown``, ``latex`` and ``html``
             (tables, percent).
         leaderboard: BackdoorBench's csv, whose matching rows are shown as published.
@@ -27,18 +24,13 @@ def export(
     Raises:
         UserError: no such folder, no results at all, or a file cannot be written.
     """
-
-    def printably(text: str) -> None:
-        warn(printable(text))
-
-    frame = collect(root, printably)
+    frame = collect(root, lambda text: warn(printable(text)))
     if frame.empty:
         raise UserError(f"There are no defense results below {root}; run a defense first.")
     if leaderboard:
-        joined = join_leaderboard(frame, read_leaderboard(leaderboard))
-        if len(joined) == len(frame):
+        ours, frame = frame, join_leaderboard(frame, read_leaderboard(leaderboard))
+        if frame is ours:
             warn("no leaderboard row has the dataset, model, attack and poison rate of a record here")
-        frame = joined
     tables = build_tables(frame)
     writers: dict[str, Callable[[Path], object]] = {
         "csv": lambda path: frame.to_csv(path, index=False),
@@ -47,12 +39,10 @@ def export(
         "latex": lambda path: path.write_text("\n".join(map(to_latex, tables)), "utf-8"),
         "html": lambda path: path.write_text(to_html(tables), "utf-8"),
     }
-    try:
-        for kind, path in files.items():
+    for kind, path in files.items():
+        try:
             with replacing(path) as temporary:
                 writers[kind](temporary)
-    except ImportError:
-        raise UserError("--parquet needs pyarrow; run: pip install pyarrow") from None
-    except OSError as error:
-        raise UserError(f"An output file cannot be written ({error}); choose another name.") from None
+        except ImportError:
+            raise UserError("--parquet needs pyarrow; run: pip install pyarrow") from None
     return "\n".join(to_text(table, width) for table in tables)

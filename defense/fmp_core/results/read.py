@@ -1,6 +1,6 @@
 """Reading one record's figures and one defense's result, ours or BackdoorBench's, whatever files each defense writes.
 
-A result folder may come from anywhere: one that cannot be read becomes one warning, and the others go on.
+Folders may come from anywhere: what cannot be read raises a UserError that names the file on one line.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
 
+T = TypeVar("T")
 STAMP = "sweep.json"  # written by sweeps into each result folder: what was run, with which settings
 MOST_BYTES = 16 * 2**20  # no metric csv of BB comes near this
 ATTACK_NAMES = {"lowfrequency": "lf", "label_consistent": "lc"}  # info.pickle's names -> those of files and leaderboard
@@ -25,10 +26,6 @@ BB_DATASETS = ("cifar10", "cifar100", "gtsrb", "tiny", "mnist", "celeba", "image
 DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))
 # Summaries of a stage that is not the defense's last (nad's teacher, the first stages of abl and dbd).
 UNFINISHED_STAGES = {"nad_te", "pre_train", "unlearn", "self", "train"}
-
-
-class UnreadableError(Exception):
-    """A result folder that gives no result; the message says which file and why, on one line."""
 
 
 @dataclass(frozen=True)
@@ -47,87 +44,62 @@ class Result:
     test_images: int | None = None  # tested on a sample of so many images only
 
 
-@dataclass(frozen=True)
-class Record:
-    """What is known about the attack; None where the record does not say."""
-
-    dataset: str | None = None
-    model: str | None = None
-    attack: str | None = None
-    pratio: float | None = None
-    seed: int | None = None
-
-
 def read_result(folder: Path) -> Result:
-    """The result in ``record/<name>/defense/<defense>``.
-
-    Raises:
-        UnreadableError: there is none, or its file is damaged or impossible; names the file.
-    """
+    """The result in ``record/<name>/defense/<defense>``. Raises UserError: there is none, or it is damaged or impossible."""
     stamp = _read_json(folder / STAMP) if (folder / STAMP).is_file() else {}
-    seed, method = _whole(stamp.get("seed")), _text(stamp.get("method"))
+    seed, method = _get(stamp, "seed", int), _get(stamp, "method", str)
     path = folder / "metrics.json"
     if not path.is_file():
-        path = _summary_file(folder)
-        logged = {"ratio": _mapping(stamp, "settings").get("ratio")} | _logged_settings(folder)
-        seed = _whole(logged.get("random_seed")) if seed is None else seed
-        metrics = _fractions(_read_summary(path), path)
-        return Result(metrics, str(path), seed=seed, method=method, ratio=_number(logged["ratio"]))
+        path, logged = _summary_file(folder), _logged_settings(folder)
+        ratio = logged.get("ratio", (_get(stamp, "settings", dict) or {}).get("ratio"))
+        seed = _get(logged, "random_seed", int) if seed is None else seed
+        return Result(_read_summary(path), str(path), seed=seed, method=method, ratio=_number(ratio))
     content = _read_json(path)
-    settings = _mapping(content, "settings")
-    if not _mapping(content, "after"):
-        raise UnreadableError(f"{path} has no metrics after the defense")
+    settings, before, after = (_get(content, key, dict) or {} for key in ("settings", "before", "after"))
+    if not after:
+        raise UserError(f"{path} has no metrics after the defense")
     return Result(
-        _fractions(_mapping(content, "after"), path),
+        _fractions(after, path),
         str(path),
         ours=True,
-        seed=_whole(content.get("seed")) if seed is None else seed,
+        seed=_get(content, "seed", int) if seed is None else seed,
         method=method,
-        before=_fractions(_mapping(content, "before"), path) if _mapping(content, "before") else {},
-        dataset=_text(content.get("dataset")),
-        model=_text(content.get("model")),
+        before=_fractions(before, path) if before else {},
+        dataset=_get(content, "dataset", str),
+        model=_get(content, "model", str),
         ratio=None if settings.get("index") else _number(settings.get("ratio")),
-        test_images=_whole(content.get("test_images")) or _whole(settings.get("test_images")),
+        test_images=_get(content, "test_images", int) or _get(settings, "test_images", int),
     )
 
 
 def read_attack_metrics(folder: Path) -> dict[str, float]:
-    """Acc, ASR and RA of the attacked model as the attack itself logged them; empty where it did not.
-
-    Raises:
-        UnreadableError: the file is damaged.
-    """
+    """Acc, ASR and RA of the attacked model as the attack logged them, or nothing. Raises UserError: the file is damaged."""
     path = folder / "attack_df_summary.csv"
-    return _fractions(_read_summary(path), path) if path.is_file() else {}
+    return _read_summary(path) if path.is_file() else {}
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path) -> dict[str, Any]:
     """What ``info.pickle`` says about the attack, or else what the folder's name says in BB's habit (``badnet_cifar10...``).
 
-    Raises:
-        UnreadableError: info.pickle is damaged or refused.
+    Keys ``dataset``, ``model``, ``attack``, ``pratio``, ``record_seed``. Raises UserError: info.pickle is damaged or refused.
     """
     guess = re.match(rf"({ATTACKS})_({DATASETS})(?![a-z0-9])", folder.name)
     attack, dataset = guess.groups() if guess else (None, None)
-    path = folder / "info.pickle"
-    if not path.is_file():
-        return Record(attack=attack, dataset=dataset)
-    from fmp_core.storage.torch_file import load_torch_file  # imports torch, which takes seconds
+    path, info = folder / "info.pickle", {}
+    if path.is_file():
+        from fmp_core.storage.torch_file import load_torch_file  # imports torch, which takes seconds
 
-    try:
         info = load_torch_file(path)
-    except UserError as error:
-        raise UnreadableError(str(error)) from None
-    if not isinstance(info, Mapping):
-        raise UnreadableError(f"{path} does not hold the attack's settings")
-    name = _text(info.get("attack"))
-    return Record(
-        dataset=_text(info.get("dataset")) or dataset,
-        model=_text(info.get("model")),
-        attack=ATTACK_NAMES.get(name.lower(), name.lower()) if name else attack,
-        pratio=_number(info.get("pratio")),
-        seed=_whole(info.get("random_seed")),
-    )
+        if not isinstance(info, Mapping):
+            raise UserError(f"{path} does not hold the attack's settings")
+    name = (_get(info, "attack", str) or "").lower()
+    return {
+        "dataset": _get(info, "dataset", str) or dataset,
+        "model": _get(info, "model", str),
+        "attack": ATTACK_NAMES.get(name, name) or attack,
+        "pratio": _number(info.get("pratio")),
+        "record_seed": _get(info, "random_seed", int),
+    }
 
 
 def _summary_file(folder: Path) -> Path:
@@ -138,94 +110,81 @@ def _summary_file(folder: Path) -> Path:
     if len(final) == 1:
         return final[0]
     if final:
-        raise UnreadableError(f"{folder} holds several results ({', '.join(path.name for path in final)})")
-    raise UnreadableError(f"{folder} holds no metrics.json and no *_df_summary.csv; the defense may not have ended")
+        raise UserError(f"{folder} holds several results ({', '.join(path.name for path in final)})")
+    raise UserError(f"{folder} holds no metrics.json and no *_df_summary.csv; the defense may not have ended")
 
 
 def _stage(path: Path) -> str:
     return path.name.removesuffix("_df_summary.csv")
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
-    """The last values in a summary: row ``last`` of the three-row form, or the one row of clp, anp, rnp, nc."""
+def _read_summary(path: Path) -> dict[str, float]:
+    """The last METRICS in a summary: row ``last`` of the three-row form, or the one row of clp, anp, rnp, nc."""
     try:
-        rows = list(csv.DictReader(_read_text(path).splitlines()))
+        rows: list[dict[str, Any]] = list(csv.DictReader(_read_text(path).splitlines()))
     except csv.Error as error:
-        raise UnreadableError(f"{path} is not a csv table ({error})") from None
+        raise UserError(f"{path} is not a csv table ({error})") from None
     if not rows:
-        raise UnreadableError(f"{path} has no rows")
+        raise UserError(f"{path} has no rows")
     row = next((row for row in rows if row.get("") == "last"), rows[-1])
-    absent = [name for name in METRICS if row.get(name) in (None, "")]
-    if absent:
-        raise UnreadableError(f"{path} has no {', '.join(absent)}")
-    values: dict[str, Any] = {name: _number(row[name], row[name]) for name in METRICS}
+    if absent := [name for name in METRICS if row.get(name) in (None, "")]:
+        raise UserError(f"{path} has no {', '.join(absent)}")
     if _stage(path) == "mcr":  # BB's mcr stores them the other way round
-        values["test_acc"], values["test_asr"] = values["test_asr"], values["test_acc"]
-    if _stage(path) == "npd":  # the one defense that writes percent
-        values = {name: value / 100 if isinstance(value, float) else value for name, value in values.items()}
-    return values
+        row["test_acc"], row["test_asr"] = row["test_asr"], row["test_acc"]
+    return _fractions(row, path, whole=100 if _stage(path) == "npd" else 1)  # the one defense that writes percent
 
 
-def _fractions(values: Mapping[str, Any], path: Path) -> dict[str, float]:
+def _fractions(values: Mapping[str, Any], path: Path, whole: int = 1) -> dict[str, float]:
     result = {}
     for name in METRICS:
-        value = values.get(name)
-        number = None if isinstance(value, bool) else _number(value)
-        if number is None or not 0 <= number <= 1:
-            raise UnreadableError(f"{path} has {name} {str(value)[:40]!r}, which is no fraction of 1")
-        result[name] = number
+        number = _number(values.get(name))
+        if number is None or not 0 <= number / whole <= 1:
+            raise UserError(f"{path} has {name} {str(values.get(name))[:40]!r}, which is no fraction of 1")
+        result[name] = number / whole
     return result
 
 
 def _read_text(path: Path) -> str:
     try:
         if not path.is_file():  # a pipe would never end
-            raise UnreadableError(f"{path} is no regular file")
+            raise UserError(f"{path} is no regular file")
         if path.stat().st_size > MOST_BYTES:
-            raise UnreadableError(f"{path} is larger than {MOST_BYTES >> 20} MiB, which no result is")
+            raise UserError(f"{path} is larger than {MOST_BYTES >> 20} MiB, which no result is")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableError(f"{path} cannot be read ({' '.join(str(error).split())[:120]})") from None
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:120]})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
-        raise UnreadableError(f"{path} is not JSON ({type(error).__name__})") from None
+        raise UserError(f"{path} is not JSON ({type(error).__name__})") from None
     if not isinstance(content, dict):
-        raise UnreadableError(f"{path} does not hold a JSON object")
+        raise UserError(f"{path} does not hold a JSON object")
     return content
 
 
-def _logged_settings(folder: Path) -> dict[str, float]:
+def _logged_settings(folder: Path) -> dict[str, Any]:
     """Seed and share of clean data of a BB run: its log begins with all settings."""
     for path in filter(Path.is_file, [*sorted(folder.glob("log/*.log")), *sorted(folder.glob("*.log"))]):
         with open(path, encoding="utf-8", errors="replace") as file:
             head = file.read(2**16)
-        seed = re.search(r"'random_seed': (\d{1,10})\b", head)
-        if seed:
+        if seed := re.search(r"'random_seed': (\d{1,10})\b", head):
             ratio = re.search(r"'ratio': ([\d.e-]{1,20})[,}]", head)
-            return {"random_seed": int(seed[1])} | ({"ratio": _number(ratio[1])} if ratio else {})
+            return {"random_seed": int(seed[1])} | ({"ratio": ratio[1]} if ratio else {})
     return {}
 
 
-def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _get(content: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
+    """The value of ``key`` if it is of the ``kind`` expected."""
     value = content.get(key)
-    return value if isinstance(value, Mapping) else {}
+    return value if isinstance(value, kind) and not isinstance(value, bool) else None
 
 
-def _number(value: Any, otherwise: Any = None) -> Any:
+def _number(value: Any) -> float | None:
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        return otherwise
-    return number if math.isfinite(number) else otherwise
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+        return None
+    return number if math.isfinite(number) else None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fmp_core.data.attack_record import AttackRecord
 from fmp_core.data.write_record import write_defense_result
+from fmp_core.errors import UserError
 from fmp_core.inputs import Inputs
 from fmp_core.inversion.trigger import INVERTED_TRIGGER, save_trigger
 from fmp_core.metrics import HEADLINES, METRICS, defense_effectiveness
@@ -27,7 +28,7 @@ from fmp_core.models.training import Epoch
 from fmp_core.results.bb_tables import history_frame, summary_frame, write_csv, write_plots
 from fmp_core.results.event_log import summary_writer, write_events
 from fmp_core.results.predictions import prediction_frame
-from fmp_core.results.read import UnreadableError, read_attack_metrics
+from fmp_core.results.read import read_attack_metrics
 from fmp_core.results.removal import attack_outcome
 from fmp_core.results.summary import RunSummary
 from fmp_core.selection.choice import Selection
@@ -177,7 +178,7 @@ def compare_with_attack(
     allowed = FIGURES_DIFFER + (1.5 / sample**0.5 if sample else 0)
     try:
         figures = read_attack_metrics(folder) or None
-    except UnreadableError as problem:
+    except UserError as problem:
         return None, [str(problem)]
     if figures is None:
         return None, []

@@ -18,7 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fmp_core.results.read import STAMP, Result, UnreadableError, read_result
+from fmp_core.errors import UserError
+from fmp_core.results.read import STAMP, Result, read_result
 from fmp_core.storage.files import write_text
 from fmp_core.storage.lock import locked
 
@@ -103,7 +104,7 @@ def finished(job: Job) -> Outcome | None:
         return None
     try:
         return Outcome(float(stamp.get("seconds", 0)), result=read_result(job.folder), skipped=True)
-    except UnreadableError:
+    except UserError:
         return None
 
 
@@ -128,17 +129,17 @@ def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | 
                 result = _run_to_end(job, log, {MARK: str(sweep.resolve()), **environment}, timeout)
                 seconds = time.monotonic() - started
                 _write_stamp(job, seconds)
-        except (UnreadableError, OSError) as error:
+        except (UserError, OSError) as error:
             return Outcome(time.monotonic() - started, _name_what_was_moved(str(error), job, log, failed))
         return Outcome(seconds, result=result)
 
 
 def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: float | None) -> Result | None:
-    """The result, None of a record. Raises UnreadableError: the command failed, or left no result."""
+    """The result, None of a record. Raises UserError: the command failed, or left no result."""
     code = _execute(job, log, environment, timeout)
     if code is None or code:
         why = f"stopped after {timeout:.0f} s" if code is None else f"exit code {code}"
-        raise UnreadableError(f"{why}: {_last_line(log)} (log: {log})")
+        raise UserError(f"{why}: {_last_line(log)} (log: {log})")
     return read_result(job.writes or job.folder) if job.kind != "record" else None
 
 
