@@ -5,6 +5,7 @@ Formats: BB ``utils/save_load_attack.py`` and ``utils/bd_dataset_v2.py``.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from fmp_core.data.attack_record import ATTACK_FILE
-from fmp_core.storage.files import sync_disks, write_torch
+from fmp_core.storage.files import write_torch
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def write_attack_record(
         "bd_train": _backdoor_state(folder, name, "bd_train_dataset", bd_train, keep_all=True),
         "bd_test": _backdoor_state(folder, name, "bd_test_dataset", bd_test, keep_all=False),
     }
-    sync_disks()  # once for all images, which are many: attack_result.pt may not outlive them in a power cut
+    os.sync()  # once for all images, which are many: attack_result.pt may not outlive them in a power cut
     write_torch(folder / ATTACK_FILE, content)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from fmp_core.errors import UserError
 from fmp_core.models.evaluate import to_unit
 from fmp_core.models.one_pixel import OnePixelConvolutions
 from fmp_core.settings import Settings
-from fmp_core.storage.checkpoint import Checkpoint, TrainingParts
+from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system.devices import Device, has_fast_bfloat16
 
 
@@ -60,40 +61,33 @@ class Crops:
         return padded[picture, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+Batch = tuple[Tensor, Tensor | None, Crops]  # positions int64 ``[B]``, which images to substitute (bool ``[B]``), crops
+
+
 def batches_of(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
     """Shuffled indices in batches; a last batch of one image is left out, since batch norm cannot train on it."""
     batches = list(torch.randperm(count, generator=generator).split(batch_size))
     return [batch for batch in batches if len(batch) > 1]
 
 
-@dataclass(frozen=True)
-class _Batches:
-    """An epoch's batches: positions int64 ``[B]``, which images to substitute (bool ``[B]``), and their crops."""
-
-    rows: list[Tensor]
-    substituted: list[Tensor]  # empty if there are no substitutes
-    crops: list[Crops]
-
-    def on(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None, Crops]]:
-        """Batch by batch. All are moved to ``device`` at once, so that a GPU waits for none of them."""
-
-        def moved(parts: list[Tensor]) -> tuple[Tensor, ...]:
-            return torch.cat(parts).to(device).split([len(part) for part in parts])
-
-        shifts, mirrored = moved([crops.shifts for crops in self.crops]), moved([crops.mirrored for crops in self.crops])
-        substituted = moved(self.substituted) if self.substituted else [None] * len(self.rows)
-        for rows, coins, *drawn in zip(moved(self.rows), substituted, shifts, mirrored, strict=True):
-            yield rows, coins, Crops(self.crops[0].padding, *drawn)
-
-
-def _draw_batches(count: int, batch_size: int, generator: torch.Generator, facts: DatasetFacts, substitutes: bool) -> _Batches:
-    """Draw an epoch, batch by batch, from a generator on the CPU."""
-    batches = _Batches(batches_of(count, batch_size, generator), [], [])
-    for rows in batches.rows:
+def _batches(
+    count: int, batch_size: int, generator: torch.Generator, facts: DatasetFacts, substitutes: bool, device: torch.device
+) -> Iterator[Batch]:
+    """An epoch, drawn batch by batch on the CPU, then moved to ``device`` all at once, so that a GPU waits for none of them."""
+    positions = batches_of(count, batch_size, generator)
+    coins, crops = [], []
+    for batch in positions:
         if substitutes:
-            batches.substituted.append(torch.rand(len(rows), generator=generator) < 0.5)
-        batches.crops.append(Crops.draw(len(rows), generator, facts))
-    return batches
+            coins.append(torch.rand(len(batch), generator=generator) < 0.5)
+        crops.append(Crops.draw(len(batch), generator, facts))
+
+    def moved(parts: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.cat(parts).to(device).split([len(part) for part in parts])
+
+    shifts, mirrored = moved([crop.shifts for crop in crops]), moved([crop.mirrored for crop in crops])
+    substituted = moved(coins) if substitutes else [None] * len(positions)
+    for rows, chosen, *drawn in zip(moved(positions), substituted, shifts, mirrored, strict=True):
+        yield rows, chosen, Crops(facts.crop_padding, *drawn)
 
 
 @dataclass(frozen=True)
@@ -101,7 +95,6 @@ class Trainer:
     """SGD as BB configures it: ``for epoch in Trainer(settings, device, facts).epochs(model, images, labels): ...``.
 
     Args:
-        settings: batch_size, lr, lr_scheduler, sgd_momentum, wd, amp, epochs, random_seed.
         device: with several ``device_ids``, the batch is split over them.
         facts: of the dataset; they shape the training transform.
         checkpoint: the state is saved there after each epoch, and epochs found there are not trained again: a killed and
@@ -123,13 +116,12 @@ class Trainer:
         substitutes: Callable[[int], Tensor] | None = None,
         teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Iterator[Epoch]:
-        """Train ``model`` in place, epoch by epoch, for ``settings.epochs`` epochs.
+        """Train ``model`` (of pixels in [0,1]; on the device) in place, epoch by epoch, for ``settings.epochs`` epochs.
 
         Between two epochs the caller may test the model, but must leave it as it is; the checkpoint of an epoch is saved when
         the caller asks for the next one, so that its notes may tell of the test.
 
         Args:
-            model: takes pixels in [0,1]; on the device.
             images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]``; both on the device.
             on_batch: called after each step with the positions of the batch and the classes that were predicted in training
                 mode, both int64 ``[B]`` on the device.
@@ -148,51 +140,73 @@ class Trainer:
         optimizer = torch.optim.SGD(
             model.parameters(), lr=settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.wd
         )
-        scheduler = _scheduler(optimizer, settings)
-        generator = torch.Generator().manual_seed(settings.random_seed)
         bfloat16 = settings.amp and has_fast_bfloat16(self.device.device)
         learner = _Learner(nn.DataParallel(model, list(ids)) if ids else model, optimizer, bfloat16, teacher, on_batch)
         cuda = ids or ((self.device.device.index,) if self.device.device.type == "cuda" else ())
-        parts = TrainingParts(model, optimizer, scheduler, generator, cuda)
-        own = _GlobalGenerators(cuda, settings.random_seed)
-        with own.active():
-            saved = self.checkpoint.load() if self.checkpoint else None
-            first = parts.restore(saved) if saved else 0
-        for number in range(first, settings.epochs):
-            with own.active():
+        state = _State(model, optimizer, _scheduler(optimizer, settings), settings.random_seed, cuda)
+        saved = self.checkpoint.load() if self.checkpoint else None
+        for number in range(state.restore(saved) if saved else 0, settings.epochs):
+            with state.global_generators():
                 changed = images if substitutes is None else substitutes(number)
-                batches = _draw_batches(len(images), settings.batch_size, generator, self.facts, substitutes is not None)
-                epoch = learner.epoch(number, images, changed, labels, batches)
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(epoch.train_epoch_loss_avg_over_batch)  # as BB
+                drawn = (len(images), settings.batch_size, state.generator, self.facts, substitutes is not None)
+                epoch = learner.epoch(number, images, changed, labels, _batches(*drawn, images.device))
+            if isinstance(state.scheduler, ReduceLROnPlateau):
+                state.scheduler.step(epoch.train_epoch_loss_avg_over_batch)  # as BB
             else:
-                scheduler.step()
+                state.scheduler.step()
             yield epoch
             if self.checkpoint:
-                with own.active():
-                    self.checkpoint.save(parts.state(number + 1))
+                self.checkpoint.save(state.after(number + 1))
 
 
-class _GlobalGenerators:
-    """Torch's global generators as the training draws from them (dropout does); elsewhere they are the caller's."""
+class _State:
+    """What changes while training, to and from the plain data of a checkpoint.
 
-    def __init__(self, cuda: tuple[int, ...], seed: int):
-        self.cuda, self.seed = cuda, seed
-        self.states: list[Tensor] | None = None
+    ``generator`` draws batches and crops. Torch's global generators, of which dropout draws, are the training's own within
+    :meth:`global_generators`, and the caller's elsewhere.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, seed: int, cuda: tuple[int, ...]
+    ):
+        self.model, self.optimizer, self.scheduler, self.seed, self.cuda = model, optimizer, scheduler, seed, cuda
+        self.generator = torch.Generator().manual_seed(seed)
+        self.drawn: list[Tensor] = []  # states of the global generators
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def global_generators(self) -> Iterator[None]:
         generators = [torch.default_generator, *(torch.cuda.default_generators[index] for index in self.cuda)]
         with torch.random.fork_rng(devices=self.cuda):
             for number, generator in enumerate(generators):
-                generator.manual_seed(self.seed) if self.states is None else generator.set_state(self.states[number])
+                known = number < len(self.drawn)
+                generator.set_state(self.drawn[number]) if known else generator.manual_seed(self.seed)
             yield
-            self.states = [generator.get_state() for generator in generators]
+            self.drawn = [generator.get_state() for generator in generators]
+
+    def after(self, epochs: int) -> dict[str, Any]:
+        return {
+            "finished": epochs,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {key: value for key, value in self.scheduler.state_dict().items() if key != "milestones"},
+            "generator": self.generator.get_state(),
+            "global_generator": self.drawn[0],
+            "cuda_generators": self.drawn[1:],
+        }
+
+    def restore(self, saved: dict[str, Any]) -> int:
+        """Go back to what :meth:`after` gave; returns how many epochs are finished."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.generator.set_state(saved["generator"])
+        self.drawn = [saved["global_generator"], *saved["cuda_generators"]]
+        return int(saved["finished"])
 
 
 @dataclass(frozen=True)
 class _Learner:
-    """What one optimiser step needs."""
+    """What an optimiser step needs; see :meth:`Trainer.epochs`."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -200,12 +214,19 @@ class _Learner:
     teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     on_batch: Callable[[Tensor, Tensor], None] | None
 
-    def epoch(self, number: int, images: Tensor, substitutes: Tensor, labels: Tensor, batches: _Batches) -> Epoch:
+    def epoch(
+        self,
+        number: int,
+        images: Tensor,
+        substitutes: Tensor,
+        labels: Tensor,
+        batches: Iterator[Batch],
+    ) -> Epoch:
         """One epoch; what it came to is read from the device once, at its end."""
         self.model.train()
         device, losses, seen = images.device, [], 0
         hits = torch.zeros((), dtype=torch.int64, device=device)
-        for rows, substituted, crops in batches.on(device):
+        for rows, substituted, crops in batches:
             plain, target = images[rows], labels[rows]
             pixels = plain if substituted is None else torch.where(substituted[:, None, None, None], substitutes[rows], plain)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16), OnePixelConvolutions():

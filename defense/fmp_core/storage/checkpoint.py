@@ -1,4 +1,4 @@
-"""Training that survives a kill: everything the next epoch depends on, in one file."""
+"""State that survives a kill, and keys that name all a result depends on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 
 from fmp_core import __version__
 from fmp_core.errors import UserError
@@ -24,7 +23,7 @@ from fmp_core.system.devices import to_host
 
 @dataclass
 class Checkpoint:
-    """The file ``path`` holds the state of :func:`fmp_core.models.training.train` after its last finished epoch.
+    """A file with the state of unfinished work, such as a training after its last finished epoch.
 
     ``made_with`` names, in plain values, all that the result depends on; a file made with other values is refused.
     ``notes`` is the caller's own plain data (its history of epochs, say): saved with the state and given back with it.
@@ -35,11 +34,7 @@ class Checkpoint:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> dict[str, Any] | None:
-        """The saved state, or None if there is no file.
-
-        Raises:
-            UserError: the file is damaged, or was made with other settings (named).
-        """
+        """The saved state; None without a file. Raises UserError if it is damaged or was made with other settings (named)."""
         if not self.path.is_file():
             return None
         try:
@@ -66,47 +61,13 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class TrainingParts:
-    """What changes while training: ``generator`` draws batches and augmentation, the global generators draw dropout."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
-    generator: torch.Generator
-    cuda: tuple[int, ...]
-
-    def state(self, finished: int) -> dict[str, Any]:
-        """All of it after ``finished`` epochs."""
-        return {
-            "finished": finished,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": {key: value for key, value in self.scheduler.state_dict().items() if key != "milestones"},
-            "generator": self.generator.get_state(),
-            "global_generator": torch.get_rng_state(),
-            "cuda_generators": [torch.cuda.get_rng_state(index) for index in self.cuda],
-        }
-
-    def restore(self, state: dict[str, Any]) -> int:
-        """Go back to ``state``; returns how many epochs are finished."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["global_generator"])
-        for index, saved in zip(self.cuda, state["cuda_generators"], strict=False):
-            torch.cuda.set_rng_state(saved, index)
-        return int(state["finished"])
-
-
 def content_key(state: Mapping[str, Tensor], images: Tensor, labels: Tensor, settings: Mapping[str, Any]) -> str:
     """SHA-256 over weights, images, labels, settings and the library versions that decide rounding."""
     digest = hashlib.sha256()
     about = {**settings, "fmp": __version__, "torch": torch.__version__, "device": images.device.type}
     digest.update(json.dumps(about, sort_keys=True).encode())
-    names, tensors = zip(*state.items(), ("images", images), ("labels", labels), strict=True)
-    for name, tensor in zip(names, to_host(tensors), strict=True):
+    tensors = {**state, "images": images, "labels": labels}
+    for name, tensor in zip(tensors, to_host(tensors.values()), strict=True):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ HOST = re.sub(r"\W", "_", platform.node())  # part of temporary names, since fol
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on a clean exit fsync it and rename it over ``path``.
+    """Yield a temporary path beside ``path``, to be written; on a clean exit fsync it and rename it over ``path``.
 
     After an exception (or a kill) ``path`` is what it was before. The temporary name keeps the suffix, because
     matplotlib and pandas choose the format by it.
@@ -26,47 +26,45 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.{HOST}-{os.getpid()}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        _remove_leftovers(path)
+        temporary = path.with_name(f".{path.stem}.{HOST}-{os.getpid()}.{secrets.token_hex(8)}{path.suffix}")
         try:
             yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
+            _sync(temporary)
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            _sync(path.parent)  # only then is the rename durable
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed processes of this machine left of ``path``: temporary files named after processes that are gone."""
-    ours = re.compile(rf"\.{re.escape(path.stem)}\.{HOST}-(\d+)\.\w{{8}}{re.escape(path.suffix)}")
-    for left in path.parent.iterdir():
-        named = ours.fullmatch(left.name)
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of ``path`` that killed processes of this machine left."""
+    ours = re.compile(rf"\.{re.escape(path.stem)}\.{HOST}-(\d+)\.\w+{re.escape(path.suffix)}")
+    for file in path.parent.iterdir():
+        named = ours.fullmatch(file.name)
         if named and not _runs(int(named[1])):
-            left.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # it may be somebody else's
     return True
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into the sentence that ``path`` cannot be written.
-
-    Raises:
-        UserError: disk full, folder read-only, no permission, ...
-    """
+    """Turn an OSError of the block (disk full, no permission, ...) into the UserError that ``path`` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -76,35 +74,8 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _umask() -> int:
-    # mkstemp makes private files; results should have the permissions any other new file gets.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename is durable only when the folder entry is; Windows cannot open folders, and needs no such call.
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def sync_disks() -> None:
-    """Return when everything written so far will survive a power cut (where the system can say so)."""
-    if hasattr(os, "sync"):
-        os.sync()
-
-
 def check_folders(*folders: Path) -> None:
-    """Make sure that ``folders`` exist or can be made, without making them.
-
-    Raises:
-        UserError: a name is taken by a file, or a parent is not writable.
-    """
+    """Raise UserError unless ``folders`` exist or can be made: a name may be taken by a file, or a parent not writable."""
     for folder in folders:
         parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -113,11 +84,7 @@ def check_folders(*folders: Path) -> None:
 
 
 def make_folders(*folders: Path) -> None:
-    """Make all of ``folders``, or none of them.
-
-    Raises:
-        UserError: as :func:`check_folders`, or the disk is full.
-    """
+    """Make all of ``folders``, or none of them. Raises UserError as :func:`check_folders`, or if the disk is full."""
     check_folders(*folders)
     for folder in folders:
         with writing(folder):
@@ -125,10 +92,9 @@ def make_folders(*folders: Path) -> None:
 
 
 def refuse_links_out_of(root: Path, *folders: Path) -> None:
-    """A folder that a stranger made may hold links; nothing is written where they lead.
+    """Raise UserError if one of ``folders`` below ``root`` (existing or not) really lies elsewhere.
 
-    Raises:
-        UserError: one of ``folders`` below ``root`` (existing or not) really lies elsewhere.
+    A stranger may have made the record; nothing is written where links in it lead.
     """
     for folder in folders:
         if not folder.resolve().is_relative_to(root.resolve()):

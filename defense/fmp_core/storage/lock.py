@@ -18,14 +18,8 @@ ANOTHER_RUN = "Another run works in {folder}; wait for its end (--wait does), or
 def locked(folder: Path, wait: bool, busy: str = ANOTHER_RUN, name: str = ".lock") -> Iterator[None]:
     """Hold the lock file ``name`` in ``folder`` (made if missing). The system lets go when the process ends, however it ends.
 
-    The lock file is empty, stays, and is not followed if it is a link: a stranger may have made the folder.
-
-    Args:
-        wait: wait while another process holds it.
-        busy: what is said if one does and there is no waiting; ``{folder}`` stands for the folder.
-
-    Raises:
-        UserError: another process holds it, and ``wait`` is False; the lock file is a link; or the folder is not writable.
+    The file is empty and stays. Raises UserError if it is a link (a stranger may have made the folder) or cannot be written,
+    and the sentence ``busy``, of which ``{folder}`` is filled in, if another process holds it and ``wait`` is False.
     """
     path = folder / name
     lock = filelock.FileLock(path, timeout=-1 if wait else 0)

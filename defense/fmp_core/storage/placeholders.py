@@ -6,6 +6,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,22 +21,18 @@ class RefusedError(Exception):
         self.runs_code = runs_code
 
 
+@dataclass(slots=True, eq=False)
 class Callee:
     """What a name in a pickle may stand for: a function of ours that the pickle may call."""
 
-    __slots__ = ("call",)
-
-    def __init__(self, call: Callable[..., Any]):
-        self.call = call
+    call: Callable[..., Any]
 
 
+@dataclass(slots=True, eq=False)
 class Opaque:
     """A harmless value that this program does not read, such as a ``torch.device``; what it held is forgotten."""
 
-    __slots__ = ("name",)
-
-    def __init__(self, name: str):
-        self.name = name
+    name: str
 
     def __repr__(self) -> str:
         return f"<{self.name}, not read>"
@@ -70,13 +67,12 @@ class PickledImage:
         return Image.frombytes(mode, tuple(size), data)
 
 
+@dataclass(slots=True, eq=False)
 class PickledDtype:
     """A numpy dtype of plain numbers: its code (``f8``) and, from its state, the byte order."""
 
-    __slots__ = ("code", "order")
-
-    def __init__(self, code: str):
-        self.code, self.order = code, "="
+    code: str
+    order: str = "="
 
     def build(self, state: Any) -> None:
         if state[1] not in ("<", ">", "|", "="):

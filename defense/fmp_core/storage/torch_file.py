@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,27 +22,15 @@ LARGEST_FILE = 16 * 2**30  # bytes; sparse files may claim more at no cost
 _BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled magic number
 
 
+@dataclass(frozen=True, slots=True)
 class _StorageKind:
     """Stands for a storage class of torch, such as ``torch.FloatStorage``."""
 
-    __slots__ = ("dtype",)
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
+    dtype: torch.dtype
 
 
-_STORAGES = {
-    "Float": torch.float32,
-    "Double": torch.float64,
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Long": torch.int64,
-    "Int": torch.int32,
-    "Short": torch.int16,
-    "Char": torch.int8,
-    "Byte": torch.uint8,
-    "Bool": torch.bool,
-}
+_SAME_NAME = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Bool")
+_STORAGES = {"Char": torch.int8, "Byte": torch.uint8, **{name: getattr(torch, name.lower()) for name in _SAME_NAME}}
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_grad_hooks_metadata: Any) -> Tensor:
@@ -88,7 +76,8 @@ def load_torch_file(path: Path, known_only: bool = False) -> Any:
                 )
             if start[:4] != b"PK\x03\x04":
                 raise ValueError("it is no zip file, as torch writes them")
-            return _read_zip(file, size, known_only)
+            with zipfile.ZipFile(file) as archive:
+                return _read_zip(archive, size, known_only)
     except UserError:
         raise
     except RefusedError as error:
@@ -101,58 +90,46 @@ def load_torch_file(path: Path, known_only: bool = False) -> Any:
         ) from None
 
 
-def _read_zip(file: IO[bytes], size: int, known_only: bool) -> Any:
-    with zipfile.ZipFile(file) as archive:
-        parts = {part.filename: part for part in archive.infolist()}
-        # torch stores uncompressed. So no part can be larger than the file: neither a bomb nor a claim.
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts.values()):
-            raise ValueError("its parts are compressed")
-        if sum(part.file_size for part in archive.infolist()) > size:
-            raise ValueError("its parts claim more bytes than the file has")
-        roots = [name.removesuffix("data.pkl") for name in parts if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise ValueError("a zip file without one data.pkl")
-        if parts.get(f"{roots[0]}byteorder") and archive.read(f"{roots[0]}byteorder") != b"little":
-            raise ValueError("it was written on a big-endian machine")
-
-        def read_storage(dtype: torch.dtype, key: str, numbers: int) -> Tensor:
-            part = parts[f"{roots[0]}data/{key}"]
-            if numbers * dtype.itemsize != part.file_size:
-                raise ValueError(f"storage {key} claims {numbers} numbers, but has {part.file_size} bytes")
-            with archive.open(part) as source:
-                return _fill(torch.empty(numbers, dtype=dtype), source)
-
-        with archive.open(parts[f"{roots[0]}data.pkl"]) as source:
-            pickled = io.BytesIO(source.read())
-        return read_pickle(pickled, NAMES, _storages(read_storage, {}), known_only)
-
-
-def _storages(make: Callable[[torch.dtype, str, int], Tensor], found: dict[str, Tensor]) -> Callable[[Any], Tensor]:
-    """Reads persistent ids ``("storage", kind, key, location, numbers, ...)``; ``found`` keeps the storages by key."""
+def _read_zip(archive: zipfile.ZipFile, size: int, known_only: bool) -> Any:
+    parts = {part.filename: part for part in archive.infolist()}
+    # torch stores uncompressed. So no part can be larger than the file: neither a bomb nor a claim.
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts.values()):
+        raise ValueError("its parts are compressed")
+    if sum(part.file_size for part in archive.infolist()) > size:
+        raise ValueError("its parts claim more bytes than the file has")
+    roots = [name.removesuffix("data.pkl") for name in parts if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise ValueError("a zip file without one data.pkl")
+    root, storages = roots[0], {}
+    if parts.get(f"{root}byteorder") and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError("it was written on a big-endian machine")
 
     def storage(identity: Any) -> Tensor:
+        """That of the persistent id ``("storage", kind, key, location, numbers, ...)``."""
         fields: list[Any] = list(identity) if type(identity) is tuple else [None] * 5
         word, kind, key, _location, numbers, *view = fields
         plain = word == "storage" and isinstance(kind, _StorageKind) and isinstance(key, str)
         if not plain or type(numbers) is not int or numbers < 0 or view not in ([], [None]):
             raise RefusedError("an unknown kind of storage")
-        if key not in found:
-            found[key] = make(kind.dtype, key, numbers)
-        if found[key].dtype != kind.dtype:
+        if key not in storages:
+            storages[key] = _storage(archive, parts[f"{root}data/{key}"], kind.dtype, numbers)
+        if storages[key].dtype != kind.dtype:
             raise ValueError(f"storage {key} has two types")
-        return found[key]
+        return storages[key]
 
-    return storage
+    return read_pickle(io.BytesIO(archive.read(f"{root}data.pkl")), NAMES, storage, known_only)
 
 
-def _fill(tensor: Tensor, source: IO[bytes]) -> Tensor:
-    """Read the bytes of ``tensor``. Raises EOFError if there are too few."""
-    target = memoryview(tensor.view(torch.uint8).numpy().data) if len(tensor) else memoryview(b"")
-    done = 0
-    while done < len(target):
-        chunk = source.read(min(2**22, len(target) - done))
-        if not chunk:
-            raise EOFError("its storages are cut off")
-        target[done : done + len(chunk)] = chunk
-        done += len(chunk)
+def _storage(archive: zipfile.ZipFile, part: zipfile.ZipInfo, dtype: torch.dtype, numbers: int) -> Tensor:
+    if numbers * dtype.itemsize != part.file_size:
+        raise ValueError(f"a storage claims {numbers} numbers, but has {part.file_size} bytes")
+    tensor = torch.empty(numbers, dtype=dtype)
+    rest = memoryview(tensor.view(torch.uint8).numpy().data) if numbers else memoryview(b"")
+    with archive.open(part) as source:
+        while rest:
+            chunk = source.read(min(2**22, len(rest)))
+            if not chunk:
+                raise EOFError("its storages are cut off")
+            rest[: len(chunk)] = chunk
+            rest = rest[len(chunk) :]
     return tensor

@@ -11,6 +11,7 @@ import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 import numpy as np
@@ -39,9 +40,6 @@ def read_pickle(
 ) -> Any:
     """The object of the pickle that starts at the position of ``file``.
 
-    Values that hold data but that nobody here reads (sets, paths, namespaces, ...) come out as
-    :class:`~fmp_core.storage.placeholders.Opaque`.
-
     Args:
         names: full name -> :class:`Callee` or a placeholder, beside the harmless ones.
         persistent: gives the object of a persistent id, as torch writes for storages.
@@ -49,28 +47,25 @@ def read_pickle(
             program is going to unpickle for real.
 
     Raises:
-        RefusedError: it asks for a name that does more than hold data, or for an instruction or a call that data does not
-            need; the message says under which key, if it stands under one.
+        RefusedError: it asks for a name, an instruction or a call that data does not need; the message says under which key.
         ValueError, IndexError, ... : it is damaged.
     """
     machine = _Machine(names, persistent, known_only)
     try:
         return machine.run(file)
     except RefusedError as error:
-        keys = machine.open_keys()
-        if not keys:
-            raise
-        raise RefusedError(f"{error} (under {' / '.join(keys)})", error.runs_code) from None
+        keys = " / ".join(machine.open_keys())
+        raise RefusedError(f"{error} (under {keys})" if keys else str(error), error.runs_code) from None
 
 
+@dataclass
 class _Machine:
-    """A stack, the stacks below each mark, and the memo."""
-
-    def __init__(self, names: Mapping[str, Any], persistent: Callable[[Any], Any] | None, known_only: bool):
-        self.names, self.persistent, self.known_only = names, persistent, known_only
-        self.stack: list[Any] = []
-        self.marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+    names: Mapping[str, Any]
+    persistent: Callable[[Any], Any] | None
+    known_only: bool
+    stack: list[Any] = field(default_factory=list)
+    marks: list[list[Any]] = field(default_factory=list)  # the stacks below each mark
+    memo: dict[int, Any] = field(default_factory=dict)
 
     def run(self, file: IO[bytes]) -> Any:
         for count, (op, arg, _) in enumerate(pickletools.genops(file)):
@@ -92,17 +87,11 @@ class _Machine:
 
     # Instructions, by what they do; see pickletools.
 
-    def push(self, arg: Any) -> None:
-        self.stack.append(arg)
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
 
     def put(self, arg: int) -> None:
         self.memo[arg] = self.stack[-1]
-
-    def memoize(self, _arg: None) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def get(self, arg: int) -> None:
-        self.stack.append(self.memo[arg])
 
     def mark(self, _arg: None) -> None:
         self.marks.append(self.stack)
@@ -130,11 +119,6 @@ class _Machine:
         elif not isinstance(target, Opaque):
             raise RefusedError(f"entries for a {type(target).__name__}")
 
-    def pair(self, _arg: None) -> None:
-        pair = self.stack[-2:]
-        del self.stack[-2:]
-        self.set_items(pair)
-
     def name(self, module: Any, name: Any) -> Any:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise RefusedError("a name that is no text")
@@ -144,10 +128,6 @@ class _Machine:
         if self.known_only and isinstance(value, UnknownClass):
             raise RefusedError(full)
         return value
-
-    def stack_global(self, _arg: None) -> None:
-        module, name = self.stack.pop(-2), self.stack.pop()
-        self.stack.append(self.name(module, name))
 
     def call(self, _arg: None, makes_object: bool = False) -> None:
         arguments = self.stack.pop()
@@ -178,7 +158,7 @@ class _Machine:
     def persistent_id(self, _arg: None) -> None:
         if self.persistent is None:
             raise RefusedError("the instruction BINPERSID")
-        self.stack.append(self.persistent(self.stack.pop()))
+        self.push(self.persistent(self.stack.pop()))
 
 
 _VALUES = (
@@ -195,24 +175,21 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "EMPTY_LIST": lambda machine, arg: machine.push([]),
     "EMPTY_TUPLE": lambda machine, arg: machine.push(()),
     "EMPTY_SET": lambda machine, arg: machine.push(Opaque("builtins.set")),
-    "BINPUT": _Machine.put,
-    "LONG_BINPUT": _Machine.put,
-    "MEMOIZE": _Machine.memoize,
-    "BINGET": _Machine.get,
-    "LONG_BINGET": _Machine.get,
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Machine.put),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda machine, arg: machine.push(machine.memo[arg])),
+    "MEMOIZE": lambda machine, arg: machine.put(len(machine.memo)),
     "MARK": _Machine.mark,
     "TUPLE": lambda machine, arg: machine.push(tuple(machine.items())),
     "TUPLE1": lambda machine, arg: machine.tuple_of(1),
     "TUPLE2": lambda machine, arg: machine.tuple_of(2),
     "TUPLE3": lambda machine, arg: machine.tuple_of(3),
     "APPEND": lambda machine, arg: machine.append([machine.stack.pop()]),
-    "APPENDS": lambda machine, arg: machine.append(machine.items()),
-    "ADDITEMS": lambda machine, arg: machine.append(machine.items()),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda machine, arg: machine.append(machine.items())),
     "FROZENSET": lambda machine, arg: machine.push((machine.items(), Opaque("builtins.frozenset"))[1]),
-    "SETITEM": _Machine.pair,
+    "SETITEM": lambda machine, arg: machine.set_items([machine.stack.pop(-2), machine.stack.pop()]),
     "SETITEMS": lambda machine, arg: machine.set_items(machine.items()),
     "GLOBAL": lambda machine, arg: machine.push(machine.name(*arg.split(" ", 1))),
-    "STACK_GLOBAL": _Machine.stack_global,
+    "STACK_GLOBAL": lambda machine, arg: machine.push(machine.name(machine.stack.pop(-2), machine.stack.pop())),
     "REDUCE": _Machine.call,
     "NEWOBJ": lambda machine, arg: machine.call(arg, makes_object=True),
     "BUILD": _Machine.build,
