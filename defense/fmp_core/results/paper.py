@@ -16,6 +16,14 @@ from fmp_core.settings import PROJECT
 if TYPE_CHECKING:
     from pandas import DataFrame  # takes a second to import, and --help needs none
 
+ATTACK_TITLES = {
+    "badnet": "BadNets",
+    "blended": "Blended",
+    "lf": "Low Frequency",
+    "ssba": "SSBA",
+    "wanet": "WaNet",
+    "sig": "SIG",
+}
 AVERAGE = "AVG"  # the published rows over all attacks
 PUBLISHED = PROJECT / "record_scripts" / "published"
 TABLES = ("1a", "1b", "1c", "2", "3", "4", "5", "6", "7")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from fmp_core.metrics import HEADLINES, METRICS
 from fmp_core.results.paper import (
+    ATTACK_TITLES,
     AVERAGE,
     BASELINES,
     FIGURES,
@@ -23,7 +24,6 @@ from fmp_core.results.paper import (
     record_name,
     scaled_rows,
 )
-from fmp_core.results.tables import ATTACK_TITLES
 from fmp_core.storage.files import replacing
 
 BB_ONLY = set(BASELINES) - {"ft"}  # fine-tuning alone is one of ours, too

@@ -8,24 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import pandas as pd
 
 from fmp_core.metrics import HEADLINES, LOW_IS_GOOD
 from fmp_core.results.collect import BASELINE
-from fmp_core.results.paper import AVERAGE
+from fmp_core.results.paper import ATTACK_TITLES, AVERAGE
 
 RATIO = ("", "ratio")  # the column of clean shares
 PUBLISHED = "(published)"
-ATTACK_TITLES = {
-    "badnet": "BadNets",
-    "blended": "Blended",
-    "lf": "Low Frequency",
-    "ssba": "SSBA",
-    "wanet": "WaNet",
-    "sig": "SIG",
-}
+SAMPLE = " test images)"  # ends the name of a method that was tested on a sample
 SETTING = ["dataset", "model", "pratio"]
 
 
@@ -52,11 +44,6 @@ class Table:
     def attacks(self) -> list[str]:
         return list(dict.fromkeys(self.means.columns.get_level_values(0)))
 
-    @property
-    def columns(self) -> list[tuple[str, str]]:
-        """(attack, metric) of each column of figures."""
-        return [(str(column[0]), str(column[1])) for column in self.means.columns]
-
     def texts(self, between: str = "±") -> pd.DataFrame:
         """What the cells say: ``92.00``, ``92.00±1.41`` over seeds, or ``-``; the first column is ``RATIO``."""
         texts = self.means.map("{:.2f}".format) + self.stds.map((between + "{:.2f}").format).where(self.stds.notna(), "")
@@ -69,7 +56,7 @@ class Table:
 
         Only what was run here on whole test sets competes: not the attacked model, and no published row (another model).
         """
-        competes = [not (name.startswith(BASELINE) or name.endswith((PUBLISHED, "test images)"))) for name in self.methods]
+        competes = [not (name.startswith(BASELINE) or name.endswith((PUBLISHED, SAMPLE))) for name in self.methods]
         rounded = self.means[competes].round(2)
         low = [metric in LOW_IS_GOOD for _, metric in rounded.columns]
         target = rounded.min().where(low, rounded.max()).where(rounded.count() > 1)
@@ -85,17 +72,13 @@ def build_tables(frame: pd.DataFrame) -> list[Table]:
     their own column, named after the record. AVG is there for methods that were run on every attack. What was tested on a
     sample of the test images has a row of its own, which says so.
     """
-    if frame.empty:
-        return []
-    sampled = frame["test_images"].notna()
-    on_sample = frame["method"] + " (" + frame["test_images"].astype(str) + " test images)"
-    frame = frame.assign(column=_columns(frame), method=frame["method"].where(~sampled, on_sample))
+    on_sample = frame["method"] + " (" + frame["test_images"].astype(str) + SAMPLE
+    frame = frame.assign(column=_columns(frame), method=frame["method"].where(frame["test_images"].isna(), on_sample))
     tables = []
-    for values, part in frame.groupby(SETTING, dropna=False, sort=True):
-        dataset, model, pratio = cast(tuple[Any, Any, Any], values)
-        known = ["" if pd.isna(dataset) else str(dataset), "" if pd.isna(model) else str(model)]
-        known.append("" if pd.isna(pratio) else f"poison rate {100 * pratio:g} %")
-        tables.append(_table(", ".join(text for text in known if text) or "unknown setting", part))
+    for (dataset, model, pratio), part in frame.groupby(SETTING, dropna=False, sort=True):  # type: ignore[misc]
+        rate = f"poison rate {100 * pratio:g} %" if pd.notna(pratio) else None
+        title = ", ".join(str(text) for text in (dataset, model, rate) if pd.notna(text) and text)
+        tables.append(_table(title or "unknown setting", part))
     return tables
 
 
@@ -103,43 +86,37 @@ def _columns(frame: pd.DataFrame) -> pd.Series:
     """The column each row belongs to: its attack, or its record where the attack's name alone would mix different records."""
     records = frame[frame["origin"] != "published"].drop_duplicates("record")
     mixed = records[records.duplicated([*SETTING, "attack", "record_seed"], keep=False) | records["attack"].isna()]
-    by_record = frame["record"].isin(set(mixed["record"]))
-    return frame["attack"].where(~by_record, frame["record"])
+    return frame["attack"].where(~frame["record"].isin(set(mixed["record"])), frame["record"])
 
 
 def _table(title: str, part: pd.DataFrame) -> Table:
-    attacks = [name for name in ATTACK_TITLES if name in set(part["column"])]
-    attacks += sorted(set(part["column"]) - set(attacks))
+    attacks = sorted(set(part["column"]), key=lambda name: ([*ATTACK_TITLES, name].index(name), name))
     methods = sorted(set(part["method"]), key=_method_order)
     long = part.melt(["method", "column"], list(HEADLINES), var_name="metric")
-    percent = 100 * pd.to_numeric(long["value"], errors="coerce")
-    seeds = percent.groupby([long["method"], long["column"], long["metric"]])
+    long["value"] = 100 * pd.to_numeric(long["value"], errors="coerce")
+    over_seeds = long.groupby(["method", "column", "metric"])["value"]
     columns = pd.MultiIndex.from_product([attacks, HEADLINES])
     means, stds = (
-        values.unstack([1, 2]).reindex(index=pd.Index(methods), columns=columns) for values in (seeds.mean(), seeds.std())
+        values.unstack([1, 2]).reindex(index=pd.Index(methods), columns=columns)
+        for values in (over_seeds.mean(), over_seeds.std())
     )
     if len(attacks) > 1:
         for metric in HEADLINES:
             means[AVERAGE, metric] = means.xs(metric, axis=1, level=1).mean(axis=1, skipna=False)
         stds = stds.reindex(columns=means.columns)
-    ratios = {str(method): sorted(set(values.dropna())) for method, values in part.groupby("method")["ratio"]}
-    shown = pd.Series({method: ", ".join(f"{value:g}" for value in ratios[method]) or "-" for method in methods})
-    return Table(title, means, stds, shown, list(_notes(ratios)))
+    shares = {method: sorted(set(part.loc[part["method"] == method, "ratio"].dropna())) for method in methods}
+    shown = pd.Series({method: ", ".join(f"{share:g}" for share in shares[method]) or "-" for method in methods})
+    return Table(title, means, stds, shown, list(_notes(shares)))
 
 
-def _notes(ratios: dict[str, list[float]]) -> Iterator[str]:
-    by_share: dict[float, list[str]] = {}
-    for method, values in ratios.items():
-        for value in values:
-            by_share.setdefault(value, []).append(method)
+def _notes(shares: dict[str, list[float]]) -> Iterator[str]:
+    """Sentences on the ``shares`` of clean data that each method had, and on methods tested on a sample."""
+    distinct = sorted({share for owned in shares.values() for share in owned})
+    by_share = {share: [method for method, owned in shares.items() if share in owned] for share in distinct}
     if len(by_share) > 1:
-        shares = [f"{value:g}: {', '.join(sorted(by_share[value], key=_method_order))}" for value in sorted(by_share)]
-        yield (
-            f"The methods had different shares of clean data ({'; '.join(shares)}); the key ratio of a sweep file gives all "
-            "the same."
-        )
-    sampled = [method for method in ratios if method.endswith("test images)")]
-    if sampled:
+        listed = "; ".join(f"{share:g}: {', '.join(methods)}" for share, methods in by_share.items())
+        yield f"The methods had different shares of clean data ({listed}); the key ratio of a sweep file gives all the same."
+    if sampled := [method for method in shares if method.endswith(SAMPLE)]:
         yield f"Tested on a sample of the test images, so not to be compared with the other rows: {', '.join(sampled)}."
 
 
@@ -161,17 +138,14 @@ def attack_title(name: str) -> str:
 
 def to_text(table: Table, width: int = 128) -> str:
     """For a terminal: as many attacks side by side as fit ``width``; the best of a column has a star."""
-    texts = table.texts()
-    texts = texts + table.best().map({True: "*", False: " "}.get)
-    texts.index = pd.Index([printable(name) for name in texts.index])
+    texts = table.texts() + table.best().map({True: "*", False: " "}.get)
+    texts.index = texts.index.map(printable)
 
     def render(attacks: Sequence[str]) -> str:
-        block = texts[[("", "ratio"), *((a, m) for a in attacks for m in HEADLINES)]]
-        heads = [
-            (attack_title(attack) if m in ("ratio", "test_acc") else "", HEADLINES.get(m, m)) for attack, m in block.columns
-        ]
-        block.columns = pd.MultiIndex.from_tuples([(head, f"{name} ") for head, name in heads])
-        return "\n".join(line.rstrip() for line in block.to_string().splitlines())
+        block = texts[[RATIO, *((attack, metric) for attack in attacks for metric in HEADLINES)]]
+        heads = [(attack_title(a) if m in ("ratio", "test_acc") else "", f"{HEADLINES.get(m, m)} ") for a, m in block.columns]
+        lines = block.set_axis(pd.MultiIndex.from_tuples(heads), axis=1).to_string().splitlines()
+        return "\n".join(line.rstrip() for line in lines)
 
     blocks: list[list[str]] = []
     for attack in table.attacks:
@@ -192,32 +166,35 @@ def to_markdown(table: Table) -> str:
 
     cells = table.texts()
     cells = cells.where(~table.best(), "**" + cells + "**")
-    heads = ["Method", "ratio", *(f"{plain(attack_title(a))} {HEADLINES[m]}" for a, m in table.columns)]
-    rows = [heads, ["---", *("---:" for _ in heads[1:])]]
-    rows += [[plain(method), *texts] for method, texts in zip(cells.index, cells.to_numpy(), strict=True)]
-    notes = "".join(f"\n{plain(note)}\n" for note in table.notes)
-    return f"**{plain(table.title)}** (percent)\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows) + notes
+    heads = [f"{plain(attack_title(attack))} {HEADLINES[metric]}" for attack, metric in table.means.columns]
+    notes = [f"\n{plain(note)}" for note in table.notes]
+    rows = [["Method", "ratio", *heads], ["---", "---:", *("---:" for _ in heads)]]
+    rows += [[plain(method), *texts] for method, *texts in cells.itertuples()]
+    lines = [f"**{plain(table.title)}** (percent)", "", *(f"| {' | '.join(row)} |" for row in rows), *notes]
+    return "\n".join(lines) + "\n"
 
 
 def to_latex(table: Table) -> str:
     """A booktabs table (``\\usepackage{booktabs}``), the best in bold, mean ± std over seeds."""
 
-    def arrow(metric: str) -> str:
-        if metric not in HEADLINES:
-            return metric
-        return HEADLINES[metric] + (r" $\downarrow$" if metric in LOW_IS_GOOD else r" $\uparrow$")
+    def head(escaped: str) -> str:
+        metric = escaped.replace(r"\_", "_")
+        arrow = r" $\downarrow$" if metric in LOW_IS_GOOD else r" $\uparrow$"
+        return HEADLINES[metric] + arrow if metric in HEADLINES else metric
 
     texts, bold = table.texts(r"\,$\pm$\,"), table.best().map({True: "textbf:--rwrap;", False: ""}.get)
     texts.columns.names = [None, "Method"]
     styler = texts.style.apply(lambda _: bold, axis=None)
     styler.format_index(printable, axis=0, escape="latex").format_index(attack_title, axis=1, level=0, escape="latex")
-    styler.format_index(lambda name: arrow(name.replace(r"\_", "_")), axis=1, level=1, escape="latex")
-    caption = " ".join(["Acc, ASR, RA, DER and RIR in percent.", f"{latex(printable(table.title))}.", *map(latex, table.notes)])
+    styler.format_index(head, axis=1, level=1, escape="latex")
+    caption = " ".join(
+        ["Acc, ASR, RA, DER and RIR in percent.", f"{_latex(printable(table.title))}.", *map(_latex, table.notes)]
+    )
     columns = "l" + "r" * len(texts.columns)
     return styler.to_latex(hrules=True, position_float="centering", multicol_align="c", column_format=columns, caption=caption)
 
 
-def latex(text: str) -> str:
+def _latex(text: str) -> str:
     """``text`` with LaTeX's special characters escaped."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(special.get(char, rf"\{char}" if char in "&%$#_{}" else char) for char in text)
