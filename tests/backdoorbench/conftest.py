@@ -67,6 +67,13 @@ os.rename(os.environ["PIDS"] + ".part", os.environ["PIDS"])
 time.sleep(900)
 """
 
+KNOWN = """
+if dataset_name == "cifar10":
+    pass
+elif dataset_name == 'a_forks_own':
+    pass
+"""
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
@@ -77,7 +84,7 @@ def checkout(tmp_path: Path) -> Path:
         "defense/echo.py": SCRIPT,
         "defense/sleeper.py": SLEEPER,
         "utils/save_load_attack.py": "",
-        "utils/aggregate_block/dataset_and_transform_generate.py": SLEEPER + "if dataset_name == 'a_forks_own': pass\n",
+        "utils/aggregate_block/dataset_and_transform_generate.py": SLEEPER + KNOWN,
         "analysis/visual_names.py": ANALYSIS,
         "config/defense/echo.yaml": "x",
         "settings.py": "NAME = 'a name'",

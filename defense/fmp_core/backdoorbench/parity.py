@@ -14,9 +14,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -29,11 +29,9 @@ FRACTIONS = ("test_acc", "test_asr", "test_ra")
 LOSSES = ("clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch")
 LOSS_TOLERANCE = 1e-4  # relative; batches of another size and memory layout round differently
 FT_IMAGES = 256  # clean images of the one epoch of ft.py
-STAGES = 4
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One line of the table; ``passed`` is None where there was nothing to check."""
 
     name: str
@@ -60,13 +58,13 @@ def check_parity(job: Job, python: str) -> list[Check]:
     after = json.loads((results / "metrics.json").read_text())["after"]
     with tempfile.TemporaryDirectory(prefix="fmp_parity_") as temporary:
         scratch = Path(temporary)
-        with _stage(1, "FMP reads the record and tests its model"):
+        with _stage("1/4", "FMP reads the record and tests its model"):
             ours = in_own_process(ask_fmp, job, scratch)
-        with _stage(2, "BackdoorBench reads the record and tests its model and FMP's"):
+        with _stage("2/4", "BackdoorBench reads the record and tests its model and FMP's"):
             theirs = ask_backdoorbench(job, ours["question"], python, scratch)
-        with _stage(3, f"BackdoorBench's ft.py, one epoch on {FT_IMAGES} images and its tests"):
+        with _stage("3/4", f"BackdoorBench's ft.py, one epoch on {FT_IMAGES} images and its tests"):
             checks = [run_ft(job, theirs["sizes"]["clean_train"], python, scratch)]
-        with _stage(4, "the files of ft.py and FMP are compared"):
+        with _stage("4/4", "the files of ft.py and FMP are compared"):
             for suffix in ("df.csv", "df_summary.csv"):
                 checks += compare_tables(scratch / f"ft_{suffix}", results / f"fmp_{suffix}")
             checks.append(compare_results(scratch / "defense_result.pt", results / "defense_result.pt"))
@@ -82,8 +80,8 @@ def check_parity(job: Job, python: str) -> list[Check]:
 
 
 @contextmanager
-def _stage(number: int, what: str) -> Iterator[None]:
-    print(f"[{number}/{STAGES}] {what}", flush=True)
+def _stage(number: str, what: str) -> Iterator[None]:
+    print(f"[{number}] {what}", flush=True)
     started = time.monotonic()
     yield
     print(f"      {time.monotonic() - started:.0f} s", flush=True)
@@ -151,17 +149,15 @@ def ask_backdoorbench(job: Job, question: dict[str, Any], python: str, scratch: 
 
 def run_ft(job: Job, clean_images: int, python: str, scratch: Path) -> Check:
     """One epoch of BackdoorBench's ft.py on the record; its results go to ``scratch`` and the record is left alone."""
-    share = min(1.0, FT_IMAGES / clean_images)
-    record = {"--dataset": job.dataset, "--model": job.model_name, "--result_file": job.name, "--device": job.device}
-    flags = {**record, "--epochs": "1", "--ratio": f"{share:.6f}", "--num_workers": "0"}
-    arguments = [part for pair in flags.items() for part in pair]
+    ratio = f"{min(1.0, FT_IMAGES / clean_images):.6f}"
+    flags = [*job.flags, "--result_file", job.name, "--epochs", "1", "--ratio", ratio, "--num_workers", "0"]
     with workspace(job, write_through=False) as folder:
         log = scratch / "ft.log"
-        ended = run_script(folder, "defense/ft.py", arguments, device=job.device, python=python, log=log, echo=False)
-        results = folder / "record" / job.name / "defense" / "ft"
+        ended = run_script(folder, "defense/ft.py", flags, device=job.device, python=python, log=log, echo=False)
         for name in ("ft_df.csv", "ft_df_summary.csv", "defense_result.pt"):
-            if (results / name).is_file():
-                (results / name).replace(scratch / name)
+            result = folder / "record" / job.name / "defense" / "ft" / name
+            if result.is_file():
+                result.replace(scratch / name)
     whole = ended.code == 0 and (scratch / "defense_result.pt").is_file()
     return Check("ft.py runs on the record", whole, f"{ended.seconds:.0f} s" if whole else str(ended))
 
@@ -198,25 +194,26 @@ def compare_tables(theirs: Path, ours: Path) -> list[Check]:
     if not theirs.is_file():
         return [Check(f"{ours.name} against {theirs.name}", False, "BackdoorBench's ft wrote none")]
     expected, found = (pd.read_csv(path, index_col=0, dtype=str, keep_default_na=False) for path in (theirs, ours))
-    summary = "summary" in ours.name
-    labels = list(expected.index) if summary else [str(row) for row in range(len(found))]
-    columns = list(expected.columns) == list(found.columns)
-    rows = [str(label) for label in found.index]
+    labels = expected.index if "summary" in ours.name else range(len(found))
+    rows, alike = [str(label) for label in found.index], list(expected) == list(found)
     checks = [
-        Check(f"{ours.name}: columns", columns, ",".join(map(str, found.columns))),
-        Check(f"{ours.name}: row labels", rows == labels, ",".join(rows)),
+        Check(f"{ours.name}: columns", alike, ",".join(found)),
+        Check(f"{ours.name}: row labels", rows == [str(label) for label in labels], ",".join(rows)),
     ]
-    if columns:
-        odd = [c for c in expected if not _kinds(found[c]) - {"nothing", "nan_value"} <= _kinds(expected[c])]
-        checks.append(
-            Check(f"{ours.name}: value formats", not odd, f"unlike in {', '.join(map(str, odd))}" if odd else "alike")
-        )
+    if alike:
+        odd = [column for column in found if not _kinds(found[column]) - {"nothing", "nan_value"} <= _kinds(expected[column])]
+        checks.append(Check(f"{ours.name}: value formats", not odd, f"unlike in {', '.join(odd)}" if odd else "alike"))
     return checks
 
 
 def _kinds(column: pd.Series) -> set[str]:
-    kinds = {"nothing": "", "whole": r"-?\d+", "decimal": r"-?\d+\.\d+(e-?\d+)?|\d+(\.\d+)?e-\d+", "truth": "True|False"}
-    kinds["nan_value"] = "nan_value"
+    kinds = {
+        "nothing": "",
+        "nan_value": "nan_value",
+        "whole": r"-?\d+",
+        "decimal": r"-?\d+\.\d+(e-?\d+)?|\d+(\.\d+)?e-\d+",
+        "truth": "True|False",
+    }
     return {next((kind for kind, form in kinds.items() if re.fullmatch(form, value)), f"text {value!r}") for value in column}
 
 
@@ -227,12 +224,10 @@ def compare_results(theirs: Path, ours: Path) -> Check:
     name = "defense_result.pt is built as ft's"
     if not theirs.is_file():
         return Check(name, False, "BackdoorBench's ft wrote none")
-    shapes = []
-    for path in (theirs, ours):
-        content = load_torch_file(path)
-        tensors = [(key, tuple(value.shape), str(value.dtype)) for key, value in content["model"].items()]
-        shapes.append((list(content), tensors))
-    return Check(name, shapes[0] == shapes[1], f"{', '.join(shapes[1][0])}; {len(shapes[1][1])} tensors")
+    contents = [load_torch_file(path) for path in (theirs, ours)]
+    tensors = [[(key, value.shape, value.dtype) for key, value in content["model"].items()] for content in contents]
+    keys = [list(content) for content in contents]
+    return Check(name, keys[0] == keys[1] and tensors[0] == tensors[1], f"{', '.join(keys[1])}; {len(tensors[1])} tensors")
 
 
 def check_class(job: Job) -> Check:

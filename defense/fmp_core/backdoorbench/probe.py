@@ -42,13 +42,13 @@ def measure(model_name: str, state: dict[str, Any], data: dict[str, Any], questi
 
 def pixels_sha256(images: Iterable[Any], transform: Any) -> str:
     """SHA-256 of the uint8 pixels ``[N, C, H, W]`` that BackdoorBench's test transform makes, its normalisation undone."""
-    normalise = next((t for t in transform.transforms if isinstance(t, transforms.Normalize)), None)
     digest = hashlib.sha256()
     for image in images:
         tensor = transform(image)
-        if normalise is not None:
-            mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (normalise.mean, normalise.std))
-            tensor = tensor * std + mean
+        for step in transform.transforms:
+            if isinstance(step, transforms.Normalize):
+                mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (step.mean, step.std))
+                tensor = tensor * std + mean
         digest.update((tensor * 255).round().to(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -56,8 +56,7 @@ def pixels_sha256(images: Iterable[Any], transform: Any) -> str:
 def draw(total: int, question: dict[str, Any], index: str | None) -> list[int]:
     """BackdoorBench's own clean subset: positions in a clean training set of ``total`` images, in its order."""
     fix_random(question["seed"])
-    chosen = choose_index(argparse.Namespace(ratio=question["ratio"], index=index), total)
-    return [int(i) for i in chosen]
+    return [int(i) for i in choose_index(argparse.Namespace(ratio=question["ratio"], index=index), total)]
 
 
 def main() -> None:
@@ -72,6 +71,7 @@ def main() -> None:
         data[key].wrap_img_transform = transform
     subset = draw(len(clean), question, None)
     poisoned_items = [poisoned[i] for i in range(len(poisoned))]
+    result = load_attack_result(folder + "/defense/fmp/defense_result.pt")  # as the scripts in analysis/ read it
     answer = {
         "sizes": {key: None if data[key] is None else len(data[key]) for key in SETS},
         "seeded_subset": subset,
@@ -82,9 +82,8 @@ def main() -> None:
         "poisoned_targets": [int(item[1]) for item in poisoned_items],
         "poisoned_originals": [int(item[4]) for item in poisoned_items],
         "attacked": measure(data["model_name"], data["model"], data, question),
+        "defended": measure(data["model_name"], result["model"], data, question),
     }
-    result = load_attack_result(folder + "/defense/fmp/defense_result.pt")  # as the scripts in analysis/ read it
-    answer["defended"] = measure(data["model_name"], result["model"], data, question)
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(answer, file)
 

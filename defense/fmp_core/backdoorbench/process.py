@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -53,16 +53,14 @@ class Listener:
 
     last_line: str = ""
     error: str = ""
-    in_traceback: bool = field(default=False, repr=False)
+    in_traceback: bool = False
 
     def hear(self, line: str) -> None:
         text = line.strip()
-        if not text:
-            return
-        self.last_line = text
+        self.last_line = text or self.last_line
         if "Traceback (most recent call last)" in line:  # a progress bar may stand before it
             self.in_traceback = True
-        elif self.in_traceback and not line[0].isspace():
+        elif self.in_traceback and text and not line[0].isspace():
             self.in_traceback, self.error = False, text
         elif ": error: " in line:
             self.error = text
@@ -162,13 +160,11 @@ def _heartbeat(listener: Listener) -> Iterator[None]:
         while not ended.wait(HEARTBEAT):
             print(f"      {time.monotonic() - started:.0f} s: {listener.last_line[:100]}", flush=True)
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+    threading.Thread(target=beat, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        thread.join()
 
 
 def in_own_process(function: Callable[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> Answer:

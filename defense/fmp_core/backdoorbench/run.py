@@ -25,25 +25,23 @@ def run_on_record(job: Job, method: str, analysis: str | None, python: str, extr
     Raises:
         UserError: there is no such script or no result to analyse, or BackdoorBench cannot be given the record.
     """
-    results = job.folder / "defense" / method
+    results, flags = job.folder / "defense" / method, job.flags
     if analysis is None:
         script, log = find_script(job.checkout, "defense", "", method), results / "run_defense.log"
-        names = ["--result_file", job.name]
+        if "--dataset_path" in (job.checkout / script).read_text(encoding="utf-8", errors="replace"):
+            flags += ["--dataset_path", "./data"]  # dbd's YAML files have none
+        flags += ["--result_file", job.name]
     else:
         script, log = find_script(job.checkout, "analysis", "visual_", analysis), results / f"visual_{analysis}.log"
-        names = ["--result_file_attack", job.name, "--result_file_defense", f"{job.name}/defense/{method}"]
+        flags += ["--result_file_attack", job.name, "--result_file_defense", f"{job.name}/defense/{method}"]
         if not (results / RESULT).is_file():
             raise UserError(f"There is no {results / RESULT} to analyse; run the defense {method} first.")
     refuse_links_out_of(job.folder, results, log)
-    facts = ["--dataset", job.dataset, "--model", job.model_name, "--device", job.device]
-    if analysis is None and "--dataset_path" in (job.checkout / script).read_text(encoding="utf-8", errors="replace"):
-        facts += ["--dataset_path", "./data"]  # dbd's YAML files have none
     started = time.time() - 1  # file systems with coarse clocks
     with workspace(job) as folder:
         make_folders(results)
-        ended = run_script(folder, script, [*facts, *names, *extra], device=job.device, python=python, log=log)
-    name = f"analysis {analysis}" if analysis else method
-    return verdict(name, ended, log, None if analysis else started)
+        ended = run_script(folder, script, [*flags, *extra], device=job.device, python=python, log=log)
+    return verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
 
 
 def find_script(checkout: Path, folder: str, prefix: str, name: str) -> str:

@@ -4,8 +4,8 @@
     python shims.py SCRIPT [ARGUMENTS...]
 
 The current folder stands for BackdoorBench's root (workspace.py makes one). What BackdoorBench expects and newer libraries
-took away is put back in this process, then SCRIPT runs as if Python had been given it. On BackdoorBench's own pins (Python 3.8,
-torch 1.11) nothing is missing and nothing is changed, so this file keeps to Python 3.8 and imports nothing of FMP.
+took away is put back in this process, then SCRIPT runs as if Python had been given it. BackdoorBench may have a Python of its
+own, so this file keeps to Python 3.8 and imports nothing of FMP.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import os
 import runpy
 import sys
 import types
-import warnings
 
 # Packages that BackdoorBench imports at the top of files which mostly do without them -> what pip calls them.
 OPTIONAL = {
@@ -33,35 +32,43 @@ OPTIONAL = {
     "skimage": "scikit-image",
 }
 FACTORIES = ("zeros", "ones", "full", "empty", "rand", "randn", "randint", "arange", "eye", "tensor", "as_tensor", "linspace")
-COUNTS = {"--num_workers", "--num_workers_semi", "--u_num"}
 LIKES = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+COUNTS = {"--num_workers", "--num_workers_semi", "--u_num"}
 
 
-def apply(root: str) -> list[str]:
-    """Put back what is missing; returns what was done, in words. ``root`` is the folder whose files may import placeholders."""
-    done = []
+def apply(root: str) -> str:
+    """Put back what is missing; returns what was done, in words. ``root`` is the folder of BackdoorBench's files."""
     shims = (_numpy_aliases, _whole_pickles, _whole_numbers, _loaders_next, _pkg_resources, _tabulate, _cifar_files)
-    for shim in (*shims, _cuda_calls_on_cpu):
-        done += shim()
-    done += _ragged_arrays(root) + _own_imports()
+    done = [shim() for shim in (*shims, _cuda_calls_on_cpu)]
+    done += [_ragged_arrays(root), _mbns(), _nabs_load_config()]
     sys.meta_path.append(_Placeholders(root))
-    return done
+    return "; ".join(filter(None, done))
 
 
-def _numpy_aliases() -> list[str]:
+def _is_below(root: str, frame: types.FrameType) -> bool:
+    """Whether the code of ``frame`` is BackdoorBench's."""
+    return os.path.abspath(frame.f_code.co_filename).startswith(os.path.join(root, ""))
+
+
+def _exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
+
+
+def _numpy_aliases() -> str:
     """numpy 1.24 and 2.0 dropped aliases of plain Python and numpy objects."""
     import numpy as np
 
     aliases = {"infty": np.inf, "Inf": np.inf, "NaN": np.nan, "float": float, "int": int, "object": object, "complex": complex}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy 1.20 to 1.23 still have them, and warn
-        missing = {name: value for name, value in aliases.items() if not hasattr(np, name)}
-    for name, value in missing.items():
-        setattr(np, name, value)
-    return ["np." + ", np.".join(missing)] if missing else []
+    missing = [name for name in aliases if name not in vars(np)]
+    for name in missing:
+        setattr(np, name, aliases[name])
+    return ", ".join(f"np.{name}" for name in missing)
 
 
-def _ragged_arrays(root: str) -> list[str]:
+def _ragged_arrays(root: str) -> str:
     """numpy 1.24 refuses rows of unequal length, of which it used to make an array of objects; for BackdoorBench it does."""
     import numpy as np
 
@@ -76,35 +83,18 @@ def _ragged_arrays(root: str) -> list[str]:
 
         return call
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy 1.19 to 1.23 still do, and warn
-            np.asarray([[1], [1, 2]])
-    except ValueError:
-        for name in ("array", "asarray"):
-            setattr(np, name, forgiving(getattr(np, name)))
-        return ["arrays of unequal rows"]
-    return []
+    for name in ("array", "asarray"):
+        setattr(np, name, forgiving(getattr(np, name)))
+    return "arrays of unequal rows"
 
 
-def _is_below(root: str, frame: types.FrameType) -> bool:
-    """Whether the code of ``frame`` is BackdoorBench's."""
-    return os.path.abspath(frame.f_code.co_filename).startswith(os.path.join(root, ""))
-
-
-def _whole_pickles() -> list[str]:
+def _whole_pickles() -> str:
     """torch 2.6 reads tensors only unless told otherwise; records hold numpy arrays too."""
-    import inspect
-
-    import torch
-
-    if "weights_only" not in inspect.signature(torch.load).parameters:
-        return []
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
-    return ["torch.load reads whole pickles"]
+    return "torch.load reads whole pickles"
 
 
-def _whole_numbers() -> list[str]:
+def _whole_numbers() -> str:
     """BackdoorBench reads counts as decimal numbers, which torch and numpy refuse as counts: its YAML files' 4 works, but not
     ``--num_workers 4``."""
     import argparse
@@ -117,23 +107,19 @@ def _whole_numbers() -> list[str]:
         return add(self, *names, **kwargs)
 
     argparse.ArgumentParser.add_argument = add_argument  # type: ignore[method-assign]
-    return ["whole numbers for " + ", ".join(sorted(COUNTS))]
+    return "whole numbers for " + ", ".join(sorted(COUNTS))
 
 
-def _loaders_next() -> list[str]:
+def _loaders_next() -> str:
     """torch 1.13 dropped ``iter(loader).next()``, which bnp calls."""
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-    if hasattr(_BaseDataLoaderIter, "next"):
-        return []
     _BaseDataLoaderIter.next = _BaseDataLoaderIter.__next__  # type: ignore[attr-defined]
-    return ["iter(loader).next()"]
+    return "iter(loader).next()"
 
 
-def _pkg_resources() -> list[str]:
+def _pkg_resources() -> str:
     """setuptools 82 dropped pkg_resources, of which pytorch_wavelets uses one function."""
-    if importlib.util.find_spec("pkg_resources") is not None:
-        return []
 
     def resource_stream(package: str, name: str) -> object:
         folder = os.path.dirname(str(sys.modules[package.partition(".")[0]].__file__))
@@ -142,10 +128,8 @@ def _pkg_resources() -> list[str]:
     return _stand_in("pkg_resources", resource_stream=resource_stream)
 
 
-def _tabulate() -> list[str]:
+def _tabulate() -> str:
     """tabulate is in nobody's requirements; dbd and nab write their log's tables with it, which pandas can do as well."""
-    if importlib.util.find_spec("tabulate") is not None:
-        return []
     import pandas as pd
 
     def tabulate(table: object, *_: object, **__: object) -> str:
@@ -155,65 +139,59 @@ def _tabulate() -> list[str]:
     return _stand_in("tabulate", tabulate=tabulate)
 
 
-def _stand_in(name: str, **content: object) -> list[str]:
-    module = types.ModuleType(name)
+def _stand_in(name: str, **content: object) -> str:
+    if _exists(name):
+        return ""
+    module = sys.modules[name] = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # packages that look for this one read it
     vars(module).update(content)
-    sys.modules[name] = module
-    return [f"a stand-in for {name}"]
+    return f"a stand-in for {name}"
 
 
-def _own_imports() -> list[str]:
-    """What BackdoorBench's files ask of one another and do not get, whatever the versions: bnp's networks import a folder by
-    the name it once had, and nab expects three values of a function that returns only the first."""
-    done = []
-    if _exists("utils.defense_utils.mbns") and not _exists("defense.mbns"):
-        sys.modules["defense.mbns"] = importlib.import_module("utils.defense_utils.mbns")
-        done.append("defense.mbns")
-    if os.path.basename(sys.argv[0]) == "nab.py" and _exists("utils.defense_utils.dbd.utils_db.setup"):
-        setup = importlib.import_module("utils.defense_utils.dbd.utils_db.setup")
-        load = setup.load_config
-
-        def load_config(path: str) -> object:
-            found = load(path)
-            return (found, "", "") if isinstance(found, dict) else found
-
-        setup.load_config = load_config  # type: ignore[attr-defined]
-        done.append("nab's load_config")
-    return done
+def _mbns() -> str:
+    """bnp's networks import a folder of BackdoorBench by the name it once had."""
+    if _exists("defense.mbns") or not _exists("utils.defense_utils.mbns"):
+        return ""
+    sys.modules["defense.mbns"] = importlib.import_module("utils.defense_utils.mbns")
+    return "defense.mbns"
 
 
-def _exists(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ImportError:
-        return False
+def _nabs_load_config() -> str:
+    """nab expects three values of a function of dbd that returns only the first."""
+    if os.path.basename(sys.argv[0]) != "nab.py" or not _exists("utils.defense_utils.dbd.utils_db.setup"):
+        return ""
+    setup = importlib.import_module("utils.defense_utils.dbd.utils_db.setup")
+    load = setup.load_config
+
+    def load_config(path: str) -> object:
+        found = load(path)
+        return (found, "", "") if isinstance(found, dict) else found
+
+    setup.load_config = load_config  # type: ignore[attr-defined]
+    return "nab's load_config"
 
 
-def _cifar_files() -> list[str]:
+def _cifar_files() -> str:
     """torchvision downloads CIFAR again if a file's md5 is not the original's; here a file that exists is taken as it is."""
     from torchvision.datasets import cifar
 
     cifar.check_integrity = lambda path, md5=None: os.path.isfile(path)
-    return ["CIFAR files are read whatever their md5"]
+    return "CIFAR files are read whatever their md5"
 
 
-def _cuda_calls_on_cpu() -> list[str]:
+def _cuda_calls_on_cpu() -> str:
     """Some scripts name CUDA whatever ``--device`` says; without a GPU those calls mean the CPU."""
     import torch
 
     if torch.cuda.is_available():
-        return []
+        return ""
 
     def on_cpu(value: object) -> object:
         is_device = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
         return torch.device("cpu") if is_device else value
 
     def without_cuda(function):  # type: ignore[no-untyped-def]
-        def call(*args, **kwargs):  # type: ignore[no-untyped-def]
-            return function(*map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()})
-
-        return call
+        return lambda *args, **kwargs: function(*map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()})
 
     for name in FACTORIES + LIKES:
         setattr(torch, name, without_cuda(getattr(torch, name)))
@@ -223,7 +201,7 @@ def _cuda_calls_on_cpu() -> list[str]:
     torch.cuda.Stream = lambda *args, **kwargs: None  # type: ignore[assignment,misc]
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
     torch.cuda.current_stream = lambda *args: types.SimpleNamespace(wait_stream=lambda stream: None)  # type: ignore[assignment]
-    return ["CUDA calls mean the CPU"]
+    return "CUDA calls mean the CPU"
 
 
 class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -236,16 +214,13 @@ class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.root = root
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name.partition(".")[0] not in OPTIONAL or not self._wanted_by_backdoorbench():
-            return None
-        print(f"shims: {name} is not installed; a placeholder stands in.", flush=True)
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def _wanted_by_backdoorbench(self) -> bool:
         frame = sys._getframe(1)
         while frame.f_back is not None and ("importlib" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
             frame = frame.f_back
-        return _is_below(self.root, frame)
+        if name.partition(".")[0] not in OPTIONAL or not _is_below(self.root, frame):
+            return None
+        print(f"shims: {name} is not installed; a placeholder stands in.", flush=True)
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec):  # type: ignore[no-untyped-def]
         return None
@@ -275,9 +250,7 @@ def main() -> None:
     # As if Python had been given the script. BackdoorBench's utils, models and dataset are namespace packages, over which
     # installed packages of these names would win if the root came last, where BackdoorBench puts it.
     sys.path[:1] = [os.path.dirname(os.path.abspath(script)), root]
-    done = apply(root)
-    if done:
-        print("shims: " + "; ".join(done), flush=True)
+    print(f"shims: {apply(root)}", flush=True)
     runpy.run_path(script, run_name="__main__")
 
 

@@ -20,11 +20,10 @@ from typing import Any
 from fmp_core.errors import UserError
 from fmp_core.storage.files import make_folders
 
-LANDMARKS = ("defense/base.py", "utils/save_load_attack.py", "config/defense")
+DATASET_CODE = "utils/aggregate_block/dataset_and_transform_generate.py"
+LANDMARKS = ("defense/base.py", DATASET_CODE, "config/defense")
 OURS = (".git", "record", "data", "record_scripts")  # not linked into the workspace
 ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch
-DATASETS = ("cifar10", "cifar100", "gtsrb", "tiny", "mnist", "celeba", "imagenet")  # of BackdoorBench f02e353
-DATASET_CODE = "utils/aggregate_block/dataset_and_transform_generate.py"
 
 
 def find_checkout(path: str | Path) -> Path:
@@ -58,6 +57,11 @@ class Job:
     image_folders: tuple[PurePosixPath, ...]
     dataset_path: Path
     device: str
+
+    @property
+    def flags(self) -> list[str]:
+        """What every script of BackdoorBench is told of the record."""
+        return ["--dataset", self.dataset, "--model", self.model_name, "--device", self.device]
 
 
 def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_path: str | Path, device: str = "auto") -> Job:
@@ -97,11 +101,8 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
 
 def check_dataset(checkout: Path, name: str, dataset: str) -> None:
     """Raises UserError unless the checkout, perhaps a fork with datasets of its own, knows the record's dataset by name."""
-    code = checkout / DATASET_CODE
-    known = set(DATASETS)
-    if code.is_file():
-        text = code.read_text(encoding="utf-8", errors="replace")
-        known |= set(re.findall(r"""dataset_name == ["'](\w+)["']""", text))
+    code = (checkout / DATASET_CODE).read_text(encoding="utf-8", errors="replace")
+    known = set(re.findall(r"""dataset_name == ["'](\w+)["']""", code))
     if dataset not in known:
         raise UserError(
             f"BackdoorBench cannot use the record {name}: its dataset is {dataset}, and BackdoorBench knows "
@@ -127,7 +128,12 @@ def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
             if entry.name not in OURS:
                 (folder / entry.name).symlink_to(entry)
         _lay_out_record(job, folder, write_through)
-        _link(folder, _dataset_place(job.data_path), job.dataset_path / job.dataset)
+        if "data" not in job.data_path:
+            raise UserError(
+                f"The record's data_path {job.data_path!r} has no 'data' in it, so BackdoorBench cannot find the dataset."
+            )
+        place = PurePosixPath(job.data_path[job.data_path.index("data") :])  # what BackdoorBench keeps of it
+        _link(folder, place, job.dataset_path / job.dataset)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -162,25 +168,14 @@ def _image_folder(state: Any) -> PurePosixPath | None:
     return PurePosixPath(first["path"]).parent.parent if isinstance(first, Mapping) else None
 
 
-def _dataset_place(stored: str) -> PurePosixPath:
-    """BackdoorBench keeps of the stored path what follows its first ``data``."""
-    if "data" not in stored:
-        raise UserError(f"The record's data_path {stored!r} has no 'data' in it, so BackdoorBench cannot find the dataset.")
-    return PurePosixPath(stored[stored.index("data") :])
-
-
 def _link(folder: Path, place: PurePosixPath, target: Path) -> None:
     link = folder / place
     if link.exists():
         return
-    if ".." in place.parts or not link.parent.resolve().is_relative_to(folder) or not _makes_parents(link):
-        raise UserError(f"BackdoorBench would look for {target} at {place}, where nothing can be put.")
-    link.symlink_to(target)
-
-
-def _makes_parents(link: Path) -> bool:
     try:
+        if ".." in place.parts or not link.parent.resolve().is_relative_to(folder):
+            raise OSError
         link.parent.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return False
-    return True
+        raise UserError(f"BackdoorBench would look for {target} at {place}, where nothing can be put.") from None
+    link.symlink_to(target)
