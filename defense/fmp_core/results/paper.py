@@ -60,31 +60,29 @@ class Scale:
 
 
 _PAPER = {"model": "preactresnet18", "epochs": 100, "batch_size": 128, "lr": 0.01}
-SCALES = {
-    scale.name: scale
-    for scale in (
-        Scale("full", "the paper's: its datasets, PreActResNet18, 100 epochs of training (GTSRB 50)", record=_PAPER),
-        Scale(
-            "small",
-            "small: 2 attacks, 3 values, 10 epochs of training instead of 100 (50), 3 of repair instead of 10",
-            attacks=2,
-            values=3,
-            record={**_PAPER, "epochs": 10},
-            ours={"epochs": 3, "frg_samples": 8, "frequency_test": 0},
-            baseline_epochs=3,
-        ),
-        Scale(
-            "demo",
-            "demo: scikit-learn's digits and resnet18 instead of the paper's, 1 attack, 3 values, 3 epochs of repair",
-            attacks=1,
-            values=3,
-            dataset="digits",
-            record={"model": "resnet18", "epochs": 6},
-            ours={"epochs": 3, "frg_samples": 4, "batch_size": 16, "frequency_test": 0},
-            baseline_epochs=3,
-        ),
-    )
-}
+_SCALES = (
+    Scale("full", "the paper's: its datasets, PreActResNet18, 100 epochs of training (GTSRB 50)", record=_PAPER),
+    Scale(
+        "small",
+        "small: 2 attacks, 3 values, 10 epochs of training instead of 100 (50), 3 of repair instead of 10",
+        attacks=2,
+        values=3,
+        record={**_PAPER, "epochs": 10},
+        ours={"epochs": 3, "frg_samples": 8, "frequency_test": 0},
+        baseline_epochs=3,
+    ),
+    Scale(
+        "demo",
+        "demo: scikit-learn's digits and resnet18 instead of the paper's, 1 attack, 3 values, 3 epochs of repair",
+        attacks=1,
+        values=3,
+        dataset="digits",
+        record={"model": "resnet18", "epochs": 6},
+        ours={"epochs": 3, "frg_samples": 4, "batch_size": 16, "frequency_test": 0},
+        baseline_epochs=3,
+    ),
+)
+SCALES = {scale.name: scale for scale in _SCALES}
 
 
 def published(table: str) -> DataFrame:
@@ -104,26 +102,23 @@ def notes(table: str) -> list[str]:
 
 def scaled_rows(table: str, scale: Scale) -> DataFrame:
     """The published rows within the width of ``scale``; ``value`` is what the table varies, or the defense."""
-    rows = published(table)
+    rows, column = published(table), VARIED.get(table, "defense")
     rows = rows[rows["attack"] != AVERAGE]
-    column = VARIED.get(table, "defense")
-    rows = rows[rows["attack"].isin(list(dict.fromkeys(rows["attack"]))[: scale.attacks])]
+    rows = rows[rows["attack"].isin(rows["attack"].unique()[: scale.attacks])]
     if column != "defense":
-        rows = rows[rows[column].isin(_spread(list(dict.fromkeys(rows[column])), scale.values))]
+        rows = rows[rows[column].isin(_spread(rows[column].unique(), scale.values))]
     return rows.assign(value=rows[column].astype(str)).reset_index(drop=True)
 
 
 def _spread(values: Sequence[Any], count: int) -> list[Any]:
-    """``count`` of ``values``, evenly spread, both ends kept."""
-    if len(values) <= count:
-        return list(values)
+    """At most ``count`` of ``values``, evenly spread, both ends kept."""
+    count = min(count, len(values))
     return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
 
 
 def record_name(row: Any, scale: Scale) -> str:
     """``badnet_cifar10`` at full scale and 10 % poison; else with what differs."""
-    name = f"{row.attack}_{scale.dataset or row.dataset}"
-    name += "" if row.pratio == 0.1 else f"_{row.pratio:g}"
+    name = f"{row.attack}_{scale.dataset or row.dataset}" + ("" if row.pratio == 0.1 else f"_{row.pratio:g}")
     return name if scale.name == "full" else f"{name}_{scale.name}"
 
 
@@ -154,12 +149,11 @@ def sweep_content(tables: Sequence[str], scale: Scale, backdoorbench: str | None
         for row in scaled_rows(table, scale).itertuples():
             name = record_name(row, scale)
             flags: dict[str, Any] = {} if row.attack == "badnet" else {"attack": row.attack}  # make_record's default
-            flags |= {"dataset": scale.dataset or row.dataset, "pratio": float(str(row.pratio)), **scale.record}
+            flags |= {"dataset": scale.dataset or row.dataset, "pratio": row.pratio, **scale.record}
             if scale.name == "full" and row.dataset == "gtsrb":
                 flags["epochs"] = 50
             records[name] = name if name in existing else {"name": name, **flags}
-            entry = _defense_entry(row, scale, backdoorbench)
-            if entry:
+            if entry := _defense_entry(row, scale, backdoorbench):
                 defenses[defense_folder(row)] = entry
     return {
         "name": f"paper-{'-'.join(tables)}-{scale.name}",
@@ -173,11 +167,10 @@ def sweep_content(tables: Sequence[str], scale: Scale, backdoorbench: str | None
 def _defense_entry(row: Any, scale: Scale, backdoorbench: str | None) -> dict[str, Any] | None:
     if row.defense == "fmp":
         return {"defense": "fmp", "name": defense_folder(row), **{key: getattr(row, key) for key in USUAL}}
-    if row.defense == "ft" and backdoorbench is None:
-        return {"defense": "ft-only", "name": "ft"}
-    if row.defense not in BASELINES or backdoorbench is None:
+    if backdoorbench is None:
+        return {"defense": "ft-only", "name": "ft"} if row.defense == "ft" else None
+    if row.defense not in BASELINES:
         return None
-    flags = BASELINES[row.defense]
-    if scale.baseline_epochs:
-        flags = {key: scale.baseline_epochs if key.endswith("epochs") else value for key, value in flags.items()}
+    epochs = scale.baseline_epochs
+    flags = {key: epochs if epochs and key.endswith("epochs") else value for key, value in BASELINES[row.defense].items()}
     return {"defense": row.defense, **flags}

@@ -42,18 +42,16 @@ def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
         line: dict[str, Any] = {"attack": row.attack, "value": row.value, "defense": row.defense}
         line["origin"] = ", ".join(sorted(set(results["origin"])))
         for metric in METRICS:
-            line[f"ours_{metric}"] = 100 * results[metric].mean() if len(results) else None
+            line[f"ours_{metric}"] = 100 * float(results[metric].mean())
             line[f"published_{metric}"] = 100 * getattr(row, metric)
         rows.append(line)
     result = pd.DataFrame(rows)
     if result["attack"].nunique() > 1:
         figures = [f"{who}_{metric}" for who in ("ours", "published") for metric in METRICS]
-        result[figures] = result[figures].astype(float)
         average = result.groupby(["value", "defense"], sort=False)[figures].agg(lambda x: x.mean(skipna=False)).reset_index()
         result = pd.concat([result, average.assign(attack=AVERAGE)], ignore_index=True)
     for metric in METRICS:
-        ours = pd.to_numeric(result[f"ours_{metric}"])
-        result[f"difference_{metric}"] = ours - result[f"published_{metric}"]
+        result[f"difference_{metric}"] = result[f"ours_{metric}"] - result[f"published_{metric}"]
     return result
 
 
@@ -71,7 +69,8 @@ def comparison_text(
         value = f"{100 * float(row['value']):g} %" if heads[1] in ("pratio", "ratio") else row["value"]
         if row["defense"] in NOT_RUNNABLE:
             value += " (published only)"
-        cells = [_percent(row[f"{who}_{metric}"], who) for metric in METRICS for who in ("ours", "published", "difference")]
+        figures = [(who, row[f"{who}_{metric}"]) for metric in METRICS for who in ("ours", "published", "difference")]
+        cells = ["-" if pd.isna(x) else f"{x:+.2f}" if who == "difference" else f"{x:.2f}" for who, x in figures]
         lines.append([ATTACK_TITLES.get(row["attack"], row["attack"]), value, *cells])
     says = [f"Table {table}. Ours was run at this scale: {scale.says}. Published: FMP paper, ICLR 2024. Percent."]
     if scale.name != "full":
@@ -91,12 +90,11 @@ def _not_run(table: str, compared: pd.DataFrame, backdoorbench: bool) -> Iterato
     own = compared[(compared["attack"] != AVERAGE) & ~compared["defense"].isin(NOT_RUNNABLE)]
     left_out: list[str] = []
     missing: list[str] = []
-    for (defense, value), rows in own.groupby(["defense", "value"], sort=False):
-        absent = rows[rows["ours_test_acc"].isna()]
-        name = "the attacked model" if defense == "no defense" else str(defense)
+    for (defense, value), rows in own.groupby(["defense", "value"], sort=False):  # type: ignore[misc]
+        absent = rows.loc[rows["ours_test_acc"].isna(), "attack"]
+        name = "the attacked model" if defense == "no defense" else defense
         name += f" at {VARIED[table]} {value}" if table in VARIED else ""
-        if len(absent) < len(rows):
-            name += f" ({', '.join(ATTACK_TITLES.get(attack, attack) for attack in absent['attack'])})"
+        name += f" ({', '.join(ATTACK_TITLES[attack] for attack in absent)})" if len(absent) < len(rows) else ""
         if len(absent):
             (left_out if defense in BB_ONLY and not backdoorbench else missing).append(name)
     if left_out:
@@ -105,10 +103,6 @@ def _not_run(table: str, compared: pd.DataFrame, backdoorbench: bool) -> Iterato
         yield f"Without a result: {', '.join(missing)}; not run yet, or failed."
     if "ours" in set(own.loc[own["defense"] == "ft", "origin"]):
         yield "The row ft is this project's ft-only (fine-tuning without pruning), not BackdoorBench's."
-
-
-def _percent(value: Any, who: str) -> str:
-    return "-" if value is None or value != value else f"{value:+.2f}" if who == "difference" else f"{value:.2f}"
 
 
 def draw_figure(path: Path, number: str, scale: Scale, compared: pd.DataFrame) -> None:
@@ -121,8 +115,7 @@ def draw_figure(path: Path, number: str, scale: Scale, compared: pd.DataFrame) -
         part = compared[compared["attack"] == attacks[panel]]
         ticks = range(len(part))
         for colour, metric in zip(colours, METRICS, strict=False):
-            ours = pd.to_numeric(part[f"ours_{metric}"])
-            axes.plot(ticks, ours, "o-", color=colour, label=f"{HEADLINES[metric]} ours")
+            axes.plot(ticks, part[f"ours_{metric}"], "o-", color=colour, label=f"{HEADLINES[metric]} ours")
             axes.plot(ticks, part[f"published_{metric}"], "x--", color=colour, label=f"{HEADLINES[metric]} published")
         axes.set_xticks(ticks, list(part["value"]))
         axes.set(title=ATTACK_TITLES[attacks[panel]], xlabel=VARIED[table], ylim=(-3, 103))
