@@ -17,7 +17,7 @@ from fmp_core.data.clean_subset import choose_subset
 from fmp_core.data.images import read_images
 from fmp_core.data.write_record import write_attack_record
 from fmp_core.errors import UserError
-from fmp_core.settings import read_yaml
+from fmp_core.settings import Settings, load_settings
 from fmp_core.storage.torch_file import load_torch_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -134,7 +134,7 @@ def test_any_damage_to_an_image_is_refused_or_harmless(form: str, tmp_path: Path
 def test_any_text_is_settings_or_refused(text: str, tmp_path: Path):
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
     try:
-        assert isinstance(read_yaml(tmp_path / "a.yaml"), dict)
+        assert isinstance(load_settings({"yaml_path": str(tmp_path / "a.yaml")}), Settings)
     except UserError as error:
         say(error)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from fmp_core.errors import UserError
+from fmp_core.fields import parse_value
 from fmp_core.settings import (
     FIELDS,
     PROJECT,
@@ -20,8 +21,6 @@ from fmp_core.settings import (
     find_config,
     groups,
     load_settings,
-    parse_value,
-    read_yaml,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -127,7 +126,7 @@ def test_config_yaml_states_the_defaults():
     content = yaml.safe_load((PROJECT / "config/defense/fmp/config.yaml").read_text())
     assert {"p", "eps", "frg_steps", "ratio", "epochs", "lr", "scope"} <= set(content)
     for key, value in content.items():
-        stated = None if value is None else parse_value(key, value, key)
+        stated = None if value is None else parse_value(Settings, key, value, key)
         assert stated == FIELDS[key].default, key
 
 
@@ -182,7 +181,7 @@ def test_an_impossible_value_is_refused_by_flag_or_by_key_and_file(key: str, val
     assert f"--{key} is {value!r}, but must be " in str(caught.value)
     path = settings_file(tmp_path, **{key: value})
     with pytest.raises(UserError) as caught:
-        read_yaml(Path(path))
+        load_settings({"yaml_path": path})
     assert f"{path}: {key} is {value!r}, but must be " in str(caught.value)
 
 
@@ -210,7 +209,7 @@ def test_a_file_that_holds_no_settings_is_refused_in_one_line(content: bytes, sa
     path = tmp_path / "broken.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError, match=says) as caught:
-        read_yaml(path)
+        load_settings({"yaml_path": str(path)})
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 

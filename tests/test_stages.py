@@ -7,7 +7,6 @@ from fmp_core.settings import (
     PRESETS,
     Settings,
     Stage,
-    deciding_fine_tuning,
     deciding_inversion,
     deciding_ranking,
     deciding_result,
@@ -26,7 +25,7 @@ def test_every_setting_says_what_it_touches():
 def test_what_is_not_asked_of_the_numbers_decides_nothing():
     free = {"wait", "report", "tensorboard", "log", "log_level", "quiet", "save_folder", "defense_name", "fresh", "preset"}
     free |= {"frequency_save", "checkpoint_save", "chunk", "memory", "record_root", "dataset_path", "num_workers", "pin_memory"}
-    assert not free & {*deciding_result(), *deciding_fine_tuning(), *deciding_ranking(Settings()), *deciding_inversion()}
+    assert not free & {*deciding_result(), *deciding_ranking(Settings()), *deciding_inversion()}
 
 
 def test_scores_depend_on_what_ranking_sees():
@@ -40,7 +39,7 @@ def test_inverted_triggers_depend_on_what_the_search_sees():
     assert set(deciding_inversion()) == {"ratio", "index", "random_seed", "mean", "std", "dtype"}
 
 
-def test_the_state_of_fine_tuning_depends_on_all_that_made_it():
+def test_results_and_the_state_of_fine_tuning_depend_on_all_that_made_them():
     state = {
         "eps",
         "p",
@@ -55,7 +54,7 @@ def test_the_state_of_fine_tuning_depends_on_all_that_made_it():
         "frequency_test",
         "test_images",
     }
-    assert state <= set(deciding_fine_tuning())
+    assert state <= set(deciding_result())
 
 
 def test_what_a_preset_sets_decides():

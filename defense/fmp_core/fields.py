@@ -1,16 +1,12 @@
 """Declared settings: a dataclass whose fields know how their values are read, which ranges they have and what they mean.
 
-:class:`~fmp_core.settings.Settings` (``fmp.py``), ``AttackSettings`` (``make_record.py``) and ``Sweep`` (a sweep file) are such
-classes. A field is declared with :func:`setting`; its value is read from a flag (:func:`add_flags`, then :func:`parse_flags`)
-or from a YAML file (:func:`read_yaml_mapping`, then :func:`parse_mapping`), and wrong values end in one sentence::
+A field is declared with :func:`setting`. Its value is read from a flag (:func:`add_flags`, then :func:`parse_flags`) or from a
+YAML file (:func:`read_yaml_mapping`, then :func:`parse_mapping`), and a wrong one ends in one sentence::
 
     @dataclasses.dataclass(frozen=True)
     class Sweep:
         records: Sequence[Any] = setting(REQUIRED, list_of(ANYTHING), "names of records, or flags of make_record.py")
         workers: int = setting(1, integer(1), "jobs at once on the CPU")
-        slurm: Mapping[str, Any] = setting(dict, mapping("partition", "time"), "what sbatch is asked for")
-
-    Sweep(**parse_mapping(Sweep, read_yaml_mapping(path, "Sweep file"), f"Sweep file {path}"))
 """
 
 from __future__ import annotations
@@ -21,12 +17,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from fmp_core.errors import UserError
 
+T = TypeVar("T")
 LARGEST_YAML = 2**18  # bytes; ours have 3000
 REQUIRED = dataclasses.MISSING  # the default of a setting that has none
 
@@ -36,77 +33,61 @@ class Kind:
     """How text or a YAML value is read.
 
     Args:
-        parse: raises ValueError, TypeError, ZeroDivisionError or OverflowError on an impossible value.
+        parse: raises ValueError, TypeError, ArithmeticError or LookupError on an impossible value.
         expects: what is possible, as it ends the sentence "--eps is 7, but must be ...".
-        metavar: what stands for the value in ``--help``.
+        metavar: what stands for the value in ``--help``; default: the last word of the setting's name.
         boolean: a flag without a value means True.
     """
 
     parse: Callable[[Any], Any]
     expects: str
-    metavar: str
+    metavar: str = ""
     boolean: bool = False
+
+
+def _checked(value: T, fits: bool) -> T:
+    if not fits:
+        raise ValueError
+    return value
 
 
 def integer(low: int, high: int | None = None, metavar: str = "N") -> Kind:
     """A whole number in [low, high]."""
 
     def parse(value: Any) -> int:
-        if isinstance(value, bool) or int(str(value)) < low or (high is not None and int(str(value)) > high):
-            raise ValueError
-        return int(str(value))
+        result = int(str(value))
+        return _checked(result, low <= result and (high is None or result <= high))
 
     return Kind(parse, f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}"), metavar)
 
 
-def number(low: float, high: float = float("inf"), *, above: bool = False, metavar: str = "X") -> Kind:
+def number(low: float, high: float = math.inf, *, above: bool = False, metavar: str = "") -> Kind:
     """A finite number in [low, high], or ]low, high] with ``above``; fractions such as ``1/255`` are welcome."""
 
     def parse(value: Any) -> float:
-        if isinstance(value, bool):
-            raise ValueError
         numerator, _, denominator = str(value).partition("/")
         result = float(numerator) / float(denominator or 1)
-        if not math.isfinite(result) or not (low < result if above else low <= result) or result > high:
-            raise ValueError
-        return result
+        return _checked(result, math.isfinite(result) and (low < result if above else low <= result) and result <= high)
 
     bound = f"above {low:g}" if above else f"of at least {low:g}"
-    return Kind(parse, f"a number {bound}" + (f" and at most {high:g}" if high < float("inf") else ""), metavar)
+    return Kind(parse, f"a number {bound}" + (f" and at most {high:g}" if high < math.inf else ""), metavar)
 
 
 def choice(*names: str) -> Kind:
     """One of ``names``."""
-
-    def parse(value: Any) -> str:
-        if value not in names:
-            raise ValueError
-        return str(value)
-
     expects = "one of " + ", ".join(names) if len(names) > 1 else names[0]
-    return Kind(parse, expects, "{" + ",".join(names) + "}")
+    return Kind(lambda value: _checked(str(value), value in names), expects, "{" + ",".join(names) + "}")
 
 
 def text(metavar: str = "TEXT") -> Kind:
     """A text that is not empty; ``metavar`` FILE or FOLDER: a path."""
-
-    def parse(value: Any) -> str:
-        if not isinstance(value, (str, Path)) or not str(value):
-            raise ValueError
-        return str(value)
-
-    return Kind(parse, {"FILE": "the path of a file", "FOLDER": "the path of a folder"}.get(metavar, "a text"), metavar)
+    expects = {"FILE": "the path of a file", "FOLDER": "the path of a folder"}.get(metavar, "a text")
+    return Kind(lambda value: _checked(str(value), isinstance(value, (str, Path)) and bool(str(value))), expects, metavar)
 
 
 def pattern(expression: str, expects: str, metavar: str = "NAME") -> Kind:
     """A text that the regular expression matches as a whole."""
-
-    def parse(value: Any) -> str:
-        if not re.fullmatch(expression, str(value)):
-            raise ValueError
-        return str(value)
-
-    return Kind(parse, expects, metavar)
+    return Kind(lambda value: _checked(str(value), bool(re.fullmatch(expression, str(value)))), expects, metavar)
 
 
 def or_word(kind: Kind, word: str) -> Kind:
@@ -119,9 +100,7 @@ def numbers(kind: Kind, expects: str, metavar: str, lengths: Sequence[int] = ())
 
     def parse(value: Any) -> tuple[Any, ...]:
         parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
-        if lengths and len(parts) not in lengths:
-            raise ValueError
-        return tuple(kind.parse(part) for part in parts)
+        return tuple(kind.parse(part) for part in _checked(parts, not lengths or len(parts) in lengths))
 
     return Kind(parse, expects, metavar)
 
@@ -130,33 +109,24 @@ def list_of(kind: Kind, expects: str = "a list with at least one entry") -> Kind
     """A YAML list that is not empty."""
 
     def parse(value: Any) -> list[Any]:
-        if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-            raise ValueError
-        return [kind.parse(entry) for entry in value]
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        return [kind.parse(entry) for entry in _checked(value, is_list and len(value) > 0)]
 
-    return Kind(parse, expects, "LIST")
+    return Kind(parse, expects)
 
 
 def mapping(*keys: str) -> Kind:
     """A YAML mapping; ``keys``: those it may have, if not any."""
 
     def parse(value: Any) -> dict[str, Any]:
-        if not isinstance(value, Mapping) or (keys and not set(value) <= set(keys)):
-            raise ValueError
-        return dict(value)
+        return dict(_checked(value, isinstance(value, Mapping) and (not keys or set(value) <= set(keys))))
 
-    return Kind(parse, "'key: value' lines" + (f" with the keys {', '.join(keys)}" if keys else ""), "MAPPING")
+    return Kind(parse, "'key: value' lines" + (f" with the keys {', '.join(keys)}" if keys else ""))
 
 
-def _parse_boolean(value: Any) -> bool:
-    lower = str(value).lower()
-    if lower not in ("true", "false", "1", "0"):
-        raise ValueError
-    return lower in ("true", "1")
-
-
-BOOLEAN = Kind(_parse_boolean, "True or False", "BOOL", boolean=True)
-ANYTHING = Kind(lambda value: value, "anything", "VALUE")
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+BOOLEAN = Kind(lambda value: _BOOLEANS[str(value).lower()], "True or False", "BOOL", boolean=True)
+ANYTHING = Kind(lambda value: value, "anything")
 NAME = pattern(r"[A-Za-z0-9_][A-Za-z0-9._=-]{0,99}", "a folder name of letters, digits, '.', '_', '=' and '-'")
 
 
@@ -167,10 +137,10 @@ def setting(default: Any, kind: Kind, help: str, short: str | None = None, **tag
         default: a value, a class that makes one (``dict``), or REQUIRED.
         help: what it is, for ``--help`` and docs/flags.md, without the default.
         short: a second, short flag.
-        tags: kept in the field's metadata beside these; ``shown``: the default as help writes it.
+        tags: kept in the field's metadata; ``shown``: the default as help writes it.
     """
     metadata = {"kind": kind, "help": help, "short": short, **tags}
-    if isinstance(default, type) and default is not REQUIRED:
+    if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -181,15 +151,11 @@ def fields_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def parse_value(cls: type, name: str, value: Any, source: str) -> Any:
-    """One value of the setting ``name``.
-
-    Raises:
-        UserError: the value is impossible; names ``source`` (a flag, or a file and key).
-    """
+    """One value of the setting ``name``. Raises UserError, beginning with ``source`` (flag, or file and key), if impossible."""
     kind = fields_of(cls)[name].metadata["kind"]
     try:
         return kind.parse(value)
-    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
+    except (ValueError, TypeError, ArithmeticError, LookupError):
         raise UserError(f"{source} is {value!r}, but must be {kind.expects}.") from None
 
 
@@ -202,8 +168,7 @@ def parse_flags(cls: type, flags: Mapping[str, Any]) -> dict[str, Any]:
 def parse_mapping(cls: type, content: Mapping[Any, Any], source: str) -> dict[str, Any]:
     """The settings that a YAML file holds; blank values are left out, as BackdoorBench does.
 
-    Raises:
-        UserError: an unknown key, an impossible value, or a missing one; begins with ``source``, such as "Sweep file x.yaml".
+    Raises UserError, beginning with ``source`` ("Sweep file x.yaml"), at an unknown key, an impossible value or a missing one.
     """
     fields = fields_of(cls)
     for key in content:
@@ -211,7 +176,7 @@ def parse_mapping(cls: type, content: Mapping[Any, Any], source: str) -> dict[st
             raise UserError(f"{source} has the unknown key {key!r}; known keys: {', '.join(fields)}.")
     values = {key: parse_value(cls, key, value, f"{source}: {key}") for key, value in content.items() if value is not None}
     for name, field in fields.items():
-        if field.default is REQUIRED and field.default_factory is REQUIRED and name not in values:
+        if field.default is field.default_factory is REQUIRED and name not in values:
             raise UserError(f"{source} has no {name}, which must be {field.metadata['kind'].expects}.")
     return values
 
@@ -228,8 +193,7 @@ class _PlainLoader(yaml.SafeLoader):
 def read_yaml_mapping(path: Path, what: str) -> Mapping[Any, Any]:
     """The mapping a YAML file holds; empty if the file is.
 
-    Raises:
-        UserError: not readable YAML, larger than 256 KiB, or not a mapping; begins with ``what``, such as "Sweep file".
+    Raises UserError, beginning with ``what`` ("Sweep file"), if it is not readable YAML, larger than 256 KiB, or no mapping.
     """
     try:
         if path.stat().st_size > LARGEST_YAML:
@@ -267,11 +231,7 @@ def add_flags(
 
     All default to None, so that a value from elsewhere is overridden only by a flag that is given; values stay text and are
     read by :func:`parse_flags`, so that a bad flag and a bad YAML key read alike. A bare boolean flag means True, and
-    BackdoorBench's ``--amp True`` works too.
-
-    Args:
-        helps: used instead of the fields' own words.
-        defaults: whether to tell the fields' defaults.
+    BackdoorBench's ``--amp True`` works too. ``helps`` replaces the fields' own words; ``defaults``: whether to tell them.
     """
     fields = fields_of(cls)
     for name in fields if names is None else names:
@@ -280,8 +240,8 @@ def add_flags(
         words += f" (default {default})" if default and defaults else ""
         short = [about["short"]] if about["short"] else []
         bare: dict[str, Any] = {"nargs": "?", "const": "True"} if about["kind"].boolean else {}
-        words = words.replace("%", "%%")
-        parser.add_argument(*short, f"--{name}", default=None, metavar=about["kind"].metavar, help=words, **bare)
+        metavar = about["kind"].metavar or name.rpartition("_")[2].upper()
+        parser.add_argument(*short, f"--{name}", default=None, metavar=metavar, help=words.replace("%", "%%"), **bare)
 
 
 def markdown(cls: type, names: Iterable[str]) -> str:

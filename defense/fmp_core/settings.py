@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fmp_core import fields
 from fmp_core.errors import UserError
-from fmp_core.fields import BOOLEAN, NAME, Kind, choice, integer, number, numbers, or_word, setting, text
+from fmp_core.fields import BOOLEAN, NAME, choice, integer, number, numbers, or_word, setting, text
 
 DEFAULT_YAML = "./config/defense/fmp/config.yaml"
 PROJECT = Path(__file__).resolve().parents[2]  # holds config/, in a BackdoorBench checkout too
@@ -34,28 +34,29 @@ class Stage(enum.Enum):
     NO_EFFECT = "flags of BackdoorBench without effect"
 
 
-def _setting(
-    stages: Stage | tuple[Stage, ...], default: Any, kind: Kind, help: str, *, decides: bool = True, **more: Any
-) -> Any:
-    """A field and its tag: the stages it touches, and whether it ``decides`` what comes of them (or only where and how)."""
-    return setting(default, kind, help, stages=stages if isinstance(stages, tuple) else (stages,), decides=decides, **more)
+def _tagged(*stages: Stage, decides: bool = True, **fixed: Any) -> Callable[..., Any]:
+    """Declares fields with their tag: the stages they touch, and whether they ``decide`` what comes of them (or only how)."""
+    return partial(setting, stages=stages, decides=decides, **fixed)
 
 
-_place = partial(_setting, Stage.NAMING, decides=False)
-_run = partial(_setting, Stage.RUN, decides=False)
-_loading = partial(_setting, Stage.LOADING)
-_ranking = partial(_setting, Stage.RANKING)
-_choosing = partial(_setting, Stage.CHOOSING)
-_tuning = partial(_setting, Stage.FINE_TUNING)
-_training = partial(_setting, (Stage.FINE_TUNING, Stage.TRAINING))
-_testing = partial(_setting, Stage.TESTING)
-_output = partial(_setting, Stage.OUTPUT, decides=False)
-_no_effect = partial(_setting, Stage.NO_EFFECT, help="no effect; accepted because BackdoorBench has it", decides=False)
+_place = _tagged(Stage.NAMING, decides=False)
+_run = _tagged(Stage.RUN, decides=False)
+_device = _tagged(Stage.RUN, Stage.TRAINING, decides=False)
+_loading = _tagged(Stage.LOADING)
+_seeded = _tagged(Stage.LOADING, Stage.RANKING, Stage.INVERSION, Stage.FINE_TUNING, Stage.TRAINING)
+_ranking = _tagged(Stage.RANKING)
+_rank_or_invert = _tagged(Stage.RANKING, Stage.INVERSION)
+_choosing = _tagged(Stage.CHOOSING)
+_tuning = _tagged(Stage.FINE_TUNING)
+_training = _tagged(Stage.FINE_TUNING, Stage.TRAINING)
+_batch = _tagged(Stage.FINE_TUNING, Stage.TRAINING, Stage.TESTING)
+_testing = _tagged(Stage.TESTING)
+_output = _tagged(Stage.OUTPUT, decides=False)
+_no_effect = _tagged(Stage.NO_EFFECT, help="no effect; accepted because BackdoorBench has it", decides=False)
 
 _FOLDER = text("FOLDER")
 _STATISTIC = "one or three numbers of images in [0,1], such as 0.5 or 0.49,0.48,0.45"
 _CHECKED = "checked against the record"
-_SEEDED = (Stage.LOADING, Stage.RANKING, Stage.INVERSION, Stage.FINE_TUNING, Stage.TRAINING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +79,7 @@ class Settings:
 
     # Does not decide: what it sets, does.
     preset: str = _run("paper", choice("paper", "strong"), "strong: see docs/method.md; single flags override what it sets")
-    device: str = _setting(
-        (Stage.RUN, Stage.TRAINING),
-        "auto",
-        text("DEVICE"),
-        "auto (CUDA where there is one), cpu, cuda, cuda:0 or cuda:0,1",
-        decides=False,
-    )
+    device: str = _device("auto", text("DEVICE"), "auto (CUDA where there is one), cpu, cuda, cuda:0 or cuda:0,1")
     fresh: bool = _run(False, BOOLEAN, "use neither cached scores nor the state of an interrupted run")
     wait: bool = _run(False, BOOLEAN, "wait while another run works in the same result folder, instead of ending")
 
@@ -101,35 +96,26 @@ class Settings:
         numbers(number(0, above=True), _STATISTIC + ", above 0", "STD", lengths=(1, 3)),
         "standard deviation that it divides by; goes with --mean (default: the dataset's)",
     )
-    ratio: float = _loading(0.1, number(0, 1, above=True, metavar="RATIO"), "share of the clean training set the defender owns")
+    ratio: float = _loading(0.1, number(0, 1, above=True), "share of the clean training set the defender owns")
     index: str | None = _loading(None, text("FILE"), "text file of clean-training-set indices to use instead of --ratio")
-    random_seed: int = _setting(
-        _SEEDED, 0, integer(0, 2**32 - 1, metavar="SEED"), "seed of the clean subset, the FRG noise and fine-tuning"
-    )
+    random_seed: int = _seeded(0, integer(0, 2**32 - 1, "SEED"), "seed of the clean subset, the FRG noise and fine-tuning")
 
-    eps: float = _ranking(
-        1 / 255, number(0, 1, above=True, metavar="EPS"), "perturbation bound in pixel space [0,1]", shown="1/255"
-    )
+    eps: float = _ranking(1 / 255, number(0, 1, above=True), "perturbation bound in pixel space [0,1]", shown="1/255")
     frg_steps: int = _ranking(1, integer(1), "gradient steps; 1 is Algorithm 1 of the paper")
-    alpha: float | None = _ranking(
-        None, number(0, 1, above=True, metavar="ALPHA"), "step size if there are several (default 2.5*eps/frg_steps)"
-    )
+    alpha: float | None = _ranking(None, number(0, 1, above=True), "step size if there are several (default 2.5*eps/frg_steps)")
     frg_samples: int | str = _ranking(32, or_word(integer(1), "all"), "clean images each feature map is scored on")
     ranking: str = _ranking(
         "exact",
         choice("exact", "racing"),
         "score every feature map on every image, or drop early those that will not be chosen",
     )
-    dtype: str = _setting(
-        (Stage.RANKING, Stage.INVERSION),
+    dtype: str = _rank_or_invert(
         "fp32",
         choice("fp32", "bf16", "auto"),
         "precision of ranking and trigger inversion; auto: bf16 where the hardware has it",
     )
     chunk: int | str = _ranking("auto", or_word(integer(1), "auto"), "images per batch of ranking", decides=False)
-    memory: int | None = _ranking(
-        None, integer(64, metavar="MIB"), "MiB that ranking may keep; lowers the chunk", decides=False
-    )
+    memory: int | None = _ranking(None, integer(64, None, "MIB"), "MiB that ranking may keep; lowers the chunk", decides=False)
 
     selection: str = _choosing(
         "frg",
@@ -146,10 +132,8 @@ class Settings:
     unlearn: bool = _tuning(False, BOOLEAN, "with --selection trigger: train on images with inverted triggers, too")
     distill: float = _tuning(0.0, number(0, metavar="WEIGHT"), "weight of keeping the attacked model's outputs on clean images")
     epochs: int = _training(10, integer(0), "fine-tuning epochs; 0 prunes and evaluates only")
-    batch_size: int = _setting(
-        (Stage.FINE_TUNING, Stage.TRAINING, Stage.TESTING), 256, integer(2), "batch size of fine-tuning and testing"
-    )
-    lr: float = _training(0.01, number(0, above=True, metavar="LR"), "learning rate")
+    batch_size: int = _batch(256, integer(2), "batch size of fine-tuning and testing")
+    lr: float = _training(0.01, number(0, above=True), "learning rate")
     lr_scheduler: str = _training(
         "CosineAnnealingLR",
         choice("CosineAnnealingLR", "StepLR", "MultiStepLR", "ReduceLROnPlateau"),
@@ -160,8 +144,8 @@ class Settings:
     steplr_milestones: tuple[int, ...] = _training(
         (5, 8), numbers(integer(1), "epochs separated by commas, such as 5,8", "N,N"), "MultiStepLR: epochs of the steps"
     )
-    sgd_momentum: float = _training(0.9, number(0, 1, metavar="MOMENTUM"), "momentum of SGD")
-    wd: float = _training(5e-4, number(0, metavar="WD"), "weight decay of SGD")
+    sgd_momentum: float = _training(0.9, number(0, 1), "momentum of SGD")
+    wd: float = _training(5e-4, number(0), "weight decay of SGD")
     amp: bool = _training(True, BOOLEAN, "train under bfloat16 autocast where the device has it in hardware")
     client_optimizer: str = _tuning("sgd", choice("sgd"), "optimizer of fine-tuning")
 
@@ -199,7 +183,7 @@ def names(*stages: Stage, decides: bool = True) -> tuple[str, ...]:
 
 
 def deciding_result() -> tuple[str, ...]:
-    """The settings that a run's numbers depend on; any other may change without making a result stale."""
+    """The settings that a run's numbers, and the state of an unfinished one, depend on; any other may change."""
     return names(*Stage)
 
 
@@ -212,11 +196,6 @@ def deciding_ranking(settings: Settings) -> tuple[str, ...]:
 def deciding_inversion() -> tuple[str, ...]:
     """The settings that inverted triggers depend on: runs alike in these (and in the record) search once."""
     return names(Stage.LOADING, Stage.INVERSION)
-
-
-def deciding_fine_tuning() -> tuple[str, ...]:
-    """The settings that the state of an interrupted fine-tuning depends on: the model it began with, each step, each test."""
-    return deciding_result()
 
 
 def training_settings() -> tuple[str, ...]:
@@ -251,18 +230,10 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def parse_value(name: str, value: Any, source: str) -> Any:
-    """One setting of :class:`Settings`. Raises UserError, naming ``source``, if it is impossible."""
-    return fields.parse_value(Settings, name, value, source)
-
-
 def find_config(path: str) -> Path | None:
-    """The settings file ``path``, from the current folder or else from beside the script.
+    """The settings file ``path``, from the current folder or else from beside the script; UserError if it is in neither.
 
-    None if that is the default one and in neither place, as where the package is installed: it states the defaults.
-
-    Raises:
-        UserError: another one is in neither place.
+    The default one, which states the defaults, may be missing (None), as where the package is installed.
     """
     for candidate in (Path(path), PROJECT / path):
         if candidate.is_file():
@@ -270,15 +241,6 @@ def find_config(path: str) -> Path | None:
     if path == DEFAULT_YAML:
         return None
     raise UserError(f"--yaml_path {path} does not exist, neither in {Path.cwd()} nor in {PROJECT}.")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file; blank values are left out, as BackdoorBench does.
-
-    Raises:
-        UserError: not readable YAML, not a mapping, an unknown key or an impossible value.
-    """
-    return fields.parse_mapping(Settings, fields.read_yaml_mapping(path, "Settings file"), f"Settings file {path}")
 
 
 def load_settings(flags: Mapping[str, Any]) -> Settings:
@@ -291,7 +253,8 @@ def load_settings(flags: Mapping[str, Any]) -> Settings:
         if key not in FIELDS and key != "yaml_path" and flags[key] is not None:
             raise UserError(f"{key!r} is not a setting of FMP; known settings: {', '.join(FIELDS)}.")
     path = find_config(str(flags.get("yaml_path") or DEFAULT_YAML))
-    values = read_yaml(path) if path else {}
+    about = f"Settings file {path}"
+    values = fields.parse_mapping(Settings, fields.read_yaml_mapping(path, "Settings file"), about) if path else {}
     chosen = fields.parse_flags(Settings, flags)
     values |= PRESETS[chosen.get("preset") or values.get("preset") or "paper"] | chosen
     settings = Settings(**values)

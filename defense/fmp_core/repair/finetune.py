@@ -16,7 +16,7 @@ from fmp_core.repair.distillation import Teacher
 from fmp_core.repair.unlearning import Unlearning
 from fmp_core.selection.choice import Selection
 from fmp_core.selection.select import trigger_search
-from fmp_core.settings import Settings, deciding_fine_tuning
+from fmp_core.settings import Settings, deciding_result
 from fmp_core.storage.checkpoint import Checkpoint, content_key
 from fmp_core.system.devices import Device
 from fmp_core.system.progress import Progress
@@ -126,7 +126,7 @@ class FineTuning:
     def _checkpoint(self) -> Checkpoint:
         """The state of fine-tuning after its last whole epoch."""
         defender = self.defender
-        made_with = {name: str(getattr(self.settings, name)) for name in deciding_fine_tuning()}
+        made_with = {name: str(getattr(self.settings, name)) for name in deciding_result()}
         pruned = content_key(defender.model.state_dict(), defender.images, defender.labels, {"by": str(self.device)})
         checkpoint = Checkpoint(self._path, {**made_with, "digest of model, images and versions": pruned[:16]})
         if self.settings.fresh:
