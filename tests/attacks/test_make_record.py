@@ -86,7 +86,7 @@ def test_what_lies_in_the_record_is_what_the_model_was_trained_on(
     real = making.train_attacked_model
 
     def spy(model: Any, training: Any, *more: Any) -> Any:
-        seen.update(vars(training))
+        seen.update(training._asdict())
         return real(model, training, *more)
 
     monkeypatch.setattr(making, "train_attacked_model", spy)

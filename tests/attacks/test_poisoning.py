@@ -13,10 +13,12 @@ from fmp_core.attacks.settings import AttackSettings
 from fmp_core.attacks.trigger_files import read_trigger
 from fmp_core.data.datasets import Split
 from fmp_core.errors import UserError
+from fmp_core.fields import parse_flags
 from PIL import Image
 
 SIZE = (8, 8, 3)
 LABELS = torch.arange(40) % 4
+ALL = range(40)  # positions of the training images
 
 
 def split(count: int = 40) -> Split:
@@ -25,13 +27,13 @@ def split(count: int = 40) -> Split:
 
 
 def attack(name: str = "badnet", **changes: Any) -> AttackSettings:
-    settings = AttackSettings(attack=name, **{"patch_size": 2, **changes})
+    settings = AttackSettings(**parse_flags(AttackSettings, {"attack": name, "patch_size": 2, **changes}))
     settings.check(4)
     return settings
 
 
 def made(seed: int = 0, **changes: Any) -> Poison:
-    return poison(split(), split(12), attack(**changes), SIZE, 4, seed)
+    return poison(split(), split(12), attack(**changes), SIZE, 4, seed, ALL)
 
 
 def test_all2one_poisons_any_class_and_tests_all_but_the_target():
@@ -56,15 +58,15 @@ def test_clean_label_poison_comes_from_the_target_class_only():
     assert len(result.train.indices) == 4  # the ratio is of the whole set
     assert set(result.train.original) == set(result.train.targets) == {2}
     assert set(result.test.original) == {0, 1, 3} and set(result.test.targets) == {2}
-    whole_class = choose_train(LABELS, attack("sig", pratio=0.25, attack_target=2), 0)
+    whole_class = choose_train(LABELS, attack("sig", pratio=0.25, attack_target=2), 0, ALL)
     assert whole_class == [i for i in range(40) if i % 4 == 2]
     with pytest.raises(UserError, match=r"asks for 12 of 10; at most 0\.25 is possible"):
-        choose_train(LABELS, attack("sig", pratio=0.3, attack_target=2), 0)
+        choose_train(LABELS, attack("sig", pratio=0.3, attack_target=2), 0, ALL)
 
 
 @pytest.mark.parametrize(("pratio", "count"), [(0.0, 0), (0.1, 4), (0.06, 2), (0.99, 40), (1.0, 40)])
 def test_the_count_is_rounded_as_backdoorbench_does(pratio: float, count: int):
-    assert len(choose_train(LABELS, attack(pratio=pratio), 0)) == count
+    assert len(choose_train(LABELS, attack(pratio=pratio), 0, ALL)) == count
 
 
 def test_a_limited_training_set_is_drawn_and_poisoned_by_its_own_size():
@@ -80,7 +82,7 @@ def test_a_limited_training_set_is_drawn_and_poisoned_by_its_own_size():
 
 def test_a_ratio_of_no_image_is_refused():
     with pytest.raises(UserError, match="not even one"):
-        choose_train(LABELS, attack(pratio=0.01), 0)
+        choose_train(LABELS, attack(pratio=0.01), 0, ALL)
 
 
 def test_the_draw_depends_on_the_seed_alone():
@@ -211,4 +213,4 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], says: str):
 def test_a_test_set_of_the_target_class_alone_is_refused():
     assert choose_test(torch.zeros(3, dtype=torch.int64), attack()) == []
     with pytest.raises(UserError, match="no attack could be measured"):
-        poison(split(), split(1), attack(), SIZE, 4, 0)
+        poison(split(), split(1), attack(), SIZE, 4, 0, ALL)

@@ -2,35 +2,65 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fmp_core.attacks.plan import Plan, make_plan
+from fmp_core.attacks.poisoning import Poison, limit_train, poison
 from fmp_core.attacks.settings import AttackSettings, RecordSettings
-from fmp_core.attacks.train_model import AttackEpoch, CleanMetrics, clean_metrics, train_attacked_model, training_set
+from fmp_core.attacks.train_model import AttackEpoch, History, clean_metrics, recipe, train_attacked_model, training_set
+from fmp_core.data.datasets import FACTS, DatasetFacts, Split, dataset_facts, open_split
+from fmp_core.data.digits import make_digits
+from fmp_core.data.images import Size
 from fmp_core.data.write_record import write_attack_record
+from fmp_core.errors import UserError
 from fmp_core.models.build import PixelModel, build_model
 from fmp_core.models.evaluate import Metrics, TestData, evaluate
 from fmp_core.results.bb_tables import history_frame, summary_frame, write_csv, write_plots
-from fmp_core.settings import training_settings
+from fmp_core.settings import Settings, training_settings
 from fmp_core.storage.checkpoint import Checkpoint, content_key
 from fmp_core.storage.files import make_folders, write_torch
 from fmp_core.system import logs
 from fmp_core.system.devices import choose_device, make_deterministic
 
 LOGGER = logging.getLogger("fmp_core")
-History = list[tuple[dict[str, Any], dict[str, Any]]]  # the fields of an epoch, and of its test
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a record before training.
+
+    Args:
+        folder: where the record is going to lie; until it is whole, it is in ``unfinished``.
+        training: how the model is trained, the dataset's recipe filled in.
+        used: positions of the training images that the model is trained on.
+        poison: None if ``attack.attack`` is none.
+    """
+
+    record: RecordSettings
+    attack: AttackSettings
+    folder: Path
+    training: Settings
+    facts: DatasetFacts
+    num_classes: int
+    train_set: Split
+    test_set: Split
+    used: Sequence[int]
+    poison: Poison | None
+
+    @property
+    def unfinished(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.unfinished")
 
 
 def make_record(record: RecordSettings, attack: AttackSettings, training: dict[str, object]) -> Path:
@@ -40,8 +70,7 @@ def make_record(record: RecordSettings, attack: AttackSettings, training: dict[s
         training: the settings of training that were given; others follow the dataset's recipe.
 
     Raises:
-        UserError: see :func:`~fmp_core.attacks.plan.make_plan`; or an unfinished record was made with other settings, or
-            training diverged.
+        UserError: see :func:`make_plan`; or an unfinished record was made with other settings, or training diverged.
     """
     device = choose_device(str(training.get("device", "auto")))
     plan = make_plan(record, attack, training)
@@ -57,7 +86,7 @@ def make_record(record: RecordSettings, attack: AttackSettings, training: dict[s
         LOGGER.info("%d of %d training images get the trigger", poisoned, len(plan.used))
         LOGGER.info("%s is trained for %d epochs on %s", record.model, plan.training.epochs, device.name)
         measure = _measurement(plan, model, device.device)
-        data = data.to(device.device)
+        data = type(data)(*(part.to(device.device) for part in data))
         history = train_attacked_model(model, data, measure, plan.training, device, plan.facts, checkpoint)
         write_record(plan, network.state_dict(), history)
     finally:
@@ -67,20 +96,75 @@ def make_record(record: RecordSettings, attack: AttackSettings, training: dict[s
     return plan.folder
 
 
+def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str, object]) -> Plan:
+    """Check that the settings go together, read the dataset and poison it. Nothing is written but ``data/digits``.
+
+    Raises:
+        UserError: the record exists already, the model cannot be trained on the dataset, or a setting, the dataset or a
+            trigger file is not usable.
+    """
+    folder = Path(record.record_root) / (record.save_folder_name or f"{attack.attack}_{record.dataset}")
+    if folder.exists():
+        raise UserError(f"{folder} exists already; remove it or choose another --save_folder_name.")
+    if training.get("epochs") == 0:
+        raise UserError("--epochs is 0, but a model must be trained for at least one epoch.")
+    known = FACTS.get(record.dataset)
+    size = known.size if known else (record.image_size, record.image_size, 3)
+    facts = dataset_facts(record.dataset, size)
+    network = check_model(record.model, facts.num_classes or 2, record.dataset, size)
+    settings = Settings(**{**recipe(record.dataset, network), **training})
+    if record.dataset == "digits":
+        make_digits(Path(record.dataset_path) / "digits")
+    train_set, test_set = (open_split(record.dataset_path, record.dataset, train, size) for train in (True, False))
+    num_classes = facts.num_classes or int(train_set.labels.max()) + 1
+    attack.check(num_classes)
+    if record.limit_train is not None and record.limit_train > len(train_set):
+        raise UserError(f"--limit_train is {record.limit_train}, but {record.dataset} has {len(train_set)} training images.")
+    seed = settings.random_seed
+    used = limit_train(len(train_set), record.limit_train, seed)
+    poisoned = None if attack.attack == "none" else poison(train_set, test_set, attack, size, num_classes, seed, used)
+    return Plan(record, attack, folder, settings, facts, num_classes, train_set, test_set, used, poisoned)
+
+
+def check_model(name: str, num_classes: int, dataset: str, size: Size) -> nn.Module:
+    """The model ``name`` without weights (on torch's meta device), if it can be trained on images of this size.
+
+    Raises:
+        UserError: no model of BB's, or not for such images: too few pixels (alexnet at 32x32), one channel (BB's models take
+            three), or several outputs in training (inception_v3).
+    """
+    with torch.device("meta"):  # takes no time and draws no random number
+        network = build_model(name, num_classes)
+        images = torch.empty(2, size[2], *size[:2])
+    try:
+        output = network(images)
+    except (RuntimeError, ValueError) as error:
+        shown, reason = "x".join(map(str, size)), " ".join(str(error).split())
+        raise UserError(
+            f"Model {name} cannot be trained on {dataset}, whose images are {shown} ({reason}); "
+            "choose another --model or --dataset."
+        ) from None
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"Model {name} has several outputs in training, which this script does not train; choose another --model."
+        )
+    return network
+
+
 def _prepare_folder(plan: Plan, images: str) -> Checkpoint:
     """Make the unfinished folder, or clear the one that is there; ``images`` is a digest of the training images."""
-    if plan.record.fresh:
-        shutil.rmtree(plan.unfinished, ignore_errors=True)
-    make_folders(plan.unfinished)
-    for leftover in plan.unfinished.glob(".*"):  # of a run that was killed while it wrote a file
+    record, folder = plan.record, plan.unfinished
+    if record.fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    make_folders(folder)
+    for leftover in folder.glob(".*"):  # of a run that was killed while it wrote a file
         leftover.unlink()
-    made_with = {"model": plan.record.model, "dataset": plan.record.dataset, "limit_train": plan.record.limit_train}
-    made_with |= dataclasses.asdict(plan.attack)
+    made_with = {"model": record.model, "dataset": record.dataset, "limit_train": record.limit_train, **asdict(plan.attack)}
     made_with |= {name: getattr(plan.training, name) for name in training_settings() if name != "device"}
-    return Checkpoint(plan.unfinished / "training.pt", {**made_with, "training images": images[:16]})
+    return Checkpoint(folder / "training.pt", {**made_with, "training images": images[:16]})
 
 
-def _measurement(plan: Plan, model: PixelModel, device: torch.device) -> Callable[[], Metrics | CleanMetrics]:
+def _measurement(plan: Plan, model: PixelModel, device: torch.device) -> Callable[[], dict[str, float]]:
     images, labels = plan.test_set.read(range(len(plan.test_set))).to(device), plan.test_set.labels.to(device)
     batch_size = plan.training.batch_size
     if plan.poison is None:
@@ -88,7 +172,7 @@ def _measurement(plan: Plan, model: PixelModel, device: torch.device) -> Callabl
     bad = plan.poison.test
     targets, original = (torch.tensor(part, device=device) for part in (bad.targets, bad.original))
     data = TestData(images, labels, bad.images.to(device), targets, original)
-    return lambda: evaluate(model, data, batch_size).metrics
+    return lambda: asdict(evaluate(model, data, batch_size).metrics)
 
 
 def write_record(plan: Plan, state: dict[str, Tensor], history: History) -> None:
@@ -99,8 +183,8 @@ def write_record(plan: Plan, state: dict[str, Tensor], history: History) -> None
     """
     folder = plan.unfinished
     write_torch(folder / "info.pickle", _info(plan))
-    cpu_state = OrderedDict((key, value.detach().cpu()) for key, value in state.items())
     if plan.poison is None or not plan.poison.train.indices:
+        cpu_state = OrderedDict((key, value.detach().cpu()) for key, value in state.items())
         write_torch(folder / "clean_model.pth", cpu_state)
     if plan.poison is None:
         rows = [{"epoch": epoch["epoch"], "batch": epoch["batch"], **metrics} for epoch, metrics in history]
@@ -119,7 +203,7 @@ def write_record(plan: Plan, state: dict[str, Tensor], history: History) -> None
         name=plan.folder.name,
         model_name=plan.record.model,
         num_classes=plan.num_classes,
-        state=cpu_state,
+        state=state,
         dataset=plan.record.dataset,
         bd_train=plan.poison.recorded_train(),
         bd_test=plan.poison.test,
@@ -128,10 +212,19 @@ def write_record(plan: Plan, state: dict[str, Tensor], history: History) -> None
 
 def _info(plan: Plan) -> dict[str, Any]:
     """``info.pickle``: the settings under BB's names, and what follows from the dataset."""
-    record, size = plan.record, plan.facts.size
-    info = {**dataclasses.asdict(record), **dataclasses.asdict(plan.attack), "attack": plan.attack.bb_name}
-    info |= {name: getattr(plan.training, name) for name in training_settings()}
-    info |= {"num_classes": plan.num_classes, "img_size": size, "terminal_info": sys.argv}
-    info |= dict(zip(("input_height", "input_width", "input_channel"), size, strict=True))
-    info |= {"save_folder_name": plan.folder.name, "save_path": f"./record/{plan.folder.name}"}
-    return info | {"dataset_path": f"{record.dataset_path}/{record.dataset}"}
+    record, (height, width, channels) = plan.record, plan.facts.size
+    return {
+        **asdict(record),
+        **asdict(plan.attack),
+        "attack": plan.attack.bb_name,
+        **{name: getattr(plan.training, name) for name in training_settings()},
+        "num_classes": plan.num_classes,
+        "img_size": plan.facts.size,
+        "terminal_info": sys.argv,
+        "input_height": height,
+        "input_width": width,
+        "input_channel": channels,
+        "save_folder_name": plan.folder.name,
+        "save_path": f"./record/{plan.folder.name}",
+        "dataset_path": f"{record.dataset_path}/{record.dataset}",
+    }

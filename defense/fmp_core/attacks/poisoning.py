@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,36 +24,33 @@ ROWS = 1024  # images per call of a trigger function; bounds the memory of its f
 Stamp = Callable[[Tensor, Tensor], Tensor]
 
 
-def _by_image(trigger: Callable[[Tensor], Tensor]) -> Stamp:
-    return lambda images, _positions: trigger(images)
-
-
 def make_stamp(settings: AttackSettings, size: Size, train: bool, total: int) -> Stamp:
     """The attack's trigger as a function, for the training or the test set of ``total`` images.
 
     Raises:
         UserError: a trigger file cannot be read or does not fit.
     """
-    file, seed = settings.trigger_file and Path(settings.trigger_file), settings.trigger_seed
+    seed = settings.trigger_seed
+    given = read_trigger(Path(settings.trigger_file), size) if settings.trigger_file else None
     if settings.attack == "badnet":
-        mask = read_trigger(file, size) if file else _patch(settings.patch_size, size)
-        return _by_image(partial(triggers.badnet, trigger=mask.clamp(0, 255).to(torch.uint8)))
+        mask = _patch(settings.patch_size, size) if given is None else given.clamp(0, 255).to(torch.uint8)
+        return lambda images, _: triggers.badnet(images, mask)
     if settings.attack == "blended":
-        picture = read_trigger(file, size) if file else triggers.plaid(size, seed)
-        return _by_image(partial(triggers.blended, picture=picture, alpha=settings.blend_alpha))
+        picture = triggers.plaid(size, seed) if given is None else given
+        return lambda images, _: triggers.blended(images, picture, settings.blend_alpha)
     if settings.attack == "lf":
-        pattern = read_trigger(file, size) if file else triggers.low_frequency_pattern(size, seed, settings.lf_amplitude)
-        return _by_image(partial(triggers.low_frequency, pattern=pattern))
+        pattern = triggers.low_frequency_pattern(size, seed, settings.lf_amplitude) if given is None else given
+        return lambda images, _: triggers.low_frequency(images, pattern)
     if settings.attack == "sig":
-        return _by_image(partial(triggers.sig, delta=settings.sig_delta, frequency=settings.sig_f))
+        return lambda images, _: triggers.sig(images, settings.sig_delta, settings.sig_f)
     if settings.attack == "wanet":
         field = triggers.warp_field(size, seed, settings.s, settings.k)
-        return _by_image(partial(triggers.wanet, field=field, rescale=settings.grid_rescale))
+        return lambda images, _: triggers.wanet(images, field, rescale=settings.grid_rescale)
     replaced = settings.attack_train_replace_imgs_path if train else settings.attack_test_replace_imgs_path
     if replaced:
         encoded = open_replacements(Path(replaced), total, size)
-        return lambda _images, positions: torch.from_numpy(encoded[positions.numpy()]).permute(0, 3, 1, 2)
-    return _by_image(partial(triggers.sample_specific, strength=settings.ssba_strength, seed=seed))
+        return lambda _, positions: torch.from_numpy(encoded[positions.numpy()]).permute(0, 3, 1, 2)
+    return lambda images, _: triggers.sample_specific(images, settings.ssba_strength, seed)
 
 
 def _patch(side: int | None, size: Size) -> Tensor:
@@ -84,17 +80,15 @@ def limit_train(total: int, limit: int | None, seed: int) -> Sequence[int]:
     return range(total) if limit is None else sorted(random.Random(f"limit {seed}").sample(range(total), limit))
 
 
-def choose_train(labels: Tensor, settings: AttackSettings, seed: int, used: Sequence[int] | None = None) -> list[int]:
-    """Positions to poison, sorted: ``round(pratio * N)`` of all images; clean-label attacks draw from the target class only.
+def choose_train(labels: Tensor, settings: AttackSettings, seed: int, used: Sequence[int]) -> list[int]:
+    """Those of the positions ``used`` to poison, sorted: ``round(pratio * len(used))`` of them.
 
-    With ``used``, only images at these positions exist.
-
-    The ratio is of the whole set in both cases (BB ``backdoor_generate_poison_index.py``). Unlike BB's, our draw is Python's.
+    Clean-label attacks draw from the target class only, but the ratio is of all ``used`` in both cases (BB
+    ``backdoor_generate_poison_index.py``). Unlike BB's, our draw is Python's.
 
     Raises:
         UserError: not one image, or more than there are.
     """
-    used = range(len(labels)) if used is None else used
     count, total = round(settings.pratio * len(used)), len(used)
     pool = [at for at in used if labels[at] == settings.attack_target] if settings.clean_label else used
     if settings.pratio > 0 and count == 0:
@@ -131,27 +125,25 @@ class Poison:
         """What ``bd_train`` of a record holds: cross images count as poisoned there, as BB writes them (``wanet.py``)."""
         if self.cross is None:
             return self.train
-        pair = (self.train, self.cross)
-        order = sorted((position, part, row) for part in (0, 1) for row, position in enumerate(pair[part].indices))
+        bad, cross = self.train, self.cross
+        indices, targets, original = (
+            [*one, *other]
+            for one, other in ((bad.indices, cross.indices), (bad.targets, cross.targets), (bad.original, cross.original))
+        )
+        order = sorted(range(len(indices)), key=indices.__getitem__)
         return PoisonedImages(
-            self.train.total,
-            [position for position, _, _ in order],
-            torch.stack([pair[part].images[row] for _, part, row in order]),
-            [pair[part].targets[row] for _, part, row in order],
-            [pair[part].original[row] for _, part, row in order],
+            bad.total,
+            [indices[row] for row in order],
+            torch.cat([bad.images, cross.images])[order],
+            [targets[row] for row in order],
+            [original[row] for row in order],
         )
 
 
 def poison(
-    train_set: Split,
-    test_set: Split,
-    settings: AttackSettings,
-    size: Size,
-    num_classes: int,
-    seed: int,
-    used: Sequence[int] | None = None,
+    train_set: Split, test_set: Split, settings: AttackSettings, size: Size, num_classes: int, seed: int, used: Sequence[int]
 ) -> Poison:
-    """Apply the attack ``settings`` to both sets; ``seed`` draws the training images, from those at ``used`` (default all).
+    """Apply the attack ``settings`` to both sets; ``seed`` draws the training images, from those at ``used``.
 
     Raises:
         UserError: too many or too few images to poison, or an unusable trigger file.
@@ -170,7 +162,7 @@ def poison(
     cross = round(settings.cross_ratio * len(train_at)) if settings.attack == "wanet" else 0
     if not cross:
         return Poison(bd_train, bd_test)
-    rest = sorted(set(range(len(train_set)) if used is None else used) - set(train_at))
+    rest = sorted(set(used) - set(train_at))
     if cross > len(rest):
         raise UserError(f"--cross_ratio {settings.cross_ratio:g} asks for {cross} more images, but {len(rest)} are left.")
     cross_at = sorted(random.Random(f"cross {seed}").sample(rest, cross))

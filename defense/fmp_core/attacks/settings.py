@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from fmp_core import fields
 from fmp_core.errors import UserError
 from fmp_core.fields import BOOLEAN, NAME, choice, integer, number, setting, text
 
-# Our names -> what info.pickle calls the attack. ssba is SSBA only when its images were made by SSBA's encoder.
-BB_NAMES = {
-    "badnet": "badnet",
-    "blended": "blended",
-    "lf": "lowFrequency",
-    "sig": "sig",
-    "wanet": "wanet",
-    "ssba": "ssba_like",
-    "none": "none",
-}
+ATTACKS = ("badnet", "blended", "lf", "sig", "wanet", "ssba", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +30,7 @@ class RecordSettings:
 class AttackSettings:
     """A field is a flag of the same name; names are BackdoorBench's where BB has the flag (``config/attack/*``)."""
 
-    attack: str = setting("badnet", choice(*BB_NAMES), "the attack; none trains a model that never saw a trigger")
+    attack: str = setting("badnet", choice(*ATTACKS), "the attack; none trains a model that never saw a trigger")
     attack_label_trans: str = setting(
         "all2one", choice("all2one", "all2all"), "all2one: to --attack_target; all2all: to the next class"
     )
@@ -85,15 +75,13 @@ class AttackSettings:
 
     @property
     def bb_name(self) -> str:
-        """The attack's name in ``info.pickle``."""
-        encoded = self.attack == "ssba" and self.attack_train_replace_imgs_path
-        return "SSBA" if encoded else BB_NAMES[self.attack]
+        """The attack's name in ``info.pickle``; ssba is SSBA only when its images were made by SSBA's encoder."""
+        if self.attack_train_replace_imgs_path:
+            return "SSBA"
+        return {"lf": "lowFrequency", "ssba": "ssba_like"}.get(self.attack, self.attack)
 
     def check(self, num_classes: int) -> None:
-        """Raises UserError: a value is impossible for a dataset of ``num_classes`` classes, or two do not go together."""
-        for name in fields.fields_of(AttackSettings):
-            if (value := getattr(self, name)) is not None:
-                fields.parse_value(AttackSettings, name, value, f"--{name}")
+        """Raises UserError: no attack on a dataset of ``num_classes`` classes, or two values do not go together."""
         if self.attack_target >= num_classes:
             raise UserError(
                 f"--attack_target {self.attack_target} is not one of the {num_classes} classes 0..{num_classes - 1}."

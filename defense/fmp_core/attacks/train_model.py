@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from fmp_core.data.datasets import DatasetFacts, Split
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
 from fmp_core.models.build import PixelModel
-from fmp_core.models.evaluate import Metrics, predict
+from fmp_core.models.evaluate import predict
 from fmp_core.models.training import Epoch, Trainer
 from fmp_core.settings import Settings
 from fmp_core.storage.checkpoint import Checkpoint
@@ -26,6 +25,7 @@ from fmp_core.system.devices import Device
 from fmp_core.system.progress import Progress
 
 LOGGER = logging.getLogger("fmp_core")
+History = list[tuple[dict[str, Any], dict[str, Any]]]  # the fields of each epoch, and the metrics after it
 
 
 def recipe(dataset: str, network: nn.Module) -> dict[str, Any]:
@@ -48,15 +48,9 @@ class AttackEpoch(Epoch):
     train_ra_bd_only: float | None
 
 
-@dataclass(frozen=True)
-class TrainingSet:
-    """What the attacked model is trained on.
-
-    Args:
-        images: uint8 ``[N, C, H, W]``, the poisoned ones in their places.
-        labels: int64 ``[N]``; ``original``: the true ones.
-        poisoned: bool ``[N]``; ``cross``: WaNet's noise-mode images.
-    """
+class TrainingSet(NamedTuple):
+    """What the attacked model is trained on: images uint8 ``[N, C, H, W]``, the poisoned ones in their places, their labels and
+    original labels (int64 ``[N]``), and which are poisoned or WaNet's noise-mode images (bool ``[N]``)."""
 
     images: Tensor
     labels: Tensor
@@ -64,15 +58,12 @@ class TrainingSet:
     poisoned: Tensor
     cross: Tensor
 
-    def to(self, device: torch.device) -> TrainingSet:
-        return TrainingSet(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
-
 
 def training_set(clean: Split, used: Sequence[int], poison: Poison | None) -> TrainingSet:
     """The clean images at the positions ``used``, the poisoned ones in their places."""
     images, original = clean.read(used).clone(), clean.labels[torch.tensor(used, dtype=torch.int64)]
     labels, row_of = original.clone(), {position: row for row, position in enumerate(used)}
-    poisoned, cross = torch.zeros(len(labels), dtype=torch.bool), torch.zeros(len(labels), dtype=torch.bool)
+    poisoned, cross = torch.zeros(2, len(labels), dtype=torch.bool)
     for part, marks in ((poison and poison.train, poisoned), (poison and poison.cross, cross)):
         if part:
             rows = torch.tensor([row_of[position] for position in part.indices], dtype=torch.int64)
@@ -80,90 +71,66 @@ def training_set(clean: Split, used: Sequence[int], poison: Poison | None) -> Tr
     return TrainingSet(images, labels, original, poisoned, cross)
 
 
-class _Counts:
-    """Right answers of one epoch in training mode, by kind of image; added up on the device."""
-
-    def __init__(self, data: TrainingSet):
-        self.data = data
-        self.restart()
-
-    def restart(self) -> None:
-        self.sums = torch.zeros(5, dtype=torch.int64, device=self.data.labels.device)
-
-    def add(self, rows: Tensor, predicted: Tensor) -> None:
-        data = self.data
-        bad = data.poisoned[rows]
-        clean = ~(bad | data.cross[rows])
-        right, true = predicted == data.labels[rows], predicted == data.original[rows]
-        self.sums += torch.stack([(clean & right).sum(), clean.sum(), (bad & right).sum(), (bad & true).sum(), bad.sum()])
-
-    def extend(self, epoch: Epoch) -> AttackEpoch:
-        right, clean, hit, true, bad = self.sums.tolist()
-        self.restart()
-        shares = (hit / bad, true / bad) if bad else (None, None)
-        return AttackEpoch(
-            **vars(epoch), train_acc_clean_only=right / max(1, clean), **dict(zip(_BD_COLUMNS, shares, strict=True))
-        )
-
-
-_BD_COLUMNS = ("train_asr_bd_only", "train_ra_bd_only")
-
-
-@dataclass(frozen=True)
-class CleanMetrics:
-    """What BB's ``prototype.py`` reports of a clean model on the clean test set."""
-
-    test_correct: int
-    test_loss_sum_over_batch: float
-    test_total: int
-    test_loss_avg_over_batch: float
-    test_acc: float
-
-
-def clean_metrics(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> CleanMetrics:
-    """Test on uint8 ``images``; ``model`` takes pixels in [0,1] and is left as it was found."""
+def clean_metrics(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> dict[str, float]:
+    """What BB's ``prototype.py`` reports of a clean model on uint8 ``images``; ``model`` is left as it was found."""
     predicted, mean = predict(model, images, labels, batch_size)
     correct, batches, loss = int((predicted == labels).sum()), -(-len(labels) // batch_size), float(mean)
-    return CleanMetrics(correct, loss * batches, len(labels), loss, correct / len(labels))
+    return {
+        "test_correct": correct,
+        "test_loss_sum_over_batch": loss * batches,
+        "test_total": len(labels),
+        "test_loss_avg_over_batch": loss,
+        "test_acc": correct / len(labels),
+    }
 
 
 def train_attacked_model(
     model: PixelModel,
     data: TrainingSet,
-    measure: Callable[[], Metrics | CleanMetrics],
+    measure: Callable[[], dict[str, float]],
     settings: Settings,
     device: Device,
     facts: DatasetFacts,
     checkpoint: Checkpoint,
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+) -> History:
     """Train ``model`` in place, all data on its device, and ``measure`` it after each epoch.
 
-    Resumes from ``checkpoint``, whose notes keep the history. Returns the fields of :class:`AttackEpoch` and of the
-    measurement, epoch by epoch.
+    Resumes from ``checkpoint``, whose notes keep the history. Returns the fields of :class:`AttackEpoch` and the metrics, epoch
+    by epoch.
 
     Raises:
         UserError: training diverged, or the checkpoint belongs to other settings.
     """
-    counts = _Counts(data)
     checkpoint.notes = {"history": []}
-
     saved = checkpoint.load()
     finished = saved["finished"] if saved else 0
     if finished:
         LOGGER.info("going on after epoch %d of %d", finished, settings.epochs)
     batches = -(-len(data.labels) // settings.batch_size) * (settings.epochs - finished)
+    counts = torch.zeros(5, dtype=torch.int64, device=data.labels.device)
     with Progress("Training", batches, "batches", LOGGER) as bar:
 
         def on_batch(rows: Tensor, predicted: Tensor) -> None:
-            counts.add(rows, predicted)
+            bad = data.poisoned[rows]
+            clean = ~(bad | data.cross[rows])
+            right, true = predicted == data.labels[rows], predicted == data.original[rows]
+            counts.add_(torch.stack([clean & right, clean, bad & right, bad & true, bad]).sum(1))
             bar.add()
 
         for plain in Trainer(settings, device, facts, checkpoint).epochs(model, data.images, data.labels, on_batch=on_batch):
-            if not math.isfinite(plain.train_epoch_loss_avg_over_batch):
-                raise UserError(f"Training diverged in epoch {plain.epoch + 1}: the loss is not a finite number; lower --lr.")
-            epoch, metrics = vars(counts.extend(plain)), vars(measure())
-            checkpoint.notes["history"].append((epoch, metrics))
-            shown = "  ".join(f"{key[5:]} {metrics[key]:.4f}" for key in METRICS if key in metrics)
             loss = plain.train_epoch_loss_avg_over_batch
+            if not math.isfinite(loss):
+                raise UserError(f"Training diverged in epoch {plain.epoch + 1}: the loss is not a finite number; lower --lr.")
+            right, clean, hit, true, bad = counts.tolist()
+            counts.zero_()
+            epoch = AttackEpoch(
+                **vars(plain),
+                train_acc_clean_only=right / max(1, clean),
+                train_asr_bd_only=hit / bad if bad else None,
+                train_ra_bd_only=true / bad if bad else None,
+            )
+            metrics = measure()
+            checkpoint.notes["history"].append((vars(epoch), metrics))
+            shown = "  ".join(f"{key[5:]} {metrics[key]:.4f}" for key in METRICS if key in metrics)
             LOGGER.info("epoch %d of %d: loss %.4f  %s", plain.epoch + 1, settings.epochs, loss, shown)
-    return [(epoch, metrics) for epoch, metrics in checkpoint.notes["history"]]
+    return checkpoint.notes["history"]

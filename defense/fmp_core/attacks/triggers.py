@@ -49,18 +49,14 @@ def plaid(size: Size, seed: int) -> Tensor:
     """A colourful picture of our own to blend in, uint8 ``[C, H, W]``: four random plane waves per channel over 0..255."""
     height, width, channels = size
     draw = torch.Generator().manual_seed(seed)
-    waves = torch.rand(channels, 4, 3, generator=draw, dtype=torch.float64)
-    turns = 2 * math.pi * (waves * torch.tensor([6.0, 6.0, 1.0]) - torch.tensor([3.0, 3.0, 0.0]))
+    drawn = torch.rand(channels, 4, 3, generator=draw, dtype=torch.float64)
+    turns = 2 * math.pi * (drawn * torch.tensor([6.0, 6.0, 1.0]) - torch.tensor([3.0, 3.0, 0.0]))
     rows = torch.arange(height, dtype=torch.float64)[:, None] / height
     columns = torch.arange(width, dtype=torch.float64) / width
     phase = turns[..., 0, None, None] * rows + turns[..., 1, None, None] * columns + turns[..., 2, None, None]
-    return (255 * _stretch(phase.sin().sum(1), (1, 2))).round().to(torch.uint8)
-
-
-def _stretch(values: Tensor, over: tuple[int, ...]) -> Tensor:
-    """Shift and scale to [0,1] over the dimensions ``over``."""
-    low, high = values.amin(over, keepdim=True), values.amax(over, keepdim=True)
-    return (values - low) / (high - low)
+    waves = phase.sin().sum(1)
+    low, high = waves.amin((1, 2), keepdim=True), waves.amax((1, 2), keepdim=True)
+    return (255 * ((waves - low) / (high - low))).round().to(torch.uint8)
 
 
 def blended(images: Tensor, picture: Tensor, alpha: float) -> Tensor:

@@ -197,12 +197,14 @@ def compare_tables(theirs: Path, ours: Path) -> list[Check]:
     labels = expected.index if "summary" in ours.name else range(len(found))
     rows, alike = [str(label) for label in found.index], list(expected) == list(found)
     checks = [
-        Check(f"{ours.name}: columns", alike, ",".join(found)),
+        Check(f"{ours.name}: columns", alike, ",".join(map(str, found))),
         Check(f"{ours.name}: row labels", rows == [str(label) for label in labels], ",".join(rows)),
     ]
     if alike:
         odd = [column for column in found if not _kinds(found[column]) - {"nothing", "nan_value"} <= _kinds(expected[column])]
-        checks.append(Check(f"{ours.name}: value formats", not odd, f"unlike in {', '.join(odd)}" if odd else "alike"))
+        checks.append(
+            Check(f"{ours.name}: value formats", not odd, f"unlike in {', '.join(map(str, odd))}" if odd else "alike")
+        )
     return checks
 
 
