@@ -31,7 +31,7 @@ from fmp_core.models.evaluate import Evaluation, Metrics, evaluate
 from fmp_core.models.pruning import prune_feature_maps
 from fmp_core.repair.finetune import FineTuning
 from fmp_core.report.page import write_report
-from fmp_core.results.run_folder import History, RunFolder, summarise, weights_of
+from fmp_core.results.run_folder import History, RunFolder, weights_of
 from fmp_core.selection.choice import Selection
 from fmp_core.selection.select import Select, select_feature_maps
 from fmp_core.settings import add_arguments, load_settings
@@ -135,8 +135,8 @@ class FMP(defense):
     def write(self, selection: Selection, history: History) -> dict[str, Any]:
         """Write all results; returns the content of metrics.json."""
         with kept("new results are partly written"):
-            summary = summarise(self.inputs, selection, self.evaluations, self.settings, self.device, self.stages.seconds)
-            self.folder.write(self.inputs, selection, history, self.evaluations, summary)
+            evaluations, seconds = self.evaluations, self.stages.seconds
+            summary = self.folder.write(self.inputs, selection, history, evaluations, self.device, seconds)
             LOGGER.info("results are in %s", self.folder.path)
             if self.settings.report:
                 LOGGER.info("report: %s", write_report(self.inputs.record, self.folder.path, self.inputs.test))
@@ -144,7 +144,7 @@ class FMP(defense):
 
     def defense(self, result_file: str) -> dict[str, Any]:
         self.set_result(result_file)
-        self.folder.check(self.settings)
+        self.folder.check()
         with locked(self.folder.path, self.settings.wait) if distributed.is_leader() else nullcontext():
             self.set_logger()
             return self.mitigation()

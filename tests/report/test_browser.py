@@ -12,7 +12,7 @@ import pytest
 import torch
 from fmp_core.metrics import METRICS
 from fmp_core.report import page as page_module
-from fmp_core.report.data import Attacked, Run, Trigger
+from fmp_core.report.data import Run, Trigger
 from made_runs import made_run, scored_maps
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ def written(folder: Path, run: Run) -> Path:
     """The page, with a trigger's activation changes but without pictures, which need a model."""
     tac = torch.from_numpy(np.random.default_rng(1).random(CONVS * MAPS))
     nothing = torch.zeros(0)
-    trigger = Trigger(Attacked(None, run.layers), nothing, nothing, nothing, tac)  # type: ignore[arg-type]
+    trigger = Trigger(None, run.layers, nothing, nothing, nothing, tac)  # type: ignore[arg-type]
     others = {name: dict.fromkeys(METRICS, 0.5) for name in ("ft", "a-defense-of-a-long-name=0.1-seed=3")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_module, "pictures", lambda _run, _trigger: None)

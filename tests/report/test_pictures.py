@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 from fmp_core.models.feature_maps import trace_conv_layers
-from fmp_core.report.data import Attacked, Trigger
+from fmp_core.report.data import Trigger
 from fmp_core.report.pictures import pictures
 from made_runs import made_run, scored_maps
 from PIL import Image
@@ -27,12 +27,12 @@ def test_each_layer_has_a_card_and_a_map_of_one_pixel_two_numbers() -> None:
     clean = torch.randint(0, 200, (3, 3, 8, 8), dtype=torch.uint8)
     poisoned = clean.clone()
     poisoned[:, :, -2:, -2:] = 255
-    attacked = Attacked(model, trace_conv_layers(model, clean[:1] / 255))  # type: ignore[arg-type]
-    first, second = attacked.layers
+    layers = trace_conv_layers(model, clean[:1] / 255)
+    first, second = layers
     maps = scored_maps({first.name: [3, 1, 2, 4], second.name: [4, 4, 0, 4, 4, 4]}, samples=4)
     run = made_run(maps.assign(pruned=maps["correct"] < 2), settings={"p": 4, "frg_steps": 2})
     tac = torch.tensor([0.1, 0.9, 0.2, 0.3, 1, 2, 3, 4, 5, 6], dtype=torch.float64)
-    found = pictures(run, Trigger(attacked, clean, poisoned, torch.tensor([2, 0, 1]), tac))
+    found = pictures(run, Trigger(model, layers, clean, poisoned, torch.tensor([2, 0, 1]), tac))  # type: ignore[arg-type]
     ranks = [(card["layer"], card["channel"], card["tac_rank"]) for card in found["pruned"]]
     assert ranks == [(second.name, 2, 4), (first.name, 1, 1)]
     assert [(card["channel"], card["pruned"], card["of"]) for card in found["changed"]] == [(1, True, 4), (5, False, 6)]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fmp_core.report.data import Attacked, Trigger
+from fmp_core.report.data import Trigger
 from fmp_core.report.strips import own_pruning, p_table, strips
 from made_runs import made_run, scored_maps
 
@@ -15,7 +15,7 @@ COUNTS = {"a": [8, 1, 5, 5, 5, 9, 9, 9], "b": [2] * 16}
 
 def trigger_of(tac: list[float], run) -> Trigger:
     nothing = torch.zeros(0)
-    return Trigger(Attacked(None, run.layers), nothing, nothing, nothing, torch.tensor(tac, dtype=torch.float64))  # type: ignore[arg-type]
+    return Trigger(None, run.layers, nothing, nothing, nothing, torch.tensor(tac, dtype=torch.float64))  # type: ignore[arg-type]
 
 
 def test_cuts_and_ties_of_each_layer() -> None:

@@ -176,7 +176,6 @@ def test_the_table_is_in_percent() -> None:
     [
         ({}, None),
         ({"removal": {"outcome": "none before"}}, None),
-        ({"removal": None}, None),
         ({"removal": {"outcome": "still works"}}, "The backdoor still works: try --preset strong."),
         ({"removal": {"outcome": "weakened"}}, "The backdoor is weakened, not removed: try --preset strong."),
         ({"removal": {"outcome": "still works"}, "settings": {"preset": "strong"}}, "more clean data (--ratio)"),
@@ -200,9 +199,8 @@ def test_metrics_json_is_readable_and_read_back(tmp_path: Path) -> None:
     assert list(json.loads(text)) == [field.name for field in dataclasses.fields(RunSummary)]
     again = RunSummary.read(path)
     assert again.as_dict() == {**written_one.as_dict(), "settings": {"preset": "paper", "path": "x"}}
-    old = {key: value for key, value in json.loads(text).items() if key not in ("warnings", "removal", "attack_figures")}
-    path.write_text(json.dumps({**old, "unknown": 1}))
-    assert RunSummary.read(path).warnings == []
+    path.write_text(json.dumps({**json.loads(text), "unknown": 1}))
+    assert RunSummary.read(path) == again
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,28 +15,20 @@ from torch import Tensor
 
 from fmp_core.data.attack_record import AttackRecord
 from fmp_core.errors import UserError
-from fmp_core.frg.scores import Scores
+from fmp_core.frg.scores import Scores, layer_slices
 from fmp_core.inputs import paired_images, preprocessing
 from fmp_core.metrics import METRICS
 from fmp_core.models.activation_change import Precision, precision_at, trigger_activation_change
 from fmp_core.models.build import PixelModel, load_model
 from fmp_core.models.evaluate import TestData, to_unit
 from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
-from fmp_core.results.intervals import Interval, paired_difference, rating, wilson
+from fmp_core.results.intervals import Interval, paired_difference, rating, share_of
 from fmp_core.results.predictions import read_predictions
 from fmp_core.results.summary import RunSummary
 from fmp_core.settings import FIELDS, Settings
 
 PAIRS = 256  # clean and poisoned images that the trigger activation change is averaged over
 SETTINGS = ("p", "scope", "eps", "frg_steps", "alpha", "selection", "budget", "preset")  # without these there is no page
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """The attacked model, which takes pixels in [0,1], and its convolutions in execution order."""
-
-    model: PixelModel
-    layers: list[ConvLayer]
 
 
 @dataclass(frozen=True)
@@ -69,28 +61,26 @@ class Run:
         """Whether maps were selected by how far an inverted trigger changes their activation (``--selection trigger``)."""
         return "moved" in self.maps
 
+    def of_maps(self, column: str) -> Tensor:
+        """A column of ``maps``, ``[N_maps]``."""
+        return torch.from_numpy(self.maps[column].to_numpy(copy=True))
+
     @cached_property
     def scores(self) -> Scores:
         """FRG's scores as ``feature_maps.csv`` keeps them. Only of a run that has them; smallest margins are not kept."""
-        correct, margin = (torch.from_numpy(self.maps[name].to_numpy(copy=True)) for name in ("correct", "margin"))
-        samples = int(self.maps["samples"].max())
+        margin = self.of_maps("margin").double()
         settled = None if margin.isfinite().all() else margin.isfinite()  # maps that racing dropped have no margin
-        return Scores(tuple(self.layers), correct, margin.double(), torch.full_like(margin, torch.nan), samples, settled)
-
-    @property
-    def pruned(self) -> Tensor:
-        """bool ``[N_maps]``."""
-        return torch.from_numpy(self.maps["pruned"].to_numpy(dtype=bool, copy=True))
+        unknown, samples = torch.full_like(margin, torch.nan), int(self.maps["samples"].max())
+        return Scores(tuple(self.layers), self.of_maps("correct"), margin, unknown, samples, settled)
 
     def hits(self, metric: str, when: str) -> np.ndarray:
         """Which test images count for ``metric`` (Acc: of the clean, ASR and RA: of the triggered), bool ``[N]``."""
-        poisoned = self.predictions["poisoned"].to_numpy(dtype=bool)
-        rows = self.predictions[~poisoned if metric == "test_acc" else poisoned]
+        rows = self.predictions[self.predictions["poisoned"] != (metric == "test_acc")]
         return (rows[when] == rows["target" if metric == "test_asr" else "label"]).to_numpy()
 
     def shares(self, when: str) -> dict[str, Interval]:
         """Acc, ASR and RA ``before`` or ``after`` the defense, with Wilson limits."""
-        return {name: wilson(float(hits.mean()), len(hits)) for name in METRICS if len(hits := self.hits(name, when))}
+        return {name: share_of(self.hits(name, when)) for name in METRICS}
 
     def changes(self) -> dict[str, Interval]:
         """Acc, ASR and RA after minus before, with limits for paired figures: both are of the same images."""
@@ -98,19 +88,20 @@ class Run:
 
     def effectiveness(self) -> Interval:
         """The defense effectiveness rating (DER)."""
-        drops = {name: paired_difference(self.hits(name, "before"), self.hits(name, "after")) for name in METRICS}
-        return rating(drops["test_asr"], drops["test_acc"])
+        drops = (paired_difference(self.hits(name, "before"), self.hits(name, "after")) for name in ("test_asr", "test_acc"))
+        return rating(*drops)
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """What the trigger does to the attacked model.
+    """What the trigger does to the attacked ``model``, which takes pixels in [0,1]; ``layers`` are its convolutions.
 
     ``clean`` and ``poisoned``: uint8 ``[n, C, H, W]``, row by row the same image; ``labels`` int64 ``[n]``, what it shows;
     ``tac`` float64 ``[N_maps]``, the trigger activation change of each feature map over these pairs.
     """
 
-    attacked: Attacked
+    model: PixelModel
+    layers: list[ConvLayer]
     clean: Tensor
     poisoned: Tensor
     labels: Tensor
@@ -118,37 +109,37 @@ class Trigger:
 
     def precision(self, selected: Tensor) -> Precision:
         """How many of the maps ``selected``, bool ``[N_maps]``, are among those whose activation the trigger changes most."""
-        return precision_at(selected, self.tac, self.attacked.layers)
+        return precision_at(selected, self.tac, self.layers)
 
     def ranks(self) -> Tensor:
         """Place of each map in its layer, int64 ``[N_maps]``; 1 is the largest activation change."""
-        parts = self.tac.split([layer.channels for layer in self.attacked.layers])
+        parts = (self.tac[positions] for _, positions in layer_slices(self.layers))
         return torch.cat([part.argsort(descending=True, stable=True).argsort() + 1 for part in parts])
 
 
-def load_attacked(record: AttackRecord, settings: dict[str, Any], device: torch.device) -> Attacked:
-    """The record's model on ``device``, with the preprocessing of a run with these ``settings`` (of ``metrics.json``)."""
+def load_attacked(record: AttackRecord, settings: dict[str, Any], device: torch.device) -> tuple[PixelModel, list[ConvLayer]]:
+    """The record's model on ``device``, with the preprocessing of a run with these ``settings``, and its convolutions."""
     facts = preprocessing(Settings(**{name: value for name, value in settings.items() if name in FIELDS}), record)
     network = load_model(record.model_name, record.num_classes, record.state)
     model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
     height, width, channels = record.image_size
-    return Attacked(model, trace_conv_layers(network, torch.zeros(1, channels, height, width, device=device)))
+    return model, trace_conv_layers(network, torch.zeros(1, channels, height, width, device=device))
 
 
-def measure_trigger(attacked: Attacked, data: TestData) -> Trigger:
+def measure_trigger(model: PixelModel, layers: list[ConvLayer], data: TestData) -> Trigger:
     """The trigger activation change of all feature maps. Raises UserError: no poisoned image has a known clean counterpart."""
     clean, poisoned, labels = paired_images(data, PAIRS)
-    tac = trigger_activation_change(attacked.model, attacked.layers, to_unit(clean), to_unit(poisoned))
-    return Trigger(attacked, clean, poisoned, labels, tac)
+    tac = trigger_activation_change(model, layers, to_unit(clean), to_unit(poisoned))
+    return Trigger(model, layers, clean, poisoned, labels, tac)
 
 
 def read_summary(folder: Path) -> RunSummary:
     """``metrics.json`` of a run. Raises UserError: it is missing, damaged, or lacks what the page names."""
-    _exists(folder / "metrics.json")
-    summary = RunSummary.read(folder / "metrics.json")
+    path = _exists(folder / "metrics.json")
+    summary = RunSummary.read(path)
     missing = [name for name in SETTINGS if not isinstance(summary.settings, dict) or name not in summary.settings]
     if missing:
-        raise UserError(f"{folder / 'metrics.json'} lacks the settings {', '.join(missing)}; run the defense again.")
+        raise UserError(f"{path} lacks the settings {', '.join(missing)}; run the defense again.")
     return summary
 
 
@@ -159,15 +150,10 @@ def read_run(folder: Path, summary: RunSummary, num_classes: int, layers: list[C
         UserError: a file is missing, damaged, of another run or about another model; names it.
     """
     exact = {"margin": lambda text: float(text or "nan")}  # pandas may round the last digit, which can decide a tie
-    maps = _table(folder / "feature_maps.csv", lambda path: pd.read_csv(path, converters=exact))
-    history = _table(folder / "fmp_df.csv", lambda path: pd.read_csv(path, index_col=0))
-    scores = ["correct", "samples", "margin"] if "rank" in maps else []
-    for path, frame, columns in (
-        (folder / "feature_maps.csv", maps, ["layer", "channel", *scores, "pruned"]),
-        (folder / "fmp_df.csv", history, ["epoch", "train_acc"]),
-    ):
-        if missing := [name for name in columns if name not in frame]:
-            raise UserError(f"{path} is no result of fmp: it has no column {missing[0]}; run the defense again.")
+    maps = _table(folder / "feature_maps.csv", ["layer", "channel", "pruned"], converters=exact)
+    if "rank" in maps:
+        _need(folder / "feature_maps.csv", maps, ["correct", "samples", "margin"])
+    history = _table(folder / "fmp_df.csv", ["epoch", "train_acc"], index_col=0)
     expected = [(layer.name, channel) for layer in layers for channel in range(layer.channels)]
     if list(zip(maps["layer"], maps["channel"], strict=True)) != expected:
         raise UserError(f"{folder / 'feature_maps.csv'} is not about the record's model; run the defense again.")
@@ -178,12 +164,19 @@ def read_run(folder: Path, summary: RunSummary, num_classes: int, layers: list[C
     return run
 
 
-def _table(path: Path, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
+def _table(path: Path, columns: Sequence[str], **how: Any) -> pd.DataFrame:
     try:
-        return read(_exists(path))
+        frame = pd.read_csv(_exists(path), **how)
     except (OSError, ValueError) as error:
         detail = " ".join(str(error).split())[:120]
         raise UserError(f"{path} cannot be read ({detail}); run the defense again.") from None
+    return _need(path, frame, columns)
+
+
+def _need(path: Path, frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    if missing := [name for name in columns if name not in frame]:
+        raise UserError(f"{path} is no result of fmp: it has no column {missing[0]}; run the defense again.")
+    return frame
 
 
 def _exists(path: Path) -> Path:

@@ -10,7 +10,6 @@ from fmp_core.fields import as_text
 from fmp_core.models.activation_change import Precision
 from fmp_core.report.data import Run
 from fmp_core.report.strips import Pruning
-from fmp_core.results.removal import AttackOutcome
 from fmp_core.selection.ablation import ROWS_SET
 from fmp_core.settings import changed
 
@@ -31,8 +30,8 @@ HEADLINES = {  # by (outcome, certain)
 }
 
 
-def verdict(outcome: AttackOutcome, acc_before: float, acc_after: float) -> tuple[str, str]:
-    """A headline about the backdoor, and sentences with the figures behind it and the price."""
+def verdict(outcome: Mapping[str, Any], acc_before: float, acc_after: float) -> tuple[str, str]:
+    """A headline about the ``outcome`` (of ``attack_outcome``), and sentences with the figures behind it and the price."""
     head = HEADLINES[outcome["outcome"], outcome["certain"]]
     asr, before, chance = outcome["asr_after"], outcome["asr_before"], outcome["chance"]
     sentences = [f"The trigger now succeeds on {100 * asr:.2f} % of triggered test images (before: {100 * before:.2f} %)."]

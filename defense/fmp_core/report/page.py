@@ -23,7 +23,7 @@ from fmp_core.report.data import Run, Trigger, load_attacked, measure_trigger, r
 from fmp_core.report.findings import command, verdict, warnings
 from fmp_core.report.pictures import pictures
 from fmp_core.report.strips import own_pruning, p_table, strips
-from fmp_core.results.intervals import Interval, difference, rating, wilson
+from fmp_core.results.intervals import difference, rating, wilson
 from fmp_core.results.predictions import confusion, success_by_class
 from fmp_core.results.read import read_result
 from fmp_core.results.removal import attack_outcome
@@ -55,8 +55,7 @@ def report_on(
         UserError: the record, the data or a file of the run is missing or damaged; nothing is written.
     """
     record = read_attack_record(Path(record_root) / result_file)
-    settings = Settings(save_folder=save_folder, defense_name=defense_name)
-    folder = RunFolder.of(settings, record).path
+    folder = RunFolder.of(Settings(save_folder=save_folder, defense_name=defense_name), record).path
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; run the defense first, or check --defense_name.")
     if not save_folder:
@@ -72,8 +71,6 @@ def write_report(record: AttackRecord, folder: Path, data: TestData, compare: Se
     Poisoned test images are looked at here, and the run is over: nothing a model or a selection depends on is written.
 
     Args:
-        record: the attack record.
-        folder: the run's result folder.
         data: both test sets as the run had them.
         compare: names of other result folders beside ``folder`` whose Acc, ASR and RA stand in a table.
 
@@ -82,10 +79,10 @@ def write_report(record: AttackRecord, folder: Path, data: TestData, compare: Se
     """
     others = {name: _other(folder.parent / name) for name in compare}
     summary = read_summary(folder)
-    attacked = load_attacked(record, summary.settings, data.clean_images.device)
-    run = read_run(folder, summary, record.num_classes, attacked.layers)
+    model, layers = load_attacked(record, summary.settings, data.clean_images.device)
+    run = read_run(folder, summary, record.num_classes, layers)
     try:
-        trigger, unknown = measure_trigger(attacked, data), ""
+        trigger, unknown = measure_trigger(model, layers, data), ""
     except UserError as error:
         trigger, unknown = None, str(error)
     path = folder / "report.html"
@@ -109,22 +106,23 @@ def page(
     trigger_unknown: str = "",
     others: Mapping[str, Mapping[str, float]] | None = None,
 ) -> str:
-    """The page's HTML. ``trigger_unknown`` says in a sentence why ``trigger`` is None."""
-    summary, before, after = run.summary, run.shares("before"), run.shares("after")
-    own = own_pruning(run)
+    """The page's HTML. ``trigger_unknown`` says in a sentence why ``trigger`` is None; ``others``: METRICS by defense."""
+    own, shares = own_pruning(run), {when: run.shares(when) for when in ("before", "after")}
     precision = trigger.precision(own.mask) if trigger else None
-    head, sentence = verdict(attack_outcome(run.predictions), before["test_acc"].value, after["test_acc"].value)
+    accuracies = (shares[when]["test_acc"].value for when in ("before", "after"))
+    head, sentence = verdict(attack_outcome(run.predictions), *accuracies)
     facts = {
-        "summary": summary,
+        "summary": run.summary,
         "defense": run.folder.name,
         "head": head,
         "sentence": sentence,
         "warnings": warnings(run, own, precision),
-        "metrics": METRICS,
         "names": HEADLINES,
-        "outcome": _outcome(run, before, after),
+        "means": MEANS,
+        **shares,
+        "changes": run.changes(),
         "der": run.effectiveness(),
-        "others": _others(run, before, after, others or {}),
+        "others": _others(run, others or {}),
         "matrices": _matrices(run, num_classes),
         "by_class": figures.success_by_class(success_by_class(run.predictions)),
         "many_classes": num_classes > figures.MOST_CLASSES,
@@ -137,25 +135,21 @@ def page(
         "trigger_unknown": trigger_unknown,
         "pairs": len(trigger.labels) if trigger else 0,
         "pictures": pictures(run, trigger) if trigger else None,
-        "curves": curves(run) if run.history["train_acc"].notna().any() else [],
-        "stages": _stages(summary.seconds),
-        "command": command(summary.settings, summary.chosen_by),
+        "curves": _curves(run) if run.history["train_acc"].notna().any() else [],
+        "whole": sum(run.summary.seconds.values()) or 1.0,
+        "command": command(run.summary.settings, run.summary.chosen_by),
         "written": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
     }
-    return _environment().get_template("report.html").render(facts)
-
-
-def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(ASSETS)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = lambda share: f"{100 * share:.2f}"
     environment.filters["points"] = lambda share: f"{100 * share:+.2f}".replace("-", "−")  # noqa: RUF001
-    environment.filters["duration"] = duration
+    environment.filters["duration"] = _duration
     environment.filters["flags"] = _flags
-    return environment
+    return environment.get_template("report.html").render(facts)
 
 
-def curves(run: Run) -> list[str]:
+def _curves(run: Run) -> list[str]:
     """Fine-tuning as two charts; epoch 0 is the attacked model."""
     start = pd.DataFrame([{"epoch": -1, **run.summary.before}])
     history = pd.concat([start, run.history], ignore_index=True)
@@ -163,7 +157,7 @@ def curves(run: Run) -> list[str]:
     return [shares, figures.training_curves(run.history, figures.LOSSES, "Loss", False)]
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """``75.2`` -> ``1 min 15 s``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -176,46 +170,22 @@ def _flags(text: str) -> markupsafe.Markup:
     return markupsafe.Markup(re.sub(r"(--\w+( \d+)?)", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
-def _outcome(run: Run, before: Mapping[str, Interval], after: Mapping[str, Interval]) -> list[dict[str, Any]]:
-    changes = run.changes()
-    return [
-        {
-            "name": HEADLINES[metric],
-            "means": MEANS[metric],
-            "before": before[metric],
-            "after": after[metric],
-            "change": changes[metric],
-        }
-        for metric in METRICS
-    ]
-
-
 def _matrices(run: Run, num_classes: int) -> list[dict[str, str]]:
     matrices = []
     for poisoned, kind in ((False, "clean"), (True, "triggered")):
         for when in ("before", "after"):
             counts = confusion(run.predictions, when, poisoned, num_classes)
-            label = f"Confusion matrix of {kind} test images {when} the defense"
-            svg = figures.confusion_matrix(counts, label)
+            svg = figures.confusion_matrix(counts, f"Confusion matrix of {kind} test images {when} the defense")
             matrices.append({"title": f"{kind.capitalize()} images, {when}", "svg": svg})
     return matrices
 
 
-def _others(
-    run: Run, before: Mapping[str, Interval], after: Mapping[str, Interval], others: Mapping[str, Mapping[str, float]]
-) -> list[dict[str, Any]]:
+def _others(run: Run, others: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
     """Rows of the comparison: this run, then the others, all as if tested on this record's test sets."""
-    if not others:
-        return []
-    totals = {metric: len(run.hits(metric, "after")) for metric in METRICS}
-    rows = [{"name": run.folder.name, "this": True, **after, "der": run.effectiveness()}]
+    before = run.shares("before")
+    rows = [{"name": run.folder.name, "this": True, **run.shares("after"), "der": run.effectiveness()}]
     for name, shares in others.items():
-        limits = {metric: wilson(shares[metric], totals[metric]) for metric in METRICS}
+        limits = {metric: wilson(shares[metric], len(run.hits(metric, "after"))) for metric in METRICS}
         asr_drop, acc_drop = (difference(before[metric], limits[metric]) for metric in ("test_asr", "test_acc"))
         rows.append({"name": name, "this": False, **limits, "der": rating(asr_drop, acc_drop)})
-    return rows
-
-
-def _stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
-    whole = sum(seconds.values()) or 1.0
-    return [{"name": name, "seconds": value, "share": value / whole} for name, value in seconds.items()]
+    return rows if others else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 from typing import Any
 
@@ -17,7 +18,7 @@ from fmp_core.frg.reverse import FrgSettings, SharedForward, noisy_start
 from fmp_core.inversion.trigger import FAMILIES, INVERTED_TRIGGER, load_trigger
 from fmp_core.models.evaluate import to_unit
 from fmp_core.models.feature_maps import ConvLayer, frozen
-from fmp_core.report.data import Attacked, Run, Trigger
+from fmp_core.report.data import Run, Trigger
 
 MOST_SHOWN = 6  # feature maps per row of pictures
 
@@ -29,8 +30,8 @@ def pictures(run: Run, trigger: Trigger) -> dict[str, Any]:
     clean, poisoned = to_unit(trigger.clean[:1]), to_unit(trigger.poisoned[:1])
     pruned, changed = _shown_maps(run, trigger)
     shown = pd.concat([pruned, changed]).drop_duplicates(["layer", "channel"])
-    noise = image_changes(run, trigger, clean, shown)
-    activations = activations_of(trigger.attacked, torch.cat([clean, poisoned]), shown)
+    noise = _image_changes(run, trigger, clean, shown)
+    activations = _activations(trigger, torch.cat([clean, poisoned]), shown)
     cards = {place: _card(one, run, noise[place], *activations[place]) for place, one in shown.iterrows()}
     legend = {"name": "FRG", "means": "the change FRG makes to the clean image, from -eps (dark) to +eps"}
     if run.by_trigger:
@@ -46,10 +47,10 @@ def pictures(run: Run, trigger: Trigger) -> dict[str, Any]:
 def _shown_maps(run: Run, trigger: Trigger) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of ``run.maps`` in each row of pictures, with ``tac_rank`` and the layer's size ``of``."""
     maps = run.maps.assign(tac=trigger.tac.numpy(), tac_rank=trigger.ranks().numpy())
-    by_layer = maps.groupby("layer", sort=False)
-    maps["of"] = by_layer["tac"].transform("size")
-    maps["prominence"] = maps["tac"] / by_layer["tac"].transform("median").clip(lower=1e-12)
-    pruned = maps[maps["pruned"].astype(bool)]
+    by_layer = maps.groupby("layer", sort=False)["tac"]
+    maps["of"] = by_layer.transform("size")
+    maps["prominence"] = maps["tac"] / by_layer.transform("median").clip(lower=1e-12)
+    pruned = maps[maps["pruned"]]
     if run.by_trigger:
         pruned = pruned.sort_values("moved", ascending=False)
     elif run.scored:
@@ -61,19 +62,14 @@ def _shown_maps(run: Run, trigger: Trigger) -> tuple[pd.DataFrame, pd.DataFrame]
 def _example(clean: Tensor, poisoned: Tensor, label: int) -> dict[str, Any]:
     change = poisoned - clean
     amplify = 0.5 / max(float(change.abs().max()), 1e-6)
-    return {
-        "label": label,
-        "clean": _picture(clean),
-        "poisoned": _picture(poisoned),
-        "change": _picture(0.5 + amplify * change),
-        "amplified": amplify,
-    }
+    shown = {"clean": _picture(clean), "poisoned": _picture(poisoned), "change": _picture(0.5 + amplify * change)}
+    return {"label": label, "amplified": amplify, **shown}
 
 
 def _card(one: pd.Series, run: Run, noise: Tensor, clean: Tensor, poisoned: Tensor) -> dict[str, Any]:
     """One feature map: ``noise`` ``[C, H, W]`` in -1..1, its activations ``[h, w]``. A map of one pixel is shown as numbers."""
-    low, high = (float(f(torch.stack([clean, poisoned]))) for f in (torch.amin, torch.amax))
-    pair = (clean, poisoned)
+    pair = torch.stack([clean, poisoned])
+    low, high = float(pair.min()), float(pair.max())
     return {
         "layer": one["layer"],
         "channel": int(one["channel"]),
@@ -87,7 +83,7 @@ def _card(one: pd.Series, run: Run, noise: Tensor, clean: Tensor, poisoned: Tens
     }
 
 
-def image_changes(run: Run, trigger: Trigger, image: Tensor, shown: pd.DataFrame) -> dict[Any, Tensor]:
+def _image_changes(run: Run, trigger: Trigger, image: Tensor, shown: pd.DataFrame) -> dict[Any, Tensor]:
     """How ``image`` ``[1, C, H, W]`` is changed for each map of ``shown``, by its index: ``[C, H, W]`` in units of the largest
     change allowed (-1..1). FRG changes it for each map apart, an inverted trigger for all alike."""
     if run.by_trigger:
@@ -96,39 +92,36 @@ def image_changes(run: Run, trigger: Trigger, image: Tensor, shown: pd.DataFrame
         return dict.fromkeys(shown.index, change)
     settings = run.summary.settings
     frg = FrgSettings(float(settings["eps"]), int(settings["frg_steps"]), settings["alpha"])
-    layers = {layer.name: layer for layer in trigger.attacked.layers if layer.name in set(shown["layer"])}
+    layers = _layers_of(shown, trigger)
     noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     start = noisy_start(image, noise.to(image.device), frg.eps)
-    with frozen(trigger.attacked.model):
-        shared = SharedForward(trigger.attacked.model, list(layers.values()), image, start)
-        changes = {}
+    changes = {}
+    with frozen(trigger.model):
+        shared = SharedForward(trigger.model, list(layers.values()), image, start)
         for place, one in shown.iterrows():
             changed = shared.reversed_images(layers[one["layer"]], [int(one["channel"])], frg)
             changes[place] = ((changed - image) / frg.eps)[0].detach().cpu()
     return changes
 
 
-def activations_of(attacked: Attacked, images: Tensor, shown: pd.DataFrame) -> dict[Any, tuple[Tensor, Tensor]]:
-    """Each map of ``shown``, by its index, on the two ``images`` ``[2, C, H, W]``: a pair of ``[h, w]``."""
+def _activations(trigger: Trigger, images: Tensor, shown: pd.DataFrame) -> dict[Any, Tensor]:
+    """Each map of ``shown``, by its index, on the two ``images`` ``[2, C, H, W]``: ``[2, h, w]``."""
     outputs: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as hooks, frozen(trigger.model), torch.inference_mode():
+        for name, layer in _layers_of(shown, trigger).items():
+            hook = layer.module.register_forward_hook(lambda _module, _in, out, name=name: outputs.update({name: out.cpu()}))
+            hooks.callback(hook.remove)
+        trigger.model(images)
+    return {place: outputs[one["layer"]][:, int(one["channel"])] for place, one in shown.iterrows()}
 
-    def keep(layer: ConvLayer) -> Any:
-        return layer.module.register_forward_hook(lambda _module, _inputs, out: outputs.__setitem__(layer.name, out.cpu()))
 
-    handles = [keep(layer) for layer in attacked.layers if layer.name in set(shown["layer"])]
-    try:
-        with frozen(attacked.model), torch.inference_mode():
-            attacked.model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {place: tuple(outputs[one["layer"]][:, int(one["channel"])]) for place, one in shown.iterrows()}
+def _layers_of(shown: pd.DataFrame, trigger: Trigger) -> dict[str, ConvLayer]:
+    return {layer.name: layer for layer in trigger.layers if layer.name in set(shown["layer"])}
 
 
 def _picture(pixels: Tensor) -> str:
     """``[C, H, W]`` in [0,1] as a PNG data URI."""
-    array = (pixels.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
-    return _uri(array)
+    return _uri((pixels.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).squeeze(-1).numpy())
 
 
 def _heat(values: Tensor, low: float, high: float) -> str:

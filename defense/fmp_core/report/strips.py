@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fmp_core.frg.scores import cuts, layer_slices
-from fmp_core.models.activation_change import Precision
 from fmp_core.report.data import Run, Trigger
 
 OTHER_P = (8, 16, 32, 64, 128)
@@ -28,7 +27,8 @@ def own_pruning(run: Run) -> Pruning:
     """What the run pruned."""
     if run.scored:
         return _pruning_at(run, run.p)
-    return Pruning(None, run.pruned, torch.zeros(len(run.maps), dtype=torch.bool))
+    pruned = run.of_maps("pruned")
+    return Pruning(None, pruned, torch.zeros_like(pruned))
 
 
 def prunings(run: Run) -> list[Pruning]:
@@ -51,7 +51,7 @@ def p_table(run: Run, trigger: Trigger | None) -> list[dict[str, Any]]:
     """One row for each p: maps pruned, maps tied at a cut, and the precision against TAC if that is known."""
     rows = []
     for p, mask, tied in prunings(run) if run.scored else ():
-        precision: Precision | None = trigger.precision(mask) if trigger and mask.any() else None
+        precision = trigger.precision(mask) if trigger and mask.any() else None
         rows.append({"p": p, "pruned": int(mask.sum()), "tied": int(tied.sum()), "precision": precision})
     return rows
 
@@ -64,40 +64,33 @@ def strips(run: Run, trigger: Trigger | None) -> dict[str, Any]:
     highest TAC (None: not known).
     """
     options = prunings(run)
-    order = run.scores.order() if run.scored else _by_change(run)
+    order = run.scores.order() if run.scored else run.of_maps("moved").argsort(descending=True, stable=True)
     ranks = trigger.ranks() if trigger else None
     layers = []
     for layer, positions in layer_slices(run.layers):
         places = order[(order >= positions.start) & (order < positions.stop)]
-        columns = run.maps.iloc[places.numpy()]
-        drawn: dict[str, Any] = {"name": layer.name, "channel": columns["channel"].tolist()}
+        maps = run.maps.iloc[places.numpy()]
+        drawn: dict[str, Any] = {"name": layer.name, "channel": maps["channel"].tolist()}
         if run.scored:
-            drawn |= {"correct": columns["correct"].tolist(), "margin": [_short(margin) for margin in columns["margin"]]}
+            drawn |= {"correct": maps["correct"].tolist(), "margin": _short(maps["margin"].tolist())}
         else:
-            drawn["change"] = [_short(change) for change in columns["moved"]]
+            drawn["change"] = _short(maps["moved"].tolist())
         if trigger and ranks is not None:
-            drawn |= {"tac": [_short(tac) for tac in trigger.tac[places].tolist()], "tacRank": ranks[places].tolist()}
-        drawn["cuts"] = [_cut(option, places, ranks) for option in options]
-        layers.append(drawn)
+            drawn |= {"tac": _short(trigger.tac[places].tolist()), "tacRank": ranks[places].tolist()}
+        layers.append({**drawn, "cuts": [_cut(option, places, ranks) for option in options]})
     choices = [option.p for option in options]
-    own = choices.index(run.p) if run.scored else 0
-    samples = run.scores.samples if run.scored else 0
+    own, samples = (choices.index(run.p), run.scores.samples) if run.scored else (0, 0)
     return {"samples": samples, "choices": choices, "own": own, "scope": run.scope, "layers": layers}
 
 
 def _cut(option: Pruning, places: Tensor, ranks: Tensor | None) -> list[int | None]:
     """The entry of one layer, whose maps in the order drawn are ``places``, for :func:`strips`."""
     pruned = int(option.mask[places].sum())
-    tied = option.tied[places].nonzero().flatten().tolist()
+    tied = option.tied[places].nonzero().flatten().tolist() or [-1]
     found = None if ranks is None else int((option.mask[places] & (ranks[places] <= pruned)).sum())
-    return [pruned, tied[0] if tied else -1, tied[-1] if tied else -1, len(tied), found]
+    return [pruned, tied[0], tied[-1], int(option.tied[places].sum()), found]
 
 
-def _by_change(run: Run) -> Tensor:
-    """Positions of all maps, those first whose activation the inverted trigger changes most."""
-    return torch.from_numpy(run.maps["moved"].to_numpy(copy=True)).argsort(descending=True, stable=True)
-
-
-def _short(number: float) -> float | None:
+def _short(numbers: list[float]) -> list[float | None]:
     """Four digits; None for NaN and infinity, which JSON does not have."""
-    return float(f"{number:.4g}") if math.isfinite(number) else None
+    return [float(f"{number:.4g}") if math.isfinite(number) else None for number in numbers]

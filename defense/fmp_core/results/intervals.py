@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 Z = 1.959963984540054  # two-sided 95 %
 
@@ -30,6 +31,11 @@ def wilson(share: float, total: int) -> Interval:
     return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
 
 
+def share_of(hits: pd.Series | np.ndarray) -> Interval:
+    """The share of True in ``hits``, with Wilson's limits; 0 of none."""
+    return wilson(float(hits.mean()) if len(hits) else 0.0, len(hits))
+
+
 def difference(first: Interval, second: Interval, correlation: float = 0.0) -> Interval:
     """``first - second`` by the square-and-add rule (Newcombe 1998, Statistics in Medicine 17:873, method 10).
 
@@ -46,22 +52,19 @@ def difference(first: Interval, second: Interval, correlation: float = 0.0) -> I
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
     """Difference of two shares of the same images (Newcombe 1998, Statistics in Medicine 17:2635, method 10).
 
-    Args:
-        first, second: bool ``[N]``, row by row the same image, such as "correct after" and "correct before".
+    ``first``, ``second``: bool ``[N]``, row by row the same image, such as "correct after" and "correct before".
     """
     total = len(first)
-    both, neither = int((first & second).sum()), int((~first & ~second).sum())
-    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    both, only_first, only_second = (int(hits.sum()) for hits in (first & second, first & ~second, ~first & second))
+    neither = total - both - only_first - only_second
     margins = (both + only_first) * (neither + only_second) * (both + only_second) * (neither + only_first)
     product = both * neither - only_first * only_second
     corrected = max(product - total / 2, 0.0) if product > 0 else product
     correlation = corrected / math.sqrt(margins) if margins else 0.0
-    share, other = (both + only_first) / total, (both + only_second) / total
-    return difference(wilson(share, total), wilson(other, total), correlation)
+    return difference(share_of(first), share_of(second), correlation)
 
 
 def rating(gain: Interval, acc_drop: Interval) -> Interval:
-    """Limits of :func:`fmp_core.metrics.rating` (DER of the drops of ASR and of Acc) from those of its parts, which come from
-    different images."""
+    """Limits of :func:`fmp_core.metrics.rating` from those of its two parts, which come from different images."""
     gained, lost = (Interval(*(max(0.0, limit) for limit in interval)) for interval in (gain, acc_drop))
     return Interval(*((limit + 1) / 2 for limit in difference(gained, lost)))

@@ -20,16 +20,13 @@ def prediction_frame(data: TestData, before: Predictions, after: Predictions) ->
     ``label`` is what the image shows, ``target`` what the attacker wants (-1 for clean images); ``before`` and ``after`` are
     the classes the model names.
     """
+    clean = {"label": data.clean_labels, "before": before.clean, "after": after.clean}
+    poisoned = {"label": data.originals, "target": data.targets, "before": before.poisoned, "after": after.poisoned}
     parts = []
-    for poisoned, labels, targets, first, last in (
-        (False, data.clean_labels, None, before.clean, after.clean),
-        (True, data.originals, data.targets, before.poisoned, after.poisoned),
-    ):
-        columns = {"label": labels, "target": targets, "before": first, "after": last}
-        known = {name: column for name, column in columns.items() if column is not None}
-        rows = {name: column.numpy() for name, column in zip(known, to_host(known.values()), strict=True)}
-        parts.append(pd.DataFrame({"poisoned": poisoned, **dict.fromkeys(columns, -1), **rows}))
-    return pd.concat(parts, ignore_index=True)
+    for tensors in (clean, poisoned):
+        rows = {name: column.numpy() for name, column in zip(tensors, to_host(tensors.values()), strict=True)}
+        parts.append(pd.DataFrame({"poisoned": tensors is poisoned, "target": -1, **rows}))
+    return pd.concat(parts, ignore_index=True)[COLUMNS]
 
 
 def read_predictions(path: Path, num_classes: int) -> pd.DataFrame:
@@ -49,15 +46,13 @@ def read_predictions(path: Path, num_classes: int) -> pd.DataFrame:
 
 def confusion(frame: pd.DataFrame, when: str, poisoned: bool, num_classes: int) -> np.ndarray:
     """Counts, int64 ``[num_classes, num_classes]``: rows are what images show, columns what the model says ``when``."""
-    rows = frame[frame["poisoned"].astype(bool) == poisoned]
+    rows = frame[frame["poisoned"] == poisoned]
     cells = rows["label"].to_numpy() * num_classes + rows[when].to_numpy()
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def success_by_class(frame: pd.DataFrame) -> pd.DataFrame:
     """Attack success per true class: index ``label``; columns ``before``, ``after`` (shares), ``images``."""
-    rows = frame[frame["poisoned"].astype(bool)]
-    hits = pd.DataFrame({when: rows[when] == rows["target"] for when in ("before", "after")})
-    table = hits.groupby(rows["label"]).mean()
-    table["images"] = rows.groupby("label").size()
-    return table
+    rows = frame[frame["poisoned"]]
+    hits = rows[["before", "after"]].eq(rows["target"], axis=0).groupby(rows["label"])
+    return hits.mean().assign(images=hits.size())

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,8 +24,7 @@ from fmp_core.models.build import state_like
 from fmp_core.models.evaluate import Evaluation, Metrics
 from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.models.training import Epoch
-from fmp_core.results.bb_tables import history_frame, summary_frame, write_csv, write_plots
-from fmp_core.results.event_log import summary_writer, write_events
+from fmp_core.results.bb_tables import history_frame, summary_frame, summary_writer, write_csv, write_events, write_plots
 from fmp_core.results.predictions import prediction_frame
 from fmp_core.results.read import read_attack_metrics
 from fmp_core.results.removal import attack_outcome
@@ -38,9 +36,8 @@ from fmp_core.system.devices import Device
 from fmp_core.system.versions import versions
 
 LOGGER = logging.getLogger("fmp_core")
-History = Sequence[
-    tuple[Epoch | None, Metrics | None]
-]  # an epoch that was not tested has no metrics; None: no epoch was trained
+FIGURES_DIFFER = 0.02  # of a fraction; evaluation batches, device and precision explain less
+History = Sequence[tuple[Epoch | None, Metrics | None]]  # an untested epoch has no metrics; None: no epoch was trained
 Weights = tuple[str, int, dict[str, Tensor]]  # model name, number of classes, state
 
 
@@ -48,6 +45,7 @@ Weights = tuple[str, int, dict[str, Tensor]]  # model name, number of classes, s
 class RunFolder:
     """Where a run writes. ``shared`` holds the cache of scores, which serves all runs on the record."""
 
+    settings: Settings
     path: Path
     log: Path
     checkpoints: Path
@@ -61,24 +59,19 @@ class RunFolder:
             UserError: a link in the record leads out of it.
         """
         home = Path(settings.save_folder) / record.folder.name if settings.save_folder else record.folder
-        path = home / "defense" / settings.defense_name
-        folder = RunFolder(
-            path,
-            Path(settings.log or path / "log"),
-            Path(settings.checkpoint_save or path / "checkpoint"),
-            home / "defense" / "fmp",
-        )
-        refuse_links_out_of(home, *(path / name for name in ("log", "checkpoint", "tensorboard")), folder.shared / "cache")
-        return folder
+        path, shared = home / "defense" / settings.defense_name, home / "defense" / "fmp"
+        log, checkpoints = settings.log or path / "log", settings.checkpoint_save or path / "checkpoint"
+        refuse_links_out_of(home, *(path / name for name in ("log", "checkpoint", "tensorboard")), shared / "cache")
+        return RunFolder(settings, path, Path(log), Path(checkpoints), shared)
 
-    def check(self, settings: Settings) -> None:
+    def check(self) -> None:
         """Refuse now rather than after an hour; nothing is written.
 
         Raises:
             UserError: a folder cannot be made, or TensorBoard is asked for and not installed.
         """
         check_folders(self.path, self.log, self.checkpoints)
-        if settings.tensorboard:
+        if self.settings.tensorboard:
             summary_writer()
 
     def make(self, subset: Sequence[int]) -> None:
@@ -96,79 +89,64 @@ class RunFolder:
         selection: Selection,
         history: History,
         evaluations: Sequence[Evaluation],
-        summary: RunSummary,
-    ) -> None:
+        device: Device,
+        seconds: dict[str, float],
+    ) -> RunSummary:
         """All results of a run; metrics.json, which says that the others are there, comes last of those the report reads.
 
-        ``evaluations``: the first is of the attacked model, the last of the repaired one.
+        ``evaluations``: the first is of the attacked model, the last of the repaired one. ``seconds``: by stage.
         """
-        settings = summary.settings
+        first, last = evaluations[0], evaluations[-1]
+        predictions = prediction_frame(inputs.test, first.predictions, last.predictions)
+        before, after = first.metrics.headline(), last.metrics.headline()
+        attack_figures, warnings = _compare_with_attack(inputs.record.folder, before, self.settings.test_images)
+        for warning in warnings:
+            LOGGER.warning("%s", warning)
+        self._write_tables(history_frame(history), feature_map_frame(inputs.defender.layers, selection, self.settings.scope))
+        write_csv(self.path / "predictions.csv", predictions, index=False)
         write_text(self.path / "index.txt", _index_text(inputs.subset))  # where BB's fp keeps it
-        frame = history_frame(history)
-        write_csv(self.path / "fmp_df.csv", frame)
-        write_csv(self.path / "fmp_df_summary.csv", summary_frame(frame))
-        write_plots(self.path, frame)
-        if settings["tensorboard"]:
-            write_events(self.path / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), frame)
-        maps = feature_map_frame(inputs.defender.layers, selection, settings["scope"])
-        write_csv(self.path / "feature_maps.csv", maps, index=False)
-        write_csv(
-            self.path / "predictions.csv",
-            prediction_frame(inputs.test, evaluations[0].predictions, evaluations[-1].predictions),
-            index=False,
-        )
         if selection.triggers:
             save_trigger(self.path / INVERTED_TRIGGER, selection.triggers[0])
         else:
             (self.path / INVERTED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
         write_defense_result(self.path / "defense_result.pt", *weights_of(inputs))
+        summary = RunSummary(
+            before=before,
+            after=after,
+            der=defense_effectiveness(before, after),
+            record=inputs.record.folder.name,
+            dataset=inputs.record.dataset,
+            model=inputs.record.model_name,
+            clean_images=len(inputs.subset),
+            frg_images=selection.scores.samples if selection.scores else 0,
+            feature_maps=len(selection.mask),
+            pruned=selection.pruned,
+            tied_at_cut=selection.ties,
+            verdict=selection.verdict.as_dict() if selection.verdict else None,
+            chosen_by=selection.selected_by,
+            seconds=seconds,
+            seed=self.settings.random_seed,
+            device=f"{device.device} ({device.name})",
+            settings=dataclasses.asdict(self.settings),
+            versions=versions(),
+            removal=attack_outcome(predictions),
+            test_images=self.settings.test_images,
+            attack_figures=attack_figures,
+            warnings=warnings,
+        )
         summary.write(self.path / "metrics.json")
+        return summary
+
+    def _write_tables(self, history: pd.DataFrame, maps: pd.DataFrame) -> None:
+        write_csv(self.path / "fmp_df.csv", history)
+        write_csv(self.path / "fmp_df_summary.csv", summary_frame(history))
+        write_plots(self.path, history)
+        if self.settings.tensorboard:
+            write_events(self.path / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), history)
+        write_csv(self.path / "feature_maps.csv", maps, index=False)
 
 
-def summarise(
-    inputs: Inputs,
-    selection: Selection,
-    evaluations: Sequence[Evaluation],
-    settings: Settings,
-    device: Device,
-    seconds: dict[str, float],
-) -> RunSummary:
-    """The content of metrics.json; ``evaluations`` as for :meth:`RunFolder.write`."""
-    before, after = (evaluations[at].metrics.headline() for at in (0, -1))
-    predictions = prediction_frame(inputs.test, evaluations[0].predictions, evaluations[-1].predictions)
-    attack_figures, warnings = compare_with_attack(inputs.record.folder, before, settings.test_images)
-    for warning in warnings:
-        LOGGER.warning("%s", warning)
-    return RunSummary(
-        before=before,
-        after=after,
-        der=defense_effectiveness(before, after),
-        record=inputs.record.folder.name,
-        dataset=inputs.record.dataset,
-        model=inputs.record.model_name,
-        clean_images=len(inputs.subset),
-        frg_images=selection.scores.samples if selection.scores else 0,
-        feature_maps=len(selection.mask),
-        pruned=selection.pruned,
-        tied_at_cut=selection.ties,
-        verdict=selection.verdict.as_dict() if selection.verdict else None,
-        chosen_by=selection.selected_by,
-        seconds=seconds,
-        seed=settings.random_seed,
-        device=f"{device.device} ({device.name})",
-        settings=dataclasses.asdict(settings),
-        versions=versions(),
-        removal=dict(attack_outcome(predictions)),
-        test_images=settings.test_images,
-        attack_figures=attack_figures,
-        warnings=warnings,
-    )
-
-
-FIGURES_DIFFER = 0.02  # of a fraction; evaluation batches, device and precision explain less
-
-
-def compare_with_attack(
+def _compare_with_attack(
     folder: Path, before: dict[str, float], sample: int | None
 ) -> tuple[dict[str, float] | None, list[str]]:
     """The attack's own figures of the attacked model, if the record has them, and a warning where ours differ much.
@@ -177,22 +155,19 @@ def compare_with_attack(
     """
     allowed = FIGURES_DIFFER + (1.5 / sample**0.5 if sample else 0)
     try:
-        figures = read_attack_metrics(folder) or None
+        figures = read_attack_metrics(folder)
     except UserError as problem:
         return None, [str(problem)]
-    if figures is None:
-        return None, []
     differing = [
         f"{HEADLINES[name]} {100 * before[name]:.1f} % here, {100 * figures[name]:.1f} % there"
         for name in METRICS
-        if abs(before[name] - figures[name]) > allowed
+        if figures and abs(before[name] - figures[name]) > allowed
     ]
-    if not differing:
-        return figures, []
-    return figures, [
+    warning = (
         f"The attack reported other figures of this model in {folder / 'attack_df_summary.csv'}: {'; '.join(differing)}. "
         "Perhaps its preprocessing is another one (--mean, --std) or the dataset is not the one it was trained on."
-    ]
+    )
+    return figures or None, [warning] if differing else []
 
 
 def weights_of(inputs: Inputs) -> Weights:
@@ -207,22 +182,18 @@ def feature_map_frame(layers: Sequence[ConvLayer], selection: Selection, scope: 
     Maps that racing dropped have no margin. Without scores there is no rank. ``moved`` is how far an inverted trigger changes
     the map's activation, if that selected.
     """
-    columns: dict[str, Any] = {
-        "layer": [layer.name for layer in layers for _ in range(layer.channels)],
-        "channel": [channel for layer in layers for channel in range(layer.channels)],
-    }
+    maps = [(layer.name, channel) for layer in layers for channel in range(layer.channels)]
+    frame = pd.DataFrame(maps, columns=["layer", "channel"])
     scores = selection.scores
     if scores is not None:
-        rank = np.empty(scores.total, dtype=np.int64)
-        rank[scores.order().numpy()] = np.arange(1, scores.total + 1)
         margin = scores.margin if scores.settled is None else scores.margin.where(scores.settled, torch.nan)
-        columns |= {"correct": scores.correct.numpy(), "samples": scores.samples, "margin": margin.numpy(), "rank": rank}
+        frame = frame.assign(correct=scores.correct.numpy(), samples=scores.samples, margin=margin.numpy())
+        frame.loc[scores.order().numpy(), "rank"] = np.arange(1, scores.total + 1)
+        ranks = frame.groupby("layer", sort=False)["rank"].rank(method="first") if scope == "layer" else frame["rank"]
+        frame["rank"] = ranks.astype(np.int64)
     if selection.activation_change is not None:
-        columns["moved"] = selection.activation_change.numpy()
-    frame = pd.DataFrame({**columns, "pruned": selection.mask.numpy()})
-    if scores is not None and scope == "layer":
-        frame["rank"] = frame.groupby("layer", sort=False)["rank"].rank(method="first").astype(np.int64)
-    return frame
+        frame["moved"] = selection.activation_change.numpy()
+    return frame.assign(pruned=selection.mask.numpy())
 
 
 def _index_text(subset: Sequence[int]) -> str:

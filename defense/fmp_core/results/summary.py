@@ -12,6 +12,9 @@ from fmp_core.errors import UserError
 from fmp_core.metrics import HEADLINES, METRICS
 from fmp_core.storage.files import write_text
 
+MUCH_ACCURACY = 0.03
+FEW_CLEAN_IMAGES = 500
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -64,24 +67,16 @@ class RunSummary:
 
     @staticmethod
     def read(path: Path) -> RunSummary:
-        """What :meth:`write` wrote; unknown keys are ignored.
-
-        Raises:
-            UserError: the file is missing, damaged, or lacks a key.
-        """
+        """What :meth:`write` wrote and no other key. Raises UserError: the file is missing or damaged, or lacks a key."""
+        names = [field.name for field in dataclasses.fields(RunSummary)]
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            known = {f.name: f for f in dataclasses.fields(RunSummary)}
-            missing = [name for name, f in known.items() if name not in content and _required(f)]
+            missing = [name for name in names if name not in content]
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path} cannot be read ({type(error).__name__}); run the defense again.") from None
         if missing or not isinstance(content, dict):
             raise UserError(f"{path} is not what a run of fmp writes: it lacks {', '.join(missing)}; run the defense again.")
-        return RunSummary(**{name: value for name, value in content.items() if name in known})
-
-
-def _required(f: dataclasses.Field[Any]) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        return RunSummary(**{name: content[name] for name in names})
 
 
 def as_table(metrics: dict[str, Any], folder: Path) -> str:
@@ -98,18 +93,14 @@ def as_table(metrics: dict[str, Any], folder: Path) -> str:
     return "\n".join([*lines, *advice(metrics)])
 
 
-MUCH_ACCURACY = 0.03
-FEW_CLEAN_IMAGES = 500
-
-
 def advice(metrics: dict[str, Any]) -> list[str]:
     """At most one line: what to try if the backdoor is still there, or if accuracy was lost."""
-    outcome = (metrics["removal"] or {}).get("outcome")
-    clean, strong = metrics["clean_images"], metrics["settings"]["preset"] == "strong"
+    outcome, clean = metrics["removal"]["outcome"], metrics["clean_images"]
     drop = metrics["before"]["test_acc"] - metrics["after"]["test_acc"]
     few = f" The defense had {clean} clean images only; more help (--ratio, --index)." if clean < FEW_CLEAN_IMAGES else ""
     if outcome in ("weakened", "still works"):
         state = "still works" if outcome == "still works" else "is weakened, not removed"
+        strong = metrics["settings"]["preset"] == "strong"
         attempt = "try more clean data (--ratio) or a higher --lr" if strong else "try --preset strong"
         return [f"The backdoor {state}: {attempt}.{few}"]
     if drop > MUCH_ACCURACY:
