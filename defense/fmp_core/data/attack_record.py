@@ -56,31 +56,29 @@ class PoisonedSet:
     def true_labels(self, clean_test: Split) -> Tensor:
         """The true labels, int64 ``[N]``, compared with those of the clean test set where the record names its images.
 
-        Raises:
-            UserError: the record does not determine them, or they are not those of ``clean_test`` (another order, other data).
+        Raises UserError if the record does not determine them, or if they are not those of ``clean_test`` (another order,
+        other data).
         """
-        if self.indices is not None and not ((self.indices >= 0) & (self.indices < len(clean_test))).all():
+        if self.indices is None:
+            if self.original is None:
+                raise UserError("The record names neither the true labels nor the test images it poisoned, so RA is undefined.")
+            return self.original
+        if not ((self.indices >= 0) & (self.indices < len(clean_test))).all():
             raise UserError(
                 f"The record names poisoned test images {int(self.indices.min())} to {int(self.indices.max())}, but the clean "
                 f"test set has images 0..{len(clean_test) - 1}; check --dataset_path."
             )
-        if self.original is not None:
-            self._check_pairs(clean_test)
-            return self.original
-        if self.indices is None:
-            raise UserError("The record names neither the true labels nor the test images it poisoned, so RA is undefined.")
-        return clean_test.labels[self.indices]
-
-    def _check_pairs(self, clean_test: Split) -> None:
-        if self.indices is None or self.original is None:
-            return
-        different = int((clean_test.labels[self.indices] != self.original).sum())
+        labels = clean_test.labels[self.indices]
+        if self.original is None:
+            return labels
+        different = int((labels != self.original).sum())
         if different > DIFFERENT_LABELS * len(self):
             raise UserError(
                 "The clean test set is not the one that the record was made of, or in another order: of the true labels that "
                 f"the record stores of its {len(self)} poisoned test images, only {len(self) - different} are those of the "
                 "clean test images at these positions; check --dataset_path."
             )
+        return self.original
 
 
 @dataclass(frozen=True)
@@ -102,14 +100,13 @@ class AttackRecord:
 
 def find_records(root: str | Path) -> list[str]:
     """Names of the folders below ``root`` that hold an attack record, at most DEPTH levels deep; links are followed."""
-    root, found = Path(root), []
-    seen = set()
+    root, found, seen = Path(root), [], set()
     for folder, inside, files in os.walk(root, followlinks=True):
-        place = Path(folder)
-        real, depth = place.resolve(), len(place.relative_to(root).parts)
-        if ATTACK_FILE in files and depth:
-            found.append(place.relative_to(root).as_posix())
-        if real in seen or depth >= DEPTH or (ATTACK_FILE in files and depth):
+        place, real = Path(folder).relative_to(root), os.path.realpath(folder)
+        is_record = ATTACK_FILE in files and bool(place.parts)
+        if is_record:
+            found.append(place.as_posix())
+        if is_record or real in seen or len(place.parts) >= DEPTH:
             inside.clear()  # a record holds no records, but thousands of images
         inside[:] = [name for name in inside if not name.startswith(".")]
         seen.add(real)
@@ -119,8 +116,7 @@ def find_records(root: str | Path) -> list[str]:
 def read_attack_record(folder: str | Path) -> AttackRecord:
     """Read ``folder/attack_result.pt`` as BB v1 or v2 wrote it. Poisoned images are located, not yet decoded.
 
-    Raises:
-        UserError: anything is missing, damaged, refused or impossible; names the file and the part.
+    Raises UserError, naming the file and the part, if anything is missing, damaged, refused or impossible.
     """
     folder = Path(folder)
     path = folder / ATTACK_FILE
@@ -134,18 +130,17 @@ def read_attack_record(folder: str | Path) -> AttackRecord:
         raise UserError(f"{path} is not an attack record: it lacks {', '.join(missing)}.")
     try:
         return _attack_record(folder, content)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, OSError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, OSError) as error:
         raise UserError(f"{path} is not as BackdoorBench writes it ({type(error).__name__}: {error}).") from None
 
 
 def _refuse_placeholders(content: Mapping[str, Any]) -> None:
     """An object of a class that this program does not know may stand where nobody looks, but not where data is needed."""
-    bd_test = content["bd_test"] if isinstance(content["bd_test"], Mapping) else {}
-    needed = [(key, content[key]) for key in ATTACK_KEYS if key not in ("bd_train", "data_path")]  # these are never read
-    needed += [
-        (f"bd_test {key}", bd_test.get(key)) for key in ("bd_data_container", "poison_indicator", "original_index_array")
-    ]
-    for key, value in needed:
+    needed = {key: content[key] for key in ATTACK_KEYS if key not in ("bd_train", "data_path")}  # these are never read
+    if isinstance(needed["bd_test"], Mapping):
+        parts = ("bd_data_container", "poison_indicator", "original_index_array")
+        needed |= {f"bd_test {key}": needed["bd_test"].get(key) for key in parts}
+    for key, value in needed.items():
         if isinstance(value, Opaque):
             raise ValueError(f"{key} is a {value.name}, which holds no data that could be read")
 
@@ -206,11 +201,12 @@ def _poisoned_set(folder: Path, state: Mapping[str, Any], size: Size, facts: Dat
     if absent is not None:
         raise ValueError(f"bd_test has no entry for poisoned image {absent}")
     on_disk = all(isinstance(items[i], Mapping) for i in chosen)
-    labels = [items[i]["other_info"] if on_disk else items[i][1:] for i in chosen]
     images: list[Path] | Tensor
     if on_disk:
+        labels = [items[i]["other_info"] for i in chosen]
         images = _locate([items[i]["path"] for i in chosen], container.get("save_folder_path"), folder)
     else:
+        labels = [items[i][1:] for i in chosen]
         images = pixels_of([items[i][0] for i in chosen], size, facts.mean, facts.std)
     return PoisonedSet(images, _int64([x[0] for x in labels]), _int64([x[1] for x in labels]), _int64(chosen))
 
@@ -219,16 +215,14 @@ def _v1_poisoned_set(state: Mapping[str, Any], size: Size, facts: DatasetFacts) 
     if len(state["x"]) != len(state["y"]) or not len(state["y"]):
         raise ValueError(f"bd_test has {len(state['x'])} images and {len(state['y'])} labels")
     images = pixels_of(state["x"], size, facts.mean, facts.std)
-    original, indices = state.get("original_targets"), state.get("original_index")
-    for name, values in (("original_targets", original), ("original_index", indices)):
+
+    def known(name: str) -> Tensor | None:
+        values = state.get(name)
         if values is not None and len(values) != len(images):
             raise ValueError(f"bd_test {name} has {len(values)} entries for {len(images)} images")
-    return PoisonedSet(
-        images,
-        _int64(state["y"]),
-        None if original is None else _int64(original),
-        None if indices is None else _int64(indices),
-    )
+        return None if values is None else _int64(values)
+
+    return PoisonedSet(images, _int64(state["y"]), known("original_targets"), known("original_index"))
 
 
 def _int64(values: Any) -> Tensor:
@@ -254,17 +248,10 @@ def _locate(stored: Sequence[str], saved_below: str | None, folder: Path) -> lis
     found = []
     for text in stored:
         path = PurePosixPath(text.replace("\\", "/"))
-        inside = (
-            PurePosixPath(base.name) / path.relative_to(base)
-            if base and path.is_relative_to(base)
-            else PurePosixPath(*path.parts[-3:])
-        )
-        file = root / inside
-        if (
-            inside.is_absolute()
-            or ".." in inside.parts
-            or not file.resolve().is_relative_to((root / inside.parts[0]).resolve())
-        ):
+        inside = base.name / path.relative_to(base) if base and path.is_relative_to(base) else PurePosixPath(*path.parts[-3:])
+        file, image_folder = root / inside, root / inside.parts[0]
+        climbs = inside.is_absolute() or ".." in inside.parts
+        if climbs or not file.resolve().is_relative_to(image_folder.resolve()):
             raise UserError(f"The record in {folder} names an image outside its folder ({text}), and was refused.")
         found.append(file)
     missing = [file for file in found if not file.is_file()]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.datasets import MNIST
 
 from fmp_core.data.folders import LayoutError, celeba, gtsrb, image_folder, tiny_imagenet, visible
-from fmp_core.data.images import Size, to_pixels
-from fmp_core.data.split import Split
+from fmp_core.data.images import Size, Split, resized
 from fmp_core.errors import UserError
 from fmp_core.storage.placeholders import RefusedError
 from fmp_core.storage.unpickler import read_pickle
@@ -65,22 +63,18 @@ def dataset_facts(
 
     A dataset BB does not know is an image folder with pixels in [0,1] as they are.
     """
-    channels = size[2]
+
+    def per_channel(values: Sequence[float]) -> tuple[float, ...]:
+        """One number a channel; of a grey image the mean over colours, of a coloured one the grey number."""
+        return tuple(values) if len(values) == size[2] else (float(np.mean(values)),) * size[2]
+
     unknown = DatasetFacts(None, size, (0.0,), (1.0,), crop_padding=FOLDER_CROP_PADDING)
     facts = FACTS.get(known_name(name) or "", unknown)
-    mean, std = (_per_channel(values, channels) for values in (mean or facts.mean, std or facts.std))
-    return replace(facts, mean=mean, std=std)
-
-
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """One number a channel; of a grey image the mean over colours, of a coloured one the grey number."""
-    if len(values) == channels:
-        return tuple(values)
-    return (float(np.mean(values)),) * channels
+    return replace(facts, mean=per_channel(mean or facts.mean), std=per_channel(std or facts.std))
 
 
 # What parsing a damaged file can raise, in our code or in torchvision's.
-_BAD_CONTENT = (csv.Error, KeyError, ValueError, IndexError, TypeError, AttributeError, RuntimeError, AssertionError)
+_BAD_CONTENT = (csv.Error, LookupError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError)
 
 
 def open_split(root: str | Path, name: str, train: bool, size: Size) -> Split:
@@ -92,24 +86,22 @@ def open_split(root: str | Path, name: str, train: bool, size: Size) -> Split:
         UserError: the folder or a file of it is missing, damaged or laid out in no way that is known; says what is wanted.
     """
     folder, known = _folder(Path(root), name), known_name(name)
-    openers = {"cifar10": _cifar10, "cifar100": _cifar100, "gtsrb": gtsrb, "tiny": tiny_imagenet, "mnist": _mnist}
-    openers["celeba"] = celeba
+    about = f"Dataset {name} in {folder}"
     try:
         try:
-            return openers.get(known or "", image_folder)(folder, train, size)
+            return _OPENERS.get(known or "", image_folder)(folder, train, size)
         except LayoutError:
-            if known not in openers or not {"train", "Train"} & {path.name for path in visible(folder)}:
+            if known not in _OPENERS or not {"train", "Train"} & {path.name for path in visible(folder)}:
                 raise
             return image_folder(folder, train, size)  # known datasets are also kept as folders of images
     except LayoutError as error:
-        raise UserError(f"Dataset {name} in {folder} {error}") from None
+        raise UserError(f"{about} {error}") from None
     except FileNotFoundError as error:
-        missing = error.filename or error
-        raise UserError(f"Dataset {name} in {folder} is incomplete: {missing} is missing; unpack the dataset again.") from None
+        raise UserError(f"{about} is incomplete: {error.filename or error} is missing; unpack the dataset again.") from None
     except RefusedError as error:
-        raise UserError(f"Dataset {name} in {folder} was refused: it asks for {error}; unpack the dataset again.") from None
+        raise UserError(f"{about} was refused: it asks for {error}; unpack the dataset again.") from None
     except (OSError, EOFError, *_BAD_CONTENT) as error:
-        raise UserError(f"Dataset {name} in {folder} cannot be read ({error}); unpack the dataset again.") from None
+        raise UserError(f"{about} cannot be read ({error}); unpack the dataset again.") from None
 
 
 def _folder(root: Path, name: str) -> Path:
@@ -133,35 +125,23 @@ def _array_split(images: np.ndarray, labels: Sequence[int] | np.ndarray, size: S
     if len(pixels) != len(targets) or pixels.dtype != torch.uint8:
         raise ValueError(f"{len(targets)} labels but images of shape {tuple(pixels.shape)} {pixels.dtype}")
 
-    def read(indices: Sequence[int]) -> torch.Tensor:
-        chosen = pixels[torch.as_tensor(indices, dtype=torch.int64)]
-        if chosen.shape[1:] == (size[2], *size[:2]):
-            return chosen
-        resized = torch.empty(len(chosen), size[2], *size[:2], dtype=torch.uint8)
-        for row, image in enumerate(chosen):
-            resized[row] = to_pixels(Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()), size)
-        return resized
-
-    return Split(targets, read)
-
-
-def _cifar_batch(path: Path, label_key: str) -> tuple[np.ndarray, list[int]]:
-    # The originals were written by Python 2, hence latin1 (as torchvision's CIFAR10 does). No md5 is checked: the layout is
-    # what matters, and re-encoded copies are welcome; shapes and labels are checked instead.
-    with open(path, "rb") as file:
-        batch = read_pickle(file)
-    return np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32), batch[label_key]
+    return Split(targets, lambda indices: resized(pixels[torch.as_tensor(indices, dtype=torch.int64)], size))
 
 
 def _cifar(folder: Path, inner: str, names: list[str], label_key: str, classes: int, size: Size) -> Split:
+    """No md5 is checked: the layout is what matters, and re-encoded copies are welcome; shapes and labels are checked."""
     place = next((base for base in (folder / inner, folder) if any((base / name).exists() for name in names)), None)
     if place is None:
         raise LayoutError(f"{inner}/{names[0]}", folder)
-    batches = [_cifar_batch(place / name, label_key) for name in names]
-    labels = [label for _, batch in batches for label in batch]
+    images, labels = [], []
+    for name in names:
+        with open(place / name, "rb") as file:
+            batch = read_pickle(file)
+        images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
+        labels += batch[label_key]
     if labels and not 0 <= min(labels) <= max(labels) < classes:
         raise ValueError(f"labels outside 0..{classes - 1}")
-    return _array_split(np.concatenate([images for images, _ in batches]), labels, size)
+    return _array_split(np.concatenate(images), labels, size)
 
 
 def _cifar10(folder: Path, train: bool, size: Size) -> Split:
@@ -178,3 +158,13 @@ def _mnist(folder: Path, train: bool, size: Size) -> Split:
         raise LayoutError("MNIST/raw/*-ubyte", folder)
     data = MNIST(str(folder), train=train, download=False)
     return _array_split(data.data.numpy()[:, None], data.targets.numpy(), size)
+
+
+_OPENERS: dict[str, Callable[[Path, bool, Size], Split]] = {
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "gtsrb": gtsrb,
+    "tiny": tiny_imagenet,
+    "mnist": _mnist,
+    "celeba": celeba,
+}

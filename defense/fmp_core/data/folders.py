@@ -13,8 +13,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from fmp_core.data.images import Size
-from fmp_core.data.split import Split, file_split
+from fmp_core.data.images import Size, Split, file_split
 
 LARGEST_TABLE = 256 * 2**20  # bytes; CelebA's has 27 million
 LOGGER = logging.getLogger("fmp_core")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +22,27 @@ FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP")
 MOST_PIXELS = 50_000_000  # of one file; a small PNG can claim 16 times that, which takes seconds and gigabytes
 
 
-def room_for(count: int, size: Size) -> Tensor:
-    """An uninitialised uint8 tensor ``[count, C, H, W]``.
+@dataclass(frozen=True)
+class Split:
+    """A training or test set: ``labels`` int64 ``[N]``; ``read(indices)`` gives uint8 ``[n, C, H, W]``."""
 
-    Raises:
-        UserError: the images would not fit into this machine's memory.
-    """
+    labels: Tensor
+    read: Callable[[Sequence[int]], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def file_split(paths: Sequence[Path], labels: Sequence[int], size: Size) -> Split:
+    """Image files and their labels; files are decoded only when they are read."""
+    return Split(torch.tensor(labels, dtype=torch.int64), lambda indices: read_images([paths[int(i)] for i in indices], size))
+
+
+def room_for(count: int, size: Size) -> Tensor:
+    """An uninitialised uint8 tensor ``[count, C, H, W]``; UserError if it would not fit into this machine's memory."""
     height, width, channels = size
     needed = count * math.prod(size)
-    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise UserError(f"{count} images of {height}x{width} take {needed / 2**30:.0f} GiB, more than this machine's memory.")
     return torch.empty(count, channels, height, width, dtype=torch.uint8)
 
@@ -44,28 +56,34 @@ def to_pixels(image: Image.Image, size: Size) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8).reshape(height, width, channels)).permute(2, 0, 1)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata; what matters is an error
-        yield
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 ``[C, H, W]`` as a PIL image."""
+    return Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
+
+
+def resized(images: Tensor, size: Size) -> Tensor:
+    """uint8 ``[N, C, H, W]`` of any height and width, as :func:`to_pixels`."""
+    if not len(images) or images.shape[1:] == (size[2], *size[:2]):
+        return images
+    return torch.stack([to_pixels(to_pil(image), size) for image in images])
 
 
 def read_images(paths: Sequence[Path], size: Size) -> Tensor:
     """Decode files to one uint8 tensor ``[N, C, H, W]``.
 
-    Raises:
-        UserError: a file is missing, is not an image, or is truncated; names the file.
+    Raises UserError, naming the file, if one is missing, is not an image, or is truncated.
     """
     pixels = room_for(len(paths), size)
-    for row, path in enumerate(paths):
-        try:
-            with _quiet(), Image.open(path, formats=FORMATS) as image:
-                if math.prod(image.size) > MOST_PIXELS:
-                    raise ValueError(f"it has {image.width}x{image.height} pixels")
-                pixels[row] = to_pixels(image, size)
-        except FileNotFoundError:
-            raise UserError(f"Image {path} is missing; restore the folder it belongs to.") from None
-        except Exception as error:  # Pillow's decoders raise a dozen unrelated types for damaged bytes
-            raise UserError(f"Image {path} cannot be decoded ({error}); restore it from its source.") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata; what matters is an error
+        for row, path in enumerate(paths):
+            try:
+                with Image.open(path, formats=FORMATS) as image:
+                    if math.prod(image.size) > MOST_PIXELS:
+                        raise ValueError(f"it has {image.width}x{image.height} pixels")
+                    pixels[row] = to_pixels(image, size)
+            except FileNotFoundError:
+                raise UserError(f"Image {path} is missing; restore the folder it belongs to.") from None
+            except Exception as error:  # Pillow's decoders raise a dozen unrelated types for damaged bytes
+                raise UserError(f"Image {path} cannot be decoded ({error}); restore it from its source.") from None
     return pixels

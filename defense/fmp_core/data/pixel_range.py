@@ -6,15 +6,14 @@ BackdoorBench v1 and its forks store images as PIL images, as arrays ``[H, W, C]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fmp_core.data.images import Size, room_for, to_pixels
+from fmp_core.data.images import Size, resized, room_for, to_pixels
 from fmp_core.storage.placeholders import PickledImage
 
 ROWS = 1024  # of a stacked tensor that are looked at together
@@ -36,18 +35,17 @@ def pixels_of(images: Any, size: Size, mean: Sequence[float], std: Sequence[floa
     """
     stacked = isinstance(images, (Tensor, np.ndarray))
     parts = list(torch.as_tensor(images).split(ROWS)) if stacked else list(images)
-    count = len(images)
-    numbers = [part for part in parts if not isinstance(part, PickledImage)]
-    unscale = _scale(lambda: (_channels_first(part, size, stacked) for part in numbers), mean, std)
-    pixels, row = room_for(count, size), 0
+    numbers = (_channels_first(part, size, stacked) for part in parts if not isinstance(part, PickledImage))
+    to_levels = _to_levels(numbers, mean, std)
+    pixels, row = room_for(len(images), size), 0
     for part in parts:
         if isinstance(part, PickledImage):
-            pixels[row] = to_pixels(part.decode(), size)
-            row += 1
+            batch = to_pixels(part.decode(), size)[None]
         else:
-            batch = _channels_first(part, size, stacked)
-            pixels[row : row + len(batch)] = _resized(unscale(batch).round().clamp(0, 255).to(torch.uint8), size)
-            row += len(batch)
+            levels = to_levels(_channels_first(part, size, stacked)).round().clamp(0, 255)
+            batch = resized(levels.to(torch.uint8), size)
+        pixels[row : row + len(batch)] = batch
+        row += len(batch)
     return pixels
 
 
@@ -70,62 +68,41 @@ def _channels_first(part: Any, size: Size, stacked: bool) -> Tensor:
     return batch if layout == "first" else batch.permute(0, 3, 1, 2)
 
 
-def _resized(batch: Tensor, size: Size) -> Tensor:
-    if batch.shape[1:] == (size[2], *size[:2]):
-        return batch
-    return torch.stack([to_pixels(Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()), size) for image in batch])
-
-
-class _Range:
-    """What all numbers of the images have in common."""
-
-    def __init__(self) -> None:
-        self.low, self.high = float("inf"), float("-inf")
-        self.is_integer = False
-        self.on_grid = {"unit": True, "bytes": True, "normalised": True}
-
-
-def _scale(batches: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """The function that takes a batch ``[n, C, h, w]`` to grey levels 0..255."""
+def _to_levels(batches: Iterable[Tensor], mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
+    """The function that takes each batch ``[n, C, h, w]`` to grey levels 0..255, found from all of their numbers."""
     middle, spread = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
-    scales = {
+    scales: dict[str, Callable[[Tensor], Tensor]] = {
         "unit": lambda x: x.float() * 255,
         "bytes": lambda x: x.float(),
         "normalised": lambda x: (x.float() * spread + middle) * 255,
     }
-    found = _look(batches(), scales)
-    if found.low > found.high or (found.is_integer and found.low >= 0 and found.high <= 255):
-        return scales["bytes"]  # no numbers at all, or bytes
-    if found.low >= -BEYOND and found.high <= 1 + BEYOND and (found.on_grid["unit"] or not found.on_grid["normalised"]):
-        return scales["unit"]
-    if found.on_grid["normalised"]:
-        return scales["normalised"]
-    if found.low >= 0 and 1 < found.high <= 255 and (found.on_grid["bytes"] or found.high >= BYTES_FROM):
+    low, high, kinds, whole = float("inf"), float("-inf"), set(), dict.fromkeys(scales, True)
+    for batch in batches:
+        if batch.is_complex() or not batch.numel():
+            raise ValueError("bd_test x holds an image without numbers")
+        if not batch.isfinite().all():
+            raise ValueError("bd_test x holds NaN or infinite numbers")
+        kinds.add("numbers" if batch.is_floating_point() else "whole numbers")
+        low, high = min(low, float(batch.min())), max(high, float(batch.max()))
+        for name, scale in scales.items():
+            whole[name] = whole[name] and _are_levels(scale(batch))
+    if len(kinds) > 1:
+        raise ValueError("bd_test x holds whole numbers and floats side by side")
+    if not kinds or (kinds == {"whole numbers"} and low >= 0 and high <= 255):
         return scales["bytes"]
-    kind = "whole numbers" if found.is_integer else "numbers"
+    if low >= -BEYOND and high <= 1 + BEYOND and (whole["unit"] or not whole["normalised"]):
+        return scales["unit"]
+    if whole["normalised"]:
+        return scales["normalised"]
+    if low >= 0 and 1 < high <= 255 and (whole["bytes"] or high >= BYTES_FROM):
+        return scales["bytes"]
     raise ValueError(
-        f"bd_test x holds {kind} from {found.low:.4g} to {found.high:.4g}, which are neither pixels (0..255 or 0..1) nor "
+        f"bd_test x holds {kinds.pop()} from {low:.4g} to {high:.4g}, which are neither pixels (0..255 or 0..1) nor "
         "pixels normalised with the dataset's mean and std"
     )
 
 
-def _look(batches: Iterator[Tensor], scales: dict[str, Any]) -> _Range:
-    found = _Range()
-    kinds = set()
-    for batch in batches:
-        if batch.is_complex() or not batch.numel():
-            raise ValueError("bd_test x holds an image without numbers")
-        kinds.add(batch.is_floating_point())
-        if not batch.isfinite().all():
-            raise ValueError("bd_test x holds NaN or infinite numbers")
-        found.low, found.high = min(found.low, float(batch.min())), max(found.high, float(batch.max()))
-        for name, scale in scales.items():
-            if found.on_grid[name]:
-                levels = scale(batch)
-                whole = levels.round()
-                near = (levels - whole).abs().max() <= NEAR
-                found.on_grid[name] = bool(near) and float(whole.min()) >= 0 and float(whole.max()) <= 255
-    if len(kinds) > 1:
-        raise ValueError("bd_test x holds whole numbers and floats side by side")
-    found.is_integer = kinds == {False}
-    return found
+def _are_levels(values: Tensor) -> bool:
+    nearest = values.round()
+    near = (values - nearest).abs().max() <= NEAR
+    return bool(near) and float(nearest.min()) >= 0 and float(nearest.max()) <= 255
