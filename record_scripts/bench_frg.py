@@ -28,7 +28,16 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 from fmp_core.system.cli import Parser, run_main
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def run(args: argparse.Namespace) -> None:
+    import pandas as pd  # like torch, it takes seconds
+    from fmp_core.frg.benchmark import measure_all
+
+    rows = measure_all(args)
+    if args.csv:
+        pd.DataFrame(rows, columns=["device", "dtype", "figure", "value"]).to_csv(args.csv, index=False)
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = Parser("bench_frg", __doc__)
     parser.add_argument("--result_file", metavar="RECORD", help="take the weights of this attack record")
     parser.add_argument("--record_root", metavar="FOLDER", default="./record", help="default ./record")
@@ -44,20 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--training", action="store_true", help="also measure fine-tuning and testing")
     parser.add_argument("--repeat", metavar="N", type=int, default=1, help="measure N times; shows the median and the range")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="also write device,dtype,figure,value rows")
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> None:
-    import pandas as pd  # like torch, it takes seconds
-    from fmp_core.frg.benchmark import measure_all
-
-    rows = measure_all(args)
-    if args.csv:
-        pd.DataFrame(rows, columns=["device", "dtype", "figure", "value"]).to_csv(args.csv, index=False)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    args = parser.parse_args(argv)
     return run_main("bench_frg", lambda: run(args))
 
 
