@@ -19,14 +19,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 from fmp_core.system.cli import Parser, run_main
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("check_cuda", __doc__)
-    parser.add_argument("--probe", action="store_true", help="only ask the driver for a GPU; needs no installed package")
-    parser.add_argument("--quick", action="store_true", help="small model, few images")
-    parser.add_argument("--folder", metavar="DIR", type=Path, default=Path("cuda_check"), help="default: cuda_check")
-    return parser.parse_args(argv)
-
-
 def run(args: argparse.Namespace) -> int:
     from fmp_core.cuda_check import check_cuda, require_gpu
 
@@ -37,7 +29,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    parser = Parser("check_cuda", __doc__)
+    parser.add_argument("--probe", action="store_true", help="only ask the driver for a GPU; needs no installed package")
+    parser.add_argument("--quick", action="store_true", help="small model, few images")
+    parser.add_argument("--folder", metavar="DIR", type=Path, default=Path("cuda_check"), help="default: cuda_check")
+    args = parser.parse_args(argv)
     return run_main("check_cuda", lambda: run(args))
 
 

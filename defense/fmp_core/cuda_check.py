@@ -8,7 +8,6 @@ import platform
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ from typing import NamedTuple
 from fmp_core.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
+DIGITS = ("--yaml_path", str(PROJECT / "config" / "defense" / "fmp" / "digits.yaml"))
 LEAST_AGREEMENT = 0.95  # Jaccard index of the maps selected on GPU and CPU: kernels differ, and near ties fall otherwise
 
 
@@ -37,37 +37,6 @@ def require_gpu() -> None:
         raise UserError("There is no CUDA device on this machine, and these checks need one; `make test` runs without.")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Flags of the commands that are run. ``make`` makes the record badnet_digits, ``bench`` holds one set for each size."""
-
-    tests: tuple[str, ...]
-    make: tuple[str, ...]
-    paper: tuple[str, ...]
-    strong: tuple[str, ...]
-    bench: tuple[tuple[str, ...], ...]
-
-
-DIGITS = ("--yaml_path", str(PROJECT / "config" / "defense" / "fmp" / "digits.yaml"))
-FULL = Plan(
-    tests=("-m", "cuda"),
-    make=(),
-    paper=DIGITS,
-    strong=("--preset", "strong"),
-    bench=tuple(("--images", images, "--against", "released", "--training") for images in ("64", "1024")),
-)
-FEW = ("--frg_samples", "2", "--epochs", "1", "--test_images", "16")
-QUICK = Plan(
-    tests=("-m", "cuda and not slow"),
-    make=("--model", "squeezenet1_0", "--limit_train", "40", "--epochs", "1"),
-    paper=(*DIGITS, *FEW),
-    strong=("--preset", "strong", *FEW),
-    bench=tuple(
-        ("--model", "squeezenet1_0", "--images", images, "--maps", "26", "--against", "released") for images in ("2", "4")
-    ),
-)
-
-
 class Row(NamedTuple):
     """One line of the table; ``passed`` is None where nothing is checked."""
 
@@ -76,29 +45,29 @@ class Row(NamedTuple):
     figures: str
 
 
-class CheckError(Exception):
-    """A check failed; the message goes into the table."""
-
-
 @dataclass(frozen=True)
 class Checks:
     """Runs everything in ``folder``, which keeps the record, the results and what was printed."""
 
-    plan: Plan
     folder: Path
+    quick: bool = False
 
     def run(self) -> list[Row]:
         """All rows of the table; a failed check stops no other."""
+        tests, few, make, bench, sizes = "cuda", [], [], ["--training"], ["64", "1024"]
+        if self.quick:
+            tests, few = "cuda and not slow", ["--frg_samples", "2", "--epochs", "1", "--test_images", "16"]
+            make = ["--model", "squeezenet1_0", "--limit_train", "40", "--epochs", "1"]
+            bench, sizes = ["--model", "squeezenet1_0", "--maps", "26"], ["2", "4"]
         steps: dict[str, Callable[[], str]] = {
-            "tests marked cuda": self._tests,
-            "record (make_record.py)": self._record,
-            "fmp.py --preset paper": partial(self._defend, "paper", self.plan.paper),
-            "fmp.py --preset strong": partial(self._defend, "strong", self.plan.strong),
-            "selection on GPU and CPU (fp32)": self._selection,
+            "tests marked cuda": partial(self.test, "-m", tests),
+            "record (make_record.py)": partial(self._record, *make),
+            "fmp.py --preset paper": partial(self._defend, "paper", *DIGITS, *few),
+            "fmp.py --preset strong": partial(self._defend, "strong", "--preset", "strong", *few),
+            "selection on GPU and CPU (fp32)": partial(self._selection, *DIGITS, *few),
         }
-        for flags in self.plan.bench:
-            size = flags[flags.index("--images") + 1]
-            steps[f"bench_frg.py, {size} images"] = partial(self._bench, size, flags)
+        for size in sizes:
+            steps[f"bench_frg.py, {size} images"] = partial(self._bench, size, *bench)
         return [*environment(), *(self.row(name, work) for name, work in steps.items())]
 
     def row(self, name: str, work: Callable[[], str]) -> Row:
@@ -107,32 +76,29 @@ class Checks:
         started = time.monotonic()
         try:
             figures = work()
-        except (CheckError, OSError, ValueError, KeyError) as error:
+        except (RuntimeError, OSError, ValueError, KeyError) as error:
             return Row(name, False, f"{type(error).__name__}: {error}")
         return Row(name, True, f"{figures}; {time.monotonic() - started:.0f} s in all")
 
-    def call(self, name: str, *command: str, cwd: Path | None = None) -> None:
-        """Run ``command`` by this Python; what it prints goes to ``<name>.log``."""
+    def call(self, name: str, *command: str, cwd: Path | None = None) -> list[str]:
+        """Run ``command`` by this Python; what it prints goes to ``<name>.log``. Returns the lines that are not blank."""
         log = self.folder / f"{name}.log"
         with log.open("w", encoding="utf-8") as file:
             ran = subprocess.run([sys.executable, *command], cwd=cwd or self.folder, stdout=file, stderr=subprocess.STDOUT)
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         if ran.returncode:
-            lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-            last = next((line for line in reversed(lines) if line.strip()), "")
-            raise CheckError(f"exit code {ran.returncode}: {last.strip()[:200]} (all of it: {log})")
+            failed = [line.split()[1].rpartition("::")[2] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+            which = f" ({', '.join(failed[:5])}{', ...' if failed[5:] else ''})" if failed else ""
+            raise RuntimeError(f"exit code {ran.returncode}: {lines[-1][:200] if lines else ''}{which} (all of it: {log})")
+        return lines
 
-    def _tests(self) -> str:
-        report = self.folder / "tests.xml"
-        report.unlink(missing_ok=True)
-        try:
-            self.call("tests", "-m", "pytest", "-n0", *self.plan.tests, f"--junitxml={report}", cwd=PROJECT)
-        except CheckError as error:
-            raise CheckError(f"{junit_counts(report)}; {error}" if report.exists() else str(error)) from None
-        return junit_counts(report)
+    def test(self, *flags: str) -> str:
+        """Run the project's tests; what pytest says at its end."""
+        return self.call("tests", "-m", "pytest", "-n0", *flags, cwd=PROJECT)[-1]
 
-    def _record(self) -> str:
+    def _record(self, *flags: str) -> str:
         if not (self.folder / "record" / "badnet_digits" / "attack_result.pt").exists():
-            self._script("make_record", "record", *self.plan.make, "--device", "cuda:0", "--quiet")
+            self._script("make_record", "record", *flags, "--device", "cuda:0", "--quiet")
         return "badnet_digits"
 
     def _script(self, script: str, name: str, *flags: str) -> None:
@@ -144,10 +110,10 @@ class Checks:
         self.call(name, *start, *flags)
         return self.folder / "record" / "badnet_digits" / "defense" / name
 
-    def _defend(self, name: str, flags: tuple[str, ...]) -> str:
+    def _defend(self, name: str, *flags: str) -> str:
         metrics = json.loads((self._fmp(name, *flags, "--device", "cuda:0") / "metrics.json").read_text(encoding="utf-8"))
         if not metrics["device"].startswith("cuda"):
-            raise CheckError(f"it ran on {metrics['device']}")
+            raise RuntimeError(f"it ran on {metrics['device']}")
         moves = [
             f"{label} {100 * metrics['before'][key]:.2f} -> {100 * metrics['after'][key]:.2f}"
             for label, key in (("Acc", "test_acc"), ("ASR", "test_asr"), ("RA", "test_ra"))
@@ -155,13 +121,13 @@ class Checks:
         stages = [f"{stage} {seconds:.1f} s" for stage, seconds in metrics["seconds"].items()]
         return f"{', '.join(moves)}; {', '.join(stages)}"
 
-    def _selection(self) -> str:
+    def _selection(self, *flags: str) -> str:
         import pandas as pd
 
-        flags = (*self.plan.paper, "--dtype", "fp32", "--epochs", "0", "--test_images", "16", "--report", "False")
+        flags = (*flags, "--dtype", "fp32", "--epochs", "0", "--test_images", "16", "--report", "False")
         gpu, cpu = (
-            pd.read_csv(self._fmp(f"select-{name}", *flags, "--device", device) / "feature_maps.csv")
-            for name, device in (("cuda", "cuda:0"), ("cpu", "cpu"))
+            pd.read_csv(self._fmp(name, *flags, "--device", device) / "feature_maps.csv")
+            for name, device in (("select-cuda", "cuda:0"), ("select-cpu", "cpu"))
         )
         chosen, equal = cpu["pruned"], 100 * (gpu["correct"] == cpu["correct"]).mean()
         both, either = int((gpu["pruned"] & chosen).sum()), int((gpu["pruned"] | chosen).sum())
@@ -169,17 +135,17 @@ class Checks:
         figures = f"{both} of {int(chosen.sum())} maps the same; counts equal for {equal:.2f} % of {len(cpu)} maps"
         figures += f", margins differ by at most {error:.1e}"
         if not either or both / either < LEAST_AGREEMENT:
-            raise CheckError(figures)
+            raise RuntimeError(figures)
         return figures
 
-    def _bench(self, size: str, flags: tuple[str, ...]) -> str:
+    def _bench(self, size: str, *flags: str) -> str:
         import pandas as pd
 
-        table = self.folder / f"bench{size}.csv"
-        self._script("bench_frg", f"bench{size}", *flags, "--device", "cuda:0", "--csv", str(table))
-        return "; ".join(
-            _speeds(dtype, rows.set_index("figure")["value"]) for dtype, rows in pd.read_csv(table).groupby("dtype")
-        )
+        name, table = f"bench{size}", self.folder / f"bench{size}.csv"
+        flags = ("--images", size, "--against", "released", *flags, "--device", "cuda:0", "--csv", str(table))
+        self._script("bench_frg", name, *flags)
+        tables = pd.read_csv(table).groupby("dtype")
+        return "; ".join(_speeds(dtype, rows.set_index("figure")["value"]) for dtype, rows in tables)
 
 
 def _speeds(dtype: object, value: Mapping[str, float]) -> str:
@@ -193,15 +159,6 @@ def _speeds(dtype: object, value: Mapping[str, float]) -> str:
     return "; ".join(
         f"{kind} {value[f'{kind}_images_per_s']:.0f} images/s, efficiency {value[f'{kind}_efficiency']:.2f}" for kind in kinds
     )
-
-
-def junit_counts(report: Path) -> str:
-    """What pytest's JUnit file says: counts, and the tests that failed."""
-    cases = list(ET.parse(report).getroot().iter("testcase"))
-    failed = [case.attrib["name"] for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    names = f" ({', '.join(failed[:5])}{', ...' if len(failed) > 5 else ''})" if failed else ""
-    return f"{len(cases) - len(failed) - len(skipped)} passed, {len(failed)} failed{names}, {len(skipped)} skipped"
 
 
 def environment() -> list[Row]:
@@ -250,7 +207,7 @@ def check_cuda(folder: Path, quick: bool = False) -> int:
         )
     folder = folder / "quick" if quick else folder
     folder.mkdir(parents=True, exist_ok=True)
-    rows = Checks(QUICK if quick else FULL, folder.resolve()).run()
+    rows = Checks(folder.resolve(), quick).run()
     table = as_table(rows)
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     print(table)

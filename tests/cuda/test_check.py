@@ -8,7 +8,8 @@ from pathlib import Path
 
 import check_cuda
 import pytest
-from fmp_core.cuda_check import FULL, Checks, as_table, junit_counts, require_gpu
+from fmp_core import cuda_check
+from fmp_core.cuda_check import Checks, as_table, require_gpu
 from fmp_core.errors import UserError
 from fmp_core.settings import PROJECT
 
@@ -35,16 +36,17 @@ def test_without_a_gpu_it_is_one_sentence_and_nothing_is_installed(tmp_path: Pat
     assert not (tmp_path / "no").exists()
 
 
-def test_failures_are_told_in_the_table(tmp_path: Path) -> None:
-    (tmp_path / "report.xml").write_text(
-        "<testsuites><testsuite><testcase name='good'/><testcase name='bad'><failure/></testcase>"
-        "<testcase name='absent'><skipped/></testcase></testsuite></testsuites>"
+def test_failures_are_told_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_check, "PROJECT", tmp_path)  # its tests are these
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert False\ndef test_absent(): pytest.skip()\n"
     )
-    assert junit_counts(tmp_path / "report.xml") == "1 passed, 1 failed (bad), 1 skipped"
-    checks = Checks(FULL, tmp_path)
-    failed = checks.row("a|b", lambda: str(checks.call("work", "-c", "print('reason\\n'); raise SystemExit(3)")))
-    assert failed.passed is False and "exit code 3: reason" in failed.figures and str(tmp_path / "work.log") in failed.figures
-    passed = checks.row("good", lambda: "7 maps")
-    assert passed.passed and passed.figures.startswith("7 maps; ")
+    checks = Checks(tmp_path)
+    failed = checks.row("a|b", checks.test)
+    assert failed.passed is False and str(tmp_path / "tests.log") in failed.figures
+    assert "exit code 1: " in failed.figures and "1 failed, 1 passed, 1 skipped" in failed.figures
+    assert "(test_bad)" in failed.figures
+    passed = checks.row("good", lambda: checks.test("-k", "good"))
+    assert passed.passed and "1 passed" in passed.figures and passed.figures.endswith(" s in all")
     table = as_table([failed, passed]).splitlines()
     assert "FAILED" in table[2] and "passed" in table[3] and all(line.count("|") == 4 for line in table)

@@ -134,6 +134,7 @@ def measure(args: Namespace, dtype: torch.dtype) -> dict[str, float]:
     """The figures of ranking, by name. Raises UserError: no such record or device."""
     scorer = make_scorer(args, dtype)
     model, layers, images = scorer.model, scorer.layers, scorer.images
+    assert isinstance(model, PixelModel)
     with frozen(model):
         figures = _measure_ranking(scorer, args.maps)
         ranked = figures["engine_map_images_per_s"]
