@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -22,36 +23,24 @@ from fmp_core.system.devices import rows_per_batch
 def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], clean: Tensor, poisoned: Tensor) -> Tensor:
     """Mean over images and positions of |map on the poisoned image - on its clean counterpart|, float64 ``[N_maps]``, CPU.
 
-    Maps are the convolutions' outputs, layers in the order given (execution order), channels within them.
-
-    Args:
-        model: takes pixels in [0,1]; left as it was found (mode, gradient flags, hooks).
-        layers: from :func:`~fmp_core.models.feature_maps.trace_conv_layers`.
-        clean, poisoned: float ``[N, C, H, W]`` in [0,1] on the model's device; row ``i`` of both shows the same image.
-
-    Raises:
-        ValueError: the two differ in shape, or there are no images.
+    Maps are ordered by layer, as given, then by channel. ``model`` takes pixels in [0,1] and is left as it was found.
+    ``clean`` and ``poisoned`` are float ``[N, C, H, W]`` in [0,1] on its device; row ``i`` of both shows the same image.
     """
     if clean.shape != poisoned.shape or not len(clean):
         raise ValueError(f"clean images {tuple(clean.shape)} and poisoned ones {tuple(poisoned.shape)} are no pairs")
-    sums = {layer.name: torch.zeros(layer.channels, dtype=torch.float64, device=clean.device) for layer in layers}
-    handles = []
-    try:
-        for layer in layers:
+    sums = [torch.zeros(layer.channels, dtype=torch.float64, device=clean.device) for layer in layers]
+    rows = max(1, rows_per_batch(clean.device) // 2)
+    with ExitStack() as hooks, frozen(model), torch.inference_mode():
+        for layer, total in zip(layers, sums, strict=True):
 
-            def add(_module: nn.Module, _inputs: object, out: Tensor, name: str = layer.name) -> None:
-                half = len(out) // 2
-                sums[name] += (out[half:] - out[:half]).abs().mean((2, 3), dtype=torch.float64).sum(0)
+            def add(_module: nn.Module, _inputs: object, out: Tensor, total: Tensor = total) -> None:
+                before, after = out.chunk(2)
+                total += (after - before).abs().mean((2, 3), dtype=torch.float64).sum(0)
 
-            handles.append(layer.module.register_forward_hook(add))
-        rows = max(1, rows_per_batch(clean.device) // 2)
-        with frozen(model), torch.inference_mode():
-            for pair in zip(clean.split(rows), poisoned.split(rows), strict=True):
-                model(torch.cat(pair).contiguous(memory_format=torch.channels_last))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.cat([sums[layer.name] for layer in layers]).cpu() / len(clean)
+            hooks.enter_context(layer.module.register_forward_hook(add))
+        for pair in zip(clean.split(rows), poisoned.split(rows), strict=True):
+            model(torch.cat(pair).contiguous(memory_format=torch.channels_last))
+    return torch.cat(sums).cpu() / len(clean)
 
 
 class Precision(NamedTuple):
@@ -78,10 +67,8 @@ class Precision(NamedTuple):
 def precision_at(chosen: Tensor, tac: Tensor, layers: Sequence[ConvLayer]) -> Precision:
     """Compare a selection with TAC, layer by layer (TAC has no common scale across layers).
 
-    Args:
-        chosen: bool ``[N_maps]``, such as :attr:`fmp_core.frg.scorer.Choice.mask`.
-        tac: ``[N_maps]`` from :func:`trigger_activation_change`; equal values count by position.
-        layers: the layers both are ordered by.
+    ``chosen`` is bool ``[N_maps]``; ``tac`` ``[N_maps]`` is from :func:`trigger_activation_change`, equal values count by
+    position; both are ordered by ``layers``.
     """
     hits, expected, percentiles = 0, 0.0, 0.0
     distribution = np.ones(1)  # of the hits of a random choice, layer after layer

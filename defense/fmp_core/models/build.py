@@ -21,29 +21,10 @@ from fmp_core.models.preact_resnet import preact_resnet
 from fmp_core.system.devices import to_host
 
 TORCHVISION = [
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnext50_32x4d",
-    "wide_resnet50_2",
-    "alexnet",
-    "vgg11",
-    "vgg16",
-    "vgg19",
-    "vgg19_bn",
-    "squeezenet1_0",
-    "densenet121",
-    "densenet161",
-    "inception_v3",
-    "googlenet",
-    "shufflenet_v2_x1_0",
-    "mobilenet_v2",
-    "mobilenet_v3_large",
-    "mnasnet1_0",
-    "efficientnet_b0",
-    "efficientnet_b3",
-    "convnext_tiny",
-]
+    "resnet18", "resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "alexnet", "vgg11", "vgg16", "vgg19", "vgg19_bn",
+    "squeezenet1_0", "densenet121", "densenet161", "inception_v3", "googlenet", "shufflenet_v2_x1_0", "mobilenet_v2",
+    "mobilenet_v3_large", "mnasnet1_0", "efficientnet_b0", "efficientnet_b3", "convnext_tiny",
+]  # fmt: skip
 VISION_TRANSFORMERS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32")
 MODEL_NAMES = (*PREACT_RESNETS, *TORCHVISION, *VISION_TRANSFORMERS)
 
@@ -56,15 +37,12 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     """
     if name in PREACT_RESNETS:
         return preact_resnet(name, num_classes)
-    if name in VISION_TRANSFORMERS:
-        # BB wraps its transformers so that small images fit; hence the prefix "1." of their state keys.
-        vit = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-        return nn.Sequential(Resize((224, 224)), vit)
-    if name in ("inception_v3", "googlenet"):
-        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, init_weights=False)
-    if name in TORCHVISION:
-        return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-    raise UserError(f"Model {brief(name)} is not one of BackdoorBench's: {', '.join(MODEL_NAMES)}.")
+    if name not in TORCHVISION and name not in VISION_TRANSFORMERS:
+        raise UserError(f"Model {brief(name)} is not one of BackdoorBench's: {', '.join(MODEL_NAMES)}.")
+    options = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+    network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    # BB wraps its transformers so that small images fit; hence the prefix "1." of their state keys.
+    return nn.Sequential(Resize((224, 224)), network) if name in VISION_TRANSFORMERS else network
 
 
 def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.Module:
@@ -81,30 +59,41 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
     own = network.state_dict()
     names = _without_prefix(list(state), list(own))
     given: OrderedDict[str, Tensor] = OrderedDict()
+    misshapen: dict[str, torch.Size] = {}  # left out, since load_state_dict would not report what is missing besides
     for key, value in state.items():
         wanted = own.get(names[key])
-        if wanted is not None and value.shape == wanted.shape:
-            _check_numbers(key, value, wanted.dtype)
+        if wanted is not None and value.shape != wanted.shape:
+            misshapen[names[key]] = value.shape
+            continue
+        # float64 may be finite and yet beyond float32
+        if wanted is not None and not (_is_kind(value, wanted.dtype) and value.to(wanted.dtype).isfinite().all()):
+            raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; it is damaged.")
         given[names[key]] = value.to(torch.float32 if value.is_floating_point() else torch.int64, copy=True)
     given._metadata = _metadata(state, network)  # type: ignore[attr-defined]
-    shapes = {key: value.shape for key, value in given.items() if key in own and value.shape != own[key].shape}
-    if shapes and own.keys() <= given.keys():
-        key, shape = next(iter(shapes.items()))
-        raise UserError(
-            f"The record's {key} has shape {tuple(shape)}, but {name} with {num_classes} classes needs "
-            f"{tuple(own[key].shape)}; the record's model_name or num_classes is wrong."
-        )
-    tensors = dict(given)
-    for key in shapes:  # load_state_dict then reports what is missing besides
-        del given[key]
     try:
         missing, unknown = network.load_state_dict(given, strict=False, assign=True)
     except RuntimeError as error:
         raise UserError(f"The record's model does not fit {name}: {' '.join(str(error).split())[:300]}.") from None
-    _report(name, [key for key in missing if key not in shapes], unknown)
+    missing = [key for key in missing if key not in misshapen]
+    if missing:
+        near = difflib.get_close_matches(missing[0], unknown[:1000], 1, 0) or [""]
+        instead = f", and has {near[0]} instead, which {name} does not have" if near[0] else ""
+        more = f" ({len(missing)} are missing, {len(unknown)} unknown)" if len(missing) > 1 else ""
+        raise UserError(f"The record's model lacks the weights {missing[0]} of {name}{instead}{more}.")
+    for key, shape in misshapen.items():
+        raise UserError(
+            f"The record's {key} has shape {tuple(shape)}, but {name} with {num_classes} classes needs "
+            f"{tuple(own[key].shape)}; the record's model_name or num_classes is wrong."
+        )
+    if unknown:
+        raise UserError(f"The record's model has the weights {unknown[0]}, which {name} does not have.")
     places = {tensor.data_ptr(): key for key, tensor in network.state_dict().items()}
-    network.record_keys = {key: places[tensors[names[key]].data_ptr()] for key in state}  # type: ignore[assignment]
+    network.record_keys = {key: places[given[names[key]].data_ptr()] for key in state}  # type: ignore[assignment]
     return network
+
+
+def _is_kind(value: Tensor, dtype: torch.dtype) -> bool:
+    return value.is_floating_point() or not dtype.is_floating_point
 
 
 def _without_prefix(keys: list[str], own: list[str]) -> dict[str, str]:
@@ -124,32 +113,8 @@ def _without_prefix(keys: list[str], own: list[str]) -> dict[str, str]:
 def _metadata(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, dict[str, int]]:
     """The versions of modules that torch saved with ``state``; of the network itself, whose key has no name, always one."""
     own = network.state_dict()._metadata  # type: ignore[attr-defined]
-    saved = getattr(state, "_metadata", {})
-    good = {
-        key: {"version": of["version"]}
-        for key, of in saved.items()
-        if isinstance(of, Mapping) and type(of.get("version")) is int
-    }
-    known = {key: version for key, version in good.items() if key in own}
-    return {"": own[""], **known}
-
-
-def _check_numbers(key: str, value: Tensor, dtype: torch.dtype) -> None:
-    # float64 may be finite and yet beyond float32
-    wrong_kind = dtype.is_floating_point > value.is_floating_point()
-    if wrong_kind or not value.to(dtype).isfinite().all():
-        raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; it is damaged.")
-
-
-def _report(name: str, missing: list[str], unknown: list[str]) -> None:
-    """Raise UserError if weights are left over on either side."""
-    if missing:
-        near = difflib.get_close_matches(missing[0], unknown[:1000], 1, 0) or [""]
-        instead = f", and has {near[0]} instead, which {name} does not have" if near[0] else ""
-        more = f" ({len(missing)} are missing, {len(unknown)} unknown)" if len(missing) > 1 else ""
-        raise UserError(f"The record's model lacks the weights {missing[0]} of {name}{instead}{more}.")
-    if unknown:
-        raise UserError(f"The record's model has the weights {unknown[0]}, which {name} does not have.")
+    saved = {key: of for key, of in getattr(state, "_metadata", {}).items() if key in own and isinstance(of, Mapping)}
+    return {"": own[""], **{key: {"version": of["version"]} for key, of in saved.items() if type(of.get("version")) is int}}
 
 
 def state_like(network: nn.Module, original: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:

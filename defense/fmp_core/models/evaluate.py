@@ -81,21 +81,17 @@ def even_sample(labels: Tensor, count: int) -> Tensor:
     return by_class[torch.arange(count, device=labels.device) * len(labels) // count].sort().values
 
 
-def _ignore(_images: int) -> None:
-    """No one follows the progress."""
-
-
 def predict(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
     batch_size: int,
-    on_images: Callable[[int], None] = _ignore,
+    on_images: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Predicted classes, int64 ``[N]``, and the mean over batches of the cross-entropy against ``labels``, float64 ``[]``.
 
     Both stay on the device, so nothing waits for a GPU here. ``model`` takes pixels in [0,1] and is left as it was found;
-    float32 (TF32 where torch allows it, as in BB); no random number is drawn.
+    float32 (TF32 where torch allows it, as in BB).
 
     Args:
         images: uint8 ``[N, C, H, W]``, N > 0.
@@ -106,27 +102,19 @@ def predict(
         outputs = []
         for part in images.split(rows_per_batch(images.device)):
             outputs.append(model(to_unit(part).contiguous(memory_format=torch.channels_last)))
-            on_images(len(part))
+            if on_images is not None:
+                on_images(len(part))
         logits = torch.cat(outputs)
         losses = [F.cross_entropy(*pair) for pair in zip(logits.split(batch_size), labels.split(batch_size), strict=True)]
         return logits.argmax(1), torch.stack(losses).double().mean()
 
 
-def evaluate(model: nn.Module, data: TestData, batch_size: int, on_images: Callable[[int], None] = _ignore) -> Evaluation:
-    """Acc on the clean test set; ASR and RA on the poisoned one (the same predictions against both labels).
-
-    Arguments as of :func:`predict`; ``on_images`` sees ``len(data)`` images in all.
-    """
+def evaluate(model: nn.Module, data: TestData, batch_size: int, on_images: Callable[[int], None] | None = None) -> Evaluation:
+    """Acc on the clean test set; ASR and RA on the poisoned one (the same predictions against both labels)."""
     clean, clean_loss = predict(model, data.clean_images, data.clean_labels, batch_size, on_images)
     poisoned, poisoned_loss = predict(model, data.poisoned_images, data.targets, batch_size, on_images)
     hits = ((clean, data.clean_labels), (poisoned, data.targets), (poisoned, data.originals))
     counts = [(predicted == labels).sum().double() for predicted, labels in hits]
-    right, success, recovered, clean_mean, poisoned_mean = torch.stack([*counts, clean_loss, poisoned_loss]).tolist()
-    metrics = Metrics(
-        test_acc=right / len(clean),
-        test_asr=success / len(poisoned),
-        test_ra=recovered / len(poisoned),
-        clean_test_loss_avg_over_batch=clean_mean,
-        bd_test_loss_avg_over_batch=poisoned_mean,
-    )
+    right, success, recovered, *losses = torch.stack([*counts, clean_loss, poisoned_loss]).tolist()
+    metrics = Metrics(right / len(clean), success / len(poisoned), recovered / len(poisoned), *losses)
     return Evaluation(metrics, Predictions(clean, poisoned))

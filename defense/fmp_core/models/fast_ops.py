@@ -153,11 +153,8 @@ def _current(arg: Any) -> Any:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else (_first(value), _first(value))
-
-
-def _first(value: Any) -> int:
-    return int(value[0] if isinstance(value, (tuple, list)) else value)
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return int(values[0]), int(values[-1])
 
 
 def _pad_as_named(input: Tensor, weight: Tensor, name: str, dilation: tuple[int, int]) -> Tensor:

@@ -71,21 +71,16 @@ def trace_conv_layers(network: nn.Module, example: Tensor) -> list[ConvLayer]:
         source = next((conv for conv, out, version in produced if out is inputs[0] and out._version == version), None)
         consumed.setdefault(module, []).append(source)
 
-    handles = []
-    try:
+    with contextlib.ExitStack() as hooks, frozen(network), torch.enable_grad():
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
-                handles.append(module.register_forward_hook(after_conv))
+                hooks.enter_context(module.register_forward_hook(after_conv))
             elif isinstance(module, _BatchNorm):
-                handles.append(module.register_forward_pre_hook(before_norm))
-        with frozen(network), torch.enable_grad():
-            image = example.detach().requires_grad_()
-            network.requires_grad_(True)  # the graph of operations then shows where weights come in
-            out = network(image.clone())
-            last = _output_layers(out if isinstance(out, Tensor) else out.logits, origins, image)
-    finally:
-        for handle in handles:
-            handle.remove()
+                hooks.enter_context(module.register_forward_pre_hook(before_norm))
+        image = example.detach().requires_grad_()
+        network.requires_grad_(True)  # the graph of operations then shows where weights come in
+        out = network(image.clone())
+        last = _output_layers(out if isinstance(out, Tensor) else out.logits, origins, image)
 
     names = {module: name for name, module in network.named_modules()}
     convs = [conv for conv, _, _ in produced]
