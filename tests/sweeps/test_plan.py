@@ -150,7 +150,7 @@ def test_a_bad_sweep_is_one_sentence(place: Path, keys: dict[str, Any], says: st
 def test_not_a_sweep_file(place: Path, text: str) -> None:
     (place / "s.yaml").write_text(text)
     with pytest.raises(UserError, match="Sweep file"):
-        read_sweep("s.yaml")
+        read_sweep(place / "s.yaml")
 
 
 def test_a_dry_run_runs_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

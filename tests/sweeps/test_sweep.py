@@ -44,7 +44,7 @@ def test_a_record_made_with_other_settings_stops_the_sweep(place: Path, capsys: 
 def test_a_failed_job_stops_no_other(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = [working("a"), working("b", code="import sys; print('something broke'); sys.exit(3)"), working("c")]
     board = Board(jobs, 1)
-    run_local(board.skip_finished(), Path("sweeps/s"), [{}], board.report)
+    run_local(board.left, Path("sweeps/s"), [{}], board.report)
     assert board.summary() == 1
     printed = capsys.readouterr()
     assert "2 of 3 jobs done (0 were done before), 1 failed" in printed.out
@@ -186,9 +186,8 @@ def test_kill_in_the_middle_and_run_again(place: Path) -> None:
     assert stop_leftovers(Path("sweeps/s")) == 1  # b, which nobody waits for any more
     again = [working("a"), replace(working("b"), settings=jobs[1].settings), working("c")]  # the same jobs, b now quick
     board = Board(again, 1)
-    todo = board.skip_finished()
-    assert [job.method for job in todo] == ["b", "c"] and board.skipped == 1
-    run_local(todo, Path("sweeps/s"), [{}], board.report)
+    assert [job.method for job in board.left] == ["b", "c"] and board.skipped == 1
+    run_local(board.left, Path("sweeps/s"), [{}], board.report)
     assert board.summary() == 0 and order().count("a begins") == 1 and order().count("b ends") == 1
 
 

@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,8 +24,7 @@ from fmp_core.storage.lock import locked
 
 ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch: a sweep and its nodes start at once
 MARK = "FMP_SWEEP"  # environment variable of every process a sweep starts: the sweep's folder
-_running: dict[int, subprocess.Popen[bytes]] = {}
-_starting = threading.Lock()
+_running: set[subprocess.Popen[bytes]] = set()
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,11 @@ class Job:
         """What its log and lock are called; records may lie in folders of records."""
         return f"{self.record.replace('/', '_')}.{self.folder.name if self.kind != 'record' else 'record'}"
 
+    @property
+    def attack_file(self) -> Path:
+        """What the job makes, if it is to make a record, or what it defends."""
+        return (self.folder if self.kind == "record" else self.folder.parents[1]) / ATTACK_FILE
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -61,22 +64,18 @@ class Outcome:
 
 def settings_hash(job: Job) -> str:
     """SHA-256 over what decides the result: the settings and, for a defense, the record's content."""
-    record = None if job.kind == "record" else _content_hash(job.folder.parents[1] / ATTACK_FILE)
-    about = {"kind": job.kind, "settings": dict(job.settings), "record": record}
+    content = None
+    if job.kind != "record" and job.attack_file.is_file():
+        state = job.attack_file.stat()
+        content = _content_hash(job.attack_file, state.st_size, state.st_mtime_ns)
+    about = {"kind": job.kind, "settings": dict(job.settings), "record": content}
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _content_hash(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    state = path.stat()
-    return _file_hash(path, state.st_size, state.st_mtime_ns)
-
-
 @lru_cache(maxsize=1024)
-def _file_hash(path: Path, size: int, time_ns: int) -> str:
+def _content_hash(path: Path, _size: int, _time_ns: int) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
@@ -97,13 +96,13 @@ def finished(job: Job) -> Outcome | None:
     A record that exists without a stamp was made by hand, and is taken as it is.
     """
     stamp = read_stamp(job.folder)
+    seconds = float(stamp.get("seconds", 0))
     if job.kind == "record":
-        exists = (job.folder / ATTACK_FILE).is_file()
-        return Outcome(float(stamp.get("seconds", 0)), skipped=True) if exists else None
+        return Outcome(seconds, skipped=True) if job.attack_file.is_file() else None
     if stamp.get("hash") != settings_hash(job) or not (job.folder / "defense_result.pt").is_file():
         return None
     try:
-        return Outcome(float(stamp.get("seconds", 0)), result=read_result(job.folder), skipped=True)
+        return Outcome(seconds, result=read_result(job.folder), skipped=True)
     except UserError:
         return None
 
@@ -116,53 +115,37 @@ def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | 
         environment: variables added to this process's own, such as CUDA_VISIBLE_DEVICES.
         timeout: seconds after which the job counts as failed.
     """
-    with locked(sweep / "locks", wait=True, name=f"{_lock_name(job)}.lock"):
-        done = finished(job)
-        if done:
+    # BB's runs of one defense on one record write into one folder, so they share a lock.
+    lock = f"{job.record.replace('/', '_')}.{job.writes.name}.backdoorbench" if job.writes else job.name
+    with locked(sweep / "locks", wait=True, name=f"{lock}.lock"):
+        if done := finished(job):
             return done
-        if job.kind != "record" and not (job.folder.parents[1] / ATTACK_FILE).is_file():
-            return Outcome(0, f"there is no attack record in {job.folder.parents[1]}")
+        if job.kind != "record" and not job.attack_file.is_file():
+            return Outcome(0, f"there is no attack record in {job.attack_file.parent}")
         started = time.monotonic()
         log, failed = sweep / "logs" / f"{job.name}.log", sweep / "failed" / job.name
         try:
             with _kept_apart(job, failed):
                 result = _run_to_end(job, log, {MARK: str(sweep.resolve()), **environment}, timeout)
                 seconds = time.monotonic() - started
-                _write_stamp(job, seconds)
+                stamp = {"hash": settings_hash(job), "method": job.method, "seed": job.seed, "seconds": round(seconds, 1)}
+                stamp |= {"command": list(job.command), "settings": dict(job.settings)}
+                write_text((job.writes or job.folder) / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
         except (UserError, OSError) as error:
-            return Outcome(time.monotonic() - started, _name_what_was_moved(str(error), job, log, failed))
+            problem = str(error)
+            if job.writes and failed.exists():
+                problem = _name_what_was_moved(problem, job.writes, log, failed)
+            return Outcome(time.monotonic() - started, problem)
         return Outcome(seconds, result=result)
 
 
-def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: float | None) -> Result | None:
-    """The result, None of a record. Raises UserError: the command failed, or left no result."""
-    code = _execute(job, log, environment, timeout)
-    if code is None or code:
-        why = f"stopped after {timeout:.0f} s" if code is None else f"exit code {code}"
-        raise UserError(f"{why}: {_last_line(log)} (log: {log})")
-    return read_result(job.writes or job.folder) if job.kind != "record" else None
-
-
-def _write_stamp(job: Job, seconds: float) -> None:
-    stamp: dict[str, Any] = {"hash": settings_hash(job), "method": job.method, "seed": job.seed, "seconds": round(seconds, 1)}
-    stamp |= {"command": list(job.command), "settings": dict(job.settings)}
-    write_text((job.writes or job.folder) / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
-
-
-def _name_what_was_moved(problem: str, job: Job, log: Path, failed: Path) -> str:
+def _name_what_was_moved(problem: str, writes: Path, log: Path, failed: Path) -> str:
     """``problem`` with the paths of what a failed BB run left as they are now; the same is noted in its log."""
-    if job.writes is None or not failed.exists():
-        return problem
     with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
-        file.write(f"sweep: what {job.writes} held is now in {failed}\n")
-    for moved in (str(job.writes.resolve()), str(job.writes)):
+        file.write(f"sweep: what {writes} held is now in {failed}\n")
+    for moved in (str(writes.resolve()), str(writes)):
         problem = re.sub(rf"{re.escape(moved)}(?![\w.-])", str(failed), problem)
     return f"{problem} (what it left: {failed})"
-
-
-def _lock_name(job: Job) -> str:
-    """BB's runs of one defense on one record write into one folder, so they share a lock."""
-    return f"{job.record.replace('/', '_')}.{job.writes.name}.backdoorbench" if job.writes else job.name
 
 
 @contextlib.contextmanager
@@ -199,42 +182,44 @@ def _kept_apart(job: Job, failed: Path) -> Iterator[None]:
             aside.rename(job.writes)
 
 
-def _execute(job: Job, log: Path, environment: Mapping[str, str], timeout: float | None) -> int | None:
-    """The exit code, or None after ``timeout`` seconds."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "wb") as file:
-        file.write(f"$ {' '.join(job.command)}\n".encode())
-        file.flush()
-        with _starting:
-            process = subprocess.Popen(
-                job.command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                start_new_session=True,  # so that the job's own children can be stopped with it
-            )
-            _running[process.pid] = process
+def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: float | None) -> Result | None:
+    """The result, None of a record. Raises UserError: the command failed, or left no result."""
+    write_text(log, f"$ {' '.join(job.command)}\n")
+    with open(log, "ab") as file:
+        process = subprocess.Popen(
+            job.command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,  # so that the job's own children can be stopped with it
+        )
+    _running.add(process)
     try:
-        return process.wait(timeout)
+        code = process.wait(timeout)
+        problem = f"exit code {code}" if code else None
     except subprocess.TimeoutExpired:
-        return None
+        problem = f"stopped after {timeout:.0f} s"
     finally:
-        _stop(process)
-        _running.pop(process.pid, None)
+        _kill(process)
+        process.wait()
+        _running.discard(process)
+    if problem:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+        last = next((" ".join(line.split())[:400] for line in reversed(lines) if line.strip()), "it printed nothing")
+        raise UserError(f"{problem}: {last} (log: {log})")
+    return read_result(job.writes or job.folder) if job.kind != "record" else None
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def stop_all() -> None:
     """Stop every job that this process runs."""
-    for process in list(_running.values()):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+    for process in list(_running):
+        _kill(process)
 
 
 def stop_leftovers(sweep: Path) -> int:
@@ -247,8 +232,3 @@ def stop_leftovers(sweep: Path) -> int:
                 os.kill(int(process.name), signal.SIGKILL)
                 stopped += 1
     return stopped
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-    return next((" ".join(line.split())[:400] for line in reversed(lines) if line.strip()), "it printed nothing")

@@ -23,22 +23,19 @@ def local_slots(device: str, workers: int) -> list[dict[str, str]]:
     Raises:
         UserError: a CUDA device is wanted and there is none.
     """
-    gpus = 0 if device == "cpu" else _count_gpus()
-    if device.startswith("cuda") and not gpus:
+    gpus = 0
+    if device != "cpu":
+        import torch
+
+        gpus = torch.cuda.device_count()
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return [{"CUDA_VISIBLE_DEVICES": name} for name in (visible.split(",") if visible else map(str, range(gpus)))]
+    if device.startswith("cuda"):
         raise UserError(f"device is {device}, but no CUDA device is visible; set device: cpu.")
-    if not gpus:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = str(max(1, min(cores // workers, int(os.environ.get("OMP_NUM_THREADS") or cores))))
-        return [{"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} for _ in range(workers)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(gpus)]
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
-
-
-def _count_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, min(cores // workers, int(os.environ.get("OMP_NUM_THREADS") or cores))))
+    return [{"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}] * workers
 
 
 def may_start(job: Job, waiting: Sequence[Job], running: Sequence[Job], shared: set[str]) -> bool:
@@ -53,25 +50,21 @@ def may_start(job: Job, waiting: Sequence[Job], running: Sequence[Job], shared: 
         return False
     if job.writes and any(other.writes == job.writes for other in running):
         return False
-    if job.shared_work is None or job.shared_work in shared:
-        return True
-    return not any(other.shared_work == job.shared_work for other in running)
+    return job.shared_work is None or job.shared_work in shared or job.shared_work not in {it.shared_work for it in running}
 
 
 def run_local(
     jobs: Sequence[Job], sweep: Path, slots: Sequence[Mapping[str, str]], report: Report, timeout: float | None = None
 ) -> None:
     """Run all jobs; a failure stops none of the others. ``report`` is called in this thread as each job ends."""
-    waiting = list(jobs)
+    waiting, free = list(jobs), list(slots)
     shared: set[str] = set()
-    free = list(slots)
     running: dict[Future[Outcome], tuple[Job, Mapping[str, str]]] = {}
     with ThreadPoolExecutor(len(slots)) as pool:
         try:
             while waiting or running:
                 for job in list(waiting):
-                    now = [other for other, _ in running.values()]
-                    if free and may_start(job, waiting, now, shared):
+                    if free and may_start(job, waiting, [other for other, _ in running.values()], shared):
                         waiting.remove(job)
                         slot = free.pop()
                         running[pool.submit(run, job, sweep, slot, timeout)] = (job, slot)
@@ -88,42 +81,42 @@ def run_local(
 
 
 class Board:
-    """The printed progress of a sweep: a line per job that ends, with what is left and about how long it takes."""
+    """The printed progress of a sweep: a line per job that ends, with what is ``left`` and about how long it takes.
+
+    Jobs that need no run are counted as ``skipped`` at once.
+    """
 
     def __init__(self, jobs: Sequence[Job], workers: int):
         self.total, self.workers = len(jobs), workers
         self.left = list(jobs)
         self.seconds: dict[str, list[float]] = {}
         self.failed: list[tuple[Job, str]] = []
-        self.skipped = 0
         self.started = time.monotonic()
+        for job in jobs:
+            if outcome := finished(job):
+                self._count(job, outcome)
+        self.skipped = len(jobs) - len(self.left)
 
-    def skip_finished(self) -> list[Job]:
-        """Count the jobs that need no run; returns the others."""
-        for job in list(self.left):
-            outcome = finished(job)
-            if outcome:
-                self.skipped += 1
-                self._count(job, outcome.seconds)
-        return list(self.left)
+    def _count(self, job: Job, outcome: Outcome) -> None:
+        self.left.remove(job)
+        if outcome.seconds:
+            self.seconds.setdefault(job.method, []).append(outcome.seconds)
 
     def report(self, job: Job, outcome: Outcome) -> None:
-        self._count(job, outcome.seconds)
+        self._count(job, outcome)
+        ended = "made"
         if outcome.problem:
             self.failed.append((job, outcome.problem))
             ended = f"FAILED {outcome.problem}"
         elif outcome.result:
-            acc, asr, ra = (100 * outcome.result.metrics[name] for name in METRICS)
-            ended = f"Acc {acc:.2f}  ASR {asr:.2f}  RA {ra:.2f}"
-        else:
-            ended = "made"
+            ended = "Acc {:.2f}  ASR {:.2f}  RA {:.2f}".format(*(100 * outcome.result.metrics[name] for name in METRICS))
         number = self.total - len(self.left)
         left = f"  ({len(self.left)} left, about {readable(self.eta())})" if self.left else ""
         print(f"[{number}/{self.total}] {job.name}  {readable(outcome.seconds)}  {ended}{left}", flush=True)
 
     def eta(self) -> float:
         """Seconds, from the mean time of ended jobs of the same method (of all jobs where there is none)."""
-        known = [second for values in self.seconds.values() for second in values]
+        known = [seconds for values in self.seconds.values() for seconds in values]
         if not known:
             return float("nan")
         return sum(mean(self.seconds.get(job.method) or known) for job in self.left) / min(self.workers, max(1, len(self.left)))
@@ -136,11 +129,6 @@ class Board:
         for job, problem in self.failed:
             print(f"failed: {job.name}: {problem}", file=sys.stderr)
         return 1 if self.failed or self.left else 0
-
-    def _count(self, job: Job, seconds: float) -> None:
-        self.left.remove(job)
-        if seconds:
-            self.seconds.setdefault(job.method, []).append(seconds)
 
 
 def readable(seconds: float) -> str:

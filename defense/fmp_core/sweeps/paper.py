@@ -16,11 +16,8 @@ from fmp_core.sweeps.run import run_sweep
 def run_missing(tables: Sequence[str], scale: str, keys: Mapping[str, Any], launcher: str, dry_run: bool) -> int:
     """Run the sweep behind ``tables`` (at a scale of SCALES) and return its exit code.
 
-    Args:
-        keys: further keys of the sweep file; ``record_root`` is one of them.
-
-    Raises:
-        UserError: as a sweep does, or BackdoorBench's defenses are asked to run on what it cannot read.
+    ``keys`` are further keys of the sweep file, ``record_root`` among them. Raises UserError: as a sweep does, or
+    BackdoorBench's defenses are asked to run on what it cannot read.
     """
     records = [path.parent for path in Path(keys["record_root"]).glob(f"*/{ATTACK_FILE}")]
     by_hand = [folder.name for folder in records if not read_stamp(folder)]
@@ -55,18 +52,17 @@ def show(
 
     frame = collect(record_root, lambda line: warn(printable(line)))
     compared = {table: compare(table, SCALES[scale], frame) for table in tables}
-
-    def text(table: str, markdown: bool = False) -> str:
-        return comparison_text(table, SCALES[scale], compared[table], markdown, backdoorbench)
-
-    for table in compared:
-        print(text(table))
+    text, markdown = (
+        [comparison_text(table, SCALES[scale], part, kind, backdoorbench) for table, part in compared.items()]
+        for kind in (False, True)
+    )
+    print(*text, sep="\n")
     if files["csv"]:
         with replacing(files["csv"]) as temporary:
             parts = [part.assign(table=table, scale=scale) for table, part in compared.items()]
             pd.concat(parts).to_csv(temporary, index=False)
     if files["markdown"]:
-        write_text(files["markdown"], "\n".join(text(table, markdown=True) for table in compared))
+        write_text(files["markdown"], "\n".join(markdown))
     for number, path in figures.items():
         draw_figure(path, number, SCALES[scale], compared[FIGURES[number]])
         print(f"figure {number}: {path}")

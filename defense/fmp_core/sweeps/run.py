@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 
 from fmp_core.errors import UserError
 from fmp_core.storage.lock import locked
-from fmp_core.sweeps.jobs import Job, finished, read_stamp, settings_hash, stop_leftovers
+from fmp_core.sweeps.jobs import finished, read_stamp, settings_hash, stop_leftovers
 from fmp_core.sweeps.local import Board, local_slots, run_local
 from fmp_core.sweeps.plan import Sweep, plan
 from fmp_core.sweeps.slurm import run_submitit
@@ -27,37 +26,22 @@ def run_sweep(sweep: Sweep, launcher: str = "local", dry_run: bool = False) -> i
             the sweep is running already.
     """
     jobs = plan(sweep)
-    check_records(jobs)
+    for job in (job for job in jobs if job.kind == "record"):
+        if (stamp := read_stamp(job.folder)) and stamp.get("hash") != settings_hash(job):
+            raise UserError(f"{job.folder} was made with other settings; remove it, or give the new record another name.")
     if dry_run:
-        print_commands(jobs)
+        for job in jobs:
+            print(f"# {job.name}{' (done)' if finished(job) else ''}\n{shlex.join(job.command)}")
+        print(f"# {len(jobs)} jobs")
         return 0
     with locked(sweep.folder, wait=False, busy=BUSY, name="lock"):
-        if launcher == "local":
-            stopped = stop_leftovers(sweep.folder)
-            if stopped:
-                print(f"stopped {stopped} processes that a killed run of this sweep had left", flush=True)
+        if launcher == "local" and (stopped := stop_leftovers(sweep.folder)):
+            print(f"stopped {stopped} processes that a killed run of this sweep had left", flush=True)
         slots = local_slots(sweep.device, sweep.workers) if launcher == "local" else [{}] * len(jobs)
         board = Board(jobs, len(slots))
-        unfinished = board.skip_finished()
         print(f"sweep {sweep.name}: {len(jobs)} jobs, {board.skipped} done before; logs in {sweep.folder / 'logs'}", flush=True)
         if launcher == "local":
-            timeout = 60 * sweep.timeout if sweep.timeout else None
-            run_local(unfinished, sweep.folder, slots, board.report, timeout)
+            run_local(board.left, sweep.folder, slots, board.report, sweep.seconds)
         else:
-            run_submitit(unfinished, sweep, board.report, "slurm" if launcher == "slurm" else "local")
+            run_submitit(board.left, sweep, board.report, "slurm" if launcher == "slurm" else "local")
         return board.summary()
-
-
-def check_records(jobs: Sequence[Job]) -> None:
-    """Raises UserError: a record that is to be made was made by a sweep with other settings."""
-    for job in (job for job in jobs if job.kind == "record"):
-        stamp = read_stamp(job.folder)
-        if stamp and stamp.get("hash") != settings_hash(job):
-            raise UserError(f"{job.folder} was made with other settings; remove it, or give the new record another name.")
-
-
-def print_commands(jobs: Sequence[Job]) -> None:
-    """The commands of ``jobs`` as a shell reads them, and which of them need no run."""
-    for job in jobs:
-        print(f"# {job.name}{' (done)' if finished(job) else ''}\n{shlex.join(job.command)}")
-    print(f"# {len(jobs)} jobs")

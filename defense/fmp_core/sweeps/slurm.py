@@ -7,19 +7,15 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from fmp_core.errors import UserError
 from fmp_core.settings import PROJECT
 from fmp_core.sweeps.jobs import Job, Outcome, run
 from fmp_core.sweeps.local import Report
-from fmp_core.sweeps.plan import Sweep
+from fmp_core.sweeps.plan import SLURM_NAMES, Sweep
 
 POLL = 5.0  # seconds between looks at the jobs' files
-_NAMES = {"partition": "slurm_partition", "account": "slurm_account", "qos": "slurm_qos", "constraint": "slurm_constraint"}
-_NAMES |= {"time": "timeout_min", "gpus": "gpus_per_node", "cpus": "cpus_per_task", "memory_gb": "mem_gb"}
-_NAMES |= {"setup": "slurm_setup", "at_once": "slurm_array_parallelism"}
 
 
 def waves(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -27,14 +23,9 @@ def waves(jobs: Sequence[Job]) -> list[list[Job]]:
     first: set[str] = set()
     parts: list[list[Job]] = [[], [], []]
     for job in jobs:
-        if job.kind == "record":
-            parts[0].append(job)
-        elif job.shared_work in first:
-            parts[2].append(job)
-        else:
-            parts[1].append(job)
-            if job.shared_work:
-                first.add(job.shared_work)
+        parts[0 if job.kind == "record" else 2 if job.shared_work in first else 1].append(job)
+        if job.shared_work:
+            first.add(job.shared_work)
     return [part for part in parts if part]
 
 
@@ -53,8 +44,7 @@ def run_submitit(jobs: Sequence[Job], sweep: Sweep, report: Report, cluster: str
         raise UserError("--launcher slurm needs submitit; run: pip install submitit") from None
     logging.getLogger("submitit").setLevel(logging.ERROR)  # where there is no sacct it warns at every look; squeue tells too
     # Nodes unpickle functions of fmp_core, which need not be installed there.
-    paths = [str(PROJECT / "defense"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT / "defense"), os.environ.get("PYTHONPATH")]))
     before: Sequence[Any] = ()
     submitted: list[tuple[Job, Any]] = []
     for wave in waves(jobs):
@@ -78,13 +68,11 @@ def _on_node(job: Job, sweep: Sweep) -> Outcome:
     """What a node runs: as many threads as Slurm gave CPUs."""
     threads = os.environ.get("SLURM_CPUS_PER_TASK")
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if threads else {}
-    return run(job, sweep.folder, environment, 60 * sweep.timeout if sweep.timeout else None)
+    return run(job, sweep.folder, environment, sweep.seconds)
 
 
 def _parameters(sweep: Sweep, cluster: str, before: Sequence[Any]) -> dict[str, Any]:
-    given = {_NAMES[key]: value for key, value in sweep.slurm.items()}
-    given.setdefault("timeout_min", 600)
-    given["name"] = sweep.name
+    given = {"timeout_min": 600, **{SLURM_NAMES[key]: value for key, value in sweep.slurm.items()}, "name": sweep.name}
     if cluster != "slurm":
         return {key: value for key, value in given.items() if not key.startswith("slurm_")}
     if before:
@@ -125,9 +113,7 @@ def _queued() -> set[str] | None:
 
 def _outcome(handle: Any) -> Outcome:
     try:
-        result = handle.result()
+        return handle.result()  # type: ignore[no-any-return]
     except Exception as error:  # submitit wraps what killed the job: time limit, out of memory, a node that died
         line = next((text for text in reversed(str(error).splitlines()) if text.strip()), type(error).__name__)
-        return Outcome(0, f"{line[:200]} (log: {Path(handle.paths.stderr)})")
-    assert isinstance(result, Outcome)
-    return result
+        return Outcome(0, f"{line[:200]} (log: {handle.paths.stderr})")
