@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmp_core.data.attack_record import AttackRecord, read_attack_record
 from fmp_core.data.clean_subset import choose_subset
@@ -24,12 +23,8 @@ from fmp_core.system.devices import Device
 class DefenderInputs:
     """What a defender has: the suspicious model and a few clean images. No poisoned image is among them.
 
-    Args:
-        model: takes pixels in [0,1]; on the device.
-        layers: its convolutions in execution order.
-        images: uint8 ``[M, C, H, W]``, the clean subset; labels: int64 ``[M]``; both on the device.
-        num_classes: of the model.
-        facts: of the dataset; they shape the training transform.
+    ``model`` takes pixels in [0,1], ``layers`` are its convolutions in execution order. ``images`` (uint8 ``[M, C, H, W]``) and
+    ``labels`` (int64 ``[M]``) are the clean subset. All are on the device.
     """
 
     model: PixelModel
@@ -42,10 +37,7 @@ class DefenderInputs:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a run reads; only evaluation sees ``test``.
-
-    ``subset``: positions of the clean subset in the clean training set.
-    """
+    """All that a run reads. Only evaluation sees ``test``; ``subset`` are positions in the clean training set."""
 
     record: AttackRecord
     subset: list[int]
@@ -56,8 +48,7 @@ class Inputs:
 def load_inputs(settings: Settings, result_file: str, device: torch.device) -> Inputs:
     """Read and check everything; nothing is written, so bad input leaves no trace.
 
-    Raises:
-        UserError: the record, the dataset, the index file or a flag that contradicts them is not usable.
+    Raises UserError if the record, the dataset, the index file or a flag that contradicts them is not usable.
     """
     record = read_attack_record(Path(settings.record_root) / result_file)
     _check_flags(settings, record)
@@ -74,46 +65,41 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
     network = load_model(record.model_name, record.num_classes, record.state)
     model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
     images, labels = train_set.read(subset).to(device), train_set.labels[subset].to(device)
-    layers = _trace(network, to_unit(images[:1]), record)
+    try:
+        layers = trace_conv_layers(network, to_unit(images[:1]))
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{record.model_name} cannot take the record's {record.image_size} images ({detail}).") from None
     return Inputs(record, subset, DefenderInputs(model, layers, images, labels, record.num_classes, facts), test)
 
 
 def read_test_data(record: AttackRecord, test_set: Split, device: torch.device, test_images: int | None = None) -> TestData:
     """Both test sets on ``device``; of each an even sample of ``test_images`` images, if that is given.
 
-    Raises:
-        UserError: an image cannot be read, or the record does not determine the true labels.
+    Raises UserError if an image cannot be read, or the record does not determine the true labels.
     """
-    poisoned = record.bd_test.pixels(record.image_size)  # first: their size is a stranger's claim
-    originals = record.bd_test.true_labels(test_set)
-    clean_rows, poisoned_rows = (_rows(labels, test_images) for labels in (test_set.labels, originals))
+    attacked = record.bd_test
+    poisoned = attacked.pixels(record.image_size)  # first: their size is a stranger's claim
+    originals = attacked.true_labels(test_set)
+    clean_rows, poisoned_rows = (even_sample(x, test_images or len(x)) for x in (test_set.labels, originals))
+    counterparts = None
+    if attacked.indices is not None:
+        places = torch.full((len(test_set),), -1)
+        places[clean_rows] = torch.arange(len(clean_rows))
+        counterparts = places[attacked.indices[poisoned_rows]].to(device)
     return TestData(
-        test_set.read(clean_rows).to(device),
+        test_set.read(clean_rows.tolist()).to(device),
         test_set.labels[clean_rows].to(device),
         poisoned[poisoned_rows].to(device),
-        record.bd_test.targets[poisoned_rows].to(device),
+        attacked.targets[poisoned_rows].to(device),
         originals[poisoned_rows].to(device),
-        _counterparts(record.bd_test.indices, clean_rows, poisoned_rows, len(test_set), device),
+        counterparts,
     )
-
-
-def _counterparts(
-    indices: Tensor | None, clean_rows: Sequence[int], poisoned_rows: Sequence[int], total: int, device: torch.device
-) -> Tensor | None:
-    """For each poisoned image, the place of its clean original in ``clean_rows``, or -1."""
-    if indices is None or int(indices.min()) < 0 or int(indices.max()) >= total:
-        return None
-    places = torch.full((total,), -1, dtype=torch.int64)
-    places[torch.as_tensor(clean_rows)] = torch.arange(len(clean_rows))
-    return places[indices[torch.as_tensor(poisoned_rows)]].to(device)
 
 
 def paired_images(test: TestData, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """At most ``count`` pairs, evenly over the poisoned test set: clean images, the poisoned ones made from them (uint8
-    ``[n, C, H, W]``), and their true classes (int64 ``[n]``).
-
-    Raises:
-        UserError: it is not known which clean image belongs to a poisoned one.
+    ``[n, C, H, W]``), and their true classes (int64 ``[n]``). Raises UserError if it is not known which belong together.
     """
     if test.counterparts is None:
         raise UserError("The record does not say which clean test image each poisoned one was made from.")
@@ -123,10 +109,6 @@ def paired_images(test: TestData, count: int) -> tuple[Tensor, Tensor, Tensor]:
         raise UserError("No poisoned test image has its clean counterpart among the images tested; raise --test_images.")
     rows = known[torch.linspace(0, len(known) - 1, min(count, len(known))).round().long().to(known.device)]
     return test.clean_images[test.counterparts[rows]], test.poisoned_images[rows], test.originals[rows]
-
-
-def _rows(labels: Tensor, count: int | None) -> Sequence[int]:
-    return even_sample(labels, len(labels) if count is None else count).tolist()
 
 
 def preprocessing(settings: Settings, record: AttackRecord) -> DatasetFacts:
@@ -157,15 +139,6 @@ def _check_labels(split: Split, record: AttackRecord) -> None:
             f"Dataset {record.dataset} must have images labelled 0..{record.num_classes - 1} as the record's model, but has "
             f"{len(labels)} images{f' labelled up to {max(labels)}' if labels else ''}; check --dataset_path."
         )
-
-
-def _trace(network: nn.Module, example: Tensor, record: AttackRecord) -> list[ConvLayer]:
-    """The layers whose feature maps are ranked; also shows, before anything is written, that the model takes such images."""
-    try:
-        return trace_conv_layers(network, example)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{record.model_name} cannot take the record's {record.image_size} images ({detail}).") from None
 
 
 def describe(inputs: Inputs, settings: Settings, device: Device) -> list[str]:

@@ -65,6 +65,6 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
 
 
 def rating(gain: Interval, acc_drop: Interval) -> Interval:
-    """Limits of :func:`fmp_core.metrics.rating` from those of its two parts, which come from different images."""
+    """Limits of :func:`fmp_core.metrics.ratings` from those of its two parts, which come from different images."""
     gained, lost = (Interval(*(max(0.0, limit) for limit in interval)) for interval in (gain, acc_drop))
     return Interval(*((limit + 1) / 2 for limit in difference(gained, lost)))

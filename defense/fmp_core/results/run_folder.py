@@ -19,7 +19,7 @@ from fmp_core.data.write_record import write_defense_result
 from fmp_core.errors import UserError
 from fmp_core.inputs import Inputs
 from fmp_core.inversion.trigger import INVERTED_TRIGGER, save_trigger
-from fmp_core.metrics import HEADLINES, METRICS, defense_effectiveness
+from fmp_core.metrics import HEADLINES, METRICS, ratings
 from fmp_core.models.build import state_like
 from fmp_core.models.evaluate import Evaluation, Metrics
 from fmp_core.models.feature_maps import ConvLayer
@@ -113,7 +113,7 @@ class RunFolder:
         summary = RunSummary(
             before=before,
             after=after,
-            der=defense_effectiveness(before, after),
+            der=ratings(before, after)["der"],
             record=inputs.record.folder.name,
             dataset=inputs.record.dataset,
             model=inputs.record.model_name,
