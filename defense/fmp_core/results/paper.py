@@ -10,39 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fmp_core.errors import UserError
-from fmp_core.results.read import BB_DATASETS
+from fmp_core.fields import read_yaml_mapping
+from fmp_core.results.read import AVERAGE, BB_DATASETS
 from fmp_core.settings import PROJECT
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # takes a second to import, and --help needs none
-
-ATTACK_TITLES = {
-    "badnet": "BadNets",
-    "blended": "Blended",
-    "lf": "Low Frequency",
-    "ssba": "SSBA",
-    "wanet": "WaNet",
-    "sig": "SIG",
-}
-AVERAGE = "AVG"  # the published rows over all attacks
-PUBLISHED = PROJECT / "record_scripts" / "published"
-TABLES = ("1a", "1b", "1c", "2", "3", "4", "5", "6", "7")
-FIGURES = {"1": "2", "2": "3", "3": "4", "4": "5"}  # appendix B draws Tables 2 to 5
-NOT_RUNNABLE = {"aeva", "deepinspect", "tabor", "abs", "fu2020"}  # no implementation in BackdoorBench or here
-# What a table varies (a published column), and FMP's value of it everywhere else.
-VARIED = {"2": "pratio", "3": "ratio", "4": "eps", "5": "p"}
-USUAL = {"ratio": "0.1", "eps": "1/255", "p": "64"}
-# Flags of BackdoorBench's defenses as the paper's "Defense setup" gives them; the rest is BackdoorBench's default.
-RETRAINING = {"epochs": 10, "batch_size": 256, "lr": 0.01, "ratio": 0.1}
-BASELINES: dict[str, dict[str, Any]] = {
-    "ft": RETRAINING,
-    "fp": RETRAINING,
-    "clp": {"u": 3},
-    "anp": {"ratio": 0.1, "anp_eps": 0.4},
-    "nc": RETRAINING,
-    "nad": {**RETRAINING, "te_epochs": 10},
-    "rnp": {"ratio": 0.1},
-}
 
 
 @dataclass(frozen=True)
@@ -59,30 +32,16 @@ class Scale:
     baseline_epochs: int | None = None
 
 
-_PAPER = {"model": "preactresnet18", "epochs": 100, "batch_size": 128, "lr": 0.01}
-_SCALES = (
-    Scale("full", "the paper's: its datasets, PreActResNet18, 100 epochs of training (GTSRB 50)", record=_PAPER),
-    Scale(
-        "small",
-        "small: 2 attacks, 3 values, 10 epochs of training instead of 100 (50), 3 of repair instead of 10",
-        attacks=2,
-        values=3,
-        record={**_PAPER, "epochs": 10},
-        ours={"epochs": 3, "frg_samples": 8, "frequency_test": 0},
-        baseline_epochs=3,
-    ),
-    Scale(
-        "demo",
-        "demo: scikit-learn's digits and resnet18 instead of the paper's, 1 attack, 3 values, 3 epochs of repair",
-        attacks=1,
-        values=3,
-        dataset="digits",
-        record={"model": "resnet18", "epochs": 6},
-        ours={"epochs": 3, "frg_samples": 4, "batch_size": 16, "frequency_test": 0},
-        baseline_epochs=3,
-    ),
-)
-SCALES = {scale.name: scale for scale in _SCALES}
+PUBLISHED = PROJECT / "record_scripts" / "published"
+TABLES = ("1a", "1b", "1c", "2", "3", "4", "5", "6", "7")
+FIGURES = {"1": "2", "2": "3", "3": "4", "4": "5"}  # appendix B draws Tables 2 to 5
+NOT_RUNNABLE = {"aeva", "deepinspect", "tabor", "abs", "fu2020"}  # no implementation in BackdoorBench or here
+# What a table varies (a published column), and FMP's value of it everywhere else.
+VARIED = {"2": "pratio", "3": "ratio", "4": "eps", "5": "p"}
+USUAL = {"ratio": "0.1", "eps": "1/255", "p": "64"}
+_EXPERIMENTS = read_yaml_mapping(PUBLISHED / "experiments.yaml", "The list of experiments")
+BASELINES: dict[str, dict[str, Any]] = _EXPERIMENTS["baselines"]
+SCALES = {name: Scale(name, **about) for name, about in _EXPERIMENTS["scales"].items()}
 
 
 def published(table: str) -> DataFrame:

@@ -11,22 +11,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fmp_core.metrics import HEADLINES, METRICS
-from fmp_core.results.paper import (
-    ATTACK_TITLES,
-    AVERAGE,
-    BASELINES,
-    FIGURES,
-    NOT_RUNNABLE,
-    VARIED,
-    Scale,
-    defense_folder,
-    notes,
-    record_name,
-    scaled_rows,
-)
+from fmp_core.results import paper
+from fmp_core.results.paper import FIGURES, NOT_RUNNABLE, VARIED, Scale
+from fmp_core.results.read import ATTACK_TITLES, AVERAGE
 from fmp_core.storage.files import replacing
 
-BB_ONLY = set(BASELINES) - {"ft"}  # fine-tuning alone is one of ours, too
+BB_ONLY = set(paper.BASELINES) - {"ft"}  # fine-tuning alone is one of ours, too
 
 
 def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
@@ -37,8 +27,8 @@ def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
     """
     frame = frame[frame["test_images"].isna()]
     rows = []
-    for row in scaled_rows(table, scale).itertuples():
-        results = frame[(frame["record"] == record_name(row, scale)) & (frame["method"] == defense_folder(row))]
+    for row in paper.scaled_rows(table, scale).itertuples():
+        results = frame[(frame["record"] == paper.record_name(row, scale)) & (frame["method"] == paper.defense_folder(row))]
         line: dict[str, Any] = {"attack": row.attack, "value": row.value, "defense": row.defense}
         line["origin"] = ", ".join(sorted(set(results["origin"])))
         for metric in METRICS:
@@ -76,7 +66,7 @@ def comparison_text(
     if scale.name != "full":
         says.append("At this scale the difference shows whether the trend holds, not whether the figures agree.")
     says += _not_run(table, compared, backdoorbench)
-    says += [f"Note: {note}" for note in notes(table)]
+    says += [f"Note: {note}" for note in paper.notes(table)]
     if markdown:
         table_lines = [heads, ["---", "---", *("---:" for _ in heads[2:])], *lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in table_lines) + "\n\n" + "\n\n".join(says) + "\n"

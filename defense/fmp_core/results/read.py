@@ -21,6 +21,15 @@ T = TypeVar("T")
 STAMP = "sweep.json"  # written by sweeps into each result folder: what was run, with which settings
 MOST_BYTES = 16 * 2**20  # no metric csv of BB comes near this
 ATTACK_NAMES = {"lowfrequency": "lf", "label_consistent": "lc"}  # info.pickle's names -> those of files and leaderboard
+ATTACK_TITLES = {
+    "badnet": "BadNets",
+    "blended": "Blended",
+    "lf": "Low Frequency",
+    "ssba": "SSBA",
+    "wanet": "WaNet",
+    "sig": "SIG",
+}
+AVERAGE = "AVG"  # stands for an attack in the rows over all
 ATTACKS = "badnet|blended|blind|bpp|ctrl|inputaware|lc|lf|lira|refool|sig|ssba|trojannn|wanet"
 BB_DATASETS = ("cifar10", "cifar100", "gtsrb", "tiny", "mnist", "celeba", "imagenet")  # those BackdoorBench knows
 DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))

@@ -13,7 +13,7 @@ import pandas as pd
 
 from fmp_core.metrics import HEADLINES, LOW_IS_GOOD
 from fmp_core.results.collect import BASELINE
-from fmp_core.results.paper import ATTACK_TITLES, AVERAGE
+from fmp_core.results.read import ATTACK_TITLES, AVERAGE
 
 RATIO = ("", "ratio")  # the column of clean shares
 PUBLISHED = "(published)"
