@@ -44,7 +44,7 @@ from fmp_core.system.progress import Progress
 try:
     from defense.base import defense
 except ImportError:  # no BackdoorBench around us
-    from fmp_core.bb_base import defense
+    defense = object
 
 LOGGER = logging.getLogger("fmp_core")
 

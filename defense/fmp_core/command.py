@@ -42,11 +42,12 @@ def _run(args: argparse.Namespace) -> int:
 def _what_to_run(settings: Settings) -> str:
     from fmp_core.data.attack_record import find_records  # loads torch
 
-    names = find_records(settings.record_root)
-    listing = "".join(f"\n    python defense/fmp.py --result_file {name}" for name in names)
-    found = (
-        f"Records in {settings.record_root}:{listing}" if names else f"There are no attack records in {settings.record_root}."
-    )
-    return (
-        f"fmp: --result_file is missing. {found}\nTo make the demo record: python record_scripts/make_record.py (or: make demo)"
+    names, root = find_records(settings.record_root), settings.record_root
+    found = f"Records in {root}:" if names else f"There are no attack records in {root}."
+    return "\n".join(
+        [
+            f"fmp: --result_file is missing. {found}",
+            *(f"    python defense/fmp.py --result_file {name}" for name in names),
+            "To make the demo record: python record_scripts/make_record.py (or: make demo)",
+        ]
     )
