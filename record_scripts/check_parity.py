@@ -17,38 +17,26 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
+from fmp_core.backdoorbench.workspace import add_job_flags, job_of
 from fmp_core.system.cli import Parser, run_main
 
 ROOT = Path(__file__).absolute().parents[1]  # a BackdoorBench checkout, if install.py put this script there
 
 
-def parse(argv: list[str] | None) -> Namespace:
-    parser = Parser("check_parity", __doc__)
-    parser.add_argument("--backdoorbench", metavar="DIR", default=str(ROOT), help="a checkout (default: around this script)")
-    parser.add_argument("--result_file", metavar="RECORD", required=True, help="the record: a folder below --record_root")
-    parser.add_argument("--record_root", metavar="DIR", default="./record", help="default: ./record")
-    parser.add_argument("--dataset_path", metavar="DIR", default="./data", help="default: ./data")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0 (default: auto)")
-    parser.add_argument("--python", metavar="PROGRAM", default=sys.executable, help="runs BackdoorBench (default: this one)")
-    return parser.parse_args(argv)
-
-
 def run(args: Namespace) -> int:
-    from fmp_core.backdoorbench.parity import check_parity
-    from fmp_core.backdoorbench.process import in_own_process
-    from fmp_core.backdoorbench.workspace import open_job
+    from fmp_core.backdoorbench.parity import check_parity  # imports pandas, which takes a second
 
-    place = args.backdoorbench, args.record_root, args.result_file, args.dataset_path, args.device
-    checks = check_parity(in_own_process(open_job, *place), args.python)
+    checks = check_parity(job_of(args), args.python)
     print("\n".join(map(str, checks)))
-    failed = sum(check.passed is False for check in checks)
-    skipped = sum(check.passed is None for check in checks)
-    print(f"\n{len(checks) - failed - skipped} passed, {failed} failed, {skipped} skipped")
-    return 1 if failed else 0
+    results = [check.passed for check in checks]
+    print(f"\n{results.count(True)} passed, {results.count(False)} failed, {results.count(None)} skipped")
+    return int(False in results)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    parser = Parser("check_parity", __doc__)
+    add_job_flags(parser, ROOT)
+    args = parser.parse_args(argv)
     return run_main("check_parity", lambda: run(args))
 
 

@@ -21,15 +21,7 @@ from fmp_core.backdoorbench.workspace import find_checkout
 from fmp_core.system.cli import Parser, kept, run_main
 
 
-def parse(argv: list[str] | None) -> Namespace:
-    parser = Parser("install", __doc__)
-    parser.add_argument("--into", required=True, metavar="DIR", help="root of a BackdoorBench checkout")
-    parser.add_argument("--link", action="store_true", help="symbolic links to this project instead of copies")
-    parser.add_argument("--uninstall", action="store_true", help="take FMP out again")
-    parser.add_argument("--force", action="store_true", help="discard changes made to FMP's files in the checkout")
-    return parser.parse_args(argv)
-
-
+@kept("FMP's files may be there in part")
 def run(args: Namespace) -> None:
     root = find_checkout(args.into)
     if args.uninstall:
@@ -41,13 +33,13 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-
-    def work() -> None:
-        with kept("FMP's files may be there in part"):
-            run(args)
-
-    return run_main("install", work)
+    parser = Parser("install", __doc__)
+    parser.add_argument("--into", required=True, metavar="DIR", help="root of a BackdoorBench checkout")
+    parser.add_argument("--link", action="store_true", help="symbolic links to this project instead of copies")
+    parser.add_argument("--uninstall", action="store_true", help="take FMP out again")
+    parser.add_argument("--force", action="store_true", help="discard changes made to FMP's files in the checkout")
+    args = parser.parse_args(argv)
+    return run_main("install", lambda: run(args))
 
 
 if __name__ == "__main__":

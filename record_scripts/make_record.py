@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
@@ -35,18 +34,8 @@ HELP = {  # where fmp.py's words do not fit
 }
 
 
-def parse(argv: list[str] | None) -> Namespace:
-    """The flags as text; those not given are None. Ends the program with one sentence if one is unknown."""
-    parser = Parser("make_record", f"{__doc__}\n{in_words()}")
-    add_flags(parser.add_argument_group("record"), RecordSettings)
-    add_flags(parser.add_argument_group("attack"), AttackSettings)
-    training = parser.add_argument_group("training (epochs, batch size and learning rate default to the dataset's recipe)")
-    add_flags(training, Settings, TRAINING, HELP, defaults=False)
-    return parser.parse_args(argv)
-
-
-def run(args: Namespace) -> None:
-    started, flags = time.monotonic(), vars(args)
+def run(flags: dict[str, str | None]) -> None:
+    started = time.monotonic()
     record, attack = RecordSettings(**parse_flags(RecordSettings, flags)), AttackSettings(**parse_flags(AttackSettings, flags))
     training = parse_flags(Settings, {name: flags[name] for name in TRAINING})
 
@@ -57,8 +46,13 @@ def run(args: Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    return run_main("make_record", lambda: run(args))
+    parser = Parser("make_record", f"{__doc__}\n{in_words()}")
+    add_flags(parser.add_argument_group("record"), RecordSettings)
+    add_flags(parser.add_argument_group("attack"), AttackSettings)
+    training = parser.add_argument_group("training (epochs, batch size and learning rate default to the dataset's recipe)")
+    add_flags(training, Settings, TRAINING, HELP, defaults=False)
+    args = parser.parse_args(argv)
+    return run_main("make_record", lambda: run(vars(args)))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ from typing import NoReturn
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
-from fmp_core.backdoorbench.process import in_own_process
 from fmp_core.backdoorbench.run import run_on_record
-from fmp_core.backdoorbench.workspace import open_job
+from fmp_core.backdoorbench.workspace import add_job_flags, job_of
 from fmp_core.system import cli
 
 ROOT = Path(__file__).absolute().parents[1]  # a BackdoorBench checkout, if install.py put this script there
@@ -32,34 +31,22 @@ class Parser(cli.Parser):
         super().error(f"{message}; flags of BackdoorBench's script go last, after --, as in ... -- --epochs 10")
 
 
-def parse(argv: list[str]) -> Namespace:
-    end = argv.index("--") if "--" in argv else len(argv)
-    parser = Parser("run_defense", __doc__, usage="%(prog)s --defense NAME --result_file RECORD [...] [-- BB'S FLAGS]")
-    parser.add_argument("--backdoorbench", metavar="DIR", default=str(ROOT), help="a checkout (default: around this script)")
-    parser.add_argument("--defense", metavar="NAME", required=True, help="ft, fp, clp, anp, nc, nad, rnp, ft-sam, i-bau, ...")
-    parser.add_argument("--analysis", metavar="NAME", help="cm, metric, network, tac, tsne, ... of what --defense has left")
-    parser.add_argument("--result_file", metavar="RECORD", required=True, help="the record: a folder below --record_root")
-    parser.add_argument("--record_root", metavar="DIR", default="./record", help="default: ./record")
-    parser.add_argument("--dataset_path", metavar="DIR", default="./data", help="default: ./data")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0 ... (default: auto)")
-    parser.add_argument("--python", metavar="PROGRAM", default=sys.executable, help="runs BackdoorBench (default: this one)")
-    args = parser.parse_args(argv[:end])
-    args.extra = argv[end + 1 :]
-    return args
-
-
-def run(args: Namespace) -> int:
-    place = args.backdoorbench, args.record_root, args.result_file, args.dataset_path, args.device
-    with cli.kept("what BackdoorBench has written so far stays"):
-        job = in_own_process(open_job, *place)
-        message, code = run_on_record(job, args.defense, args.analysis, args.python, args.extra)
+@cli.kept("what BackdoorBench has written so far stays")
+def run(args: Namespace, extra: list[str]) -> int:
+    message, code = run_on_record(job_of(args), args.defense, args.analysis, args.python, extra)
     print(f"run_defense: {message}", file=sys.stderr if code else sys.stdout)
     return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return cli.run_main("run_defense", lambda: run(args))
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    parser = Parser("run_defense", __doc__, usage="%(prog)s --defense NAME --result_file RECORD [...] [-- BB'S FLAGS]")
+    parser.add_argument("--defense", metavar="NAME", required=True, help="ft, fp, clp, anp, nc, nad, rnp, ft-sam, i-bau, ...")
+    parser.add_argument("--analysis", metavar="NAME", help="cm, metric, network, tac, tsne, ... of what --defense has left")
+    add_job_flags(parser, ROOT)
+    args = parser.parse_args(argv[:end])
+    return cli.run_main("run_defense", lambda: run(args, argv[end + 1 :]))
 
 
 if __name__ == "__main__":

@@ -115,14 +115,18 @@ def test_what_backdoorbench_cannot_be_given_is_refused_before_it_starts(
         job(checkout)
 
 
-def test_flags_of_backdoorbench_without_two_dashes_get_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_of_backdoorbench_without_two_dashes_get_a_hint(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = ["--defense", "ft", "--result_file", "r"]
     for wrong in (["--epochs", "1"], ["x.yaml"], ["--data", "d"]):
         with pytest.raises(SystemExit) as stop:
-            run_defense.parse([*flags, *wrong])
+            run_defense.main([*flags, *wrong])
         assert stop.value.code == 2
         assert "flags of BackdoorBench's script go last, after --, as in ... -- --epochs 10" in capsys.readouterr().err
-    assert run_defense.parse([*flags, "--", "--epochs", "1", "--", "x"]).extra == ["--epochs", "1", "--", "x"]
+    monkeypatch.setattr(run_defense, "run", lambda args, extra: given.append(extra))
+    given: list[list[str]] = []
+    assert run_defense.main([*flags, "--", "--epochs", "1", "--", "x"]) == 0 and given == [["--epochs", "1", "--", "x"]]
 
 
 @pytest.mark.parametrize("stored", ["./no/such/place", "./data/../../cifar10"])

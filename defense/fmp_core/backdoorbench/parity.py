@@ -44,13 +44,9 @@ class Check(NamedTuple):
 
 
 def check_parity(job: Job, python: str) -> list[Check]:
-    """All checks; prints a line when a stage begins, and every half minute of BackdoorBench's.
+    """All checks; ``python`` runs BackdoorBench. Prints a line when a stage begins, and every half minute of BackdoorBench's.
 
-    Args:
-        python: the Python that runs BackdoorBench.
-
-    Raises:
-        UserError: FMP has not run on the record yet, or one of the two fails on it.
+    Raises UserError if FMP has not run on the record yet, or one of the two fails on it.
     """
     results = job.folder / "defense" / "fmp"
     if not (results / "metrics.json").is_file():
@@ -88,11 +84,7 @@ def _stage(number: str, what: str) -> Iterator[None]:
 
 
 def ask_fmp(job: Job, scratch: Path) -> dict[str, Any]:
-    """What FMP makes of the record with its default settings, and the question to BackdoorBench. Imports torch.
-
-    Raises:
-        UserError: the record or the dataset is not usable.
-    """
+    """What FMP makes of the record with its default settings, and the question to BackdoorBench. Imports torch."""
     import torch
 
     from fmp_core.data.clean_subset import choose_subset

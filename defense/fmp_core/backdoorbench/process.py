@@ -73,16 +73,11 @@ class Listener:
 def run_script(
     folder: Path, script: str, arguments: Sequence[str], *, device: str, python: str, log: Path, echo: bool = True
 ) -> Ended:
-    """Run ``script`` (relative to the workspace ``folder``) on the shims; everything it prints goes to ``log`` as it comes.
+    """Run ``script`` (relative to the workspace ``folder``) on the shims; everything it prints goes to ``log`` as it comes and,
+    with ``echo``, to the terminal, where else a line every half minute says that it runs.
 
     The script is the head of a process group of its own, which ends with it, and on Linux also if this process is killed.
-
-    Args:
-        device: ``cpu`` hides all GPUs from it, because some scripts use one whatever ``--device`` says.
-        echo: print its output too; otherwise a line every half minute says that it runs.
-
-    Raises:
-        UserError: ``python`` is no program.
+    Device ``cpu`` hides all GPUs from it, because some scripts use one whatever ``--device`` says.
     """
     program = shutil.which(python)
     if program is None:
@@ -95,14 +90,15 @@ def run_script(
     started, used, listener = time.monotonic(), _children_seconds(), Listener()
     with open(log, "w", encoding="utf-8") as file, _started(command, folder, environment) as process:
         assert process.stdout is not None
-        with contextlib.nullcontext() if echo else _heartbeat(listener):
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
-                if echo:
-                    print(line, end="", flush=True)
-                listener.hear(line)
-            code = process.wait()
+        if not echo:
+            threading.Thread(target=_heartbeat, args=(process, listener), daemon=True).start()
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            if echo:
+                print(line, end="", flush=True)
+            listener.hear(line)
+        code = process.wait()
         seconds = time.monotonic() - started
         file.write(f"\nexit code {code} after {seconds:.0f} s; CPU {_children_seconds() - used:.0f} s\n")
     return Ended(code, seconds, listener.reason if code else "")
@@ -152,28 +148,19 @@ def _dying_with(parent: int) -> Callable[[], None] | None:
     return ask
 
 
-@contextlib.contextmanager
-def _heartbeat(listener: Listener) -> Iterator[None]:
-    ended, started = threading.Event(), time.monotonic()
-
-    def beat() -> None:
-        while not ended.wait(HEARTBEAT):
+def _heartbeat(process: subprocess.Popen[str], listener: Listener) -> None:
+    started = time.monotonic()
+    while True:
+        try:
+            process.wait(HEARTBEAT)
+            return
+        except subprocess.TimeoutExpired:
             print(f"      {time.monotonic() - started:.0f} s: {listener.last_line[:100]}", flush=True)
-
-    threading.Thread(target=beat, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
 
 
 def in_own_process(function: Callable[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> Answer:
     """``function(*args, **kwargs)`` in a process that ends with it: torch and a record take memory that BackdoorBench, which
-    runs next, may need.
-
-    Raises:
-        UserError: of ``function``, or the process was killed.
-    """
+    runs next, may need. Raises UserError as ``function`` does, and if the process is killed."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args, **kwargs).result()

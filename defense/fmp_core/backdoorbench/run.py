@@ -18,12 +18,8 @@ def run_on_record(job: Job, method: str, analysis: str | None, python: str, extr
     """Run ``defense/<method>.py`` on the record or, with ``analysis``, ``analysis/visual_<analysis>.py`` on what ``method``
     made of it. Returns one sentence on how it went, and the exit code.
 
-    Args:
-        python: the Python that runs BackdoorBench.
-        extra: flags for BackdoorBench's script, after ours.
-
-    Raises:
-        UserError: there is no such script or no result to analyse, or BackdoorBench cannot be given the record.
+    ``python`` runs BackdoorBench's script, which is given the flags ``extra`` after ours. Raises UserError if there is no such
+    script or no result to analyse, or BackdoorBench cannot be given the record.
     """
     results, flags = job.folder / "defense" / method, job.flags
     if analysis is None:

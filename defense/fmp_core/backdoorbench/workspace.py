@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fmp_core.backdoorbench.process import in_own_process
 from fmp_core.errors import UserError
 from fmp_core.storage.files import make_folders
 
@@ -27,11 +30,7 @@ ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports t
 
 
 def find_checkout(path: str | Path) -> Path:
-    """The root of a BackdoorBench checkout.
-
-    Raises:
-        UserError: ``path`` is none.
-    """
+    """The root of a BackdoorBench checkout. Raises UserError if ``path`` is none."""
     root = Path(path).resolve()
     missing = next((name for name in LANDMARKS if not (root / name).exists()), None)
     if missing is not None:
@@ -64,12 +63,26 @@ class Job:
         return ["--dataset", self.dataset, "--model", self.model_name, "--device", self.device]
 
 
+def add_job_flags(parser: ArgumentParser, around: Path) -> None:
+    """Flags that name what :func:`open_job` needs, and BackdoorBench's Python; the checkout may be ``around`` the script."""
+    parser.add_argument("--backdoorbench", metavar="DIR", default=str(around), help="a checkout (default: around this script)")
+    parser.add_argument("--result_file", metavar="RECORD", required=True, help="the record: a folder below --record_root")
+    parser.add_argument("--record_root", metavar="DIR", default="./record", help="default: ./record")
+    parser.add_argument("--dataset_path", metavar="DIR", default="./data", help="default: ./data")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0 ... (default: auto)")
+    parser.add_argument("--python", metavar="PROGRAM", default=sys.executable, help="runs BackdoorBench (default: this one)")
+
+
+def job_of(args: Namespace) -> Job:
+    """:func:`open_job` for those flags, in a process of its own."""
+    return in_own_process(open_job, args.backdoorbench, args.record_root, args.result_file, args.dataset_path, args.device)
+
+
 def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_path: str | Path, device: str = "auto") -> Job:
     """Check everything BackdoorBench is going to need. It executes whatever a record's pickle says; a record that holds more
     than data is refused here, before BackdoorBench sees it. Imports torch, so better called ``in_own_process``.
 
-    Raises:
-        UserError: no checkout; the record or the dataset is missing, damaged or refused, or BackdoorBench does not know it.
+    Raises UserError if the record or the dataset is missing, damaged or refused, or BackdoorBench does not know it.
     """
     from fmp_core.data.attack_record import read_attack_record
     from fmp_core.data.datasets import dataset_facts, open_split
@@ -84,19 +97,9 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
         open_split(dataset_path, record.dataset, train, dataset_facts(record.dataset, record.image_size).size)
     state = load_torch_file(record.folder / ATTACK_FILE, known_only=True)  # BackdoorBench would run an unknown class
     folders = (_image_folder(state[part]) for part in ("bd_train", "bd_test"))
-    return Job(
-        root,
-        record.folder,
-        name,
-        record.dataset,
-        record.model_name,
-        record.num_classes,
-        record.image_size,
-        state["data_path"],
-        tuple(folder for folder in folders if folder is not None),
-        Path(dataset_path).resolve(),
-        str(choose_device(device).device) if device == "auto" else device,
-    )
+    facts = record.dataset, record.model_name, record.num_classes, record.image_size, state["data_path"]
+    device = str(choose_device(device).device) if device == "auto" else device
+    return Job(root, record.folder, name, *facts, tuple(filter(None, folders)), Path(dataset_path).resolve(), device)
 
 
 def check_dataset(checkout: Path, name: str, dataset: str) -> None:
@@ -115,8 +118,7 @@ def check_dataset(checkout: Path, name: str, dataset: str) -> None:
 def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
     """Yield a temporary current folder for BackdoorBench's scripts; without ``write_through`` their results vanish with it.
 
-    Raises:
-        UserError: the temporary folder's path or the record's stored paths are such that BackdoorBench cannot work.
+    Raises UserError if the temporary folder's path or the record's stored paths are such that BackdoorBench cannot work.
     """
     folder = Path(tempfile.mkdtemp(prefix="fmp_bb_")).resolve()
     try:
@@ -145,20 +147,16 @@ def _lay_out_record(job: Job, folder: Path, write_through: bool) -> None:
         make_folders(real / "defense")
     seen.mkdir(parents=True)
     for entry in real.iterdir():
-        if entry.name == ATTACK_FILE:
-            _duplicate(entry, seen / entry.name)  # a link would lead BackdoorBench to look for data/ beside the real record
+        if entry.name == ATTACK_FILE:  # a symbolic link would lead BackdoorBench to look for data/ beside the real record
+            try:
+                os.link(entry, seen / entry.name)
+            except OSError:  # another file system
+                shutil.copyfile(entry, seen / entry.name)
         elif entry.name != "defense" or write_through:
             (seen / entry.name).symlink_to(entry)
     for stored in job.image_folders:
         if not stored.is_absolute() and (real / stored.name).is_dir():
             _link(folder, stored, real / stored.name)
-
-
-def _duplicate(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
 
 
 def _image_folder(state: Any) -> PurePosixPath | None:
