@@ -10,6 +10,7 @@ from fmp_core.fields import as_text
 from fmp_core.models.activation_change import Precision
 from fmp_core.report.data import Run
 from fmp_core.report.strips import Pruning
+from fmp_core.results.intervals import Interval
 from fmp_core.selection.ablation import ROWS_SET
 from fmp_core.settings import changed
 
@@ -30,11 +31,11 @@ HEADLINES = {  # by (outcome, certain)
 }
 
 
-def verdict(outcome: Mapping[str, Any], acc_before: float, acc_after: float) -> tuple[str, str]:
+def verdict(outcome: Mapping[str, Any], before: Mapping[str, Interval], after: Mapping[str, Interval]) -> tuple[str, str]:
     """A headline about the ``outcome`` (of ``attack_outcome``), and sentences with the figures behind it and the price."""
     head = HEADLINES[outcome["outcome"], outcome["certain"]]
-    asr, before, chance = outcome["asr_after"], outcome["asr_before"], outcome["chance"]
-    sentences = [f"The trigger now succeeds on {100 * asr:.2f} % of triggered test images (before: {100 * before:.2f} %)."]
+    now, then, chance = 100 * outcome["asr_after"], 100 * outcome["asr_before"], outcome["chance"]
+    sentences = [f"The trigger now succeeds on {now:.2f} % of triggered test images (before: {then:.2f} %)."]
     if chance is not None:
         low, high = (100 * outcome[limit] for limit in ("excess_low", "excess_high"))
         sentences.append(
@@ -43,9 +44,9 @@ def verdict(outcome: Mapping[str, Any], acc_before: float, acc_after: float) -> 
         )
     if not outcome["certain"]:
         sentences.append("The test set is too small to say more.")
-    change = 100 * (acc_after - acc_before)
+    accuracy, change = 100 * after["test_acc"].value, 100 * (after["test_acc"].value - before["test_acc"].value)
     price = "did not change" if abs(change) < 0.005 else f"{'rose' if change > 0 else 'fell'} by {abs(change):.2f} points"
-    return head, " ".join([*sentences, f"Accuracy on clean images {price}, to {100 * acc_after:.2f} %."])
+    return head, " ".join([*sentences, f"Accuracy on clean images {price}, to {accuracy:.2f} %."])
 
 
 def warnings(run: Run, own: Pruning, precision: Precision | None) -> list[tuple[str, str]]:

@@ -107,36 +107,26 @@ def page(
     others: Mapping[str, Mapping[str, float]] | None = None,
 ) -> str:
     """The page's HTML. ``trigger_unknown`` says in a sentence why ``trigger`` is None; ``others``: METRICS by defense."""
-    own, shares = own_pruning(run), {when: run.shares(when) for when in ("before", "after")}
+    own = own_pruning(run)
     precision = trigger.precision(own.mask) if trigger else None
-    accuracies = (shares[when]["test_acc"].value for when in ("before", "after"))
-    head, sentence = verdict(attack_outcome(run.predictions), *accuracies)
     facts = {
+        "run": run,
         "summary": run.summary,
-        "defense": run.folder.name,
-        "head": head,
-        "sentence": sentence,
+        "verdict": verdict(attack_outcome(run.predictions), run.shares("before"), run.shares("after")),
         "warnings": warnings(run, own, precision),
         "names": HEADLINES,
         "means": MEANS,
-        **shares,
-        "changes": run.changes(),
-        "der": run.effectiveness(),
         "others": _others(run, others or {}),
         "matrices": _matrices(run, num_classes),
         "by_class": figures.success_by_class(success_by_class(run.predictions)),
         "many_classes": num_classes > figures.MOST_CLASSES,
         "p_table": p_table(run, trigger),
-        "p": run.p,
-        "by_trigger": run.by_trigger,
-        "samples": run.scores.samples if run.scored else 0,
         "strips": strips(run, trigger) if run.scored or run.by_trigger else None,
         "precision": precision,
+        "trigger": trigger,
         "trigger_unknown": trigger_unknown,
-        "pairs": len(trigger.labels) if trigger else 0,
         "pictures": pictures(run, trigger) if trigger else None,
         "curves": _curves(run) if run.history["train_acc"].notna().any() else [],
-        "whole": sum(run.summary.seconds.values()) or 1.0,
         "command": command(run.summary.settings, run.summary.chosen_by),
         "written": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
     }
