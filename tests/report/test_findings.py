@@ -19,7 +19,7 @@ from fmp_core.system.cli import Parser
 from made_runs import made_run, predictions, scored_maps
 
 APART, TIED = [1, 2, 8, 9], [1, 8, 8, 8]
-GOOD = Precision(hits=2, chosen=2, chance=0.01)
+GOOD = Precision(hits=2, chosen=2, random=0.5, chance=0.01, percentile=0.9)
 
 
 @pytest.mark.parametrize(
