@@ -69,12 +69,6 @@ def test_the_model_is_left_as_it_was_found():
     assert torch.equal(model.bn1.running_mean, running)  # type: ignore[arg-type]
 
 
-def test_images_without_counterparts_are_refused():
-    clean, poisoned = pairs(2)
-    with pytest.raises(ValueError, match="no pairs"):
-        trigger_activation_change(Plain(), [], clean, poisoned[:1])
-
-
 LAYERS = [ConvLayer("a", nn.Conv2d(1, 4, 1)), ConvLayer("b", nn.Conv2d(1, 3, 1))]
 TAC = torch.tensor([0.1, 0.4, 0.2, 0.3, 5.0, 7.0, 6.0])
 
@@ -83,8 +77,6 @@ def test_precision_counts_within_layers():
     chosen = torch.tensor([False, True, True, False, False, True, False])  # tops: 1, 3 of a; 5 of b
     found = precision_at(chosen, TAC, LAYERS)
     assert (found.hits, found.chosen) == (2, 3) and found.value == pytest.approx(2 / 3)
-    assert found.random == pytest.approx((2 * 2 / 4 + 1 / 3) / 3)
-    assert found.percentile == pytest.approx(((3.5 + 1.5) / 4 + 2.5 / 3) / 3)
 
 
 def test_the_chance_is_that_of_all_choices_of_the_same_sizes():
@@ -92,11 +84,10 @@ def test_the_chance_is_that_of_all_choices_of_the_same_sizes():
     found = precision_at(chosen, TAC, LAYERS)
     hits = [len({1, 3} & set(two)) + (one == 1) for two in itertools.combinations(range(4), 2) for one in range(3)]
     assert found.chance == pytest.approx(sum(h >= 2 for h in hits) / len(hits))
-    assert found.random * 3 == pytest.approx(sum(hits) / len(hits))
 
 
 def test_a_perfect_choice_and_an_empty_one():
     perfect = precision_at(torch.tensor([False, True, False, True, False, True, False]), TAC, LAYERS)
-    assert perfect.value == 1 and perfect.percentile > 0.7
+    assert perfect.value == 1 and perfect.chance == pytest.approx(1 / 18)
     empty = precision_at(torch.zeros(7, dtype=torch.bool), TAC, LAYERS)
-    assert (empty.hits, empty.chosen) == (0, 0) and math.isnan(empty.value) and math.isnan(empty.random)
+    assert (empty.hits, empty.chosen) == (0, 0) and math.isnan(empty.value) and math.isnan(empty.chance)

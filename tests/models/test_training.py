@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fmp_core.data.datasets import DatasetFacts
-from fmp_core.errors import UserError
 from fmp_core.models.training import Crops, Epoch, Trainer, batches_of
 from fmp_core.repair.distillation import Teacher
 from fmp_core.settings import Settings
@@ -122,11 +121,6 @@ def test_batches_hold_each_image_once_and_a_last_one_alone_is_dropped() -> None:
 def test_a_batch_norm_model_trains_though_one_image_is_over() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.BatchNorm1d(5))  # raises on a batch of one
     assert [epoch.batch for epoch in run(model, count=9)] == [2, 2]
-
-
-def test_fewer_than_two_images_are_refused() -> None:
-    with pytest.raises(UserError, match="at least 2 clean images, not 1"):
-        run(toy_case(Plain)[0], count=1)
 
 
 def numbered(count: int, height: int = 5, width: int = 6) -> Tensor:

@@ -27,19 +27,20 @@ def choose_subset(total: int, ratio: float, seed: int, index_file: str | None) -
 
 
 def _read_index(path: str, total: int) -> list[int]:
+    file = Path(path)
     try:
-        if not Path(path).is_file():
-            raise OSError(None, "not a file") if Path(path).exists() else FileNotFoundError(None, "no such file")
-        if Path(path).stat().st_size > LARGEST_FILE:
+        if not file.is_file():
+            raise UserError(f"--index {path} cannot be read (no such file).")
+        if file.stat().st_size > LARGEST_FILE:
             raise UserError(f"--index {path} is larger than {LARGEST_FILE >> 20} MiB, which no list of indices is.")
-        text = Path(path).read_text(encoding="utf-8")
-        lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--index {path} cannot be read ({getattr(error, 'strerror', None) or 'not a text file'}).") from None
     indices = []
-    for number, line in lines:
+    for number, line in enumerate(lines, start=1):
         try:
-            indices.append(int(float(line)) if float(line).is_integer() else int(line))
+            if line.strip():
+                indices.append(int(float(line)) if float(line).is_integer() else int(line))
         except (ValueError, OverflowError):
             raise UserError(f"--index {path} line {number} is {line[:40]!r}, not an index of a training image.") from None
     bad = next((i for i in indices if not 0 <= i < total), None)

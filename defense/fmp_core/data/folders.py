@@ -119,38 +119,38 @@ GTSRB_LAYOUTS = (
 
 def gtsrb(folder: Path, train: bool, size: Size) -> Split:
     """German traffic signs as in GTSRB_LAYOUTS; training images by class, test images in the order of their table."""
-    inner = [folder, *(folder / name for name in ("GTSRB", "gtsrb", "gtsrb/GTSRB"))]
-    for base in inner:
-        for name in ("Train", "Training", "Final_Training/Images") if train else ():
-            if any(path.is_dir() and path.name.isdecimal() for path in visible(base / name)):
-                return file_split(*_gtsrb_training(base / name), size)
-        if not train:
-            places = ("Test", "", "..", "Final_Test", "Final_Test/Images")
-            table = next((base / p / "GT-final_test.csv" for p in places if (base / p / "GT-final_test.csv").is_file()), None)
-            images = next((base / p for p in ("Test", "Final_Test/Images") if (base / p).is_dir()), None)
-            if table is not None and images is not None:
+    for base in (folder, *(folder / name for name in ("GTSRB", "gtsrb", "gtsrb/GTSRB"))):
+        if train:
+            for name in ("Train", "Training", "Final_Training/Images"):
+                classes = [path for path in visible(base / name) if path.is_dir() and path.name.isdecimal()]
+                if classes:
+                    return file_split(*_gtsrb_training(sorted(classes, key=lambda path: int(path.name))), size)
+        else:
+            tables = (base / inner / "GT-final_test.csv" for inner in ("Test", "", "..", "Final_Test", "Final_Test/Images"))
+            table = next((path for path in tables if path.is_file()), None)
+            images = next((base / inner for inner in ("Test", "Final_Test/Images") if (base / inner).is_dir()), None)
+            if table and images:
                 return file_split(*_gtsrb_rows(table, images), size)
             if (base / "Test.csv").is_file():
-                return file_split(*_kaggle_rows(base / "Test.csv"), size)
+                rows = list(csv.DictReader(_lines(base / "Test.csv")))  # Kaggle's
+                return file_split([base / _plain(row["Path"]) for row in rows], [int(row["ClassId"]) for row in rows], size)
     raise LayoutError(f"one of {GTSRB_LAYOUTS}", folder)
 
 
-def _gtsrb_training(folder: Path) -> tuple[list[Path], list[int]]:
+def _gtsrb_training(classes: list[Path]) -> tuple[list[Path], list[int]]:
+    """Images of the folders of classes: those in their tables, or all if there is no table."""
     paths: list[Path] = []
     labels: list[int] = []
-    classes = sorted(
-        (path for path in visible(folder) if path.is_dir() and path.name.isdecimal()), key=lambda path: int(path.name)
-    )
-    tables = {path: path / f"GT-{path.name}.csv" for path in classes}
-    has_tables = any(table.is_file() for table in tables.values())
-    for place, table in tables.items():
+    tables = [place / f"GT-{place.name}.csv" for place in classes]
+    has_tables = any(table.is_file() for table in tables)
+    for place, table in zip(classes, tables, strict=True):
         if has_tables:
-            found = _gtsrb_rows(table, place)
+            files, numbers = _gtsrb_rows(table, place)
         else:
-            images = [path for path in visible(place) if path.suffix.lower() in IMG_EXTENSIONS]
-            found = images, [int(place.name)] * len(images)
-        paths += found[0]
-        labels += found[1]
+            files = [path for path in visible(place) if path.suffix.lower() in IMG_EXTENSIONS]
+            numbers = [int(place.name)] * len(files)
+        paths += files
+        labels += numbers
     return paths, labels
 
 
@@ -158,11 +158,6 @@ def _gtsrb_rows(table: Path, images: Path) -> tuple[list[Path], list[int]]:
     """The original tables: ';' separated, column 0 file, column 7 class."""
     rows = list(csv.reader(_lines(table), delimiter=";"))[1:]
     return [images / _plain(row[0]) for row in rows], [int(row[7]) for row in rows]
-
-
-def _kaggle_rows(table: Path) -> tuple[list[Path], list[int]]:
-    rows = list(csv.DictReader(_lines(table)))
-    return [table.parent / _plain(row["Path"]) for row in rows], [int(row["ClassId"]) for row in rows]
 
 
 CELEBA_ATTRIBUTES = (18, 31, 21)  # Heavy_Makeup, Smiling, Mouth_Slightly_Open: BB's eight classes (dataset/CelebA.py)

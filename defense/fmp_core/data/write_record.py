@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from fmp_core.data.attack_record import ATTACK_FILE
+from fmp_core.data.images import to_pil
 from fmp_core.storage.files import write_torch
 
 
@@ -67,7 +67,7 @@ def _backdoor_state(folder: Path, record: str, images: str, poisoned: PoisonedIm
     for row, (index, target, label) in enumerate(zip(poisoned.indices, poisoned.targets, poisoned.original, strict=True)):
         inside = f"{int(label)}/{int(index)}.png"
         (folder / images / inside).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(poisoned.images[row].permute(1, 2, 0).squeeze(-1).numpy()).save(folder / images / inside)
+        to_pil(poisoned.images[row]).save(folder / images / inside)
         items[int(index)] = {"path": f"{saved_below}/{inside}", "other_info": [int(target), int(label)]}
     indicator = np.zeros(poisoned.total)
     indicator[list(items)] = 1

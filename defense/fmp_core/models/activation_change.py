@@ -26,8 +26,6 @@ def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], cle
     Maps are ordered by layer, as given, then by channel. ``model`` takes pixels in [0,1] and is left as it was found.
     ``clean`` and ``poisoned`` are float ``[N, C, H, W]`` in [0,1] on its device; row ``i`` of both shows the same image.
     """
-    if clean.shape != poisoned.shape or not len(clean):
-        raise ValueError(f"clean images {tuple(clean.shape)} and poisoned ones {tuple(poisoned.shape)} are no pairs")
     sums = [torch.zeros(layer.channels, dtype=torch.float64, device=clean.device) for layer in layers]
     rows = max(1, rows_per_batch(clean.device) // 2)
     with ExitStack() as hooks, frozen(model), torch.inference_mode():
@@ -46,17 +44,13 @@ def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], cle
 class Precision(NamedTuple):
     """How many of the chosen maps are among those the trigger moves most.
 
-    ``hits`` of ``chosen`` maps are among the k maps of highest TAC in their layer, k being the number chosen there.
-    ``random`` is the precision a random choice of the same sizes has on average; ``chance`` is the probability that such a
-    choice hits at least as often. ``percentile`` is the chosen maps' mean TAC percentile within their layers: 0.5 for a random
-    choice, near 1 where the maps the trigger moves most were chosen. All but the counts are NaN if nothing is chosen.
+    ``hits`` of ``chosen`` maps are among the k maps of highest TAC in their layer, k being the number chosen there. ``chance``
+    is the probability that a random choice of the same sizes hits at least as often; NaN if nothing is chosen.
     """
 
     hits: int
     chosen: int
-    random: float
     chance: float
-    percentile: float
 
     @property
     def value(self) -> float:
@@ -70,27 +64,15 @@ def precision_at(chosen: Tensor, tac: Tensor, layers: Sequence[ConvLayer]) -> Pr
     ``chosen`` is bool ``[N_maps]``; ``tac`` ``[N_maps]`` is from :func:`trigger_activation_change`, equal values count by
     position; both are ordered by ``layers``.
     """
-    hits, expected, percentiles = 0, 0.0, 0.0
+    hits, start, total = 0, 0, int(chosen.sum())
     distribution = np.ones(1)  # of the hits of a random choice, layer after layer
-    start = 0
     for layer in layers:
-        where = slice(start, start + layer.channels)
+        inside, changes = chosen[start : start + layer.channels], tac[start : start + layer.channels]
         start += layer.channels
-        k = int(chosen[where].sum())
-        if not k:
-            continue
-        order = torch.argsort(tac[where], descending=True, stable=True)
-        hits += int(chosen[where][order[:k]].sum())
-        expected += k * k / layer.channels
-        places = torch.empty(layer.channels, dtype=torch.float64)
-        places[order] = torch.arange(layer.channels, 0, -1, dtype=torch.float64)
-        percentiles += float(((places[chosen[where]] - 0.5) / layer.channels).sum())
+        k = int(inside.sum())
+        hits += int(inside[changes.argsort(descending=True, stable=True)[:k]].sum())
         distribution = np.convolve(distribution, _hypergeometric(k, layer.channels))
-    total = int(chosen.sum())
-    if not total:
-        return Precision(0, 0, math.nan, math.nan, math.nan)
-    chance = min(1.0, float(distribution[hits:].sum()))
-    return Precision(hits, total, expected / total, chance, percentiles / total)
+    return Precision(hits, total, min(1.0, float(distribution[hits:].sum())) if total else math.nan)
 
 
 def _hypergeometric(k: int, n: int) -> np.ndarray:

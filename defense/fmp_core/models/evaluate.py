@@ -50,8 +50,7 @@ class Metrics:
         return {name: getattr(self, name) for name in METRICS}
 
 
-@dataclass(frozen=True)
-class Predictions:
+class Predictions(NamedTuple):
     """Predicted classes of both test sets, int64 ``[N]`` each, on the model's device."""
 
     clean: Tensor

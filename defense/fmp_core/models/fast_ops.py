@@ -1,7 +1,6 @@
 """Cheaper forms of what a frozen network computes, switched in by a function mode: the network itself is untouched.
 
-Ranking runs thousands of backward passes through one retained graph, so what is saved per pass counts. Measured effects are in
-``docs/performance.md``.
+Ranking runs thousands of backward passes through one retained graph: what is saved per pass counts (``docs/performance.md``).
 
 * batch norm in evaluation mode is one multiplication and addition, and a ReLU after it only masks: both together are a single
   multiplication on the way back;
@@ -11,9 +10,9 @@ Ranking runs thousands of backward passes through one retained graph, so what is
   ReLUs can replay the masks of a float32 pass: with those a bfloat16 gradient keeps the sign of 99.9 % of its float32 pixels,
   without them of 85-96 %.
 
-And two that cost a little, on a CPU. Matrix products run in tiles of one fixed size: MKL and oneDNN choose a kernel by the
-number of rows, and kernels round differently. Smooth activations run on whole vectors: what is left over at the end of a tensor
-rounds differently. Otherwise the chunk would decide near ties between feature maps.
+And two that cost a little, on a CPU, without which the chunk would decide near ties between feature maps. Matrix products run
+in tiles of one size: MKL and oneDNN choose a kernel by the number of rows, and kernels round differently. Smooth activations
+run on whole vectors: what is left over at the end of a tensor rounds differently.
 """
 
 from __future__ import annotations
@@ -73,28 +72,19 @@ class FastOps(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         args = [_current(arg) for arg in args]
-        if func is torch.conv2d:
-            return self._conv2d(*args, **kwargs)
-        if func is F.linear:
-            return _linear(*args, **kwargs)
-        if func is F.batch_norm:
-            return _batch_norm(*args, **kwargs)
-        if func is F.relu:
-            return self._relu(*args, **kwargs)
         if func in _SMOOTH and args[0].device.type == "cpu" and args[0].numel() % VECTOR:
             kwargs = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
             return _padded(lambda whole: func(whole, *args[1:], **kwargs), args[0])
-        if func in (torch.relu, Tensor.relu):
-            return self._relu(args[0])
         if func in (torch.relu_, Tensor.relu_):
             return self._relu(args[0], inplace=True)
-        return func(*args, **kwargs)
+        cheaper = {torch.conv2d: self._conv2d, F.linear: _linear, F.batch_norm: _batch_norm}
+        cheaper |= dict.fromkeys((F.relu, torch.relu, Tensor.relu), self._relu)
+        return cheaper.get(func, func)(*args, **kwargs)
 
     def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
         mask = next(self.replay) if self.replay is not None else None
         if torch.is_grad_enabled() and input.requires_grad:
-            normalised: Any = getattr(input, "fmp_normalised_from", (None, None))
-            source, version = normalised
+            source, version = getattr(input, "fmp_normalised_from", (None, None))
             fused = source is not None and version == input._version  # not if a skip was added to it since
             out = _ScaleShiftReLU.apply(*source, mask) if fused else _MaskedReLU.apply(input, mask)
             if inplace:
@@ -196,10 +186,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _in_tiles(rows: Tensor, product: Callable[[Tensor], Tensor], per_image: int) -> Tensor:
-    """``product(rows)`` of a matrix ``rows``, some at a time; the last tile is filled up with zeros.
-
-    How many depends on the rows ``per_image``, not on the number of images.
-    """
+    """``product(rows)``, some rows at a time: how many depends on those ``per_image``, not on the number of images."""
     size = min(TILE, IMAGE_TILE * per_image)
     tiles = F.pad(rows, (0, 0, 0, -len(rows) % size)).split(size)
     return torch.cat([product(tile) for tile in tiles])[: len(rows)]
@@ -262,36 +249,32 @@ def _batch_norm(
     return out
 
 
-class _ScaleShift(torch.autograd.Function):
+class _Scaled(torch.autograd.Function):
+    """An operation whose gradient is a saved factor times that of its output."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] * ctx.saved_tensors[0], None, None, None
+
+
+class _ScaleShift(_Scaled):
     @staticmethod
     def forward(ctx: Any, input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
         return torch.addcmul(shift, input, scale)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] * ctx.saved_tensors[0], None, None
 
-
-class _ScaleShiftReLU(torch.autograd.Function):
+class _ScaleShiftReLU(_Scaled):
     @staticmethod
     def forward(ctx: Any, input: Tensor, scale: Tensor, shift: Tensor, mask: Tensor | None) -> Tensor:
         out = torch.addcmul(shift, input, scale).relu_()
         ctx.save_for_backward((out > 0 if mask is None else mask) * scale)
         return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return grads[0] * ctx.saved_tensors[0], None, None, None
 
-
-class _MaskedReLU(torch.autograd.Function):
+class _MaskedReLU(_Scaled):
     @staticmethod
     def forward(ctx: Any, input: Tensor, mask: Tensor | None) -> Tensor:
         out = input.relu()
         ctx.save_for_backward((out > 0 if mask is None else mask).to(input.dtype))
         return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.saved_tensors[0], None

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau, StepLR
 
 from fmp_core.data.datasets import DatasetFacts
-from fmp_core.errors import UserError
 from fmp_core.models.evaluate import to_unit
 from fmp_core.models.one_pixel import OnePixelConvolutions
 from fmp_core.settings import Settings
@@ -66,8 +65,7 @@ Batch = tuple[Tensor, Tensor | None, Crops]  # positions int64 ``[B]``, which im
 
 def batches_of(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
     """Shuffled indices in batches; a last batch of one image is left out, since batch norm cannot train on it."""
-    batches = list(torch.randperm(count, generator=generator).split(batch_size))
-    return [batch for batch in batches if len(batch) > 1]
+    return [batch for batch in torch.randperm(count, generator=generator).split(batch_size) if len(batch) > 1]
 
 
 def _batches(
@@ -126,16 +124,10 @@ class Trainer:
             on_batch: called after each step with the positions of the batch and the classes that were predicted in training
                 mode, both int64 ``[B]`` on the device.
             substitutes: called with the number of each epoch as it begins, returns uint8 like ``images``; each image is
-                replaced by its substitute every other time, by chance. What it returns may depend on the model, but not on
-                earlier calls.
+                replaced by its substitute every other time, by chance. They may depend on the model, but not on earlier calls.
             teacher: gives a second loss from the logits, the images of the batch (uint8, never substituted, moved like those
                 the model sees) and their labels.
-
-        Raises:
-            UserError: fewer than two images, or a checkpoint of other settings.
         """
-        if len(images) < 2:
-            raise UserError(f"Fine-tuning needs at least 2 clean images, not {len(images)}; raise --ratio.")
         settings, ids = self.settings, self.device.device_ids
         optimizer = torch.optim.SGD(
             model.parameters(), lr=settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.wd
