@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -144,21 +144,7 @@ class Checks:
         name, table = f"bench{size}", self.folder / f"bench{size}.csv"
         flags = ("--images", size, "--against", "released", *flags, "--device", "cuda:0", "--csv", str(table))
         self._script("bench_frg", name, *flags)
-        tables = pd.read_csv(table).groupby("dtype")
-        return "; ".join(_speeds(dtype, rows.set_index("figure")["value"]) for dtype, rows in tables)
-
-
-def _speeds(dtype: object, value: Mapping[str, float]) -> str:
-    """The figures of bench_frg.py in one precision, or of training and testing."""
-    if "engine_map_images_per_s" in value:
-        return (
-            f"{dtype} {value['engine_map_images_per_s']:.0f} map-images/s, efficiency {value['efficiency']:.2f}, "
-            f"{value['ratio_vs_released']:.2f} times the released scheme, {value['peak_memory_mib']:.0f} MiB"
-        )
-    kinds = ("finetune", "evaluate")
-    return "; ".join(
-        f"{kind} {value[f'{kind}_images_per_s']:.0f} images/s, efficiency {value[f'{kind}_efficiency']:.2f}" for kind in kinds
-    )
+        return "; ".join(f"{row.dtype} {row.figure} {row.value:.4g}" for row in pd.read_csv(table).itertuples())
 
 
 def environment() -> list[Row]:

@@ -231,7 +231,7 @@ def test_placeholders_and_ragged_arrays_are_for_backdoorbench_only(tmp_path: Pat
 
     for name in ("array", "asarray"):
         monkeypatch.setattr(np, name, getattr(np, name))  # to be put back
-    shims._ragged_arrays(str(tmp_path))
+    shims._numpy(str(tmp_path))
     ragged = "import numpy as np\nrows = np.asarray([[1], [1, 2]])\n"
     with pytest.raises(ValueError, match="inhomogeneous"):
         exec(compile(ragged, "/elsewhere/library.py", "exec"), {})

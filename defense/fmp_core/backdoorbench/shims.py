@@ -10,6 +10,7 @@ own, so this file keeps to Python 3.8 and imports nothing of FMP.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.abc
 import importlib.machinery
@@ -31,18 +32,18 @@ OPTIONAL = {
     "scipy": "scipy",
     "skimage": "scikit-image",
 }
-FACTORIES = ("zeros", "ones", "full", "empty", "rand", "randn", "randint", "arange", "eye", "tensor", "as_tensor", "linspace")
-LIKES = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+FACTORIES = (
+    *("zeros", "ones", "full", "empty", "rand", "randn", "randint", "arange", "eye", "tensor", "as_tensor", "linspace"),
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+)
 COUNTS = {"--num_workers", "--num_workers_semi", "--u_num"}
 
 
 def apply(root: str) -> str:
     """Put back what is missing; returns what was done, in words. ``root`` is the folder of BackdoorBench's files."""
-    shims = (_numpy_aliases, _whole_pickles, _whole_numbers, _loaders_next, _pkg_resources, _tabulate, _cifar_files)
-    done = [shim() for shim in (*shims, _cuda_calls_on_cpu)]
-    done += [_ragged_arrays(root), _mbns(), _nabs_load_config()]
+    done = [*_numpy(root), *_torch(), *_torch_without_cuda(), _whole_numbers(), *_stand_ins(), *_own_imports()]
     sys.meta_path.append(_Placeholders(root))
-    return "; ".join(filter(None, done))
+    return "; ".join(done)
 
 
 def _is_below(root: str, frame: types.FrameType) -> bool:
@@ -57,19 +58,9 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _numpy_aliases() -> str:
-    """numpy 1.24 and 2.0 dropped aliases of plain Python and numpy objects."""
-    import numpy as np
-
-    aliases = {"infty": np.inf, "Inf": np.inf, "NaN": np.nan, "float": float, "int": int, "object": object, "complex": complex}
-    missing = [name for name in aliases if name not in vars(np)]
-    for name in missing:
-        setattr(np, name, aliases[name])
-    return ", ".join(f"np.{name}" for name in missing)
-
-
-def _ragged_arrays(root: str) -> str:
-    """numpy 1.24 refuses rows of unequal length, of which it used to make an array of objects; for BackdoorBench it does."""
+def _numpy(root: str) -> list[str]:
+    """numpy 1.24 and 2.0 dropped aliases of plain Python and numpy objects. numpy 1.24 refuses rows of unequal length, of which
+    it used to make an array of objects; for BackdoorBench it does again."""
     import numpy as np
 
     def forgiving(function):  # type: ignore[no-untyped-def]
@@ -85,20 +76,54 @@ def _ragged_arrays(root: str) -> str:
 
     for name in ("array", "asarray"):
         setattr(np, name, forgiving(getattr(np, name)))
-    return "arrays of unequal rows"
+    aliases = {"infty": np.inf, "Inf": np.inf, "NaN": np.nan, "float": float, "int": int, "object": object, "complex": complex}
+    missing = [name for name in aliases if name not in vars(np)]
+    for name in missing:
+        setattr(np, name, aliases[name])
+    return ["arrays of unequal rows", *(f"np.{name}" for name in missing)]
 
 
-def _whole_pickles() -> str:
-    """torch 2.6 reads tensors only unless told otherwise; records hold numpy arrays too."""
+def _torch() -> list[str]:
+    import torchvision.datasets.cifar
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+    # torch 2.6 reads tensors only unless told otherwise; records hold numpy arrays too.
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
-    return "torch.load reads whole pickles"
+    # torch 1.13 dropped iter(loader).next(), which bnp calls.
+    _BaseDataLoaderIter.next = _BaseDataLoaderIter.__next__  # type: ignore[attr-defined]
+    # torchvision downloads CIFAR again if a file's md5 is not the original's; here a file that exists is taken as it is.
+    torchvision.datasets.cifar.check_integrity = lambda path, md5=None: os.path.isfile(path)
+    return ["torch.load reads whole pickles", "iter(loader).next()", "CIFAR files are read whatever their md5"]
+
+
+def _torch_without_cuda() -> list[str]:
+    """Some scripts name CUDA whatever ``--device`` says; without a GPU those calls mean the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return []
+
+    def on_cpu(value: object) -> object:
+        is_device = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+        return torch.device("cpu") if is_device else value
+
+    def without_cuda(function):  # type: ignore[no-untyped-def]
+        return lambda *args, **kwargs: function(*map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()})
+
+    for name in FACTORIES:
+        setattr(torch, name, without_cuda(getattr(torch, name)))
+    for kind in (torch.Tensor, torch.nn.Module):
+        setattr(kind, "to", without_cuda(kind.to))  # noqa: B010 - assigning to a method is what mypy forbids
+        setattr(kind, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010
+    torch.cuda.Stream = lambda *args, **kwargs: None  # type: ignore[assignment,misc]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
+    torch.cuda.current_stream = lambda *args: types.SimpleNamespace(wait_stream=lambda stream: None)  # type: ignore[assignment]
+    return ["CUDA calls mean the CPU"]
 
 
 def _whole_numbers() -> str:
     """BackdoorBench reads counts as decimal numbers, which torch and numpy refuse as counts: its YAML files' 4 works, but not
     ``--num_workers 4``."""
-    import argparse
-
     add = argparse.ArgumentParser.add_argument
 
     def add_argument(self, *names, **kwargs):  # type: ignore[no-untyped-def]
@@ -110,98 +135,47 @@ def _whole_numbers() -> str:
     return "whole numbers for " + ", ".join(sorted(COUNTS))
 
 
-def _loaders_next() -> str:
-    """torch 1.13 dropped ``iter(loader).next()``, which bnp calls."""
-    from torch.utils.data.dataloader import _BaseDataLoaderIter
-
-    _BaseDataLoaderIter.next = _BaseDataLoaderIter.__next__  # type: ignore[attr-defined]
-    return "iter(loader).next()"
-
-
-def _pkg_resources() -> str:
-    """setuptools 82 dropped pkg_resources, of which pytorch_wavelets uses one function."""
+def _stand_ins() -> list[str]:
+    """setuptools 82 dropped pkg_resources, of which pytorch_wavelets uses one function. tabulate is in nobody's requirements;
+    dbd and nab write their log's tables with it, which pandas can do as well."""
+    import pandas as pd
 
     def resource_stream(package: str, name: str) -> object:
         folder = os.path.dirname(str(sys.modules[package.partition(".")[0]].__file__))
         return open(os.path.join(folder, *package.split(".")[1:-1], name), "rb")
 
-    return _stand_in("pkg_resources", resource_stream=resource_stream)
-
-
-def _tabulate() -> str:
-    """tabulate is in nobody's requirements; dbd and nab write their log's tables with it, which pandas can do as well."""
-    import pandas as pd
-
     def tabulate(table: object, *_: object, **__: object) -> str:
         head, *rows = pd.DataFrame(table).to_string(index=False).splitlines()  # type: ignore[call-overload]
         return "\n".join([head, "-" * len(head), *rows])  # BackdoorBench takes the third line for the first row
 
-    return _stand_in("tabulate", tabulate=tabulate)
+    done = []
+    for name, function in (("pkg_resources", resource_stream), ("tabulate", tabulate)):
+        if not _exists(name):
+            module = sys.modules[name] = types.ModuleType(name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # packages that look for this one read it
+            setattr(module, function.__name__, function)
+            done.append(f"a stand-in for {name}")
+    return done
 
 
-def _stand_in(name: str, **content: object) -> str:
-    if _exists(name):
-        return ""
-    module = sys.modules[name] = types.ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # packages that look for this one read it
-    vars(module).update(content)
-    return f"a stand-in for {name}"
+def _own_imports() -> list[str]:
+    """What BackdoorBench's files ask of one another and do not get, whatever the versions: bnp's networks import a folder by
+    the name it once had, and nab expects three values of a function that returns only the first."""
+    done = []
+    if _exists("utils.defense_utils.mbns") and not _exists("defense.mbns"):
+        sys.modules["defense.mbns"] = importlib.import_module("utils.defense_utils.mbns")
+        done.append("defense.mbns")
+    if os.path.basename(sys.argv[0]) == "nab.py" and _exists("utils.defense_utils.dbd.utils_db.setup"):
+        setup = importlib.import_module("utils.defense_utils.dbd.utils_db.setup")
+        load = setup.load_config
 
+        def load_config(path: str) -> object:
+            found = load(path)
+            return (found, "", "") if isinstance(found, dict) else found
 
-def _mbns() -> str:
-    """bnp's networks import a folder of BackdoorBench by the name it once had."""
-    if _exists("defense.mbns") or not _exists("utils.defense_utils.mbns"):
-        return ""
-    sys.modules["defense.mbns"] = importlib.import_module("utils.defense_utils.mbns")
-    return "defense.mbns"
-
-
-def _nabs_load_config() -> str:
-    """nab expects three values of a function of dbd that returns only the first."""
-    if os.path.basename(sys.argv[0]) != "nab.py" or not _exists("utils.defense_utils.dbd.utils_db.setup"):
-        return ""
-    setup = importlib.import_module("utils.defense_utils.dbd.utils_db.setup")
-    load = setup.load_config
-
-    def load_config(path: str) -> object:
-        found = load(path)
-        return (found, "", "") if isinstance(found, dict) else found
-
-    setup.load_config = load_config  # type: ignore[attr-defined]
-    return "nab's load_config"
-
-
-def _cifar_files() -> str:
-    """torchvision downloads CIFAR again if a file's md5 is not the original's; here a file that exists is taken as it is."""
-    from torchvision.datasets import cifar
-
-    cifar.check_integrity = lambda path, md5=None: os.path.isfile(path)
-    return "CIFAR files are read whatever their md5"
-
-
-def _cuda_calls_on_cpu() -> str:
-    """Some scripts name CUDA whatever ``--device`` says; without a GPU those calls mean the CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return ""
-
-    def on_cpu(value: object) -> object:
-        is_device = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
-        return torch.device("cpu") if is_device else value
-
-    def without_cuda(function):  # type: ignore[no-untyped-def]
-        return lambda *args, **kwargs: function(*map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()})
-
-    for name in FACTORIES + LIKES:
-        setattr(torch, name, without_cuda(getattr(torch, name)))
-    for kind in (torch.Tensor, torch.nn.Module):
-        setattr(kind, "to", without_cuda(kind.to))  # noqa: B010 - assigning to a method is what mypy forbids
-        setattr(kind, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010
-    torch.cuda.Stream = lambda *args, **kwargs: None  # type: ignore[assignment,misc]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
-    torch.cuda.current_stream = lambda *args: types.SimpleNamespace(wait_stream=lambda stream: None)  # type: ignore[assignment]
-    return "CUDA calls mean the CPU"
+        setup.load_config = load_config  # type: ignore[attr-defined]
+        done.append("nab's load_config")
+    return done
 
 
 class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -214,10 +188,12 @@ class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.root = root
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        if name.partition(".")[0] not in OPTIONAL:
+            return None
         frame = sys._getframe(1)
         while frame.f_back is not None and ("importlib" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
             frame = frame.f_back
-        if name.partition(".")[0] not in OPTIONAL or not _is_below(self.root, frame):
+        if not _is_below(self.root, frame):
             return None
         print(f"shims: {name} is not installed; a placeholder stands in.", flush=True)
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
