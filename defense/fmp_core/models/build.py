@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import itertools
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from reprlib import repr as brief
@@ -100,9 +100,7 @@ def _without_prefix(keys: list[str], own: list[str]) -> dict[str, str]:
     """Each key -> the key without the prefix common to all ``keys``, and with that of ``own``; if so more of them are known."""
 
     def common(names: list[str]) -> str:
-        parts = [name.split(".")[:-1] for name in (min(names, default=""), max(names, default=""))]
-        shared = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*parts, strict=False)))
-        return "".join(f"{part}." for part, _ in shared)
+        return "".join(os.path.commonprefix(names).rpartition(".")[:2])  # noqa: RUF071 - up to the last dot
 
     prefix, wanted = common(keys), common(own)
     renamed = {key: wanted + key.removeprefix(prefix) for key in keys}

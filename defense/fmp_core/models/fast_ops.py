@@ -84,7 +84,8 @@ class FastOps(TorchFunctionMode):
     def _relu(self, input: Tensor, inplace: bool = False) -> Tensor:
         mask = next(self.replay) if self.replay is not None else None
         if torch.is_grad_enabled() and input.requires_grad:
-            source, version = getattr(input, "fmp_normalised_from", (None, None))
+            normalised: Any = getattr(input, "fmp_normalised_from", (None, None))
+            source, version = normalised
             fused = source is not None and version == input._version  # not if a skip was added to it since
             out = _ScaleShiftReLU.apply(*source, mask) if fused else _MaskedReLU.apply(input, mask)
             if inplace:

@@ -60,6 +60,8 @@ class Crops:
         return padded[picture, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+OnBatch = Callable[[Tensor, Tensor], None]
+TeacherLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor | None, Crops]  # positions int64 ``[B]``, which images to substitute (bool ``[B]``), crops
 
 
@@ -110,9 +112,9 @@ class Trainer:
         images: Tensor,
         labels: Tensor,
         *,
-        on_batch: Callable[[Tensor, Tensor], None] | None = None,
+        on_batch: OnBatch | None = None,
         substitutes: Callable[[int], Tensor] | None = None,
-        teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        teacher: TeacherLoss | None = None,
     ) -> Iterator[Epoch]:
         """Train ``model`` (of pixels in [0,1]; on the device) in place, epoch by epoch, for ``settings.epochs`` epochs.
 
@@ -128,41 +130,41 @@ class Trainer:
             teacher: gives a second loss from the logits, the images of the batch (uint8, never substituted, moved like those
                 the model sees) and their labels.
         """
-        settings, ids = self.settings, self.device.device_ids
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.wd
-        )
-        bfloat16 = settings.amp and has_fast_bfloat16(self.device.device)
-        learner = _Learner(nn.DataParallel(model, list(ids)) if ids else model, optimizer, bfloat16, teacher, on_batch)
-        cuda = ids or ((self.device.device.index,) if self.device.device.type == "cuda" else ())
-        state = _State(model, optimizer, _scheduler(optimizer, settings), settings.random_seed, cuda)
+        training = _Training(self, model)
         saved = self.checkpoint.load() if self.checkpoint else None
-        for number in range(state.restore(saved) if saved else 0, settings.epochs):
-            with state.global_generators():
+        for number in range(training.restore(saved) if saved else 0, self.settings.epochs):
+            with training.global_generators():
                 changed = images if substitutes is None else substitutes(number)
-                drawn = (len(images), settings.batch_size, state.generator, self.facts, substitutes is not None)
-                epoch = learner.epoch(number, images, changed, labels, _batches(*drawn, images.device))
-            if isinstance(state.scheduler, ReduceLROnPlateau):
-                state.scheduler.step(epoch.train_epoch_loss_avg_over_batch)  # as BB
+                drawn = (len(images), self.settings.batch_size, training.generator, self.facts, substitutes is not None)
+                batches = _batches(*drawn, images.device)
+                epoch = training.epoch(number, images, changed, labels, batches, on_batch, teacher)
+            if isinstance(training.scheduler, ReduceLROnPlateau):
+                training.scheduler.step(epoch.train_epoch_loss_avg_over_batch)  # as BB
             else:
-                state.scheduler.step()
+                training.scheduler.step()
             yield epoch
             if self.checkpoint:
-                self.checkpoint.save(state.after(number + 1))
+                self.checkpoint.save(training.state(number + 1))
 
 
-class _State:
-    """What changes while training, to and from the plain data of a checkpoint.
+class _Training:
+    """A training under way: what changes in it, to and from the plain data of a checkpoint.
 
     ``generator`` draws batches and crops. Torch's global generators, of which dropout draws, are the training's own within
     :meth:`global_generators`, and the caller's elsewhere.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, seed: int, cuda: tuple[int, ...]
-    ):
-        self.model, self.optimizer, self.scheduler, self.seed, self.cuda = model, optimizer, scheduler, seed, cuda
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, trainer: Trainer, model: nn.Module):
+        settings, device, ids = trainer.settings, trainer.device.device, trainer.device.device_ids
+        self.model, self.seed = model, settings.random_seed
+        self.cuda = ids or ((device.index,) if device.type == "cuda" else ())
+        self.parallel = nn.DataParallel(model, list(ids)) if ids else model
+        self.bfloat16 = settings.amp and has_fast_bfloat16(device)
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.wd
+        )
+        self.scheduler = _scheduler(self.optimizer, settings)
+        self.generator = torch.Generator().manual_seed(self.seed)
         self.drawn: list[Tensor] = []  # states of the global generators
 
     @contextmanager
@@ -175,9 +177,10 @@ class _State:
             yield
             self.drawn = [generator.get_state() for generator in generators]
 
-    def after(self, epochs: int) -> dict[str, Any]:
+    def state(self, finished: int) -> dict[str, Any]:
+        """All of it after ``finished`` epochs."""
         return {
-            "finished": epochs,
+            "finished": finished,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {key: value for key, value in self.scheduler.state_dict().items() if key != "milestones"},
@@ -187,24 +190,13 @@ class _State:
         }
 
     def restore(self, saved: dict[str, Any]) -> int:
-        """Go back to what :meth:`after` gave; returns how many epochs are finished."""
+        """Go back to what :meth:`state` gave; returns how many epochs are finished."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         self.generator.set_state(saved["generator"])
         self.drawn = [saved["global_generator"], *saved["cuda_generators"]]
         return int(saved["finished"])
-
-
-@dataclass(frozen=True)
-class _Learner:
-    """What an optimiser step needs; see :meth:`Trainer.epochs`."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    bfloat16: bool
-    teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None
-    on_batch: Callable[[Tensor, Tensor], None] | None
 
     def epoch(
         self,
@@ -213,19 +205,21 @@ class _Learner:
         substitutes: Tensor,
         labels: Tensor,
         batches: Iterator[Batch],
+        on_batch: OnBatch | None,
+        teacher: TeacherLoss | None,
     ) -> Epoch:
         """One epoch; what it came to is read from the device once, at its end."""
-        self.model.train()
+        self.parallel.train()
         device, losses, seen = images.device, [], 0
         hits = torch.zeros((), dtype=torch.int64, device=device)
         for rows, substituted, crops in batches:
             plain, target = images[rows], labels[rows]
             pixels = plain if substituted is None else torch.where(substituted[:, None, None, None], substitutes[rows], plain)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16), OnePixelConvolutions():
-                logits = self.model(to_unit(crops(pixels)).contiguous(memory_format=torch.channels_last))
+                logits = self.parallel(to_unit(crops(pixels)).contiguous(memory_format=torch.channels_last))
                 loss = F.cross_entropy(logits, target)
-                if self.teacher is not None:
-                    loss = loss + self.teacher(logits, crops(plain), target)
+                if teacher is not None:
+                    loss = loss + teacher(logits, crops(plain), target)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
@@ -233,8 +227,8 @@ class _Learner:
             losses.append(loss.detach().float())
             hits += (predicted == target).sum()
             seen += len(rows)
-            if self.on_batch is not None:
-                self.on_batch(rows, predicted)
+            if on_batch is not None:
+                on_batch(rows, predicted)
         mean, right = torch.stack([torch.stack(losses).double().mean(), hits.double()]).tolist()
         return Epoch(number, len(losses), mean, right / seen)
 
