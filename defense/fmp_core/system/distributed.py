@@ -40,9 +40,13 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def _rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
 def is_leader() -> bool:
     """Whether this is the process that fine-tunes, evaluates and writes."""
-    return not is_distributed() or dist.get_rank() == 0
+    return _rank_and_size()[0] == 0
 
 
 def broadcast(answer: bool) -> bool:
@@ -57,14 +61,13 @@ def broadcast(answer: bool) -> bool:
 
 def my_share(wanted: Tensor) -> Tensor:
     """Of the positions ``wanted`` (bool ``[N]``), those this process scores: every n-th, so that layers are spread evenly."""
-    if not is_distributed():
-        return wanted
-    return wanted & (wanted.cumsum(0) % dist.get_world_size() == dist.get_rank())
+    rank, size = _rank_and_size()
+    return wanted & (wanted.cumsum(0) % size == rank)
 
 
 def share_name() -> str:
     """Which share of the maps this process scores, for names of files."""
-    return f"{dist.get_rank()}of{dist.get_world_size()}" if is_distributed() else "0of1"
+    return "{}of{}".format(*_rank_and_size())
 
 
 def combine(*sums: Tensor, least: Tensor | None = None) -> None:
