@@ -77,6 +77,8 @@ def test_precision_counts_within_layers():
     chosen = torch.tensor([False, True, True, False, False, True, False])  # tops: 1, 3 of a; 5 of b
     found = precision_at(chosen, TAC, LAYERS)
     assert (found.hits, found.chosen) == (2, 3) and found.value == pytest.approx(2 / 3)
+    assert found.random == pytest.approx((2 * 2 / 4 + 1 / 3) / 3)
+    assert found.percentile == pytest.approx(((3.5 + 1.5) / 4 + 2.5 / 3) / 3)
 
 
 def test_the_chance_is_that_of_all_choices_of_the_same_sizes():
@@ -90,4 +92,4 @@ def test_a_perfect_choice_and_an_empty_one():
     perfect = precision_at(torch.tensor([False, True, False, True, False, True, False]), TAC, LAYERS)
     assert perfect.value == 1 and perfect.chance == pytest.approx(1 / 18)
     empty = precision_at(torch.zeros(7, dtype=torch.bool), TAC, LAYERS)
-    assert (empty.hits, empty.chosen) == (0, 0) and math.isnan(empty.value) and math.isnan(empty.chance)
+    assert (empty.hits, empty.chosen) == (0, 0) and math.isnan(empty.value) and math.isnan(empty.random)

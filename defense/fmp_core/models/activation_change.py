@@ -44,13 +44,17 @@ def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], cle
 class Precision(NamedTuple):
     """How many of the chosen maps are among those the trigger moves most.
 
-    ``hits`` of ``chosen`` maps are among the k maps of highest TAC in their layer, k being the number chosen there. ``chance``
-    is the probability that a random choice of the same sizes hits at least as often; NaN if nothing is chosen.
+    ``hits`` of ``chosen`` maps are among the k maps of highest TAC in their layer, k being the number chosen there. ``random``
+    is the precision a random choice of the same sizes has on average, ``chance`` the probability that it hits as often.
+    ``percentile`` is the chosen maps' mean TAC percentile within their layers: 0.5 for a random choice. The report shows all of
+    them; those that are no counts are NaN if nothing is chosen.
     """
 
     hits: int
     chosen: int
+    random: float
     chance: float
+    percentile: float
 
     @property
     def value(self) -> float:
@@ -64,15 +68,20 @@ def precision_at(chosen: Tensor, tac: Tensor, layers: Sequence[ConvLayer]) -> Pr
     ``chosen`` is bool ``[N_maps]``; ``tac`` ``[N_maps]`` is from :func:`trigger_activation_change`, equal values count by
     position; both are ordered by ``layers``.
     """
-    hits, start, total = 0, 0, int(chosen.sum())
+    hits, expected, percentiles, start, total = 0, 0.0, 0.0, 0, int(chosen.sum())
     distribution = np.ones(1)  # of the hits of a random choice, layer after layer
     for layer in layers:
         inside, changes = chosen[start : start + layer.channels], tac[start : start + layer.channels]
         start += layer.channels
         k = int(inside.sum())
-        hits += int(inside[changes.argsort(descending=True, stable=True)[:k]].sum())
+        above = changes.argsort(descending=True, stable=True).argsort()[inside].double()  # how many maps change more
+        hits += int((above < k).sum())
+        expected += k * k / layer.channels
+        percentiles += float(((layer.channels - above - 0.5) / layer.channels).sum())
         distribution = np.convolve(distribution, _hypergeometric(k, layer.channels))
-    return Precision(hits, total, min(1.0, float(distribution[hits:].sum())) if total else math.nan)
+    if not total:
+        return Precision(0, 0, math.nan, math.nan, math.nan)
+    return Precision(hits, total, expected / total, min(1.0, float(distribution[hits:].sum())), percentiles / total)
 
 
 def _hypergeometric(k: int, n: int) -> np.ndarray:
