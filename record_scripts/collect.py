@@ -28,10 +28,6 @@ FILES = {
 }
 
 
-def warn(text: str) -> None:
-    print(f"collect: {text}", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("collect", __doc__)
     parser.add_argument("record_root", nargs="?", default="./record", help="the folder of attack records (default ./record)")
@@ -46,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: Namespace) -> None:
     from fmp_core.results.export import export  # imports pandas, which takes a second
+
+    def warn(text: str) -> None:
+        print(f"collect: {text}", file=sys.stderr)
 
     files = {name: path for name in FILES if (path := getattr(args, name)) is not None}
     print(export(args.record_root, files, args.leaderboard, shutil.get_terminal_size((128, 40)).columns, warn))

@@ -17,13 +17,11 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
 from fmp_core.results.paper import FIGURES, SCALES, TABLES
-from fmp_core.sweeps.paper import run_missing, show
+from fmp_core.sweeps.paper import make
 from fmp_core.system.cli import Parser, kept, run_main
 
-SWEEP_KEYS = ("record_root", "dataset_path", "device", "workers", "seeds", "backdoorbench")  # flags that are keys of a sweep
 
-
-def parse(argv: list[str] | None) -> Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = Parser("paper_tables", __doc__)
     parser.add_argument("--table", nargs="+", default=[], choices=TABLES)
     parser.add_argument("--figure", nargs="+", default=[], choices=FIGURES)
@@ -43,28 +41,12 @@ def parse(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if not args.table and not args.figure:
         parser.error("name a --table or a --figure")
-    return args
+    return run_main("paper_tables", lambda: run(args))
 
 
 def run(args: Namespace) -> int:
-    tables = list(dict.fromkeys([*args.table, *(FIGURES[number] for number in args.figure)]))
-    keys = {key: getattr(args, key) for key in SWEEP_KEYS}
     with kept("results of jobs that have ended stay"):
-        code = 0 if args.no_run else run_missing(tables, args.scale, keys, args.launcher, args.dry_run)
-    if not args.dry_run:
-        figures = {number: Path(args.output) / f"figure_{number}_{args.scale}.png" for number in args.figure}
-        files = {"csv": args.csv, "markdown": args.markdown}
-        show(tables, figures, args.scale, args.record_root, bool(args.backdoorbench), files, warn)
-    return code
-
-
-def warn(text: str) -> None:
-    print(f"paper_tables: {text}", file=sys.stderr)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    return run_main("paper_tables", lambda: run(args))
+        return make(args, lambda text: print(f"paper_tables: {text}", file=sys.stderr))
 
 
 if __name__ == "__main__":

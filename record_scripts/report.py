@@ -16,28 +16,27 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
 
+from fmp_core.fields import add_flags, parse_flags
+from fmp_core.settings import Settings
 from fmp_core.system.cli import Parser, run_main
+
+FLAGS = ("result_file", "defense_name", "record_root", "save_folder", "dataset_path", "device")  # as fmp.py has them
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("report", __doc__)
-    parser.add_argument(
-        "--result_file", required=True, metavar="RECORD", help="the attack record: a folder name below --record_root"
-    )
-    parser.add_argument("--defense_name", default="fmp", metavar="NAME", help="the run's result folder (default fmp)")
+    add_flags(parser, Settings, FLAGS)
     parser.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="other result folders beside it, for a table")
-    parser.add_argument("--record_root", default="./record", metavar="FOLDER", help="attack records (default ./record)")
-    parser.add_argument("--save_folder", metavar="FOLDER", help="where the run's results are, as given to fmp.py")
-    parser.add_argument("--dataset_path", default="./data", metavar="FOLDER", help="datasets (default ./data)")
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda:0 (default auto)")
     args = parser.parse_args(argv)
+    if args.result_file is None:
+        parser.error("name the attack record: --result_file RECORD")
     return run_main("report", lambda: run(args))
 
 
 def run(args: Namespace) -> None:
     from fmp_core.report.page import report_on  # imports torch, which takes seconds
 
-    print(f"report written to {report_on(**vars(args))}")
+    print(f"report written to {report_on(Settings(**parse_flags(Settings, vars(args))), args.compare)}")
 
 
 if __name__ == "__main__":

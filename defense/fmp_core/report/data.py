@@ -135,7 +135,7 @@ def measure_trigger(model: PixelModel, layers: list[ConvLayer], data: TestData) 
 
 def read_summary(folder: Path) -> RunSummary:
     """``metrics.json`` of a run. Raises UserError: it is missing, damaged, or lacks what the page names."""
-    path = _exists(folder / "metrics.json")
+    path = folder / "metrics.json"
     summary = RunSummary.read(path)
     missing = [name for name in SETTINGS if not isinstance(summary.settings, dict) or name not in summary.settings]
     if missing:
@@ -144,11 +144,7 @@ def read_summary(folder: Path) -> RunSummary:
 
 
 def read_run(folder: Path, summary: RunSummary, num_classes: int, layers: list[ConvLayer]) -> Run:
-    """Read the tables of a result folder.
-
-    Raises:
-        UserError: a file is missing, damaged, of another run or about another model; names it.
-    """
+    """Read the tables of a result folder. Raises UserError: a file is missing, damaged, of another run or another model."""
     exact = {"margin": lambda text: float(text or "nan")}  # pandas may round the last digit, which can decide a tie
     maps = _table(folder / "feature_maps.csv", ["layer", "channel", "pruned"], converters=exact)
     if "rank" in maps:
@@ -157,7 +153,7 @@ def read_run(folder: Path, summary: RunSummary, num_classes: int, layers: list[C
     expected = [(layer.name, channel) for layer in layers for channel in range(layer.channels)]
     if list(zip(maps["layer"], maps["channel"], strict=True)) != expected:
         raise UserError(f"{folder / 'feature_maps.csv'} is not about the record's model; run the defense again.")
-    run = Run(folder, summary, maps, history, read_predictions(_exists(folder / "predictions.csv"), num_classes), layers)
+    run = Run(folder, summary, maps, history, read_predictions(folder / "predictions.csv", num_classes), layers)
     for when, figures in (("before", summary.before), ("after", summary.after)):
         if any(abs(figures.get(name, -1) - share.value) > 1e-6 for name, share in run.shares(when).items()):
             raise UserError(f"{folder / 'predictions.csv'} and metrics.json are of different runs; run the defense again.")
@@ -166,7 +162,7 @@ def read_run(folder: Path, summary: RunSummary, num_classes: int, layers: list[C
 
 def _table(path: Path, columns: Sequence[str], **how: Any) -> pd.DataFrame:
     try:
-        frame = pd.read_csv(_exists(path), **how)
+        frame = pd.read_csv(path, **how)
     except (OSError, ValueError) as error:
         detail = " ".join(str(error).split())[:120]
         raise UserError(f"{path} cannot be read ({detail}); run the defense again.") from None
@@ -177,9 +173,3 @@ def _need(path: Path, frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFra
     if missing := [name for name in columns if name not in frame]:
         raise UserError(f"{path} is no result of fmp: it has no column {missing[0]}; run the defense again.")
     return frame
-
-
-def _exists(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; run the defense first, or check --result_file and --defense_name.")
-    return path

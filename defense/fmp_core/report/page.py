@@ -40,42 +40,25 @@ MEANS = {
 }
 
 
-def report_on(
-    result_file: str,
-    defense_name: str,
-    compare: Sequence[str],
-    record_root: str,
-    save_folder: str | None,
-    dataset_path: str,
-    device: str,
-) -> Path:
-    """:func:`write_report` about a finished run; the arguments are flags of ``record_scripts/report.py``.
-
-    Raises:
-        UserError: the record, the data or a file of the run is missing or damaged; nothing is written.
-    """
-    record = read_attack_record(Path(record_root) / result_file)
-    folder = RunFolder.of(Settings(save_folder=save_folder, defense_name=defense_name), record).path
+def report_on(settings: Settings, compare: Sequence[str]) -> Path:
+    """:func:`write_report` about the finished run that ``settings`` (of record, folders and device) names."""
+    record = read_attack_record(Path(settings.record_root) / str(settings.result_file))
+    folder = RunFolder.of(settings, record).path
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; run the defense first, or check --defense_name.")
-    if not save_folder:
+    if not settings.save_folder:
         refuse_links_out_of(record.folder, folder)
-    test_set = open_split(dataset_path, record.dataset, False, record.image_size)
-    data = read_test_data(record, test_set, choose_device(device).device, read_summary(folder).test_images)
+    test_set = open_split(settings.dataset_path, record.dataset, False, record.image_size)
+    data = read_test_data(record, test_set, choose_device(settings.device).device, read_summary(folder).test_images)
     return write_report(record, folder, data, compare)
 
 
 def write_report(record: AttackRecord, folder: Path, data: TestData, compare: Sequence[str] = ()) -> Path:
-    """Write ``folder/report.html`` about the run whose files ``folder`` holds; returns its path.
+    """Write ``folder/report.html`` about the run whose files ``folder`` holds, tested on ``data``; returns its path.
 
     Poisoned test images are looked at here, and the run is over: nothing a model or a selection depends on is written.
-
-    Args:
-        data: both test sets as the run had them.
-        compare: names of other result folders beside ``folder`` whose Acc, ASR and RA stand in a table.
-
-    Raises:
-        UserError: a file is missing or damaged; nothing is written.
+    ``compare`` names other result folders beside ``folder``, whose figures stand in a table. Raises UserError: a file is
+    missing or damaged; nothing is written.
     """
     others = {name: _other(folder.parent / name) for name in compare}
     summary = read_summary(folder)

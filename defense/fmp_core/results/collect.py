@@ -34,10 +34,7 @@ def collect(root: str | Path, warn: Warn) -> pd.DataFrame:
     ``method`` is ``defense`` without the seed, so rows that differ only in seeds share it. ``baseline`` says whose test of the
     attacked model DER and RIR compare with: ``attack`` (what the attack logged) or ``our test``. ``ratio`` is the share of
     clean data the defense had, ``test_images`` the size of the sample where it was not tested on all. ``warn`` gets one line
-    for every file that could not be read, and where the attack's figures contradict ours.
-
-    Raises:
-        UserError: ``root`` is no folder.
+    for every file that could not be read, and where the attack's figures contradict ours. Raises UserError: no such folder.
     """
     root = Path(root)
     if not root.is_dir():
@@ -112,11 +109,7 @@ def _contradicts(logged: Mapping[str, float], tested: Mapping[str, float]) -> bo
 
 
 def read_leaderboard(path: str | Path) -> pd.DataFrame:
-    """BackdoorBench's leaderboard csv in our columns, origin ``published``; runs that failed there (-1, empty) are left out.
-
-    Raises:
-        UserError: it is not that file.
-    """
+    """BackdoorBench's leaderboard csv in our columns, origin ``published``; runs that failed there (-1, empty) are left out."""
     try:
         board = pd.read_csv(path)
     except (OSError, ValueError) as error:

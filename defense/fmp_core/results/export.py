@@ -15,14 +15,8 @@ from fmp_core.storage.files import replacing
 def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width: int, warn: Callable[[str], None]) -> str:
     """The tables of all results below ``root`` as text of at most ``width`` columns.
 
-    Args:
-        files: where to write ``csv`` and ``parquet`` (one row per result, fractions), ``markdown``, ``latex`` and ``html``
-            (tables, percent).
-        leaderboard: BackdoorBench's csv, whose matching rows are shown as published.
-        warn: gets one line for each file that cannot be read.
-
-    Raises:
-        UserError: no such folder, no results at all, or a file cannot be written.
+    ``files`` says where to write ``csv`` and ``parquet`` (one row per result, fractions), ``markdown``, ``latex`` and ``html``
+    (tables, percent); matching rows of the ``leaderboard`` of BackdoorBench are shown as published.
     """
     frame = collect(root, lambda text: warn(printable(text)))
     if frame.empty:

@@ -93,9 +93,6 @@ def sweep_content(tables: Sequence[str], scale: Scale, backdoorbench: str | None
     """The sweep that makes what ``tables`` need: content of a sweep file.
 
     Without ``backdoorbench`` only FMP and fine-tuning (as our ft-only) are run. Records in ``existing`` are taken as they are.
-
-    Raises:
-        UserError: ``backdoorbench`` is given for a scale whose dataset BackdoorBench does not know.
     """
     if backdoorbench and scale.dataset not in (None, *BB_DATASETS):
         raise UserError(

@@ -53,11 +53,7 @@ class RunFolder:
 
     @staticmethod
     def of(settings: Settings, record: AttackRecord) -> RunFolder:
-        """Below the record, or below ``--save_folder`` in a folder of the record's name.
-
-        Raises:
-            UserError: a link in the record leads out of it.
-        """
+        """Below the record or ``--save_folder``/its name. Raises UserError: a link in the record leads out of it."""
         home = Path(settings.save_folder) / record.folder.name if settings.save_folder else record.folder
         path, shared = home / "defense" / settings.defense_name, home / "defense" / "fmp"
         log, checkpoints = settings.log or path / "log", settings.checkpoint_save or path / "checkpoint"
@@ -65,11 +61,7 @@ class RunFolder:
         return RunFolder(settings, path, Path(log), Path(checkpoints), shared)
 
     def check(self) -> None:
-        """Refuse now rather than after an hour; nothing is written.
-
-        Raises:
-            UserError: a folder cannot be made, or TensorBoard is asked for and not installed.
-        """
+        """Raises UserError now rather than after an hour: a folder cannot be made, or TensorBoard is not installed."""
         check_folders(self.path, self.log, self.checkpoints)
         if self.settings.tensorboard:
             summary_writer()
@@ -102,7 +94,13 @@ class RunFolder:
         attack_figures, warnings = _compare_with_attack(inputs.record.folder, before, self.settings.test_images)
         for warning in warnings:
             LOGGER.warning("%s", warning)
-        self._write_tables(history_frame(history), feature_map_frame(inputs.defender.layers, selection, self.settings.scope))
+        epochs, maps = history_frame(history), feature_map_frame(inputs.defender.layers, selection, self.settings.scope)
+        write_csv(self.path / "fmp_df.csv", epochs)
+        write_csv(self.path / "fmp_df_summary.csv", summary_frame(epochs))
+        write_plots(self.path, epochs)
+        if self.settings.tensorboard:
+            write_events(self.path / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), epochs)
+        write_csv(self.path / "feature_maps.csv", maps, index=False)
         write_csv(self.path / "predictions.csv", predictions, index=False)
         write_text(self.path / "index.txt", _index_text(inputs.subset))  # where BB's fp keeps it
         if selection.triggers:
@@ -137,23 +135,12 @@ class RunFolder:
         summary.write(self.path / "metrics.json")
         return summary
 
-    def _write_tables(self, history: pd.DataFrame, maps: pd.DataFrame) -> None:
-        write_csv(self.path / "fmp_df.csv", history)
-        write_csv(self.path / "fmp_df_summary.csv", summary_frame(history))
-        write_plots(self.path, history)
-        if self.settings.tensorboard:
-            write_events(self.path / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), history)
-        write_csv(self.path / "feature_maps.csv", maps, index=False)
-
 
 def _compare_with_attack(
     folder: Path, before: dict[str, float], sample: int | None
 ) -> tuple[dict[str, float] | None, list[str]]:
-    """The attack's own figures of the attacked model, if the record has them, and a warning where ours differ much.
-
-    ``sample``: how many images of each test set ours are of, which may explain three standard deviations; None: all.
-    """
-    allowed = FIGURES_DIFFER + (1.5 / sample**0.5 if sample else 0)
+    """The attack's own figures of the attacked model, if the record has them, and a warning where ours differ much."""
+    allowed = FIGURES_DIFFER + (1.5 / sample**0.5 if sample else 0)  # a sample may explain three standard deviations
     try:
         figures = read_attack_metrics(folder)
     except UserError as problem:

@@ -18,22 +18,7 @@ FEW_CLEAN_IMAGES = 500
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What one run of FMP came to; a field is a key of ``metrics.json``. Metrics are fractions in [0,1].
-
-    Args:
-        before, after: test_acc, test_asr, test_ra of the attacked and of the repaired model.
-        der: the defense effectiveness rating.
-        record, dataset, model: the record's folder name, ``clean_data`` and ``model_name``.
-        clean_images, frg_images: of the clean subset, and those that maps were scored on (0: none was).
-        feature_maps, pruned, tied_at_cut: counts of maps.
-        verdict: of trigger inversion (:meth:`fmp_core.inversion.verdict.Verdict.as_dict`); None if no trigger was inverted.
-        chosen_by: the command that selected the maps, if it was not FMP (ablations).
-        seconds: by stage. seed, device, settings, versions: of the run.
-        test_images: how many images of each test set were tested; None: all.
-        attack_figures: ``before`` as the attack itself reported it; None where the record does not say.
-        removal: whether the backdoor is removed (:func:`fmp_core.results.removal.attack_outcome`).
-        warnings: sentences for the reader of the results.
-    """
+    """What one run of FMP came to; a field is a key of ``metrics.json`` (docs/outputs.md). Metrics are fractions in [0,1]."""
 
     before: dict[str, float]
     after: dict[str, float]
@@ -41,22 +26,22 @@ class RunSummary:
     record: str
     dataset: str
     model: str
-    clean_images: int
-    frg_images: int
+    clean_images: int  # of the clean subset
+    frg_images: int  # that maps were scored on; 0: none was
     feature_maps: int
     pruned: int
     tied_at_cut: int
-    verdict: dict[str, Any] | None
-    chosen_by: str | None
-    seconds: dict[str, float]
+    verdict: dict[str, Any] | None  # of trigger inversion
+    chosen_by: str | None  # the command that selected the maps, if it was not FMP (ablations)
+    seconds: dict[str, float]  # by stage
     seed: int
     device: str
     settings: dict[str, Any]
     versions: dict[str, str]
-    test_images: int | None = None
-    attack_figures: dict[str, float] | None = None
-    removal: dict[str, Any] | None = None
-    warnings: list[str] = field(default_factory=list)
+    test_images: int | None = None  # None: all
+    attack_figures: dict[str, float] | None = None  # ``before`` as the attack reported it
+    removal: dict[str, Any] | None = None  # see removal.attack_outcome
+    warnings: list[str] = field(default_factory=list)  # sentences for the reader of the results
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

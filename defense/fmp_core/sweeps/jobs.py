@@ -110,10 +110,7 @@ def finished(job: Job) -> Outcome | None:
 def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | None = None) -> Outcome:
     """Run ``job`` unless it is done; what it prints goes to ``<sweep>/logs/<name>.log``. Never raises for a failing job.
 
-    Args:
-        sweep: the sweep's folder.
-        environment: variables added to this process's own, such as CUDA_VISIBLE_DEVICES.
-        timeout: seconds after which the job counts as failed.
+    ``environment`` is added to this process's own; after ``timeout`` seconds the job counts as failed.
     """
     # BB's runs of one defense on one record write into one folder, so they share a lock.
     lock = f"{job.record.replace('/', '_')}.{job.writes.name}.backdoorbench" if job.writes else job.name

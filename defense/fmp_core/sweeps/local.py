@@ -18,11 +18,7 @@ Report = Callable[[Job, Outcome], None]
 
 
 def local_slots(device: str, workers: int) -> list[dict[str, str]]:
-    """One environment per job that may run at the same time: each visible GPU, or ``workers`` shares of the CPU.
-
-    Raises:
-        UserError: a CUDA device is wanted and there is none.
-    """
+    """One environment per job that may run at the same time: each visible GPU, or ``workers`` shares of the CPU."""
     gpus = 0
     if device != "cpu":
         import torch

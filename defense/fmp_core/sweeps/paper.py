@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fmp_core.results.paper import FIGURES, SCALES, sweep_content
 from fmp_core.storage.files import replacing, write_text
@@ -12,57 +12,48 @@ from fmp_core.sweeps.jobs import ATTACK_FILE, read_stamp
 from fmp_core.sweeps.plan import make_sweep
 from fmp_core.sweeps.run import run_sweep
 
+SWEEP_KEYS = ("record_root", "dataset_path", "device", "workers", "seeds", "backdoorbench")  # flags that are keys of a sweep
 
-def run_missing(tables: Sequence[str], scale: str, keys: Mapping[str, Any], launcher: str, dry_run: bool) -> int:
-    """Run the sweep behind ``tables`` (at a scale of SCALES) and return its exit code.
 
-    ``keys`` are further keys of the sweep file, ``record_root`` among them. Raises UserError: as a sweep does, or
-    BackdoorBench's defenses are asked to run on what it cannot read.
+def make(args: Namespace, warn: Callable[[str], None]) -> int:
+    """Run what is missing, then print and write what there is; returns the exit code of the sweep.
+
+    ``args`` are the flags of ``record_scripts/paper_tables.py``; ``warn`` gets one line for each result that cannot be read.
     """
-    records = [path.parent for path in Path(keys["record_root"]).glob(f"*/{ATTACK_FILE}")]
-    by_hand = [folder.name for folder in records if not read_stamp(folder)]
-    content = sweep_content(tables, SCALES[scale], keys["backdoorbench"], by_hand)
-    return run_sweep(make_sweep({**content, **keys}, "paper_tables"), launcher, dry_run)
+    tables, code = list(dict.fromkeys([*args.table, *(FIGURES[number] for number in args.figure)])), 0
+    if not args.no_run:
+        records = [path.parent for path in Path(args.record_root).glob(f"*/{ATTACK_FILE}")]
+        by_hand = [folder.name for folder in records if not read_stamp(folder)]
+        content = sweep_content(tables, SCALES[args.scale], args.backdoorbench, by_hand)
+        content |= {key: getattr(args, key) for key in SWEEP_KEYS}
+        code = run_sweep(make_sweep(content, "paper_tables"), args.launcher, args.dry_run)
+    if not args.dry_run:
+        _show(tables, args, warn)
+    return code
 
 
-def show(
-    tables: Sequence[str],
-    figures: Mapping[str, Path],
-    scale: str,
-    record_root: str,
-    backdoorbench: bool,
-    files: Mapping[str, Path | None],
-    warn: Callable[[str], None],
-) -> None:
-    """Print the comparison with what is below ``record_root``, and write ``figures`` (by number) and ``files``.
-
-    Args:
-        backdoorbench: its defenses were asked for, so those without a result have failed.
-        files: where to write ``csv`` and ``markdown``; None: nowhere.
-        warn: gets one line for each result that cannot be read.
-
-    Raises:
-        UserError: ``record_root`` is no folder, or a file cannot be written.
-    """
+def _show(tables: list[str], args: Namespace, warn: Callable[[str], None]) -> None:
     import pandas as pd  # takes a second, which --help and --dry-run do without
 
     from fmp_core.results.collect import collect
     from fmp_core.results.paper_comparison import compare, comparison_text, draw_figure
     from fmp_core.results.tables import printable
 
-    frame = collect(record_root, lambda line: warn(printable(line)))
-    compared = {table: compare(table, SCALES[scale], frame) for table in tables}
+    scale = SCALES[args.scale]
+    frame = collect(args.record_root, lambda line: warn(printable(line)))
+    compared = {table: compare(table, scale, frame) for table in tables}
     text, markdown = (
-        [comparison_text(table, SCALES[scale], part, kind, backdoorbench) for table, part in compared.items()]
+        [comparison_text(table, scale, part, kind, bool(args.backdoorbench)) for table, part in compared.items()]
         for kind in (False, True)
     )
     print(*text, sep="\n")
-    if files["csv"]:
-        with replacing(files["csv"]) as temporary:
-            parts = [part.assign(table=table, scale=scale) for table, part in compared.items()]
+    if args.csv:
+        with replacing(args.csv) as temporary:
+            parts = [part.assign(table=table, scale=scale.name) for table, part in compared.items()]
             pd.concat(parts).to_csv(temporary, index=False)
-    if files["markdown"]:
-        write_text(files["markdown"], "\n".join(markdown))
-    for number, path in figures.items():
-        draw_figure(path, number, SCALES[scale], compared[FIGURES[number]])
+    if args.markdown:
+        write_text(args.markdown, "\n".join(markdown))
+    for number in args.figure:
+        path = Path(args.output) / f"figure_{number}_{scale.name}.png"
+        draw_figure(path, number, scale, compared[FIGURES[number]])
         print(f"figure {number}: {path}")

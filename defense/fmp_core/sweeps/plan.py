@@ -91,12 +91,8 @@ def make_sweep(content: Mapping[str, Any], source: str) -> Sweep:
 
 
 def plan(sweep: Sweep) -> list[Job]:
-    """All jobs of a sweep, records first.
-
-    Raises:
-        UserError: a setting is unknown or impossible, two jobs would write the same folder, or BackdoorBench's defenses are
-            asked to run on a dataset that it does not know.
-    """
+    """All jobs of a sweep, records first. Raises UserError: a setting is unknown or impossible, two jobs would write the same
+    folder, or BackdoorBench's defenses are asked to run on a dataset that it does not know."""
     datasets: dict[str, str] = {}  # of each record; that of an existing one run_defense.py looks up
     jobs: dict[Path, Job] = {}
     for job in _all_jobs(sweep, datasets):

@@ -15,15 +15,10 @@ BUSY = "The sweep in {folder} is running already; wait for it, or stop it first.
 
 
 def run_sweep(sweep: Sweep, launcher: str = "local", dry_run: bool = False) -> int:
-    """Run all jobs of ``sweep``; the exit code is 1 if one failed.
+    """Run all jobs of ``sweep``; the exit code is 1 if one failed. ``dry_run`` prints the commands and which of them are done.
 
-    Args:
-        launcher: ``local``, ``slurm``, or ``submitit-local`` (submitit's own processes on this machine).
-        dry_run: print the commands and which of them are done.
-
-    Raises:
-        UserError: as :func:`~fmp_core.sweeps.plan.plan` and the launchers do; or a record was made with other settings; or
-            the sweep is running already.
+    ``launcher`` is ``local``, ``slurm``, or ``submitit-local`` (submitit's own processes on this machine). Raises UserError: as
+    ``plan`` and the launchers do, a record was made with other settings, or the sweep is running already.
     """
     jobs = plan(sweep)
     for job in (job for job in jobs if job.kind == "record"):

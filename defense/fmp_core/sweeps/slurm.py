@@ -32,11 +32,8 @@ def waves(jobs: Sequence[Job]) -> list[list[Job]]:
 def run_submitit(jobs: Sequence[Job], sweep: Sweep, report: Report, cluster: str = "slurm", poll: float = POLL) -> None:
     """Submit all jobs and report each as it ends. Killing this process leaves submitted jobs running; a rerun waits for them.
 
-    Args:
-        cluster: ``slurm``, or ``local`` for submitit's own processes on this machine.
-
-    Raises:
-        UserError: submitit is not installed, or Slurm is not there or refuses the jobs.
+    ``cluster`` is ``slurm``, or ``local`` for submitit's own processes on this machine. Raises UserError: submitit is not
+    installed, or Slurm is not there or refuses the jobs.
     """
     try:
         import submitit
