@@ -474,7 +474,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "overlapping parts": (write(overlapping_zip), "claim more bytes than the file has"),
     "a part of four gigabytes": (write(claiming_zip), "claim more bytes than the file has"),
     "an encrypted part": (write(encrypted_zip), "not a whole torch file"),
-    "an old file that calls": (write(lambda: legacy(pickle.dumps(Call(os.system, TOUCH), 2))), "torch before 1.6"),
+    "an old file that calls": (write(lambda: legacy(pickle.dumps(Call(os.system, TOUCH), 2))), "since 1.6"),
     "a sparse terabyte": (sparse(2**40), "larger than 16 GiB"),
     "a pipe": (instead_of(FILE, os.mkfifo), "holds no attack_result.pt"),
     "a folder": (instead_of(FILE, Path.mkdir), "holds no attack_result.pt"),

@@ -94,8 +94,8 @@ def test_empty_arrays_come_back(tmp_path: Path):
     assert reloaded(tmp_path, [np.zeros(0)])[0].shape == (0,)
 
 
-def test_files_before_torch_1_6_are_refused_with_the_remedy(tmp_path: Path):
-    with pytest.raises(UserError, match=r"format of torch before 1\.6, .* save it again"):
+def test_files_before_torch_1_6_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"no zip file, as torch writes them since 1\.6"):
         reloaded(tmp_path, {"x": torch.arange(3)}, _use_new_zipfile_serialization=False)
 
 

@@ -44,10 +44,10 @@ def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], cle
 class Precision(NamedTuple):
     """How many of the chosen maps are among those the trigger moves most.
 
-    ``hits`` of ``chosen`` maps are among the k maps of highest TAC in their layer, k being the number chosen there. ``random``
-    is the precision a random choice of the same sizes has on average, ``chance`` the probability that it hits as often.
-    ``percentile`` is the chosen maps' mean TAC percentile within their layers: 0.5 for a random choice. The report shows all of
-    them; those that are no counts are NaN if nothing is chosen.
+    ``hits`` of ``chosen`` maps are among the k maps of highest TAC in their layer, k being the number chosen there.
+    ``random`` is the precision a random choice of the same sizes has on average; ``chance`` is the probability that such a
+    choice hits at least as often. ``percentile`` is the chosen maps' mean TAC percentile within their layers: 0.5 for a random
+    choice, near 1 where the maps the trigger moves most were chosen. All but the counts are NaN if nothing is chosen.
     """
 
     hits: int
@@ -68,17 +68,20 @@ def precision_at(chosen: Tensor, tac: Tensor, layers: Sequence[ConvLayer]) -> Pr
     ``chosen`` is bool ``[N_maps]``; ``tac`` ``[N_maps]`` is from :func:`trigger_activation_change`, equal values count by
     position; both are ordered by ``layers``.
     """
-    hits, expected, percentiles, start, total = 0, 0.0, 0.0, 0, int(chosen.sum())
+    hits, expected, percentiles, start = 0, 0.0, 0.0, 0
     distribution = np.ones(1)  # of the hits of a random choice, layer after layer
     for layer in layers:
-        inside, changes = chosen[start : start + layer.channels], tac[start : start + layer.channels]
-        start += layer.channels
+        n, inside, changes = layer.channels, chosen[start:][: layer.channels], tac[start:][: layer.channels]
+        start += n
         k = int(inside.sum())
-        above = changes.argsort(descending=True, stable=True).argsort()[inside].double()  # how many maps change more
-        hits += int((above < k).sum())
-        expected += k * k / layer.channels
-        percentiles += float(((layer.channels - above - 0.5) / layer.channels).sum())
-        distribution = np.convolve(distribution, _hypergeometric(k, layer.channels))
+        order = changes.argsort(descending=True, stable=True)
+        hits += int(inside[order[:k]].sum())
+        expected += k * k / n
+        places = torch.empty(n, dtype=torch.float64)
+        places[order] = torch.arange(n, 0, -1, dtype=torch.float64)
+        percentiles += float(((places[inside] - 0.5) / n).sum())
+        distribution = np.convolve(distribution, _hypergeometric(k, n))
+    total = int(chosen.sum())
     if not total:
         return Precision(0, 0, math.nan, math.nan, math.nan)
     return Precision(hits, total, expected / total, min(1.0, float(distribution[hits:].sum())), percentiles / total)

@@ -19,7 +19,6 @@ from fmp_core.storage.unpickler import read_pickle
 __all__ = ["PickledImage", "load_torch_file"]
 
 LARGEST_FILE = 16 * 2**30  # bytes; sparse files may claim more at no cost
-_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled magic number
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +54,10 @@ NAMES: dict[str, Any] = {
 def load_torch_file(path: Path, known_only: bool = False) -> Any:
     """What ``torch.load`` gives on the CPU, for files of tensors, numpy arrays, PIL images (as data) and plain values.
 
-    Reads the zip files of torch >= 1.6. Values of other harmless types come as
-    :class:`~fmp_core.storage.placeholders.Opaque`; a state dict keeps torch's ``_metadata``. Memory stays within a small
-    multiple of the file's size. ``known_only``: see :func:`~fmp_core.storage.unpickler.read_pickle`.
-
-    Raises:
-        UserError: missing, truncated or damaged, or asks for anything but data (named).
+    Values of other harmless types come as :class:`~fmp_core.storage.placeholders.Opaque`; a state dict keeps torch's
+    ``_metadata``. Memory stays within a small multiple of the file's size. ``known_only``: see
+    :func:`~fmp_core.storage.unpickler.read_pickle`. Raises UserError if the file is missing, truncated or damaged, or asks for
+    anything but data (named).
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; check --result_file and --record_root.")
@@ -69,17 +66,10 @@ def load_torch_file(path: Path, known_only: bool = False) -> Any:
         if size > LARGEST_FILE:
             raise ValueError(f"it is larger than {LARGEST_FILE // 2**30} GiB")
         with open(path, "rb") as file:
-            start = file.read(len(_BEFORE_1_6))
-            if start == _BEFORE_1_6:
-                raise UserError(
-                    f"{path} has the format of torch before 1.6, which is not read; save it again with a later one."
-                )
-            if start[:4] != b"PK\x03\x04":
-                raise ValueError("it is no zip file, as torch writes them")
+            if file.read(4) != b"PK\x03\x04":
+                raise ValueError("it is no zip file, as torch writes them since 1.6")
             with zipfile.ZipFile(file) as archive:
                 return _read_zip(archive, size, known_only)
-    except UserError:
-        raise
     except RefusedError as error:
         advice = "and a record may hold data only; do not trust this file" if error.runs_code else "which is not plain data"
         raise UserError(f"{path} was refused: its pickle asks for {error}, {advice}.") from None
