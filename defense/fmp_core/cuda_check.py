@@ -22,11 +22,7 @@ LEAST_AGREEMENT = 0.95  # Jaccard index of the maps selected on GPU and CPU: ker
 
 
 def require_gpu() -> None:
-    """Ask the driver itself for a GPU, since torch may not be installed yet.
-
-    Raises:
-        UserError: there is no driver, or it shows no GPU.
-    """
+    """Raises UserError if the driver shows no GPU; torch may not be installed yet."""
     count = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
@@ -181,9 +177,6 @@ def check_cuda(folder: Path, quick: bool = False) -> int:
     """Run all checks in ``folder``, print the table and keep it there as ``table.md``. Returns 1 if any failed.
 
     ``quick``: with a small model and few images, in a folder of its own below.
-
-    Raises:
-        UserError: torch sees no GPU.
     """
     import torch
 

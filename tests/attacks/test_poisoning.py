@@ -103,7 +103,7 @@ def test_wanets_cross_images_keep_their_labels_and_count_as_poisoned_in_the_reco
     assert not set(result.cross.indices) & set(result.train.indices)
     assert result.cross.targets == result.cross.original
     together = result.recorded_train()
-    assert together.indices == sorted([*result.train.indices, *result.cross.indices])
+    assert list(together.indices) == sorted([*result.train.indices, *result.cross.indices])
     for part in (result.train, result.cross):
         for row, index in enumerate(part.indices):
             where = together.indices.index(index)

@@ -38,12 +38,10 @@ def test_fractions_must_be_equal_and_losses_close() -> None:
 
 
 def test_data_must_be_equal_to_the_last_label_and_pixel() -> None:
-    subset = {"seeded_subset": [5, 2], "indexed_subset": [5, 2], "subset_labels": [0, 1], "subset_pixels": "ab"}
-    ours = {**subset, "poisoned_targets": [0], "poisoned_originals": [3], "poisoned_pixels": "cd"}
-    theirs = {**ours, "sizes": {"clean_train": 9}}
-    assert all(verdicts(parity.compare_data(theirs, ours)))
-    other = {"seeded_subset": [2, 5], "poisoned_originals": [4], "poisoned_pixels": "ce"}
-    assert verdicts(parity.compare_data({**theirs, **other}, ours)) == [False, True, True, True, True, False, False]
+    ours = {"clean subset of the seed": [5, 2], "clean subset: labels": [0, 1], "poisoned test set: pixels": "cd"}
+    assert all(verdicts(parity.compare_data(ours, ours)))
+    other = {"clean subset of the seed": [2, 5], "poisoned test set: pixels": "ce"}
+    assert verdicts(parity.compare_data({**ours, **other}, ours)) == [False, True, False]
 
 
 def test_tables_are_compared_by_columns_labels_and_formats(tmp_path: Path) -> None:

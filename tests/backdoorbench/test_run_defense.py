@@ -17,7 +17,7 @@ import torch
 from conftest import RECORD
 from fmp_core.backdoorbench import shims
 from fmp_core.backdoorbench.install import PROJECT
-from fmp_core.backdoorbench.process import Ended, Listener
+from fmp_core.backdoorbench.process import Ended, reason_of
 from fmp_core.backdoorbench.run import run_on_record, verdict
 from fmp_core.backdoorbench.workspace import Job, open_job, workspace
 from fmp_core.data.attack_record import read_attack_record
@@ -81,10 +81,7 @@ def test_a_failure_is_reported_with_its_exit_code_and_last_error(checkout: Path,
     ],
 )
 def test_the_reason_of_a_failure_is_found_in_what_was_printed(output: str, reason: str) -> None:
-    listener = Listener()
-    for line in output.format(t="Traceback (most recent call last):").splitlines(keepends=True):
-        listener.hear(line)
-    assert listener.reason.startswith(reason)
+    assert reason_of(output.format(t="Traceback (most recent call last):")).startswith(reason)
 
 
 def test_what_backdoorbench_cannot_be_given_is_refused_before_it_starts(

@@ -38,25 +38,18 @@ LOGGER = logging.getLogger("fmp_core")
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known of a record before training.
-
-    Args:
-        folder: where the record is going to lie; until it is whole, it is in ``unfinished``.
-        training: how the model is trained, the dataset's recipe filled in.
-        used: positions of the training images that the model is trained on.
-        poison: None if ``attack.attack`` is none.
-    """
+    """All that is known of a record before training."""
 
     record: RecordSettings
     attack: AttackSettings
-    folder: Path
-    training: Settings
+    folder: Path  # where the record is going to lie; until it is whole, it is in ``unfinished``
+    training: Settings  # the dataset's recipe filled in
     facts: DatasetFacts
     num_classes: int
     train_set: Split
     test_set: Split
-    used: Sequence[int]
-    poison: Poison | None
+    used: Sequence[int]  # positions of the training images that the model is trained on
+    poison: Poison | None  # None if the attack is none
 
     @property
     def unfinished(self) -> Path:
@@ -66,11 +59,8 @@ class Plan:
 def make_record(record: RecordSettings, attack: AttackSettings, training: dict[str, object]) -> Path:
     """Poison, train, save. Returns the record folder, which appears whole (``.<name>.unfinished`` until then).
 
-    Args:
-        training: the settings of training that were given; others follow the dataset's recipe.
-
-    Raises:
-        UserError: see :func:`make_plan`; or an unfinished record was made with other settings, or training diverged.
+    ``training`` are the settings of training that were given; others follow the dataset's recipe. Raises UserError as
+    :func:`make_plan`, and if an unfinished record was made with other settings, or training diverges.
     """
     device = choose_device(str(training.get("device", "auto")))
     plan = make_plan(record, attack, training)
@@ -99,9 +89,7 @@ def make_record(record: RecordSettings, attack: AttackSettings, training: dict[s
 def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str, object]) -> Plan:
     """Check that the settings go together, read the dataset and poison it. Nothing is written but ``data/digits``.
 
-    Raises:
-        UserError: the record exists already, the model cannot be trained on the dataset, or a setting, the dataset or a
-            trigger file is not usable.
+    Raises UserError if the record exists already, or the model, a setting, the dataset or a trigger file is not usable.
     """
     folder = Path(record.record_root) / (record.save_folder_name or f"{attack.attack}_{record.dataset}")
     if folder.exists():
@@ -127,12 +115,8 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
 
 
 def check_model(name: str, num_classes: int, dataset: str, size: Size) -> nn.Module:
-    """The model ``name`` without weights (on torch's meta device), if it can be trained on images of this size.
-
-    Raises:
-        UserError: no model of BB's, or not for such images: too few pixels (alexnet at 32x32), one channel (BB's models take
-            three), or several outputs in training (inception_v3).
-    """
+    """The model ``name`` without weights (on torch's meta device). Raises UserError if it cannot be trained on such images: too
+    few pixels (alexnet at 32x32), one channel (BB's models take three), or several outputs in training (inception_v3)."""
     with torch.device("meta"):  # takes no time and draws no random number
         network = build_model(name, num_classes)
         images = torch.empty(2, size[2], *size[:2])

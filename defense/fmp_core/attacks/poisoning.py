@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -25,11 +26,7 @@ Stamp = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_stamp(settings: AttackSettings, size: Size, train: bool, total: int) -> Stamp:
-    """The attack's trigger as a function, for the training or the test set of ``total`` images.
-
-    Raises:
-        UserError: a trigger file cannot be read or does not fit.
-    """
+    """The attack's trigger as a function, for the training or the test set of ``total`` images."""
     seed = settings.trigger_seed
     given = read_trigger(Path(settings.trigger_file), size) if settings.trigger_file else None
     if settings.attack == "badnet":
@@ -84,10 +81,8 @@ def choose_train(labels: Tensor, settings: AttackSettings, seed: int, used: Sequ
     """Those of the positions ``used`` to poison, sorted: ``round(pratio * len(used))`` of them.
 
     Clean-label attacks draw from the target class only, but the ratio is of all ``used`` in both cases (BB
-    ``backdoor_generate_poison_index.py``). Unlike BB's, our draw is Python's.
-
-    Raises:
-        UserError: not one image, or more than there are.
+    ``backdoor_generate_poison_index.py``). Unlike BB's, our draw is Python's. Raises UserError if that is not one image, or
+    more than there are.
     """
     count, total = round(settings.pratio * len(used)), len(used)
     pool = [at for at in used if labels[at] == settings.attack_target] if settings.clean_label else used
@@ -125,29 +120,17 @@ class Poison:
         """What ``bd_train`` of a record holds: cross images count as poisoned there, as BB writes them (``wanet.py``)."""
         if self.cross is None:
             return self.train
-        bad, cross = self.train, self.cross
-        indices, targets, original = (
-            [*one, *other]
-            for one, other in ((bad.indices, cross.indices), (bad.targets, cross.targets), (bad.original, cross.original))
-        )
-        order = sorted(range(len(indices)), key=indices.__getitem__)
-        return PoisonedImages(
-            bad.total,
-            [indices[row] for row in order],
-            torch.cat([bad.images, cross.images])[order],
-            [targets[row] for row in order],
-            [original[row] for row in order],
-        )
+        parts = (self.train, self.cross)
+        rows = [row for part in parts for row in zip(part.indices, part.images, part.targets, part.original, strict=True)]
+        indices, images, targets, original = zip(*sorted(rows, key=itemgetter(0)), strict=True)
+        return PoisonedImages(self.train.total, indices, torch.stack(images), targets, original)
 
 
 def poison(
     train_set: Split, test_set: Split, settings: AttackSettings, size: Size, num_classes: int, seed: int, used: Sequence[int]
 ) -> Poison:
-    """Apply the attack ``settings`` to both sets; ``seed`` draws the training images, from those at ``used``.
-
-    Raises:
-        UserError: too many or too few images to poison, or an unusable trigger file.
-    """
+    """Apply the attack ``settings`` to both sets; ``seed`` draws the training images, from those at ``used``. Raises UserError
+    if there are too many or too few to poison, or a trigger file is not usable."""
     train_at, test_at = choose_train(train_set.labels, settings, seed, used), choose_test(test_set.labels, settings)
     if not test_at:
         raise UserError(f"All test images are of class {settings.attack_target}, so no attack could be measured.")

@@ -95,11 +95,8 @@ def train_attacked_model(
 ) -> History:
     """Train ``model`` in place, all data on its device, and ``measure`` it after each epoch.
 
-    Resumes from ``checkpoint``, whose notes keep the history. Returns the fields of :class:`AttackEpoch` and the metrics, epoch
-    by epoch.
-
-    Raises:
-        UserError: training diverged, or the checkpoint belongs to other settings.
+    Resumes from ``checkpoint``, whose notes keep the history. Raises UserError if training diverges, or the checkpoint belongs
+    to other settings.
     """
     checkpoint.notes = {"history": []}
     saved = checkpoint.load()

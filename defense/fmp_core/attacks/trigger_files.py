@@ -25,10 +25,7 @@ def read_trigger(path: Path, size: Size) -> Tensor:
 
     Images become uint8 and are resized as BB does; arrays must have the dataset's size and become float64. An array of floats
     up to 1 is taken as shares of 255: a third of BB's LF patterns are stored so (0 to 0.2), and BB adds them as they are,
-    which changes no pixel.
-
-    Raises:
-        UserError: the file cannot be read, does not fit, or changes nothing.
+    which changes no pixel. Raises UserError if the file cannot be read, does not fit, or changes nothing.
     """
     if path.suffix != ".npy":
         trigger = read_images([path], size)[0]
@@ -46,11 +43,7 @@ def read_trigger(path: Path, size: Size) -> Tensor:
 
 
 def open_replacements(path: Path, total: int, size: Size) -> np.ndarray:
-    """All images of a set after another program's attack (BB ``SSBA.py``): uint8 ``[total, H, W, C]``, read as needed.
-
-    Raises:
-        UserError: the file cannot be read or does not fit the dataset.
-    """
+    """All images of a set after another program's attack (BB ``SSBA.py``): uint8 ``[total, H, W, C]``, read as needed."""
     array = _load_array(path)
     if array.shape != (total, *size) or array.dtype != np.uint8:
         raise UserError(f"{path} holds {array.dtype} {array.shape}, but the dataset needs uint8 {(total, *size)}.")

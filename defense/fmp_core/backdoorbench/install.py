@@ -43,14 +43,10 @@ def fingerprint(path: Path) -> str | None:
 
 
 def install(root: Path, source: Path = PROJECT, link: bool = False, force: bool = False) -> int:
-    """Install ``source``, or update, in the checkout ``root``; returns how many files (or links) there are now.
+    """Install ``source``, or update, in the checkout ``root``, as copies or as links; returns how many there are now.
 
-    Args:
-        link: make symbolic links to ``source`` instead of copies.
-        force: discard what the user changed in our files.
-
-    Raises:
-        UserError: something in the way is not ours, or was changed, or is installed the other way; nothing was changed then.
+    ``force`` discards what the user changed in our files. Raises UserError, with nothing changed, if something in the way is
+    not ours, or was changed, or is installed the other way.
     """
     if root == source:
         raise UserError(f"{root} is where FMP comes from; name another checkout with --into.")
@@ -80,10 +76,8 @@ def install(root: Path, source: Path = PROJECT, link: bool = False, force: bool 
 def uninstall(root: Path, force: bool = False) -> list[str]:
     """Take out what :func:`install` put in; returns the folders that had to stay, because something else is in them.
 
-    Compiled files beside ours go, too, also those of the BackdoorBench modules that FMP imported.
-
-    Raises:
-        UserError: FMP is not installed, or a file of it was changed; nothing was changed then.
+    Compiled files beside ours go, too, also those of the BackdoorBench modules that FMP imported. Raises UserError, with
+    nothing changed, if FMP is not installed or a file of it was changed.
     """
     if not (root / OWN_FOLDER).is_dir():
         raise UserError(f"FMP is not installed in {root} (no {OWN_FOLDER}/manifest.json).")

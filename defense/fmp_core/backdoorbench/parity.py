@@ -70,7 +70,7 @@ def check_parity(job: Job, python: str) -> list[Check]:
         Check("load_attack_result reads the record", True, sizes),
         *compare_figures("attacked model", theirs["attacked"], ours["attacked"]),
         *compare_figures("defense_result.pt", theirs["defended"], after),
-        *compare_data(theirs, ours),
+        *compare_data(theirs["data"], ours["data"]),
         *checks,
     ]
 
@@ -111,13 +111,15 @@ def ask_fmp(job: Job, scratch: Path) -> dict[str, Any]:
             "ratio": settings.ratio,
             "index": str(index),
         },
-        "seeded_subset": inputs.subset,
-        "indexed_subset": choose_subset(max(indexed) + 1, settings.ratio, settings.random_seed, str(index)),
-        "subset_labels": defender.labels.tolist(),
-        "subset_pixels": _sha256(defender.images),
-        "poisoned_targets": test.targets.tolist(),
-        "poisoned_originals": test.originals.tolist(),
-        "poisoned_pixels": _sha256(test.poisoned_images),
+        "data": {
+            "clean subset of the seed": inputs.subset,
+            "clean subset of --index": choose_subset(max(indexed) + 1, settings.ratio, settings.random_seed, str(index)),
+            "clean subset: labels": defender.labels.tolist(),
+            "clean subset: pixels": _sha256(defender.images),
+            "poisoned test set: attack labels": test.targets.tolist(),
+            "poisoned test set: true labels": test.originals.tolist(),
+            "poisoned test set: pixels": _sha256(test.poisoned_images),
+        },
         "attacked": asdict(evaluate(defender.model, test, settings.batch_size).metrics),
     }
 
@@ -168,17 +170,11 @@ def compare_figures(name: str, theirs: dict[str, float], ours: dict[str, float])
 
 def compare_data(theirs: dict[str, Any], ours: dict[str, Any]) -> list[Check]:
     """The clean subset, by seed and by file, and the poisoned test images: positions, labels and pixels."""
-    labels, indices = f"{len(ours['poisoned_targets'])} labels", f"{len(ours['seeded_subset'])} indices"
-    table = [
-        ("clean subset of the seed", "seeded_subset", f"{indices} of {theirs['sizes']['clean_train']}"),
-        ("clean subset of --index", "indexed_subset", indices),
-        ("clean subset: labels", "subset_labels", f"{len(ours['subset_labels'])} labels"),
-        ("clean subset: pixels", "subset_pixels", "SHA-256 of all"),
-        ("poisoned test set: attack labels", "poisoned_targets", labels),
-        ("poisoned test set: true labels", "poisoned_originals", labels),
-        ("poisoned test set: pixels", "poisoned_pixels", "SHA-256 of all"),
-    ]
-    return [Check(name, theirs[key] == ours[key], detail) for name, key, detail in table]
+    checks = []
+    for name, value in ours.items():
+        detail = "SHA-256 of all" if "pixels" in name else f"{len(value)} {'labels' if 'labels' in name else 'indices'}"
+        checks.append(Check(name, theirs[name] == value, detail))
+    return checks
 
 
 def compare_tables(theirs: Path, ours: Path) -> list[Check]:

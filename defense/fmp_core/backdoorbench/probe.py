@@ -74,13 +74,15 @@ def main() -> None:
     result = load_attack_result(folder + "/defense/fmp/defense_result.pt")  # as the scripts in analysis/ read it
     answer = {
         "sizes": {key: None if data[key] is None else len(data[key]) for key in SETS},
-        "seeded_subset": subset,
-        "indexed_subset": draw(len(clean), question, question["index"]),
-        "subset_pixels": pixels_sha256([clean[i][0] for i in subset], transform),
-        "subset_labels": [int(clean[i][1]) for i in subset],
-        "poisoned_pixels": pixels_sha256([item[0] for item in poisoned_items], transform),
-        "poisoned_targets": [int(item[1]) for item in poisoned_items],
-        "poisoned_originals": [int(item[4]) for item in poisoned_items],
+        "data": {
+            "clean subset of the seed": subset,
+            "clean subset of --index": draw(len(clean), question, question["index"]),
+            "clean subset: labels": [int(clean[i][1]) for i in subset],
+            "clean subset: pixels": pixels_sha256([clean[i][0] for i in subset], transform),
+            "poisoned test set: attack labels": [int(item[1]) for item in poisoned_items],
+            "poisoned test set: true labels": [int(item[4]) for item in poisoned_items],
+            "poisoned test set: pixels": pixels_sha256([item[0] for item in poisoned_items], transform),
+        },
         "attacked": measure(data["model_name"], data["model"], data, question),
         "defended": measure(data["model_name"], result["model"], data, question),
     }

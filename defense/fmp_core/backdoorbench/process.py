@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import shutil
 import signal
@@ -46,28 +47,11 @@ class Ended:
         return f"exit code {self.code}" + (f" ({self.last_error})" if self.last_error else "")
 
 
-@dataclass
-class Listener:
-    """Finds in a program's output the reason of its failure: the line that ends the last traceback, whatever the exception is
-    called, or what argparse says (``ft.py: error: ...``); without either, the last line printed."""
-
-    last_line: str = ""
-    error: str = ""
-    in_traceback: bool = False
-
-    def hear(self, line: str) -> None:
-        text = line.strip()
-        self.last_line = text or self.last_line
-        if "Traceback (most recent call last)" in line:  # a progress bar may stand before it
-            self.in_traceback = True
-        elif self.in_traceback and text and not line[0].isspace():
-            self.in_traceback, self.error = False, text
-        elif ": error: " in line:
-            self.error = text
-
-    @property
-    def reason(self) -> str:
-        return (self.error or self.last_line)[:500]
+def reason_of(output: str) -> str:
+    """Why a program failed: the line that ends the last traceback, whatever the exception is called, or what argparse said
+    (``ft.py: error: ...``); without either, the last line."""
+    found = re.findall(r"Traceback \(most recent call last\).*\n(?:[ \t].*\n|\n)*(\S.*)|(.*: error: .*)", output)
+    return ("".join(found[-1]) if found else output.strip().rpartition("\n")[2]).strip()[:500]
 
 
 def run_script(
@@ -87,27 +71,25 @@ def run_script(
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [os.path.abspath(program), str(SHIMS), script, *arguments]
-    started, used, listener = time.monotonic(), _children_seconds(), Listener()
+    started, used = time.monotonic(), _children_seconds()
     with open(log, "w", encoding="utf-8") as file, _started(command, folder, environment) as process:
         assert process.stdout is not None
         if not echo:
-            threading.Thread(target=_heartbeat, args=(process, listener), daemon=True).start()
+            threading.Thread(target=_heartbeat, args=(process, log), daemon=True).start()
         for line in process.stdout:
             file.write(line)
             file.flush()
             if echo:
                 print(line, end="", flush=True)
-            listener.hear(line)
-        code = process.wait()
-        seconds = time.monotonic() - started
+        code, seconds = process.wait(), time.monotonic() - started
+        reason = reason_of(log.read_text(encoding="utf-8")) if code else ""
         file.write(f"\nexit code {code} after {seconds:.0f} s; CPU {_children_seconds() - used:.0f} s\n")
-    return Ended(code, seconds, listener.reason if code else "")
+    return Ended(code, seconds, reason)
 
 
 def _children_seconds() -> float:
     """CPU seconds of all processes that we started and that have ended: on a crowded machine what a defense costs."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 @contextlib.contextmanager
@@ -148,14 +130,15 @@ def _dying_with(parent: int) -> Callable[[], None] | None:
     return ask
 
 
-def _heartbeat(process: subprocess.Popen[str], listener: Listener) -> None:
+def _heartbeat(process: subprocess.Popen[str], log: Path) -> None:
     started = time.monotonic()
     while True:
         try:
             process.wait(HEARTBEAT)
             return
         except subprocess.TimeoutExpired:
-            print(f"      {time.monotonic() - started:.0f} s: {listener.last_line[:100]}", flush=True)
+            last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+            print(f"      {time.monotonic() - started:.0f} s: {last[:100]}", flush=True)
 
 
 def in_own_process(function: Callable[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> Answer:

@@ -107,11 +107,7 @@ def released_scheme(model: nn.Module, layer: ConvLayer, channel: int, images: Te
 
 
 def make_scorer(args: Namespace, dtype: torch.dtype) -> FeatureMapScorer:
-    """A scorer of the record ``--result_file``, or of random weights of ``--model``, on random images with random labels.
-
-    Raises:
-        UserError: no such record or device.
-    """
+    """A scorer of the record ``--result_file``, or of random weights of ``--model``, on random images with random labels."""
     device, facts = devices.choose_device(args.device).device, FACTS["cifar10"]
     if args.result_file:
         record = read_attack_record(Path(args.record_root) / args.result_file)
@@ -131,7 +127,7 @@ def make_scorer(args: Namespace, dtype: torch.dtype) -> FeatureMapScorer:
 
 
 def measure(args: Namespace, dtype: torch.dtype) -> dict[str, float]:
-    """The figures of ranking, by name. Raises UserError: no such record or device."""
+    """The figures of ranking, by name."""
     scorer = make_scorer(args, dtype)
     model, layers, images = scorer.model, scorer.layers, scorer.images
     assert isinstance(model, PixelModel)
@@ -227,11 +223,7 @@ def measure_training(args: Namespace) -> dict[str, float]:
 
 
 def measure_all(args: Namespace) -> list[tuple[str, str, str, float]]:
-    """Measure and print what ``args`` (the flags of bench_frg.py) ask for. Returns (device, dtype, figure, value) rows.
-
-    Raises:
-        UserError: no such record or device.
-    """
+    """Measure and print what ``args`` (the flags of bench_frg.py) ask for. Returns (device, dtype, figure, value) rows."""
     device, rows = devices.choose_device(args.device), []
     print(f"{device.name}, torch {torch.__version__}, {args.images} images, about {args.maps} maps, {args.repeat} run(s)")
     work: dict[str, Callable[[], dict[str, float]]] = {name: partial(measure, args, DTYPES[name]) for name in args.dtype}
