@@ -65,8 +65,8 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
         if wanted is not None and value.shape != wanted.shape:
             misshapen[names[key]] = value.shape
             continue
-        # float64 may be finite and yet beyond float32
-        if wanted is not None and not (_is_kind(value, wanted.dtype) and value.to(wanted.dtype).isfinite().all()):
+        wrong_kind = wanted is not None and wanted.is_floating_point() and not value.is_floating_point()
+        if wrong_kind or (wanted is not None and not value.to(wanted.dtype).isfinite().all()):  # float64 may be beyond float32
             raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; it is damaged.")
         given[names[key]] = value.to(torch.float32 if value.is_floating_point() else torch.int64, copy=True)
     given._metadata = _metadata(state, network)  # type: ignore[attr-defined]
@@ -80,7 +80,8 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
         instead = f", and has {near[0]} instead, which {name} does not have" if near[0] else ""
         more = f" ({len(missing)} are missing, {len(unknown)} unknown)" if len(missing) > 1 else ""
         raise UserError(f"The record's model lacks the weights {missing[0]} of {name}{instead}{more}.")
-    for key, shape in misshapen.items():
+    if misshapen:
+        key, shape = next(iter(misshapen.items()))
         raise UserError(
             f"The record's {key} has shape {tuple(shape)}, but {name} with {num_classes} classes needs "
             f"{tuple(own[key].shape)}; the record's model_name or num_classes is wrong."
@@ -90,10 +91,6 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
     places = {tensor.data_ptr(): key for key, tensor in network.state_dict().items()}
     network.record_keys = {key: places[given[names[key]].data_ptr()] for key in state}  # type: ignore[assignment]
     return network
-
-
-def _is_kind(value: Tensor, dtype: torch.dtype) -> bool:
-    return value.is_floating_point() or not dtype.is_floating_point
 
 
 def _without_prefix(keys: list[str], own: list[str]) -> dict[str, str]:

@@ -62,32 +62,11 @@ class Crops:
 
 OnBatch = Callable[[Tensor, Tensor], None]
 TeacherLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-Batch = tuple[Tensor, Tensor | None, Crops]  # positions int64 ``[B]``, which images to substitute (bool ``[B]``), crops
 
 
 def batches_of(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
     """Shuffled indices in batches; a last batch of one image is left out, since batch norm cannot train on it."""
     return [batch for batch in torch.randperm(count, generator=generator).split(batch_size) if len(batch) > 1]
-
-
-def _batches(
-    count: int, batch_size: int, generator: torch.Generator, facts: DatasetFacts, substitutes: bool, device: torch.device
-) -> Iterator[Batch]:
-    """An epoch, drawn batch by batch on the CPU, then moved to ``device`` all at once, so that a GPU waits for none of them."""
-    positions = batches_of(count, batch_size, generator)
-    coins, crops = [], []
-    for batch in positions:
-        if substitutes:
-            coins.append(torch.rand(len(batch), generator=generator) < 0.5)
-        crops.append(Crops.draw(len(batch), generator, facts))
-
-    def moved(parts: list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.cat(parts).to(device).split([len(part) for part in parts])
-
-    shifts, mirrored = moved([crop.shifts for crop in crops]), moved([crop.mirrored for crop in crops])
-    substituted = moved(coins) if substitutes else [None] * len(positions)
-    for rows, chosen, *drawn in zip(moved(positions), substituted, shifts, mirrored, strict=True):
-        yield rows, chosen, Crops(facts.crop_padding, *drawn)
 
 
 @dataclass(frozen=True)
@@ -134,10 +113,8 @@ class Trainer:
         saved = self.checkpoint.load() if self.checkpoint else None
         for number in range(training.restore(saved) if saved else 0, self.settings.epochs):
             with training.global_generators():
-                changed = images if substitutes is None else substitutes(number)
-                drawn = (len(images), self.settings.batch_size, training.generator, self.facts, substitutes is not None)
-                batches = _batches(*drawn, images.device)
-                epoch = training.epoch(number, images, changed, labels, batches, on_batch, teacher)
+                changed = substitutes(number) if substitutes else None
+                epoch = training.epoch(number, images, labels, changed, on_batch, teacher)
             if isinstance(training.scheduler, ReduceLROnPlateau):
                 training.scheduler.step(epoch.train_epoch_loss_avg_over_batch)  # as BB
             else:
@@ -156,7 +133,7 @@ class _Training:
 
     def __init__(self, trainer: Trainer, model: nn.Module):
         settings, device, ids = trainer.settings, trainer.device.device, trainer.device.device_ids
-        self.model, self.seed = model, settings.random_seed
+        self.model, self.facts, self.batch_size, self.seed = model, trainer.facts, settings.batch_size, settings.random_seed
         self.cuda = ids or ((device.index,) if device.type == "cuda" else ())
         self.parallel = nn.DataParallel(model, list(ids)) if ids else model
         self.bfloat16 = settings.amp and has_fast_bfloat16(device)
@@ -198,13 +175,32 @@ class _Training:
         self.drawn = [saved["global_generator"], *saved["cuda_generators"]]
         return int(saved["finished"])
 
+    def batches(self, count: int, substitutes: bool, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None, Crops]]:
+        """Of each batch of an epoch the positions int64 ``[B]``, which images to substitute (bool ``[B]``), and the crops.
+
+        Drawn batch by batch on the CPU, then moved to ``device`` all at once, so that a GPU waits for none of them.
+        """
+        positions = batches_of(count, self.batch_size, self.generator)
+        coins, crops = [], []
+        for batch in positions:
+            if substitutes:
+                coins.append(torch.rand(len(batch), generator=self.generator) < 0.5)
+            crops.append(Crops.draw(len(batch), self.generator, self.facts))
+
+        def moved(parts: list[Tensor]) -> tuple[Tensor, ...]:
+            return torch.cat(parts).to(device).split([len(part) for part in parts])
+
+        shifts, mirrored = moved([crop.shifts for crop in crops]), moved([crop.mirrored for crop in crops])
+        substituted = moved(coins) if substitutes else [None] * len(positions)
+        for rows, chosen, *drawn in zip(moved(positions), substituted, shifts, mirrored, strict=True):
+            yield rows, chosen, Crops(self.facts.crop_padding, *drawn)
+
     def epoch(
         self,
         number: int,
         images: Tensor,
-        substitutes: Tensor,
         labels: Tensor,
-        batches: Iterator[Batch],
+        substitutes: Tensor | None,
         on_batch: OnBatch | None,
         teacher: TeacherLoss | None,
     ) -> Epoch:
@@ -212,9 +208,11 @@ class _Training:
         self.parallel.train()
         device, losses, seen = images.device, [], 0
         hits = torch.zeros((), dtype=torch.int64, device=device)
-        for rows, substituted, crops in batches:
+        for rows, substituted, crops in self.batches(len(images), substitutes is not None, device):
             plain, target = images[rows], labels[rows]
-            pixels = plain if substituted is None else torch.where(substituted[:, None, None, None], substitutes[rows], plain)
+            pixels = plain
+            if substitutes is not None and substituted is not None:
+                pixels = torch.where(substituted[:, None, None, None], substitutes[rows], plain)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16), OnePixelConvolutions():
                 logits = self.parallel(to_unit(crops(pixels)).contiguous(memory_format=torch.channels_last))
                 loss = F.cross_entropy(logits, target)
