@@ -30,7 +30,11 @@ def make_stamp(settings: AttackSettings, size: Size, train: bool, total: int) ->
     seed = settings.trigger_seed
     given = read_trigger(Path(settings.trigger_file), size) if settings.trigger_file else None
     if settings.attack == "badnet":
-        mask = _patch(settings.patch_size, size) if given is None else given.clamp(0, 255).to(torch.uint8)
+        side = settings.patch_size
+        if side is not None and side > min(size[:2]):
+            raise UserError(f"--patch_size is {side}, but the images are {size[0]}x{size[1]}.")
+        own = triggers.bb_patch(size) if side is None else triggers.corner_patch(size, side)
+        mask = own if given is None else given.clamp(0, 255).to(torch.uint8)
         return lambda images, _: triggers.badnet(images, mask)
     if settings.attack == "blended":
         picture = triggers.plaid(size, seed) if given is None else given
@@ -48,14 +52,6 @@ def make_stamp(settings: AttackSettings, size: Size, train: bool, total: int) ->
         encoded = open_replacements(Path(replaced), total, size)
         return lambda _, positions: torch.from_numpy(encoded[positions.numpy()]).permute(0, 3, 1, 2)
     return lambda images, _: triggers.sample_specific(images, settings.ssba_strength, seed)
-
-
-def _patch(side: int | None, size: Size) -> Tensor:
-    if side is None:
-        return triggers.bb_patch(size)
-    if side > min(size[:2]):
-        raise UserError(f"--patch_size is {side}, but the images are {size[0]}x{size[1]}.")
-    return triggers.corner_patch(size, side)
 
 
 def make_noise_stamp(settings: AttackSettings, size: Size) -> Stamp:

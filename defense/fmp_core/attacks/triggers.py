@@ -75,15 +75,11 @@ def low_frequency_pattern(size: Size, seed: int, amplitude: float = 51.0, cutoff
     draw = torch.Generator().manual_seed(seed)
     amounts = torch.randn(channels, cutoff, cutoff, generator=draw, dtype=torch.float64)
     amounts[:, 0, 0] = 0
-    waves = torch.einsum("cuv,uh,vw->chw", amounts, _cosines(cutoff, height), _cosines(cutoff, width))
+    positions = [(2 * torch.arange(length, dtype=torch.float64) + 1) / (2 * length) for length in (height, width)]
+    cosines = [torch.cos(math.pi * torch.arange(cutoff, dtype=torch.float64)[:, None] * at) for at in positions]
+    waves = torch.einsum("cuv,uh,vw->chw", amounts, *cosines)
     floor = waves.mean() - 0.9 * waves.std()
     return amplitude * ((waves - floor) / (waves.max() - floor)).clamp(min=0)
-
-
-def _cosines(count: int, length: int) -> Tensor:
-    """The first ``count`` waves of the DCT-II, ``[count, length]``."""
-    positions = (2 * torch.arange(length, dtype=torch.float64) + 1) / (2 * length)
-    return torch.cos(math.pi * torch.arange(count, dtype=torch.float64)[:, None] * positions)
 
 
 def low_frequency(images: Tensor, pattern: Tensor) -> Tensor:
@@ -99,11 +95,9 @@ def sig(images: Tensor, delta: float, frequency: float) -> Tensor:
 
 
 def warp_field(size: Size, seed: int, strength: float = 0.5, points: int = 4) -> Tensor:
-    """WaNet's displacement (Nguyen & Tran 2021, section 3.2; BB ``attack/wanet.py``), float32 ``[H, W, 2]`` in (x, y).
-
-    ``points`` x ``points`` random vectors of mean size 1, bicubically enlarged, times ``strength / H``: in units of half the
-    image, so a mean control vector moves a pixel by about ``strength / 2`` pixels. With the defaults no pixel moves by more
-    than 1.2 pixels along an axis.
+    """WaNet's displacement (Nguyen & Tran 2021, section 3.2; BB ``attack/wanet.py``), float32 ``[H, W, 2]`` in (x, y), in units
+    of half the image: ``points`` x ``points`` random vectors of mean size 1, bicubically enlarged, times ``strength / H``. With
+    the defaults no pixel moves by more than 1.2 pixels along an axis.
     """
     height, width, _ = size
     draw = torch.Generator().manual_seed(seed)
@@ -114,9 +108,8 @@ def warp_field(size: Size, seed: int, strength: float = 0.5, points: int = 4) ->
 
 
 def wanet(images: Tensor, field: Tensor, noise_seeds: Tensor | None = None, rescale: float = 1.0) -> Tensor:
-    """Images warped by ``field`` (:func:`warp_field`): bilinear, positions outside the image moved onto its border.
-
-    Pixels are floats in [0,1] meanwhile, so that truncation falls as in BB (``attack/wanet.py``, ToPILImage).
+    """Images warped by ``field`` (:func:`warp_field`): bilinear, positions outside the image moved onto its border. Pixels are
+    floats in [0,1] meanwhile, so that truncation falls as in BB (``attack/wanet.py``, ToPILImage).
 
     With ``noise_seeds`` (int64 ``[N]``), each image gets ``field`` plus its own uniform noise of less than half a pixel (the
     paper's *noise mode*, BB's *cross* samples), so that a model learns the one warp and not warping as such.

@@ -23,9 +23,9 @@ import pandas as pd
 from fmp_core.backdoorbench.process import in_own_process, run_script
 from fmp_core.backdoorbench.workspace import Job, workspace
 from fmp_core.errors import UserError
+from fmp_core.metrics import METRICS
 
 PROBE = Path(__file__).resolve().with_name("probe.py")
-FRACTIONS = ("test_acc", "test_asr", "test_ra")
 LOSSES = ("clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch")
 LOSS_TOLERANCE = 1e-4  # relative; batches of another size and memory layout round differently
 FT_IMAGES = 256  # clean images of the one epoch of ft.py
@@ -159,12 +159,10 @@ def run_ft(job: Job, clean_images: int, python: str, scratch: Path) -> Check:
 def compare_figures(name: str, theirs: dict[str, float], ours: dict[str, float]) -> list[Check]:
     """Fractions must be equal to the last digit, losses to rounding."""
     checks = []
-    for key in FRACTIONS:
-        checks.append(Check(f"{name}: {key}", theirs[key] == ours[key], f"BackdoorBench {theirs[key]!r}  FMP {ours[key]!r}"))
-    for key in LOSSES:
-        if key in ours:
-            close = abs(theirs[key] - ours[key]) <= LOSS_TOLERANCE * abs(theirs[key])
-            checks.append(Check(f"{name}: {key}", close, f"BackdoorBench {theirs[key]:.7g}  FMP {ours[key]:.7g}"))
+    for key in (*METRICS, *(loss for loss in LOSSES if loss in ours)):
+        form, tolerance = (".7g", LOSS_TOLERANCE * abs(theirs[key])) if key in LOSSES else ("", 0.0)
+        detail = f"BackdoorBench {theirs[key]:{form}}  FMP {ours[key]:{form}}"
+        checks.append(Check(f"{name}: {key}", abs(theirs[key] - ours[key]) <= tolerance, detail))
     return checks
 
 

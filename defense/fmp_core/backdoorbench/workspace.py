@@ -92,7 +92,14 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
     root = find_checkout(checkout)
     name = PurePosixPath(name).as_posix()  # without a slash at its end
     record = read_attack_record(Path(record_root) / name)
-    check_dataset(root, name, record.dataset)
+    code = (root / DATASET_CODE).read_text(encoding="utf-8", errors="replace")
+    known = set(re.findall(r"""dataset_name == ["'](\w+)["']""", code))  # also of a fork with datasets of its own
+    if record.dataset not in known:
+        raise UserError(
+            f"BackdoorBench cannot use the record {name}: its dataset is {record.dataset}, and BackdoorBench knows "
+            f"{', '.join(sorted(known))}. Make a record it can read: python record_scripts/make_record.py --dataset cifar10 "
+            "--limit_train 2000 (CIFAR-10 below --dataset_path)."
+        )
     for train in (True, False):
         open_split(dataset_path, record.dataset, train, dataset_facts(record.dataset, record.image_size).size)
     state = load_torch_file(record.folder / ATTACK_FILE, known_only=True)  # BackdoorBench would run an unknown class
@@ -100,18 +107,6 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
     facts = record.dataset, record.model_name, record.num_classes, record.image_size, state["data_path"]
     device = str(choose_device(device).device) if device == "auto" else device
     return Job(root, record.folder, name, *facts, tuple(filter(None, folders)), Path(dataset_path).resolve(), device)
-
-
-def check_dataset(checkout: Path, name: str, dataset: str) -> None:
-    """Raises UserError unless the checkout, perhaps a fork with datasets of its own, knows the record's dataset by name."""
-    code = (checkout / DATASET_CODE).read_text(encoding="utf-8", errors="replace")
-    known = set(re.findall(r"""dataset_name == ["'](\w+)["']""", code))
-    if dataset not in known:
-        raise UserError(
-            f"BackdoorBench cannot use the record {name}: its dataset is {dataset}, and BackdoorBench knows "
-            f"{', '.join(sorted(known))}. Make a record it can read: python record_scripts/make_record.py --dataset cifar10 "
-            "--limit_train 2000 (CIFAR-10 below --dataset_path)."
-        )
 
 
 @contextmanager

@@ -80,17 +80,10 @@ def ceilings(model: PixelModel, dtype: torch.dtype, images: Tensor) -> list[floa
         torch.autograd.grad(network(leaf).float().square().sum(), leaf)
 
     def speed(work: Callable[[Tensor], None], size: int) -> float:
-        batch = images.repeat(-(-size // len(images)), 1, 1, 1)[:size].to(dtype).contiguous(memory_format=torch.channels_last)
+        batch = images.repeat(-(-size // len(images)), 1, 1, 1)[:size].to(dtype, memory_format=torch.channels_last)
         return size / seconds(partial(work, batch), images.device)
 
     return [max(speed(work, size) for size in CEILING_BATCHES[images.device.type]) for work in (forward, with_gradient)]
-
-
-def conv_costs(model: nn.Module, layers: Sequence[ConvLayer], image: Tensor) -> list[float]:
-    """Multiplications of each layer for one image, in execution order."""
-    with outputs_of(layers) as outputs, torch.no_grad():
-        model(image)
-    return [float(out[0, 0].numel() * layer.module.weight.numel()) for layer, out in zip(layers, outputs, strict=True)]
 
 
 def released_scheme(model: nn.Module, layer: ConvLayer, channel: int, images: Tensor, labels: Tensor, start: Tensor) -> Tensor:
@@ -118,8 +111,8 @@ def make_scorer(args: Namespace, dtype: torch.dtype) -> FeatureMapScorer:
         network = build_model(args.model, 10)
         height, width, channels = facts.size
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(args.images, channels, height, width, generator=generator).to(device)
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = torch.rand(args.images, channels, height, width, generator=generator)
+    images = images.to(device, memory_format=torch.channels_last)
     labels = torch.randint(10, (args.images,), generator=generator).to(device)
     model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
     layers = trace_conv_layers(network, images[:1])
@@ -129,36 +122,32 @@ def make_scorer(args: Namespace, dtype: torch.dtype) -> FeatureMapScorer:
 def measure(args: Namespace, dtype: torch.dtype) -> dict[str, float]:
     """The figures of ranking, by name."""
     scorer = make_scorer(args, dtype)
-    model, layers, images = scorer.model, scorer.layers, scorer.images
+    model, layers, images, total = scorer.model, scorer.layers, scorer.images, scorer.total
     assert isinstance(model, PixelModel)
+    device, cuda = images.device, images.device.type == "cuda"
+    every = max(1, total // args.maps)
+    sample = torch.arange(total) % every == every // 2  # even over all layers
     with frozen(model):
-        figures = _measure_ranking(scorer, args.maps)
-        ranked = figures["engine_map_images_per_s"]
+        shared = seconds(lambda: scorer.score(torch.zeros_like(sample)), device, 1)
+        sampled = seconds(lambda: scorer.score(sample), device, 1, warm_up=cuda) - shared
+        ranked = total * len(images) / (shared + sampled * total / int(sample.sum()))
+        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        memory = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else process
+        figures = {"engine_map_images_per_s": ranked, "peak_memory_mib": memory}
         if args.against == "released":
-            figures["released_map_images_per_s"] = _measure_released(scorer)
-            figures["ratio_vs_released"] = ranked / figures["released_map_images_per_s"]
+            released = _measure_released(scorer)
+            figures |= {"released_map_images_per_s": released, "ratio_vs_released": ranked / released}
         if args.operations:
             counted = operations_per_map(model, images[:1], len(images), released_scheme)
             figures |= {f"{name}_operations_per_map": number for name, number in counted.items()}
         forward, both = ceilings(model, dtype, images)
-        figures["ceiling_forward_images_per_s"], figures["ceiling_input_grad_images_per_s"] = forward, both
-        costs = conv_costs(model, layers, images[:1])
-        gradients = (sum(costs[: i + 1]) / sum(costs) * layer.channels for i, layer in enumerate(layers))
-        figures["efficiency"] = ranked * (1 / forward + (1 / both - 1 / forward) * sum(gradients) / scorer.total)
+        figures |= {"ceiling_forward_images_per_s": forward, "ceiling_input_grad_images_per_s": both}
+        with outputs_of(layers) as outputs, torch.no_grad():
+            model(images[:1])
+    costs = [float(out[0, 0].numel() * layer.module.weight.numel()) for layer, out in zip(layers, outputs, strict=True)]
+    gradients = (sum(costs[: i + 1]) / sum(costs) * layer.channels for i, layer in enumerate(layers))
+    figures["efficiency"] = ranked * (1 / forward + (1 / both - 1 / forward) * sum(gradients) / total)
     return figures
-
-
-def _measure_ranking(scorer: FeatureMapScorer, maps: int) -> dict[str, float]:
-    every = max(1, scorer.total // maps)
-    sample = torch.arange(scorer.total) % every == every // 2  # even over all layers
-    device, cuda = scorer.device, scorer.device.type == "cuda"
-    shared = seconds(lambda: scorer.score(torch.zeros_like(sample)), device, 1)
-    sampled = seconds(lambda: scorer.score(sample), device, 1, warm_up=cuda) - shared
-    full = shared + sampled * scorer.total / int(sample.sum())
-    peak = (
-        torch.cuda.max_memory_allocated(device) / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )
-    return {"engine_map_images_per_s": scorer.total * len(scorer.images) / full, "peak_memory_mib": peak}
 
 
 def _measure_released(scorer: FeatureMapScorer) -> float:
