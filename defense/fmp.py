@@ -31,7 +31,7 @@ from fmp_core.models.evaluate import Evaluation, Metrics, evaluate
 from fmp_core.models.pruning import prune_feature_maps
 from fmp_core.repair.finetune import FineTuning
 from fmp_core.report.page import write_report
-from fmp_core.results.run_folder import History, RunFolder, weights_of
+from fmp_core.results.run_folder import History, RunFolder
 from fmp_core.selection.choice import Selection
 from fmp_core.selection.select import Select, select_feature_maps
 from fmp_core.settings import add_arguments, load_settings
@@ -116,7 +116,7 @@ class FMP(defense):
                 if epoch.to_test and epoch.metrics is None:
                     epoch.metrics = self.evaluate(f"epoch {epoch.number} of {self.settings.epochs}")
                 if epoch.to_save:
-                    self.folder.save_epoch(epoch.epoch.epoch, weights_of(self.inputs))
+                    self.folder.save_epoch(epoch.epoch.epoch, self.inputs)
                 epochs.append(epoch)
         if len(self.evaluations) < 2:  # all epochs were restored: their metrics are known, the single predictions are not
             self.evaluate("after fine-tuning")

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> None:
-    from fmp_core.results.export import export  # imports pandas, which takes a second
+    from fmp_core.results.tables import export  # imports pandas, which takes a second
 
     def warn(text: str) -> None:
         print(f"collect: {text}", file=sys.stderr)

@@ -14,9 +14,8 @@ import torch
 from fmp_core.errors import UserError
 from fmp_core.metrics import ratings
 from fmp_core.results.collect import collect, join_leaderboard, read_leaderboard
-from fmp_core.results.html_tables import to_html
 from fmp_core.results.read import read_result
-from fmp_core.results.tables import Table, build_tables, to_latex, to_markdown, to_text
+from fmp_core.results.tables import Table, build_tables, to_html, to_latex, to_markdown, to_text
 
 T5 = "clean_test_loss_avg_over_batch,bd_test_loss_avg_over_batch,test_acc,test_asr,test_ra"
 

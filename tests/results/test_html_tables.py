@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from fmp_core.results.html_tables import to_html
-from fmp_core.results.tables import Table
+from fmp_core.results.tables import Table, to_html
 from PIL import Image
 
 METHODS = ["no defense", "fmp", "ft", "nad (published)"]

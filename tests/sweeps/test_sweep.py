@@ -57,8 +57,8 @@ def test_what_is_done_is_skipped_and_what_changed_is_not(place: Path) -> None:
     assert finished(job) is None
     assert run_all([job])["a"].result is not None
     done = finished(job)
-    assert done is not None and done.skipped and done.result is not None and done.result.metrics["test_acc"] == 0.9
-    assert run_all([job])["a"].skipped and len(order()) == 2
+    assert done is not None and done.result is not None and done.result.metrics["test_acc"] == 0.9
+    assert run_all([job])["a"].problem is None and len(order()) == 2
     assert finished(working("a", seconds=0.01)) is None  # other settings
     (job.folder / "metrics.json").write_text("{")
     assert finished(job) is None  # not whole

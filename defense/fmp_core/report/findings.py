@@ -49,16 +49,12 @@ def verdict(outcome: Mapping[str, Any], before: Mapping[str, Interval], after: M
     return head, " ".join([*sentences, f"Accuracy on clean images {price}, to {accuracy:.2f} %."])
 
 
-def warnings(run: Run, own: Pruning, precision: Precision | None) -> list[tuple[str, str]]:
+def warnings(run: Run, own: Pruning, precision: Precision | None) -> Iterator[tuple[str, str]]:
     """What a reader should know before trusting the numbers: (what, why it matters) pairs.
 
     ``own`` is the run's pruning, ``precision`` that of it against TAC if it is known.
     """
-    return [*_about_figures(run), *_about_selection(run, own, precision), *_about_sizes(run)]
-
-
-def _about_figures(run: Run) -> Iterator[tuple[str, str]]:
-    summary = run.summary
+    summary, pruned, tied = run.summary, int(own.mask.sum()), int(own.tied.sum())
     for sentence in summary.warnings:
         what, stop, why = sentence.partition(". ")
         yield what + stop.strip(), why
@@ -68,36 +64,29 @@ def _about_figures(run: Run) -> Iterator[tuple[str, str]]:
     drop = run.hits("test_acc", "before").mean() - run.hits("test_acc", "after").mean()
     if drop > MUCH_ACCURACY:
         yield f"Accuracy fell by {100 * drop:.1f} points.", "More than 3 points is a high price; try a smaller --lr."
-
-
-def _about_selection(run: Run, own: Pruning, precision: Precision | None) -> Iterator[tuple[str, str]]:
-    settings, pruned, tied = run.summary.settings, int(own.mask.sum()), int(own.tied.sum())
     if not run.scored and not run.by_trigger:
-        by = run.summary.chosen_by or f"--selection {settings['selection']}"
+        by = summary.chosen_by or f"--selection {summary.settings['selection']}"
         yield f"This is an ablation ({by}).", "No feature map was scored by FRG."
     elif not pruned:
         by_p = f"No layer has {run.p} feature maps or more, so N/p is 0; lower --p."
-        by_budget = f"Pruning any costs more clean accuracy than --budget {settings['budget']} allows."
+        by_budget = f"Pruning any costs more clean accuracy than --budget {summary.settings['budget']} allows."
         yield "Nothing was pruned.", by_budget if run.by_trigger else by_p
     if tied:
         why = f"{pruned} were pruned. Among equal scores the mean margin decided; more --frg_samples tell them apart."
         yield f"{tied} feature maps are tied where the cut falls.", why
-    if run.scored and precision is not None and precision.chosen and precision.chance > CHANCE:
+    if run.scored and precision and precision.chosen and precision.chance > CHANCE:
         why = (
             f"{precision.hits} of {precision.chosen} pruned maps are among those whose activation the trigger changes most; "
             f"a random selection does at least as well with probability {precision.chance:.2f}. Do not credit the ranking with "
             "the change in ASR."
         )
         yield "The ranking is no better than random on this record.", why
-
-
-def _about_sizes(run: Run) -> Iterator[tuple[str, str]]:
-    samples, clean = run.scores.samples if run.scored else FEW_FRG_IMAGES, run.summary.clean_images
-    if samples < FEW_FRG_IMAGES:
+    if run.scored and (samples := run.scores.samples) < FEW_FRG_IMAGES:
         why = f"Scores are multiples of 1/{samples}, so many feature maps share one; raise --frg_samples."
         yield f"Each feature map was scored on {samples} images only.", why
-    if clean < FEW_CLEAN_IMAGES:
-        yield f"The clean subset has {clean} images only.", "Fine-tuning on so few may overfit; raise --ratio."
+    if summary.clean_images < FEW_CLEAN_IMAGES:
+        why = "Fine-tuning on so few may overfit; raise --ratio."
+        yield f"The clean subset has {summary.clean_images} images only.", why
     tested, triggered = len(run.hits("test_acc", "after")), len(run.hits("test_asr", "after"))
     if min(tested, triggered) < FEW_TEST_IMAGES:
         why = f"{tested} clean and {triggered} triggered images: read the intervals, not the digits."

@@ -96,7 +96,7 @@ def page(
         "run": run,
         "summary": run.summary,
         "verdict": verdict(attack_outcome(run.predictions), run.shares("before"), run.shares("after")),
-        "warnings": warnings(run, own, precision),
+        "warnings": list(warnings(run, own, precision)),
         "names": HEADLINES,
         "means": MEANS,
         "others": _others(run, others or {}),

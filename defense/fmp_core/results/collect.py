@@ -132,6 +132,6 @@ def read_leaderboard(path: str | Path) -> pd.DataFrame:
 
 def join_leaderboard(frame: pd.DataFrame, board: pd.DataFrame) -> pd.DataFrame:
     """``frame`` with the published rows that have a dataset, model, attack and poison rate of one of its records."""
-    ours = {tuple(row) for row in frame[SETTING].dropna().itertuples(index=False)}
-    shared = [tuple(row) in ours for row in board[SETTING].itertuples(index=False)]
+    ours = set(frame[SETTING].dropna().itertuples(index=False, name=None))
+    shared = [row in ours for row in board[SETTING].itertuples(index=False, name=None)]
     return pd.concat([frame, board[shared]], ignore_index=True) if any(shared) else frame

@@ -55,7 +55,7 @@ class Result:
 
 def read_result(folder: Path) -> Result:
     """The result in ``record/<name>/defense/<defense>``. Raises UserError: there is none, or it is damaged or impossible."""
-    stamp = _read_json(folder / STAMP) if (folder / STAMP).is_file() else {}
+    stamp = read_json(folder / STAMP) if (folder / STAMP).is_file() else {}
     seed, method = _get(stamp, "seed", int), _get(stamp, "method", str)
     path = folder / "metrics.json"
     if not path.is_file():
@@ -63,7 +63,7 @@ def read_result(folder: Path) -> Result:
         ratio = logged.get("ratio", (_get(stamp, "settings", dict) or {}).get("ratio"))
         seed = _get(logged, "random_seed", int) if seed is None else seed
         return Result(_read_summary(path), str(path), seed=seed, method=method, ratio=_number(ratio))
-    content = _read_json(path)
+    content = read_json(path)
     settings, before, after = (_get(content, key, dict) or {} for key in ("settings", "before", "after"))
     if not after:
         raise UserError(f"{path} has no metrics after the defense")
@@ -164,7 +164,8 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:120]})") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError: there is none."""
     try:
         content = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:

@@ -38,7 +38,6 @@ from fmp_core.system.versions import versions
 LOGGER = logging.getLogger("fmp_core")
 FIGURES_DIFFER = 0.02  # of a fraction; evaluation batches, device and precision explain less
 History = Sequence[tuple[Epoch | None, Metrics | None]]  # an untested epoch has no metrics; None: no epoch was trained
-Weights = tuple[str, int, dict[str, Tensor]]  # model name, number of classes, state
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,9 @@ class RunFolder:
         make_folders(self.log, self.checkpoints)
         write_text(self.log / "index.txt", _index_text(subset))
 
-    def save_epoch(self, epoch: int, weights: Weights) -> None:
+    def save_epoch(self, epoch: int, inputs: Inputs) -> None:
         """The model after the 0-based ``epoch``, as ``--frequency_save`` asks for."""
-        write_defense_result(self.checkpoints / f"fmp_epoch_{epoch}.pt", *weights)
+        write_defense_result(self.checkpoints / f"fmp_epoch_{epoch}.pt", *_weights(inputs))
 
     def write(
         self,
@@ -107,7 +106,7 @@ class RunFolder:
             save_trigger(self.path / INVERTED_TRIGGER, selection.triggers[0])
         else:
             (self.path / INVERTED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
-        write_defense_result(self.path / "defense_result.pt", *weights_of(inputs))
+        write_defense_result(self.path / "defense_result.pt", *_weights(inputs))
         summary = RunSummary(
             before=before,
             after=after,
@@ -157,7 +156,7 @@ def _compare_with_attack(
     return figures or None, [warning] if differing else []
 
 
-def weights_of(inputs: Inputs) -> Weights:
+def _weights(inputs: Inputs) -> tuple[str, int, dict[str, Tensor]]:
     """The model as it is, in the record's names, key order and dtypes."""
     record = inputs.record
     return record.model_name, record.num_classes, state_like(inputs.defender.model.network, record.state)

@@ -1,24 +1,57 @@
-"""Tables of Acc / ASR / RA / DER / RIR per attack, one row per method, as papers print them: text, Markdown, LaTeX.
-
-:mod:`fmp_core.results.html_tables` makes the page of them.
-"""
+"""Tables of Acc / ASR / RA / DER / RIR per attack, one row per method, as papers print them, in every format."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import jinja2
 import pandas as pd
 
+from fmp_core.errors import UserError
 from fmp_core.metrics import HEADLINES, LOW_IS_GOOD
-from fmp_core.results.collect import BASELINE
+from fmp_core.results.collect import BASELINE, collect, join_leaderboard, read_leaderboard
 from fmp_core.results.read import ATTACK_TITLES, AVERAGE
+from fmp_core.storage.files import replacing
 
+ASSETS = Path(__file__).parent / "assets"
+ITALIC = "font-style: italic; color: var(--soft);"
 RATIO = ("", "ratio")  # the column of clean shares
 PUBLISHED = "(published)"
 SAMPLE = " test images)"  # ends the name of a method that was tested on a sample
 SETTING = ["dataset", "model", "pratio"]
+
+
+def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width: int, warn: Callable[[str], None]) -> str:
+    """The tables of all results below ``root`` as text of at most ``width`` columns.
+
+    ``files`` says where to write ``csv`` and ``parquet`` (one row per result, fractions), ``markdown``, ``latex`` and ``html``
+    (tables, percent); matching rows of the ``leaderboard`` of BackdoorBench are shown as published.
+    """
+    frame = collect(root, lambda text: warn(printable(text)))
+    if frame.empty:
+        raise UserError(f"There are no defense results below {root}; run a defense first.")
+    if leaderboard:
+        ours, frame = frame, join_leaderboard(frame, read_leaderboard(leaderboard))
+        if frame is ours:
+            warn("no leaderboard row has the dataset, model, attack and poison rate of a record here")
+    tables = build_tables(frame)
+    writers: dict[str, Callable[[Path], object]] = {
+        "csv": lambda path: frame.to_csv(path, index=False),
+        "parquet": frame.to_parquet,
+        "markdown": lambda path: path.write_text("\n".join(map(to_markdown, tables)), "utf-8"),
+        "latex": lambda path: path.write_text("\n".join(map(to_latex, tables)), "utf-8"),
+        "html": lambda path: path.write_text(to_html(tables), "utf-8"),
+    }
+    for kind, path in files.items():
+        try:
+            with replacing(path) as temporary:
+                writers[kind](temporary)
+        except ImportError:
+            raise UserError("--parquet needs pyarrow; run: pip install pyarrow") from None
+    return "\n".join(to_text(table, width) for table in tables)
 
 
 @dataclass(frozen=True)
@@ -198,3 +231,33 @@ def _latex(text: str) -> str:
     """``text`` with LaTeX's special characters escaped."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(special.get(char, rf"\{char}" if char in "&%$#_{}" else char) for char in text)
+
+
+def to_html(tables: Sequence[Table]) -> str:
+    """A whole page without outside references; every name in it is escaped."""
+    loader = jinja2.FileSystemLoader(ASSETS)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["printable"] = printable
+    grids = [_grid(table, number) for number, table in enumerate(tables)]
+    return environment.get_template("tables.html").render(tables=tables, grids=grids, group=len(HEADLINES))
+
+
+def _grid(table: Table, number: int) -> str:
+    texts = table.texts()
+    texts.columns.names = [None, "Method"]
+    styler = texts.style.set_uuid(f"t{number}").apply(lambda _: _css(table), axis=None)
+    styler.apply_index(lambda names: [ITALIC if name.endswith(PUBLISHED) else "" for name in names])
+    styler.format_index(printable, axis=0, escape="html").format_index(attack_title, axis=1, level=0, escape="html")
+    styler.format_index(lambda metric: HEADLINES.get(str(metric), str(metric)), axis=1, level=1)
+    return str(styler.to_html())
+
+
+def _css(table: Table) -> pd.DataFrame:
+    """The style of each cell: its bar, bold where it is best, italic where it is published."""
+    css = table.best().map({True: "font-weight: 700;", False: ""}.get)
+    for (attack, metric), means in table.means.items():  # type: ignore[misc]
+        colour = f"var(--{'bad' if metric in LOW_IS_GOOD else 'good'})"
+        bars = means.map(f"background: linear-gradient(90deg, {colour} {{:.1f}}%, transparent 0);".format)
+        css[attack, metric] += bars.where(means.notna(), "")
+    css[css.index.str.endswith(PUBLISHED)] += ITALIC
+    return css

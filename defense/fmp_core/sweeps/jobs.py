@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fmp_core.errors import UserError
-from fmp_core.results.read import STAMP, Result, read_result
+from fmp_core.results.read import STAMP, Result, read_json, read_result
 from fmp_core.storage.files import write_text
 from fmp_core.storage.lock import locked
 
@@ -59,7 +59,6 @@ class Outcome:
     seconds: float
     problem: str | None = None
     result: Result | None = None
-    skipped: bool = False
 
 
 def settings_hash(job: Job) -> str:
@@ -84,10 +83,9 @@ def _content_hash(path: Path, _size: int, _time_ns: int) -> str:
 def read_stamp(folder: Path) -> dict[str, Any]:
     """What a sweep noted beside a result or record; empty if there is no such file or it is unreadable."""
     try:
-        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / STAMP)
+    except UserError:
         return {}
-    return stamp if isinstance(stamp, dict) else {}
 
 
 def finished(job: Job) -> Outcome | None:
@@ -96,13 +94,12 @@ def finished(job: Job) -> Outcome | None:
     A record that exists without a stamp was made by hand, and is taken as it is.
     """
     stamp = read_stamp(job.folder)
-    seconds = float(stamp.get("seconds", 0))
     if job.kind == "record":
-        return Outcome(seconds, skipped=True) if job.attack_file.is_file() else None
+        return Outcome(float(stamp.get("seconds", 0))) if job.attack_file.is_file() else None
     if stamp.get("hash") != settings_hash(job) or not (job.folder / "defense_result.pt").is_file():
         return None
     try:
-        return Outcome(seconds, result=read_result(job.folder), skipped=True)
+        return Outcome(float(stamp["seconds"]), result=read_result(job.folder))
     except UserError:
         return None
 
@@ -130,19 +127,14 @@ def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | 
                 write_text((job.writes or job.folder) / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
         except (UserError, OSError) as error:
             problem = str(error)
-            if job.writes and failed.exists():
-                problem = _name_what_was_moved(problem, job.writes, log, failed)
+            if job.writes and failed.exists():  # the problem, and the log, name what the run left as it is now
+                with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
+                    file.write(f"sweep: what {job.writes} held is now in {failed}\n")
+                for moved in (job.writes.resolve(), job.writes):
+                    problem = re.sub(rf"{re.escape(str(moved))}(?![\w.-])", str(failed), problem)
+                problem += f" (what it left: {failed})"
             return Outcome(time.monotonic() - started, problem)
         return Outcome(seconds, result=result)
-
-
-def _name_what_was_moved(problem: str, writes: Path, log: Path, failed: Path) -> str:
-    """``problem`` with the paths of what a failed BB run left as they are now; the same is noted in its log."""
-    with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
-        file.write(f"sweep: what {writes} held is now in {failed}\n")
-    for moved in (str(writes.resolve()), str(writes)):
-        problem = re.sub(rf"{re.escape(moved)}(?![\w.-])", str(failed), problem)
-    return f"{problem} (what it left: {failed})"
 
 
 @contextlib.contextmanager

@@ -177,16 +177,9 @@ def _our_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mappin
     places |= {"device": sweep.device} | ({"defense_name": folder.name} if folder.name != "fmp" else {})
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={sweep.processes}")
     start = (sys.executable, *(torchrun if sweep.processes > 1 else ()), str(PROJECT / "defense" / "fmp.py"))
-    return Job(
-        record,
-        "ours",
-        method,
-        settings.random_seed,
-        folder,
-        command=(*start, *_flags({**places, **flags})),
-        settings={name: getattr(settings, name) for name in deciding_result()},
-        shared_work=_shared_work(record, settings),
-    )
+    command = (*start, *_flags({**places, **flags}))
+    decides = {name: getattr(settings, name) for name in deciding_result()}
+    return Job(record, "ours", method, settings.random_seed, folder, command, decides, _shared_work(record, settings))
 
 
 def _shared_work(record: str, settings: Settings) -> str | None:
@@ -215,16 +208,9 @@ def _bb_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mapping
     about |= {"record_root": sweep.record_root, "dataset_path": sweep.dataset_path, "device": sweep.device}
     start = (sys.executable, str(PROJECT / "record_scripts" / "run_defense.py"))
     folder = _result_folder(sweep, record, method, flags["random_seed"])
-    return Job(
-        record,
-        "backdoorbench",
-        method,
-        flags["random_seed"],
-        folder,
-        command=(*start, *_flags(about), "--", *_flags(flags)),
-        settings={"defense": defense, **flags},
-        writes=folder.with_name(defense),
-    )
+    command, decides = (*start, *_flags(about), "--", *_flags(flags)), {"defense": defense, **flags}
+    writes = folder.with_name(defense)
+    return Job(record, "backdoorbench", method, flags["random_seed"], folder, command, decides, writes=writes)
 
 
 def _result_folder(sweep: Sweep, record: str, method: str, seed: int) -> Path:
