@@ -1,0 +1,206 @@
+"""One run of the command, looked at from all sides."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pytest
+import torch
+from command import FT_COLUMNS, MAPS, QUICK, RESULTS, Run, listing, table, weights
+from conftest import MODEL, RECORD, Ran, call_fmp
+from PIL import Image
+from toy import NARROW_RESNET_MAPS
+
+
+class Finished(NamedTuple):
+    root: Path
+    ran: Ran
+
+    @property
+    def results(self) -> Path:
+        return self.root / RESULTS
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return json.loads((self.results / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(workplace_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """Two epochs, tested after the last only, saved after each."""
+    root = tmp_path_factory.mktemp("finished") / "workplace"
+    shutil.copytree(workplace_template, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        ran = call_fmp("--device", "cpu", *QUICK, "--epochs", "2", "--frequency_test", "0", "--frequency_save", "1")
+    yield Finished(root, ran)
+
+
+def test_a_run_ends_with_a_table(finished: Finished):
+    assert finished.ran.code == 0, finished.ran.err
+    lines = finished.ran.out.strip().splitlines()
+    assert lines[0].split() == ["percent", "Acc", "ASR", "RA"]
+    for line, row in zip(lines[1:3], ("before", "after"), strict=True):
+        figures = finished.metrics[row]
+        assert line.split() == [row, "FMP", *(f"{100 * figures[key]:.2f}" for key in ("test_acc", "test_asr", "test_ra"))]
+    assert f"results: {RESULTS}" in lines[-1] and lines[-1].startswith("DER ")
+
+
+def test_ten_plain_lines_come_first_then_the_first_figure(finished: Finished):
+    """What the run works on, and with what; all else is in the log. The attacked model is tested before anything else."""
+    lines = finished.ran.err.splitlines()
+    first = next(number for number, line in enumerate(lines) if "Acc " in line)
+    assert first <= 10 and lines[first].startswith("before: Acc ")
+    words = [line.split()[0] for line in lines[:first]]
+    assert words[:7] == ["record", "model", "dataset", "clean", "test", "device", "preset"]
+    about = "\n".join(lines[:first])
+    for part in (
+        RECORD,
+        f"{MODEL}, {MAPS} feature maps",
+        "cifar10, 10 classes",
+        "5 training images",
+        "10 clean and 9 poisoned",
+    ):
+        assert part in about
+    assert "frg_samples 2" in about and "p 8" in about and "lr" not in about  # only what differs from the defaults
+
+
+def test_the_terminal_speaks_in_percent(finished: Finished):
+    (line,) = [line for line in finished.ran.err.splitlines() if line.startswith("before: ")]
+    figures = finished.metrics["before"]
+    assert line == "before: Acc {:.2f} %  ASR {:.2f} %  RA {:.2f} %".format(*(100 * value for value in figures.values()))
+
+
+def test_a_run_leaves_every_file_of_bbs_and_ours(finished: Finished):
+    names = {path.relative_to(finished.results).as_posix() for path in finished.results.rglob("*") if path.is_file()}
+    logs = {name for name in names if re.fullmatch(r"log/\d{4}(_\d\d){5}\.log", name)}
+    assert len(logs) == 1
+    scores = {name for name in names if name.startswith("cache/")}
+    assert names - logs - scores == {
+        ".lock",
+        "defense_result.pt", "fmp_df.csv", "fmp_df_summary.csv", "loss_metric_plots.png", "acc_like_metric_plots.png",
+        "log/index.txt", "index.txt", "feature_maps.csv", "metrics.json",
+        "predictions.csv", "report.html",
+        "checkpoint/fmp_epoch_0.pt", "checkpoint/fmp_epoch_1.pt",
+    }  # fmt: skip
+
+
+def test_a_run_changes_nothing_else(finished: Finished, workplace_template: Path):
+    before, after = listing(workplace_template), listing(finished.root)
+    added = {name for name in after if name not in before}
+    assert set(before) <= set(after) and all(name.startswith(f"record/{RECORD}/defense") for name in added)
+    record = Path("record") / RECORD / "attack_result.pt"
+    assert (finished.root / record).read_bytes() == (workplace_template / record).read_bytes()
+
+
+def test_the_csv_has_the_columns_of_fts(finished: Finished):
+    text = (finished.results / "fmp_df.csv").read_text()
+    assert text.splitlines()[0] == "," + ",".join(FT_COLUMNS)
+    frame = table(finished.results / "fmp_df.csv")
+    assert frame["epoch"].tolist() == [0, 1] and frame["batch"].tolist() == [1, 1]
+    assert frame[["train_epoch_loss_avg_over_batch", "train_acc"]].notna().all(axis=None)
+
+
+def test_frequency_test_0_tests_after_the_last_epoch_only(finished: Finished):
+    frame = table(finished.results / "fmp_df.csv")
+    assert frame["test_acc"].isna().tolist() == [True, False]
+    assert frame["test_acc"][1] == finished.metrics["after"]["test_acc"]
+
+
+def test_the_summary_has_bbs_three_rows(finished: Finished):
+    history = table(finished.results / "fmp_df.csv")
+    summary = table(finished.results / "fmp_df_summary.csv")
+    assert summary.index.tolist() == ["last", "valid_max", "exist_nan_value"]
+    assert summary.columns.tolist() == FT_COLUMNS
+    assert float(summary["train_acc"]["last"]) == history["train_acc"].iloc[-1]
+    assert float(summary["train_epoch_loss_avg_over_batch"]["valid_max"]) == history["train_epoch_loss_avg_over_batch"].max()
+    assert set(summary.loc["exist_nan_value"]) == {"False"}
+
+
+def test_the_plots_have_bbs_size(finished: Finished):
+    for name in ("loss_metric_plots.png", "acc_like_metric_plots.png"):
+        with Image.open(finished.results / name) as image:
+            image.load()
+            assert image.size == (1280, 960)
+
+
+def test_feature_maps_csv_has_a_row_per_map(finished: Finished):
+    frame = pd.read_csv(finished.results / "feature_maps.csv")
+    assert frame.columns.tolist() == ["layer", "channel", "correct", "samples", "margin", "rank", "pruned"]
+    sizes = frame.groupby("layer", sort=False).size()
+    assert sizes.to_dict() == NARROW_RESNET_MAPS
+    assert set(frame["samples"]) == {2} and frame["correct"].between(0, 2).all()
+    pruned = frame.groupby("layer", sort=False)["pruned"].sum()
+    assert pruned.tolist() == [size // 8 for size in sizes]
+    assert (frame["pruned"] == (frame["rank"] <= frame["layer"].map(sizes) // 8)).all()
+
+
+def test_metrics_json_says_what_was_done(finished: Finished):
+    metrics = finished.metrics
+    for row in ("before", "after"):
+        assert list(metrics[row]) == ["test_acc", "test_asr", "test_ra"]
+        assert all(0 <= value <= 1 for value in metrics[row].values())
+    drop = {key: max(0.0, metrics["before"][key] - metrics["after"][key]) for key in ("test_acc", "test_asr")}
+    assert metrics["der"] == pytest.approx((drop["test_asr"] - drop["test_acc"] + 1) / 2)
+    assert (metrics["record"], metrics["dataset"], metrics["model"]) == (RECORD, "cifar10", MODEL)
+    assert (metrics["clean_images"], metrics["frg_images"], metrics["feature_maps"]) == (5, 2, MAPS)
+    assert metrics["pruned"] == pd.read_csv(finished.results / "feature_maps.csv")["pruned"].sum()
+    assert metrics["seed"] == 0 and metrics["device"].startswith("cpu")
+    assert metrics["test_images"] is None and metrics["attack_figures"] is None and metrics["warnings"] == []
+    assert {"load", "ranking", "testing"} <= set(metrics["seconds"])
+    assert all(seconds >= 0 for seconds in metrics["seconds"].values())
+    assert metrics["settings"]["p"] == 8 and metrics["settings"]["eps"] == 1 / 255
+    assert {"fmp", "git", "python", "torch", "torchvision", "numpy", "pandas"} <= set(metrics["versions"])
+
+
+def test_the_defense_result_is_a_drop_in_for_the_record(finished: Finished):
+    record = torch.load(finished.root / "record" / RECORD / "attack_result.pt", weights_only=False)["model"]
+    result = torch.load(finished.results / "defense_result.pt", weights_only=True)
+    assert list(result) == ["model_name", "num_classes", "model"]
+    assert (result["model_name"], result["num_classes"]) == (MODEL, 10)
+    assert list(result["model"]) == list(record)
+    for key, value in result["model"].items():
+        assert (value.dtype, value.shape, value.device.type) == (record[key].dtype, record[key].shape, "cpu")
+    assert any(not torch.equal(value, record[key]) for key, value in result["model"].items())
+
+
+def test_index_txt_is_the_clean_subset_in_draw_order(finished: Finished):
+    drawn = [int(line) for line in (finished.results / "index.txt").read_text().split()]
+    assert drawn == [24, 48, 26, 2, 16]  # random.Random(0).sample(range(50), 5)
+    assert (finished.results / "log" / "index.txt").read_text() == (finished.results / "index.txt").read_text()
+
+
+def test_saved_epochs_are_defense_results_and_the_last_is_the_result(finished: Finished):
+    epochs = [torch.load(finished.results / "checkpoint" / f"fmp_epoch_{n}.pt", weights_only=True) for n in (0, 1)]
+    assert list(epochs[0]) == ["model_name", "num_classes", "model"]
+    final = weights(finished.root)
+    assert all(torch.equal(epochs[1]["model"][key], value) for key, value in final.items())
+    assert any(not torch.equal(epochs[0]["model"][key], value) for key, value in final.items())
+
+
+def test_the_log_holds_settings_and_all_that_was_said(finished: Finished):
+    (log,) = (finished.results / "log").glob("*.log")
+    text = log.read_text()
+    stamp = r"\d{4}-\d\d-\d\d:\d\d:\d\d:\d\d \[INFO    \] \[\w+\.py:\d+\] "
+    assert re.match(stamp, text)
+    for part in ("'eps': 0.00392", "'terminal_info'", "before: Acc", "pruned ", "epoch 2 of 2: Acc"):
+        assert part in text
+    said = [re.sub(stamp, "", line) for line in text.splitlines() if re.match(stamp, line)]
+    assert finished.ran.err.splitlines() == said[1:]  # no terminal: the same lines without time and place, no progress bar
+
+
+def test_a_second_run_gives_the_same_bits(finished: Finished, workplace: Path, run_fmp: Run):
+    """Though other poisoned test images and other test frequencies were asked for."""
+    for path in (workplace / "record" / RECORD / "bd_test_dataset").rglob("*.png"):
+        Image.new("RGB", (32, 32), "red").save(path)
+    assert run_fmp(*QUICK, "--epochs", "2", "--frequency_test", "1").code == 0
+    again, first = weights(workplace), weights(finished.root)
+    assert all(torch.equal(again[key], first[key]) for key in first)
+    frame = table(workplace / RESULTS / "fmp_df.csv")
+    assert frame["test_acc"].notna().all() and not list((workplace / RESULTS / "checkpoint").iterdir())
