@@ -29,12 +29,11 @@ from fmp_core.system.cli import Parser, run_main
 
 
 def run(args: argparse.Namespace) -> None:
-    import pandas as pd  # like torch, it takes seconds
-    from fmp_core.frg.benchmark import measure_all
+    from fmp_core.frg.benchmark import measure_all  # imports torch, which takes seconds
 
-    rows = measure_all(args)
+    table = measure_all(args)
     if args.csv:
-        pd.DataFrame(rows, columns=["device", "dtype", "figure", "value"]).to_csv(args.csv, index=False)
+        table.to_csv(args.csv, index=False)
 
 
 def main(argv: list[str] | None = None) -> int:

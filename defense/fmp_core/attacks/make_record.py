@@ -76,7 +76,6 @@ def make_record(record: RecordSettings, attack: AttackSettings, training: dict[s
         LOGGER.info("%d of %d training images get the trigger", poisoned, len(plan.used))
         LOGGER.info("%s is trained for %d epochs on %s", record.model, plan.training.epochs, device.name)
         measure = _measurement(plan, model, device.device)
-        data = type(data)(*(part.to(device.device) for part in data))
         history = train_attacked_model(model, data, measure, plan.training, device, plan.facts, checkpoint)
         write_record(plan, network.state_dict(), history)
     finally:
@@ -196,19 +195,10 @@ def write_record(plan: Plan, state: dict[str, Tensor], history: History) -> None
 
 def _info(plan: Plan) -> dict[str, Any]:
     """``info.pickle``: the settings under BB's names, and what follows from the dataset."""
-    record, (height, width, channels) = plan.record, plan.facts.size
-    return {
-        **asdict(record),
-        **asdict(plan.attack),
-        "attack": plan.attack.bb_name,
-        **{name: getattr(plan.training, name) for name in training_settings()},
-        "num_classes": plan.num_classes,
-        "img_size": plan.facts.size,
-        "terminal_info": sys.argv,
-        "input_height": height,
-        "input_width": width,
-        "input_channel": channels,
-        "save_folder_name": plan.folder.name,
-        "save_path": f"./record/{plan.folder.name}",
-        "dataset_path": f"{record.dataset_path}/{record.dataset}",
-    }
+    record, size, name = plan.record, plan.facts.size, plan.folder.name
+    info = {**asdict(record), **asdict(plan.attack), "attack": plan.attack.bb_name}
+    info |= {setting: getattr(plan.training, setting) for setting in training_settings()}
+    info |= {"num_classes": plan.num_classes, "img_size": size, "terminal_info": sys.argv}
+    info |= dict(zip(("input_height", "input_width", "input_channel"), size, strict=True))
+    info |= {"save_folder_name": name, "save_path": f"./record/{name}"}
+    return info | {"dataset_path": f"{record.dataset_path}/{record.dataset}"}

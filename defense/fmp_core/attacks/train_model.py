@@ -93,11 +93,12 @@ def train_attacked_model(
     facts: DatasetFacts,
     checkpoint: Checkpoint,
 ) -> History:
-    """Train ``model`` in place, all data on its device, and ``measure`` it after each epoch.
+    """Train ``model`` in place, on its device, and ``measure`` it after each epoch.
 
     Resumes from ``checkpoint``, whose notes keep the history. Raises UserError if training diverges, or the checkpoint belongs
     to other settings.
     """
+    data = TrainingSet(*(part.to(device.device) for part in data))
     checkpoint.notes = {"history": []}
     saved = checkpoint.load()
     finished = saved["finished"] if saved else 0

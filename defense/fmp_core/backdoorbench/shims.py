@@ -3,9 +3,8 @@
 
     python shims.py SCRIPT [ARGUMENTS...]
 
-The current folder stands for BackdoorBench's root (workspace.py makes one). What BackdoorBench expects and newer libraries
-took away is put back in this process, then SCRIPT runs as if Python had been given it. BackdoorBench may have a Python of its
-own, so this file keeps to Python 3.8 and imports nothing of FMP.
+The current folder is BackdoorBench's root. What newer libraries took away is put back in this process, then SCRIPT runs as if
+Python had been given it. BackdoorBench may have a Python of its own, so this keeps to Python 3.8 and imports nothing of FMP.
 """
 
 from __future__ import annotations
@@ -197,9 +196,6 @@ class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return None
         print(f"shims: {name} is not installed; a placeholder stands in.", flush=True)
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):  # type: ignore[no-untyped-def]
-        return None
 
     def exec_module(self, module: types.ModuleType) -> None:
         package = module.__name__.partition(".")[0]

@@ -124,7 +124,21 @@ def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
         for entry in job.checkout.iterdir():
             if entry.name not in OURS:
                 (folder / entry.name).symlink_to(entry)
-        _lay_out_record(job, folder, write_through)
+        real, seen = job.folder.resolve(), folder / "record" / job.name
+        if write_through:
+            make_folders(real / "defense")
+        seen.mkdir(parents=True)
+        for entry in real.iterdir():
+            if entry.name == ATTACK_FILE:  # a symbolic link would lead BackdoorBench to look for data/ beside the real record
+                try:
+                    os.link(entry, seen / entry.name)
+                except OSError:  # another file system
+                    shutil.copyfile(entry, seen / entry.name)
+            elif entry.name != "defense" or write_through:
+                (seen / entry.name).symlink_to(entry)
+        for stored in job.image_folders:
+            if not stored.is_absolute() and (real / stored.name).is_dir():
+                _link(folder, stored, real / stored.name)
         if "data" not in job.data_path:
             raise UserError(
                 f"The record's data_path {job.data_path!r} has no 'data' in it, so BackdoorBench cannot find the dataset."
@@ -134,24 +148,6 @@ def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _lay_out_record(job: Job, folder: Path, write_through: bool) -> None:
-    real, seen = job.folder.resolve(), folder / "record" / job.name
-    if write_through:
-        make_folders(real / "defense")
-    seen.mkdir(parents=True)
-    for entry in real.iterdir():
-        if entry.name == ATTACK_FILE:  # a symbolic link would lead BackdoorBench to look for data/ beside the real record
-            try:
-                os.link(entry, seen / entry.name)
-            except OSError:  # another file system
-                shutil.copyfile(entry, seen / entry.name)
-        elif entry.name != "defense" or write_through:
-            (seen / entry.name).symlink_to(entry)
-    for stored in job.image_folders:
-        if not stored.is_absolute() and (real / stored.name).is_dir():
-            _link(folder, stored, real / stored.name)
 
 
 def _image_folder(state: Any) -> PurePosixPath | None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -211,18 +212,16 @@ def measure_training(args: Namespace) -> dict[str, float]:
     }
 
 
-def measure_all(args: Namespace) -> list[tuple[str, str, str, float]]:
-    """Measure and print what ``args`` (the flags of bench_frg.py) ask for. Returns (device, dtype, figure, value) rows."""
+def measure_all(args: Namespace) -> pd.DataFrame:
+    """Measure and print what ``args`` (the flags of bench_frg.py) ask for. Returns device, dtype, figure and value."""
     device, rows = devices.choose_device(args.device), []
     print(f"{device.name}, torch {torch.__version__}, {args.images} images, about {args.maps} maps, {args.repeat} run(s)")
     work: dict[str, Callable[[], dict[str, float]]] = {name: partial(measure, args, DTYPES[name]) for name in args.dtype}
     if args.training:
         work["amp"] = partial(measure_training, args)
     for dtype, once in work.items():
-        runs = [once() for _ in range(args.repeat)]
-        for figure in runs[0]:
-            values = [run[figure] for run in runs]
-            rows.append((str(device.device), dtype, figure, statistics.median(values)))
-            spread = f"  ({min(values):.2f} .. {max(values):.2f})" if args.repeat > 1 else ""
-            print(f"{dtype:6}{figure:34}{rows[-1][3]:12.2f}{spread}", flush=True)
-    return rows
+        for figure, runs in pd.DataFrame([once() for _ in range(args.repeat)]).items():
+            rows.append((str(device.device), dtype, figure, runs.median()))
+            spread = f"  ({runs.min():.2f} .. {runs.max():.2f})" if args.repeat > 1 else ""
+            print(f"{dtype:6}{figure:34}{runs.median():12.2f}{spread}", flush=True)
+    return pd.DataFrame(rows, columns=["device", "dtype", "figure", "value"])
