@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core, so one thread e
 import numpy as np
 import pytest
 import torch
+from colours import build_colours, run_colours
 from fmp_core import command
 from fmp_core.data.write_record import PoisonedImages, write_attack_record
 from fmp_core.models.build import build_model
@@ -139,3 +140,24 @@ def quiet_logger() -> Iterator[None]:
         handler.close()
     logger.setLevel(logging.NOTSET)
     logger.propagate = True  # else pytest adds handlers of its own
+
+
+@pytest.fixture(scope="session")
+def colours_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    build_colours(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def colours_run(colours_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of one run."""
+    root = tmp_path_factory.mktemp("base") / "here"
+    shutil.copytree(colours_template, root)
+    return run_colours(root)
+
+
+@pytest.fixture
+def colours(colours_template: Path, tmp_path: Path) -> Path:
+    shutil.copytree(colours_template, tmp_path / "here")
+    return tmp_path / "here"
