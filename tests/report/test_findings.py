@@ -76,7 +76,7 @@ def test_the_page_shows_the_attacks_own_figures_the_quick_look_and_names_as_text
         **{"model": bad, "device": bad, "record": bad, "warnings": [sentence, bad], "test_images": 500},
         attack_figures=dict(zip(METRICS, (0.285, 0.9, 0.05), strict=True)),
     )
-    text = page(run, 10, None, f"No pairs here {bad}.")
+    text = page(run, 10, None, f"No pairs here {bad}.", {})
     assert sentence in text and "Acc 28.50, ASR 90.00, RA 5.00" in text
     assert "tested on a sample of 500 images" in text and "No pairs here" in text
     assert bad not in text and "&lt;script&gt;alert(1)" in text

@@ -82,14 +82,8 @@ def _other(folder: Path) -> Mapping[str, float]:
         raise UserError(f"--compare {folder.name}: {error}; that defense may not have ended.") from None
 
 
-def page(
-    run: Run,
-    num_classes: int,
-    trigger: Trigger | None,
-    trigger_unknown: str = "",
-    others: Mapping[str, Mapping[str, float]] | None = None,
-) -> str:
-    """The page's HTML. ``trigger_unknown`` says in a sentence why ``trigger`` is None; ``others``: METRICS by defense."""
+def page(run: Run, num_classes: int, trigger: Trigger | None, unknown: str, others: Mapping[str, Mapping[str, float]]) -> str:
+    """The page's HTML. ``unknown`` says in a sentence why ``trigger`` is None; ``others``: METRICS by defense."""
     own = own_pruning(run)
     precision = trigger.precision(own.mask) if trigger else None
     facts = {
@@ -99,7 +93,7 @@ def page(
         "warnings": list(warnings(run, own, precision)),
         "names": HEADLINES,
         "means": MEANS,
-        "others": _others(run, others or {}),
+        "others": _others(run, others),
         "matrices": _matrices(run, num_classes),
         "by_class": figures.success_by_class(success_by_class(run.predictions)),
         "many_classes": num_classes > figures.MOST_CLASSES,
@@ -107,7 +101,7 @@ def page(
         "strips": strips(run, trigger) if run.scored or run.by_trigger else None,
         "precision": precision,
         "trigger": trigger,
-        "trigger_unknown": trigger_unknown,
+        "trigger_unknown": unknown,
         "pictures": pictures(run, trigger) if trigger else None,
         "curves": _curves(run) if run.history["train_acc"].notna().any() else [],
         "command": command(run.summary.settings, run.summary.chosen_by),

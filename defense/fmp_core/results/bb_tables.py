@@ -42,8 +42,8 @@ def history_frame(rows: Sequence[tuple[Epoch | None, Metrics | None]]) -> pd.Dat
     records = []
     for number, parts in enumerate(rows):
         row: dict[str, Any] = {"epoch": number, "batch": 0}
-        for part in filter(None, parts):
-            row |= dataclasses.asdict(part)
+        for part in parts:
+            row |= {} if part is None else dataclasses.asdict(part)
         records.append({key: "nan_value" if value != value else value for key, value in row.items()})
     columns = [*(field.name for field in dataclasses.fields(kind)), *TEST_COLUMNS]
     return pd.DataFrame(records, columns=columns, dtype=object)

@@ -59,11 +59,8 @@ def _record_folders(root: Path) -> Iterator[Path]:
 
 def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any]]:
     logged = _or_warn(read_attack_metrics, folder, warn) or {}
-    about = {
-        "record": folder.relative_to(root).as_posix(),
-        "source": str(folder),
-        **(_or_warn(read_record, folder, warn) or {}),
-    }
+    about: dict[str, Any] = {"record": folder.relative_to(root).as_posix(), "source": str(folder)}
+    about |= _or_warn(read_record, folder, warn) or {}
     places = sorted(path for path in (folder / "defense").iterdir() if path.is_dir() and not path.name.startswith("."))
     found = {place.name: _or_warn(_result_in, place, warn) for place in places}
     results = {name: result for name, result in found.items() if result}

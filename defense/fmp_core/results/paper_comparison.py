@@ -80,7 +80,7 @@ def _not_run(table: str, compared: pd.DataFrame, backdoorbench: bool) -> Iterato
     own = compared[(compared["attack"] != AVERAGE) & ~compared["defense"].isin(NOT_RUNNABLE)]
     left_out: list[str] = []
     missing: list[str] = []
-    for (defense, value), rows in own.groupby(["defense", "value"], sort=False):  # type: ignore[misc]
+    for (defense, value), rows in own.groupby(["defense", "value"], sort=False):
         absent = rows.loc[rows["ours_test_acc"].isna(), "attack"]
         name = "the attacked model" if defense == "no defense" else defense
         name += f" at {VARIED[table]} {value}" if table in VARIED else ""

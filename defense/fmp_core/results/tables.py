@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import jinja2
 import pandas as pd
@@ -108,7 +109,8 @@ def build_tables(frame: pd.DataFrame) -> list[Table]:
     on_sample = frame["method"] + " (" + frame["test_images"].astype(str) + SAMPLE
     frame = frame.assign(column=_columns(frame), method=frame["method"].where(frame["test_images"].isna(), on_sample))
     tables = []
-    for (dataset, model, pratio), part in frame.groupby(SETTING, dropna=False, sort=True):  # type: ignore[misc]
+    for values, part in frame.groupby(SETTING, dropna=False, sort=True):
+        dataset, model, pratio = cast(tuple[Any, Any, Any], values)
         rate = f"poison rate {100 * pratio:g} %" if pd.notna(pratio) else None
         title = ", ".join(str(text) for text in (dataset, model, rate) if pd.notna(text) and text)
         tables.append(_table(title or "unknown setting", part))
@@ -199,10 +201,10 @@ def to_markdown(table: Table) -> str:
 
     cells = table.texts()
     cells = cells.where(~table.best(), "**" + cells + "**")
-    heads = [f"{plain(attack_title(attack))} {HEADLINES[metric]}" for attack, metric in table.means.columns]
+    heads = [f"{plain(attack_title(column[0]))} {HEADLINES[column[1]]}" for column in table.means.columns]
     notes = [f"\n{plain(note)}" for note in table.notes]
     rows = [["Method", "ratio", *heads], ["---", "---:", *("---:" for _ in heads)]]
-    rows += [[plain(method), *texts] for method, *texts in cells.itertuples()]
+    rows += [[plain(method), *texts] for method, texts in zip(cells.index, cells.to_numpy().tolist(), strict=True)]
     lines = [f"**{plain(table.title)}** (percent)", "", *(f"| {' | '.join(row)} |" for row in rows), *notes]
     return "\n".join(lines) + "\n"
 
@@ -210,8 +212,8 @@ def to_markdown(table: Table) -> str:
 def to_latex(table: Table) -> str:
     """A booktabs table (``\\usepackage{booktabs}``), the best in bold, mean ± std over seeds."""
 
-    def head(escaped: str) -> str:
-        metric = escaped.replace(r"\_", "_")
+    def head(escaped: object) -> str:
+        metric = str(escaped).replace(r"\_", "_")
         arrow = r" $\downarrow$" if metric in LOW_IS_GOOD else r" $\uparrow$"
         return HEADLINES[metric] + arrow if metric in HEADLINES else metric
 
@@ -255,9 +257,9 @@ def _grid(table: Table, number: int) -> str:
 def _css(table: Table) -> pd.DataFrame:
     """The style of each cell: its bar, bold where it is best, italic where it is published."""
     css = table.best().map({True: "font-weight: 700;", False: ""}.get)
-    for (attack, metric), means in table.means.items():  # type: ignore[misc]
-        colour = f"var(--{'bad' if metric in LOW_IS_GOOD else 'good'})"
+    for column in table.means.columns:
+        colour, means = f"var(--{'bad' if column[1] in LOW_IS_GOOD else 'good'})", table.means[column]
         bars = means.map(f"background: linear-gradient(90deg, {colour} {{:.1f}}%, transparent 0);".format)
-        css[attack, metric] += bars.where(means.notna(), "")
+        css[column] += bars.where(means.notna(), "")
     css[css.index.str.endswith(PUBLISHED)] += ITALIC
     return css

@@ -122,8 +122,8 @@ def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | 
             with _kept_apart(job, failed):
                 result = _run_to_end(job, log, {MARK: str(sweep.resolve()), **environment}, timeout)
                 seconds = time.monotonic() - started
-                stamp = {"hash": settings_hash(job), "method": job.method, "seed": job.seed, "seconds": round(seconds, 1)}
-                stamp |= {"command": list(job.command), "settings": dict(job.settings)}
+                stamp: dict[str, Any] = {"hash": settings_hash(job), "method": job.method, "seed": job.seed}
+                stamp |= {"seconds": round(seconds, 1), "command": list(job.command), "settings": dict(job.settings)}
                 write_text((job.writes or job.folder) / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
         except (UserError, OSError) as error:
             problem = str(error)

@@ -110,7 +110,7 @@ def _queued() -> set[str] | None:
 
 def _outcome(handle: Any) -> Outcome:
     try:
-        return handle.result()  # type: ignore[no-any-return]
+        return handle.result()
     except Exception as error:  # submitit wraps what killed the job: time limit, out of memory, a node that died
         line = next((text for text in reversed(str(error).splitlines()) if text.strip()), type(error).__name__)
         return Outcome(0, f"{line[:200]} (log: {handle.paths.stderr})")
