@@ -12,6 +12,7 @@ from conftest import RECORD, Ran
 from toy import NARROW_RESNET_MAPS
 
 QUICK = ("--result_file", RECORD, "--frg_samples", "2", "--p", "8")
+SHORT = ("--device", "cpu", "--result_file", RECORD, "--selection", "random", "--epochs", "0", "--report", "False")
 MAPS = sum(NARROW_RESNET_MAPS.values())
 RESULTS = Path("record") / RECORD / "defense" / "fmp"
 FT_COLUMNS = [

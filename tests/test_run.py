@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pytest
 import torch
-from command import FT_COLUMNS, MAPS, QUICK, RESULTS, Run, listing, table, weights
+from command import FT_COLUMNS, MAPS, QUICK, RESULTS, SHORT, Run, listing, table, weights
 from conftest import MODEL, RECORD, Ran, call_fmp
 from PIL import Image
 from toy import NARROW_RESNET_MAPS
@@ -204,3 +205,10 @@ def test_a_second_run_gives_the_same_bits(finished: Finished, workplace: Path, r
     assert all(torch.equal(again[key], first[key]) for key in first)
     frame = table(workplace / RESULTS / "fmp_df.csv")
     assert frame["test_acc"].notna().all() and not list((workplace / RESULTS / "checkpoint").iterdir())
+
+
+def test_the_clock_may_jump(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    times = iter(range(10**9, 0, -10_000))
+    monkeypatch.setattr(time, "time", lambda: float(next(times)))
+    assert call_fmp(*SHORT).code == 0
+    assert min(json.loads((workplace / RESULTS / "metrics.json").read_text())["seconds"].values()) >= 0
