@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -139,11 +140,10 @@ def _flags(text: str) -> markupsafe.Markup:
 
 def _matrices(run: Run, num_classes: int) -> list[dict[str, str]]:
     matrices = []
-    for poisoned, kind in ((False, "clean"), (True, "triggered")):
-        for when in ("before", "after"):
-            counts = confusion(run.predictions, when, poisoned, num_classes)
-            svg = figures.confusion_matrix(counts, f"Confusion matrix of {kind} test images {when} the defense")
-            matrices.append({"title": f"{kind.capitalize()} images, {when}", "svg": svg})
+    for kind, when in itertools.product(("clean", "triggered"), ("before", "after")):
+        counts = confusion(run.predictions, when, kind == "triggered", num_classes)
+        svg = figures.confusion_matrix(counts, f"Confusion matrix of {kind} test images {when} the defense")
+        matrices.append({"title": f"{kind.capitalize()} images, {when}", "svg": svg})
     return matrices
 
 

@@ -33,14 +33,10 @@ def pictures(run: Run, trigger: Trigger) -> dict[str, Any]:
     noise = _image_changes(run, trigger, clean, shown)
     activations = _activations(trigger, torch.cat([clean, poisoned]), shown)
     cards = {place: _card(one, run, noise[place], *activations[place]) for place, one in shown.iterrows()}
-    legend = {"name": "FRG", "means": "the change FRG makes to the clean image, from -eps (dark) to +eps"}
-    if run.by_trigger:
-        legend = {"name": "inverted", "means": "what the inverted trigger, the same for all maps, changes in the clean image"}
     return {
         "example": _example(clean[0], poisoned[0], int(trigger.labels[0])),
         "pruned": [cards[place] for place in pruned.index],
         "changed": [cards[place] for place in changed.index],
-        **legend,
     }
 
 
@@ -71,12 +67,8 @@ def _card(one: pd.Series, run: Run, noise: Tensor, clean: Tensor, poisoned: Tens
     pair = torch.stack([clean, poisoned])
     low, high = float(pair.min()), float(pair.max())
     return {
-        "layer": one["layer"],
-        "channel": int(one["channel"]),
+        **one,
         "score": f"{one['correct']} of {one['samples']} correct" if run.scored else "",
-        "pruned": bool(one["pruned"]),
-        "tac_rank": int(one["tac_rank"]),
-        "of": int(one["of"]),
         "noise": _picture(0.5 + 0.5 * noise),
         "activations": [_heat(values, low, high) for values in pair] if clean.numel() > 1 else None,
         "numbers": [f"{float(values.mean()):.3g}" for values in pair],

@@ -71,7 +71,7 @@ def as_table(metrics: dict[str, Any], folder: Path) -> str:
     """
     lines = ["", f"{'percent':<16}" + "".join(f"{HEADLINES[name]:>8}" for name in METRICS)]
     for row in ("before", "after"):
-        lines.append(f"{row + ' FMP':<16}" + "".join(f"{100 * metrics[row][name]:8.2f}" for name in METRICS))
+        lines += [f"{row + ' FMP':<16}" + "".join(f"{100 * metrics[row][name]:8.2f}" for name in METRICS)]
     if metrics["test_images"]:
         lines.append(f"on an even sample of {metrics['test_images']} images of each test set")
     lines += ["", f"DER {100 * metrics['der']:.2f} %   results: {folder}"]
