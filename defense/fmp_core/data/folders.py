@@ -45,18 +45,18 @@ def image_folder(folder: Path, train: bool, size: Size, test_names: Sequence[str
         raise LayoutError("train/<class>/*.png", folder)
     training = _descend(training, lambda place: len(_classes(place)) > 1) or training
     # Classes are counted on the training folder: a class without test images must not shift the labels of the others.
-    classes = sorted(_classes(training))
+    classes = _classes(training)
     if train:
         return _class_split(training, classes, size)
     named = [place for name in test_names if (place := _named(base, name)) is not None]
-    places = [_descend(place, lambda inner: bool({*_classes(inner)} & {*classes})) or place for place in named]
+    places = [_descend(place, lambda inner: not {*classes}.isdisjoint(_classes(inner))) or place for place in named]
     usable = [place for place in places if _classes(place)]
     if not usable:
         raise LayoutError(f"{test_names[0]}/<class>/*.png (or {test_names[1]}/)", base)
-    labelled = [place for place in usable if {*_classes(place)} & {*classes}] or usable
+    labelled = [place for place in usable if not {*classes}.isdisjoint(_classes(place))] or usable
     if len(labelled) > 1:
         LOGGER.warning("%s has labelled images in %s; %s is the test set", base, " and ".join(test_names), labelled[0].name)
-    unknown = sorted({*_classes(labelled[0])} - {*classes})
+    unknown = [name for name in _classes(labelled[0]) if name not in classes]
     if unknown:
         raise ValueError(f"{labelled[0]} has the folder {unknown[0]}, which is no class of {training}")
     return _class_split(labelled[0], classes, size)
@@ -79,7 +79,7 @@ def _descend(folder: Path, fits: Callable[[Path], bool]) -> Path | None:
 
 
 def _classes(folder: Path) -> list[str]:
-    """Folders in ``folder`` that hold an image, at any depth."""
+    """Folders in ``folder`` that hold an image, at any depth; in alphabetical order."""
     return [path.name for path in visible(folder) if path.is_dir() and _has_image(path)]
 
 
@@ -106,7 +106,7 @@ def tiny_imagenet(folder: Path, train: bool, size: Size) -> Split:
     images, table = base / "val" / "images", base / "val" / "val_annotations.txt"
     if train or not table.is_file() or not _has_image(images):
         return image_folder(base, train, size, test_names=("val", "test"))  # its test/ has no labels
-    numbers = {name: number for number, name in enumerate(sorted(_classes(base / "train")))}
+    numbers = {name: number for number, name in enumerate(_classes(base / "train"))}
     rows = sorted((fields[1], fields[0]) for fields in _table(table))
     return file_split([images / _plain(name) for _, name in rows], [numbers[label] for label, _ in rows], size)
 
