@@ -15,7 +15,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -e
 	touch $@
 
 demo: .venv/run
-	@test -d record/badnet_digits || $(BIN)/python record_scripts/make_record.py --image_size 16 --patch_size 3 --epochs 8
+	@test -d record/badnet_digits || $(BIN)/python record_scripts/make_record.py --image_size 16 --patch_size 3 --epochs 12 --batch_size 64
 	$(BIN)/python defense/fmp.py --result_file badnet_digits --yaml_path ./config/defense/fmp/digits.yaml
 
 test: .venv/test

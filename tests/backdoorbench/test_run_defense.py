@@ -234,3 +234,12 @@ def test_placeholders_and_ragged_arrays_are_for_backdoorbench_only(tmp_path: Pat
         exec(compile(ragged, "/elsewhere/library.py", "exec"), {})
     exec(compile(ragged, str(tmp_path / "utils.py"), "exec"), names)
     assert names["rows"].dtype == object
+
+
+def test_convolutions_over_one_pixel_are_products_in_backdoorbench_too(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import torch\nprint(torch.nn.Conv2d(4, 4, 3, padding=1)(torch.rand(2, 4, 1, 1)).grad_fn.name())\n"
+    )
+    ran = subprocess.run([sys.executable, str(shims.__file__), "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "UnsqueezeBackward0"
