@@ -39,9 +39,9 @@ HEAD = "poisoned,label,target,before,after\n"
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (None, "not a table"),
-        ("", "not a table"),
-        ("a,b\n1,2\n", "not a table"),
+        (None, "cannot be read"),
+        ("", "cannot be read"),
+        ("a,b\n1,2\n", "has no column poisoned"),
         (HEAD + "False,0,-1,0,0\n", "clean and poisoned"),
         (HEAD + "False,0,-1,x,0\nTrue,1,0,0,0\n", "outside"),
         (HEAD + "False,0,-1,0,0\nTrue,1,0,0,-1\n", "outside"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from fmp_core.models.activation_change import Precision, precision_at, trigger_a
 from fmp_core.models.build import PixelModel, load_model
 from fmp_core.models.evaluate import TestData, to_unit
 from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
+from fmp_core.results.bb_tables import read_table
 from fmp_core.results.intervals import Interval, paired_difference, rating, share_of
 from fmp_core.results.predictions import read_predictions
 from fmp_core.results.summary import RunSummary
@@ -146,10 +146,10 @@ def read_summary(folder: Path) -> RunSummary:
 def read_run(folder: Path, summary: RunSummary, num_classes: int, layers: list[ConvLayer]) -> Run:
     """Read the tables of a result folder. Raises UserError: a file is missing, damaged, of another run or another model."""
     exact = {"margin": lambda text: float(text or "nan")}  # pandas may round the last digit, which can decide a tie
-    maps = _table(folder / "feature_maps.csv", ["layer", "channel", "pruned"], converters=exact)
-    if "rank" in maps:
-        _need(folder / "feature_maps.csv", maps, ["correct", "samples", "margin"])
-    history = _table(folder / "fmp_df.csv", ["epoch", "train_acc"], index_col=0)
+    maps = read_table(folder / "feature_maps.csv", ["layer", "channel", "pruned"], converters=exact)
+    if "rank" in maps:  # FRG scored them, so there must be more columns
+        maps = read_table(folder / "feature_maps.csv", ["correct", "samples", "margin"], converters=exact)
+    history = read_table(folder / "fmp_df.csv", ["epoch", "train_acc"], index_col=0)
     expected = [(layer.name, channel) for layer in layers for channel in range(layer.channels)]
     if list(zip(maps["layer"], maps["channel"], strict=True)) != expected:
         raise UserError(f"{folder / 'feature_maps.csv'} is not about the record's model; run the defense again.")
@@ -158,18 +158,3 @@ def read_run(folder: Path, summary: RunSummary, num_classes: int, layers: list[C
         if any(abs(figures.get(name, -1) - share.value) > 1e-6 for name, share in run.shares(when).items()):
             raise UserError(f"{folder / 'predictions.csv'} and metrics.json are of different runs; run the defense again.")
     return run
-
-
-def _table(path: Path, columns: Sequence[str], **how: Any) -> pd.DataFrame:
-    try:
-        frame = pd.read_csv(path, **how)
-    except (OSError, ValueError) as error:
-        detail = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} cannot be read ({detail}); run the defense again.") from None
-    return _need(path, frame, columns)
-
-
-def _need(path: Path, frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    if missing := [name for name in columns if name not in frame]:
-        raise UserError(f"{path} is no result of fmp: it has no column {missing[0]}; run the defense again.")
-    return frame

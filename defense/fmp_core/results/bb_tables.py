@@ -67,6 +67,17 @@ def write_csv(path: Path, frame: pd.DataFrame, index: bool = True) -> None:
         frame.to_csv(temporary, index=index)
 
 
+def read_table(path: Path, columns: Sequence[str], **how: Any) -> pd.DataFrame:
+    """What :func:`write_csv` wrote, which has ``columns``; ``how`` as of pandas. Raises UserError: missing or damaged."""
+    try:
+        frame = pd.read_csv(path, **how)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:120]}); run the defense again.") from None
+    if missing := [name for name in columns if name not in frame]:
+        raise UserError(f"{path} is no result of fmp: it has no column {missing[0]}; run the defense again.")
+    return frame
+
+
 def write_plots(folder: Path, history: pd.DataFrame) -> None:
     """BB's ``loss_metric_plots.png`` and ``acc_like_metric_plots.png`` (1280x960, title "Results")."""
     _plot(folder / "loss_metric_plots.png", history, LOSSES, "Loss", None)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from fmp_core.errors import UserError
 from fmp_core.models.evaluate import Predictions, TestData
+from fmp_core.results.bb_tables import read_table
 from fmp_core.system.devices import to_host
 
 COLUMNS = ["poisoned", "label", "target", "before", "after"]
@@ -31,12 +32,8 @@ def prediction_frame(data: TestData, before: Predictions, after: Predictions) ->
 
 def read_predictions(path: Path, num_classes: int) -> pd.DataFrame:
     """The table at ``path``. Raises UserError: the file is missing or damaged."""
-    try:
-        frame = pd.read_csv(path)
-        poisoned, classes = frame["poisoned"], frame[COLUMNS[1:]].to_numpy()
-    except (OSError, ValueError, KeyError) as error:
-        detail = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is not a table of predictions ({detail}); run the defense again.") from None
+    frame = read_table(path, COLUMNS)
+    poisoned, classes = frame["poisoned"], frame[COLUMNS[1:]].to_numpy()
     if poisoned.dtype != bool or poisoned.nunique() != 2:
         raise UserError(f"{path} must hold clean and poisoned images (True or False); run the defense again.")
     if not np.issubdtype(classes.dtype, np.integer) or (classes < [0, -1, 0, 0]).any() or classes.max() >= num_classes:
