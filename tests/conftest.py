@@ -22,6 +22,7 @@ from colours import build_colours, run_colours
 from fmp_core import command
 from fmp_core.data.write_record import PoisonedImages, write_attack_record
 from fmp_core.models.build import build_model
+from small_record import write_small_record
 from toy import NARROW_RESNET
 
 RECORD = "badnet_tiny"
@@ -161,3 +162,9 @@ def colours_run(colours_template: Path, tmp_path_factory: pytest.TempPathFactory
 def colours(colours_template: Path, tmp_path: Path) -> Path:
     shutil.copytree(colours_template, tmp_path / "here")
     return tmp_path / "here"
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """A record of four triggered 4x4 images; its weights belong to no model."""
+    return write_small_record(tmp_path / "record" / "mine")
