@@ -204,3 +204,16 @@ def test_cached_verdict_is_read_back_or_ignored(tmp_path: Path, damage: str):
     assert load_verdicts(tmp_path, "k", 4) == {} == load_verdicts(tmp_path, "absent", 3)
     verdict_file(tmp_path, "k").write_text(damage)
     assert load_verdicts(tmp_path, "k", 3) == {}
+
+
+@pytest.mark.parametrize(
+    ("rates", "held_out", "finding"),
+    [
+        ((0.1, 0.98, 0.2), 100, "a backdoor"),
+        ((0.1, 0.3, 0.2), 100, "no backdoor found"),
+        ((0, 1, 0.2), 9, "too few images to tell"),
+    ],
+)
+def test_a_verdict_is_one_line(rates: tuple[float, ...], held_out: int, finding: str) -> None:
+    line = str(Verdict("sparse", torch.tensor(rates, dtype=torch.float64), held_out))
+    assert line == f"sparse triggers flip at most {100 * rates[1]:.1f} % to class 1, then 20.0 % to class 2: {finding}"

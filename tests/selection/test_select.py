@@ -131,9 +131,9 @@ def test_verdicts_of_another_algorithm_are_not_believed(
     searched: list[str] = []
     genuine = search.TriggerSearch.test
 
-    def watched(self: search.TriggerSearch, family: str, num_classes: int) -> verdict.Verdict:
+    def watched(self: search.TriggerSearch, family: str, *others: Any) -> verdict.Verdict:
         searched.append(family)
-        return genuine(self, family, num_classes)
+        return genuine(self, family, *others)
 
     monkeypatch.setattr(search.TriggerSearch, "test", watched)
     selecting(selection="trigger")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +38,11 @@ class TriggerSearch:
     dtype: torch.dtype
     seed: int
 
-    def test(self, family: str, num_classes: int) -> Verdict:
-        """Invert a trigger of ``family`` towards every class; under ``torchrun`` each process takes a share of the classes."""
+    def test(self, family: str, num_classes: int, progress: Callable[[], object] = lambda: None) -> Verdict:
+        """Invert a trigger of ``family`` towards every class; under ``torchrun`` each process takes a share of the classes.
+
+        ``progress`` is called after each class.
+        """
         rates = torch.zeros(num_classes, dtype=torch.float64, device=self.images.device)
         classes = distributed.my_share(torch.ones(num_classes, dtype=torch.bool)).nonzero().flatten().tolist()
         with frozen(self.model):
@@ -49,6 +52,7 @@ class TriggerSearch:
                 if len(images):
                     trigger = invert_trigger(network, self.dtype, images, family, target, self.seed)
                     rates[target] = flip_rate(network, self.dtype, trigger, held_out)
+                progress()
         distributed.combine(rates)
         return Verdict(family, rates.cpu(), self._fewest_held_out(num_classes))
 

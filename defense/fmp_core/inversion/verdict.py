@@ -47,6 +47,12 @@ class Verdict:
     def backdoored(self) -> bool:
         return self.margin >= LEAST_MARGIN and not self.too_few
 
+    def __str__(self) -> str:
+        rates, classes = self.flip_rates.topk(2)
+        first, second = (f"{100 * rate:.1f} % to class {target}" for rate, target in zip(rates, classes, strict=True))
+        finding = "a backdoor" if self.backdoored else "too few images to tell" if self.too_few else "no backdoor found"
+        return f"{self.family} triggers flip at most {first}, then {second}: {finding}"
+
     def as_dict(self) -> dict[str, Any]:
         """The value of ``verdict`` in metrics.json; its keys are that file's format."""
         return {

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from pprint import pformat
 from typing import TypeVar
 
 import torch
@@ -93,12 +92,13 @@ def test_for_backdoor(defender: DefenderInputs, settings: Settings, cache: Path,
             saved = partial(lambda name: load_verdicts(cache, key, classes).get(name), family)
             verdict = _from_cache(saved, settings.fresh)
             if verdict is None:
-                verdict = search.test(family, classes)
+                with Progress(f"Inverting {family} triggers", classes, "classes", LOGGER) as bar:
+                    verdict = search.test(family, classes, bar.add)
                 if distributed.is_leader():
                     save_verdicts(cache, key, [*verdicts, verdict])
             else:
                 LOGGER.info("the verdict on %s triggers is read from the cache (--fresh tests again)", family)
-            LOGGER.info("%s triggers: %s", family, pformat(verdict.as_dict(), compact=True))
+            LOGGER.info("%s", verdict)
             verdicts.append(verdict)
             if verdict.backdoored:
                 break
