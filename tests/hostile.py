@@ -10,329 +10,64 @@ import collections
 import copyreg
 import functools
 import importlib
-import io
 import operator
 import os
 import pickle
 import pty
 import shutil
 import socket
-import struct
 import subprocess
-import tarfile
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from hostile_files import (
+    FILE,
+    PNG,
+    RECORD,
+    TERA,
+    TOUCH,
+    Call,
+    Case,
+    array,
+    claiming_zip,
+    codec_bomb,
+    edit,
+    encrypted_zip,
+    flip,
+    integer,
+    keep,
+    laughs,
+    legacy,
+    name,
+    named_zip,
+    overlapping_zip,
+    pickled,
+    sparse,
+    tar_file,
+    tensor,
+    text,
+    torch_bytes,
+    torch_zip,
+    write,
+)
+from hostile_images import (
+    EPS,
+    gtsrb_table,
+    image,
+    instead_of,
+    link,
+    linked_images_that_link_further,
+    many_large_images,
+    png,
+    tiny_annotations,
+    v1,
+)
 from PIL import EpsImagePlugin, Image
-
-RECORD = "badnet_tiny"
-FILE = Path("record") / RECORD / "attack_result.pt"
-PNG = Path("record") / RECORD / "bd_test_dataset" / "3" / "3.png"
-TERA = 10**12
-TOUCH = "touch pwned"
-
-
-class Case(NamedTuple):
-    """``damage(root)`` spoils a fresh workplace; ``says`` must occur in the refusal; ``flags`` go to the command."""
-
-    damage: Callable[[Path], object]
-    says: str
-    flags: tuple[str, ...] = ()
-
-
-class Call:
-    """Pickles as a call of ``function(*arguments)``, with ``state`` for ``__setstate__`` if given."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any, state: Any = None):
-        self.call = (function, arguments) if state is None else (function, arguments, state)
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-def torch_bytes(obj: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(obj, buffer)
-    return buffer.getvalue()
-
-
-def content_of(root: Path) -> dict[str, Any]:
-    return torch.load(root / FILE, weights_only=False)  # our own file
-
-
-def edit(*path: Any, value: Any) -> Callable[[Path], object]:
-    """Save the record again with ``value`` (or what ``value()`` gives) at the key path."""
-
-    def damage(root: Path) -> None:
-        content = content_of(root)
-        target: Any = content
-        for key in path[:-1]:
-            target = target[key]
-        target[path[-1]] = value() if callable(value) else value
-        torch.save(content, root / FILE)
-
-    return damage
-
-
-def write(make: Callable[[], bytes]) -> Callable[[Path], object]:
-    return lambda root: (root / FILE).write_bytes(make())
-
-
-def torch_zip(pickled: bytes, storages: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A file as torch.save lays it out, around any pickle."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        archive.writestr("archive/byteorder", b"little")
-        for key, data in (storages or {}).items():
-            archive.writestr(f"archive/data/{key}", data)
-    return buffer.getvalue()
-
-
-# --- pickles by hand ----------------------------------------------------------------------------------------------------------
-
-
-def text(value: str) -> bytes:
-    data = value.encode("utf-8", "surrogatepass")
-    return b"X" + struct.pack("<I", len(data)) + data
-
-
-def integer(value: int) -> bytes:
-    data = pickle.encode_long(value)
-    return b"\x8a" + bytes([len(data)]) + data
-
-
-def name(module: str, attribute: str) -> bytes:
-    return f"c{module}\n{attribute}\n".encode()
-
-
-def pickled(*parts: bytes) -> bytes:
-    return b"\x80\x02" + b"".join(parts) + b"."
-
-
-def tensor(numbers: int, offset: int, size: list[int], stride: list[int]) -> bytes:
-    """``_rebuild_tensor_v2`` of a float storage ``0`` of ``numbers`` numbers."""
-    numbers_of = [b"(" + b"".join(map(integer, values)) + b"t" for values in (size, stride)]
-    storage = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + integer(numbers) + b"tQ"
-    hooks = name("collections", "OrderedDict") + b")R"
-    return (
-        name("torch._utils", "_rebuild_tensor_v2")
-        + b"("
-        + storage
-        + integer(offset)
-        + b"".join(numbers_of)
-        + b"\x89"
-        + hooks
-        + b"tR"
-    )
-
-
-def array(shape: int, told: int) -> bytes:
-    """A numpy array that is made with ``shape`` elements and then told to have ``told``."""
-    dtype = name("numpy", "dtype") + b"(" + text("f8") + b"\x89\x88tR"
-    dtype += b"(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    made = (
-        name("numpy.core.multiarray", "_reconstruct")
-        + b"("
-        + name("numpy", "ndarray")
-        + integer(shape)
-        + b"\x85"
-        + text("b")
-        + b"tR"
-    )
-    return made + b"(K\x01" + integer(told) + b"\x85" + dtype + b"\x89" + text("x") + b"tb"
-
-
-def codec_bomb(codec: str, times: int) -> bytes:
-    call = name("_codecs", "encode")
-    inner = call + text("a" * 9) + text("latin1") + b"\x86R"
-    for _ in range(times):
-        inner = call + inner + text(codec) + b"\x86R"
-    return inner
-
-
-def laughs(depth: int = 60, width: int = 10) -> list[Any]:
-    """Lists that hold the same list ten times, 60 deep: 600 references, whose text has 10**60 letters."""
-    inner: list[Any] = [0] * width
-    for _ in range(depth):
-        inner = [inner] * width
-    return inner
-
-
-# --- containers ---------------------------------------------------------------------------------------------------------------
-
-
-def keep(tenths: int) -> Callable[[Path], object]:
-    def damage(root: Path) -> None:
-        whole = (root / FILE).read_bytes()
-        (root / FILE).write_bytes(whole[: len(whole) * tenths // 10])
-
-    return damage
-
-
-def flip(find: Callable[[bytes], int]) -> Callable[[Path], object]:
-    """Flip bits of the byte at ``find(content)``."""
-
-    def damage(root: Path) -> None:
-        data = bytearray((root / FILE).read_bytes())
-        data[find(bytes(data))] ^= 0x5A
-        (root / FILE).write_bytes(data)
-
-    return damage
-
-
-def tar_file() -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for part in ("storages", "tensors", "pickle", "../../pwned"):
-            data = pickle.dumps(Call(os.system, TOUCH), 2)
-            info = tarfile.TarInfo(part)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-def named_zip(*names: str) -> Callable[[], bytes]:
-    def make() -> bytes:
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w") as archive:
-            for part in names:
-                archive.writestr(part, pickle.dumps({"model": 1}, 2))
-        return buffer.getvalue()
-
-    return make
-
-
-def overlapping_zip() -> bytes:
-    """Ten thousand entries that share the same megabyte (a zip bomb without compression)."""
-    whole = torch_zip(pickle.dumps({}, 2), {"0": bytes(2**20)})
-    end = whole.rindex(b"PK\x05\x06")
-    start = struct.unpack("<I", whole[end + 16 : end + 20])[0]
-    directory = whole[start:end]
-    last = directory[directory.rindex(b"PK\x01\x02") :]
-    entries = directory + last * 9_997
-    footer = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 10_000, 10_000, len(entries), start, 0)
-    return whole[:start] + entries + footer
-
-
-def claiming_zip() -> bytes:
-    """The directory says that a storage has four gigabytes."""
-    whole = bytearray(torch_zip(pickled(tensor(2**30 - 1, 0, [4], [1])), {"0": bytes(16)}))
-    last = whole.rindex(b"PK\x01\x02")
-    whole[last + 20 : last + 28] = struct.pack("<2L", 2**32 - 4, 2**32 - 4)
-    return bytes(whole)
-
-
-def encrypted_zip() -> bytes:
-    whole = bytearray(torch_zip(pickle.dumps({}, 2)))
-    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        whole[whole.index(signature) + offset] |= 1
-    return bytes(whole)
-
-
-def legacy(body: bytes) -> bytes:
-    """A file of torch before 1.6."""
-    facts = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-    head = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, facts)]
-    return b"".join(head) + body + pickle.dumps([], 2)
-
-
-def sparse(size: int, file: Path = FILE) -> Callable[[Path], object]:
-    """A file that claims ``size`` bytes and takes none."""
-    return lambda root: os.truncate(root / file, size)
-
-
-# --- images -------------------------------------------------------------------------------------------------------------------
-
-
-def png(width: int, height: int, data: bytes, extra: bytes = b"") -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
-
-
-def image(make: Callable[[], bytes]) -> Callable[[Path], object]:
-    return lambda root: (root / PNG).write_bytes(make())
-
-
-EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(%pipe%touch pwned) (w) file closefile\n%%EOF\n"
-
-
-def instead_of(path: Path, make: Callable[[Path], object]) -> Callable[[Path], object]:
-    def damage(root: Path) -> None:
-        target = root / path
-        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        make(target)
-
-    return damage
-
-
-def link(path: Path, to: str) -> Callable[[Path], object]:
-    return instead_of(path, lambda target: target.symlink_to(to))
-
-
-def many_large_images(root: Path) -> None:
-    """4096x4096 images of a dataset of folders; 20 000 entries name the same small file."""
-    content = content_of(root)
-    items = content["bd_test"]["bd_data_container"]["data_dict"]
-    content["bd_test"]["bd_data_container"]["data_dict"] = dict.fromkeys(range(20_000), items[3])
-    content["bd_test"]["poison_indicator"] = np.ones(20_000)
-    content["bd_test"]["original_index_array"] = np.arange(20_000)
-    content.update(clean_data="toys", img_size=(4096, 4096, 3))
-    torch.save(content, root / FILE)
-    for part in ("train", "test"):
-        for label in range(10):
-            file = root / "data" / "toys" / part / str(label) / "a.png"
-            file.parent.mkdir(parents=True)
-            Image.new("RGB", (8, 8)).save(file)
-
-
-def gtsrb_table(file: str) -> Callable[[Path], object]:
-    """A record of traffic signs, and a training table that names ``file``."""
-
-    def damage(root: Path) -> None:
-        edit("clean_data", value="gtsrb")(root)
-        table = root / "data" / "gtsrb" / "Train" / "00000" / "GT-00000.csv"
-        table.parent.mkdir(parents=True)
-        table.write_text(f"Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n{file};9;9;1;1;9;9;0\n")
-
-    return damage
-
-
-def tiny_annotations(file: str, label: str = "n0") -> Callable[[Path], object]:
-    """A record of Tiny ImageNet as it is unpacked, and annotations of ``val/images``."""
-
-    def damage(root: Path) -> None:
-        edit("clean_data", value="tiny-imagenet-200")(root)
-        base = root / "data" / "tiny-imagenet-200"
-        for place in ("train/n0/images", "train/n1/images", "val/images"):
-            (base / place).mkdir(parents=True)
-            Image.new("RGB", (8, 8)).save(base / place / "val_0.JPEG")
-        (base / "val" / "val_annotations.txt").write_text(f"{file}\t{label}\t0\t0\t9\t9\n")
-
-    return damage
-
-
-def linked_images_that_link_further(root: Path) -> None:
-    images = root / PNG.parents[1]
-    images.rename(root / "disk")
-    images.symlink_to(root / "disk")
-    (root / "disk" / "3" / "3.png").unlink()
-    (root / "disk" / "3" / "3.png").symlink_to("/etc/passwd")
-
-
-def v1(**changes: Any) -> Callable[[Path], object]:
-    state = {"x": torch.zeros(2, 3, 32, 32), "y": [0, 0], "original_targets": [1, 2], **changes}
-    return edit("bd_test", value=state)
-
 
 WEIGHT = ("model", "classifier.1.weight")
 ITEM = ("bd_test", "bd_data_container", "data_dict", 3)

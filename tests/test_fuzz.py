@@ -88,7 +88,7 @@ def test_any_damage_to_a_record_is_refused_or_harmless(folder: Path):
 @fuzz
 @given(data=st.binary(max_size=300))
 def test_any_pickle_in_a_zip_is_refused_or_harmless(data: bytes, tmp_path: Path):
-    from hostile import torch_zip
+    from hostile_files import torch_zip
 
     (tmp_path / "a.pt").write_bytes(torch_zip(data))
     try:
@@ -101,7 +101,7 @@ def test_any_pickle_in_a_zip_is_refused_or_harmless(data: bytes, tmp_path: Path)
 @given(ops=st.lists(st.sampled_from([*b"(.0123NKJMX]})\x81\x85\x86\x87\x88\x89abceghjlopqrstuQR"]), max_size=60))
 def test_any_row_of_instructions_is_refused_or_harmless(ops: list[int], tmp_path: Path):
     """Instructions without sense reach deeper into the machine than random bytes do."""
-    from hostile import name, pickled, text, torch_zip
+    from hostile_files import name, pickled, text, torch_zip
 
     start = name("collections", "OrderedDict") + b"q\x00" + name("numpy", "dtype") + b"q\x01" + text("f8")
     (tmp_path / "a.pt").write_bytes(torch_zip(pickled(start, bytes(ops))))

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from fmp_core.errors import UserError
 from fmp_core.results.read import read_record
-from hostile import RECORD, Case, corpus
+from hostile import corpus
+from hostile_files import RECORD, Case
 
 CASES = corpus()
 GOOD = "a whole record, and a log folder that is a file"  # warms up: what is imported later was not imported for a good reason

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from command import QUICK, Edit, Run, listing, refuses
 from conftest import MODEL, RECORD
-from hostile import Call
+from hostile_files import Call
 from PIL import Image
 
 
