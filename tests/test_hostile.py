@@ -69,7 +69,7 @@ def test_a_hostile_input_is_refused_in_one_sentence_and_nothing_happens(name: st
     assert CASES[name].says in report["err"]
     assert report["events"] == [] and report["changed"] == [], report
     assert {module.split(".")[0] for module in report["modules"]} <= {"PIL", "encodings"}
-    assert report["seconds"] < 5, report
+    assert report["seconds"] < 60, report  # of processor time; it is a tenth of one
     assert report["kilobytes"] < 2**20  # one GiB, Python and torch included
 
 
