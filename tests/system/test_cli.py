@@ -137,3 +137,13 @@ def test_help_is_answered_without_torch(script: str):
     assert done.returncode == 0 and "usage: " in done.stdout
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "argparse" in loaded and not {"torch", "pandas", "matplotlib"} & loaded
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "1000 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE")])
+def test_threads_sleep_rather_than_spin_unless_told_otherwise(given: dict[str, str], expected: str) -> None:
+    code = "import os, sys; sys.path.insert(0, 'defense'); from fmp_core.system.cli import run_main\n"
+    code += "run_main('tool', lambda: print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY')))\n"
+    code += "assert 'torch' not in sys.modules"
+    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env={**environment, **given}, capture_output=True, text=True)
+    assert ran.stdout.strip() == expected, ran.stderr
