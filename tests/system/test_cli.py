@@ -145,5 +145,6 @@ def test_threads_sleep_rather_than_spin_unless_told_otherwise(given: dict[str, s
     code += "run_main('tool', lambda: print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY')))\n"
     code += "assert 'torch' not in sys.modules"
     environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    ran = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env={**environment, **given}, capture_output=True, text=True)
+    environment.update(given)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert ran.stdout.strip() == expected, ran.stderr
