@@ -108,6 +108,8 @@ class Checks:
 
     def _defend(self, name: str, *flags: str) -> str:
         metrics = json.loads((self._fmp(name, *flags, "--device", "cuda:0") / "metrics.json").read_text(encoding="utf-8"))
+        if not metrics["device"].startswith("cuda"):
+            raise RuntimeError(f"it ran on {metrics['device']}")
         moves = [
             f"{label} {100 * metrics['before'][key]:.2f} -> {100 * metrics['after'][key]:.2f}"
             for label, key in (("Acc", "test_acc"), ("ASR", "test_asr"), ("RA", "test_ra"))

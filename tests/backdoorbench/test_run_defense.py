@@ -240,6 +240,7 @@ def test_convolutions_over_one_pixel_are_products_in_backdoorbench_too(tmp_path:
     (tmp_path / "script.py").write_text(
         "import torch\nprint(torch.nn.Conv2d(4, 4, 3, padding=1)(torch.rand(2, 4, 1, 1)).grad_fn.name())\n"
     )
-    ran = subprocess.run([sys.executable, str(shims.__file__), "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    command, environment = [sys.executable, str(shims.__file__), "script.py"], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == "UnsqueezeBackward0"

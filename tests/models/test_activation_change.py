@@ -94,3 +94,9 @@ def test_a_perfect_choice_and_an_empty_one():
     assert perfect.value == 1 and perfect.percentile > 0.7
     empty = precision_at(torch.zeros(7, dtype=torch.bool), TAC, LAYERS)
     assert (empty.hits, empty.chosen) == (0, 0) and math.isnan(empty.value) and math.isnan(empty.random)
+
+
+def test_images_without_counterparts_are_refused():
+    clean, poisoned = pairs(2)
+    with pytest.raises(ValueError, match="no pairs"):
+        trigger_activation_change(Plain(), [], clean, poisoned[:1])

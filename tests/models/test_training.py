@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fmp_core.data.datasets import DatasetFacts
+from fmp_core.errors import UserError
 from fmp_core.models.training import Crops, Epoch, Trainer, batches_of
 from fmp_core.repair.distillation import Teacher
 from fmp_core.settings import Settings
@@ -313,3 +314,8 @@ def test_no_weight_no_teacher() -> None:
     for model, told in ((one, None), (other, Teacher.copy_of(Plain(), weight=0.0).loss)):
         list(Trainer(settings, CPU, MOVING).epochs(model, images, labels, teacher=told))
     assert same(weights(one), weights(other))
+
+
+def test_fewer_than_two_images_are_refused() -> None:
+    with pytest.raises(UserError, match="at least 2 clean images, not 1"):
+        run(toy_case(Plain)[0], count=1)

@@ -125,7 +125,7 @@ def _one_pixel() -> list[str]:
     """On CPUs the weight gradients of convolutions over one pixel take up to half of the training time of resnet18 at 32x32."""
     import torch.overrides
 
-    if not hasattr(torch.overrides, "TorchFunctionMode"):  # before torch 1.13
+    if torch.cuda.is_available() or not hasattr(torch.overrides, "TorchFunctionMode"):  # the latter before torch 1.13
         return []
     file = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "models", "one_pixel.py")  # needs torch alone
     spec = importlib.util.spec_from_file_location("one_pixel", file)

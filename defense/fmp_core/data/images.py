@@ -42,7 +42,7 @@ def room_for(count: int, size: Size) -> Tensor:
     """An uninitialised uint8 tensor ``[count, C, H, W]``; UserError if it would not fit into this machine's memory."""
     height, width, channels = size
     needed = count * math.prod(size)
-    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise UserError(f"{count} images of {height}x{width} take {needed / 2**30:.0f} GiB, more than this machine's memory.")
     return torch.empty(count, channels, height, width, dtype=torch.uint8)
 

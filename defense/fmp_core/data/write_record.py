@@ -57,7 +57,8 @@ def write_attack_record(
         "bd_train": _backdoor_state(folder, name, "bd_train_dataset", bd_train, keep_all=True),
         "bd_test": _backdoor_state(folder, name, "bd_test_dataset", bd_test, keep_all=False),
     }
-    os.sync()  # once for all images, which are many: attack_result.pt may not outlive them in a power cut
+    if hasattr(os, "sync"):  # once for all images, which are many: attack_result.pt may not outlive them in a power cut
+        os.sync()
     write_torch(folder / ATTACK_FILE, content)
 
 

@@ -24,8 +24,11 @@ def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], cle
     """Mean over images and positions of |map on the poisoned image - on its clean counterpart|, float64 ``[N_maps]``, CPU.
 
     Maps are ordered by layer, as given, then by channel. ``model`` takes pixels in [0,1] and is left as it was found.
-    ``clean`` and ``poisoned`` are float ``[N, C, H, W]`` in [0,1] on its device; row ``i`` of both shows the same image.
+    ``clean`` and ``poisoned`` are float ``[N, C, H, W]`` in [0,1] on its device; row ``i`` of both shows the same image. Raises
+    ValueError if the two differ in shape, or there are no images.
     """
+    if clean.shape != poisoned.shape or not len(clean):
+        raise ValueError(f"clean images {tuple(clean.shape)} and poisoned ones {tuple(poisoned.shape)} are no pairs")
     sums = [torch.zeros(layer.channels, dtype=torch.float64, device=clean.device) for layer in layers]
     rows = max(1, rows_per_batch(clean.device) // 2)
     with ExitStack() as hooks, frozen(model), torch.inference_mode():

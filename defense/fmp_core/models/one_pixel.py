@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class OnePixelConvolutions(TorchFunctionMode):
-    """While active, a zero-padded convolution over one-pixel maps on a CPU is the matrix product it amounts to.
+    """While active, a zero-padded convolution over one-pixel maps is the matrix product it amounts to; for CPUs.
 
     There the centre of the kernel alone meets the pixel. oneDNN's weight gradient of such a convolution takes up to ten times
     as long, and in bfloat16 it is partly uninitialised memory (torch 2.14 and 2.15).
@@ -30,7 +30,6 @@ def _is_product(inputs: Tensor, weight: Tensor, bias: Any, stride: Any, padding:
     """Whether the kernel's centre alone meets the one pixel; arguments as :func:`torch.nn.functional.conv2d` gets them."""
     return (
         inputs.shape[-2:] == (1, 1)
-        and inputs.device.type == "cpu"
         and isinstance(padding, tuple)
         and padding != (0, 0)
         and dilation == (1, 1)

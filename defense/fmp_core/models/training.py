@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau, StepLR
 
 from fmp_core.data.datasets import DatasetFacts
+from fmp_core.errors import UserError
 from fmp_core.models.evaluate import to_unit
 from fmp_core.models.one_pixel import OnePixelConvolutions
 from fmp_core.settings import Settings
@@ -108,7 +109,11 @@ class Trainer:
                 replaced by its substitute every other time, by chance. They may depend on the model, but not on earlier calls.
             teacher: gives a second loss from the logits, the images of the batch (uint8, never substituted, moved like those
                 the model sees) and their labels.
+
+        Raises UserError if there are fewer than two images, or the checkpoint is of other settings.
         """
+        if len(images) < 2:
+            raise UserError(f"Fine-tuning needs at least 2 clean images, not {len(images)}; raise --ratio.")
         training = _Training(self, model)
         saved = self.checkpoint.load() if self.checkpoint else None
         for number in range(training.restore(saved) if saved else 0, self.settings.epochs):
@@ -213,7 +218,8 @@ class _Training:
             pixels = plain
             if substitutes is not None and substituted is not None:
                 pixels = torch.where(substituted[:, None, None, None], substitutes[rows], plain)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16), OnePixelConvolutions():
+            products = OnePixelConvolutions() if device.type == "cpu" else nullcontext()
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16), products:
                 logits = self.parallel(to_unit(crops(pixels)).contiguous(memory_format=torch.channels_last))
                 loss = F.cross_entropy(logits, target)
                 if teacher is not None:

@@ -32,7 +32,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield temporary
             _sync(temporary)
             os.replace(temporary, path)
-            _sync(path.parent)  # only then is the rename durable
+            if os.name == "posix":  # only then is the rename durable; Windows cannot open folders, and needs no such call
+                _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,6 +85,9 @@ def _stopping_gently() -> Iterator[None]:
     def stop(_signal: int, _frame: Any) -> None:
         raise Terminated
 
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
