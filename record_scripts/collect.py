@@ -25,6 +25,7 @@ FILES = {
     "markdown": "tables, percent",
     "latex": "booktabs tables, percent",
     "html": "a page with sortable tables",
+    "figure": "ASR against lost accuracy, a panel per attack (.svg, .pdf or .png)",
 }
 
 
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> None:
-    from fmp_core.results.tables import export  # imports pandas, which takes a second
+    from fmp_core.results.export import export  # imports pandas, which takes a second
 
     def warn(text: str) -> None:
         print(f"collect: {text}", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -11,11 +11,9 @@ from typing import Any, cast
 import jinja2
 import pandas as pd
 
-from fmp_core.errors import UserError
 from fmp_core.metrics import HEADLINES, LOW_IS_GOOD
-from fmp_core.results.collect import BASELINE, collect, join_leaderboard, read_leaderboard
+from fmp_core.results.collect import BASELINE
 from fmp_core.results.read import ATTACK_TITLES, AVERAGE
-from fmp_core.storage.files import replacing
 
 ASSETS = Path(__file__).parent / "assets"
 ITALIC = "font-style: italic; color: var(--soft);"
@@ -23,36 +21,6 @@ RATIO = ("", "ratio")  # the column of clean shares
 PUBLISHED = "(published)"
 SAMPLE = " test images)"  # ends the name of a method that was tested on a sample
 SETTING = ["dataset", "model", "pratio"]
-
-
-def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width: int, warn: Callable[[str], None]) -> str:
-    """The tables of all results below ``root`` as text of at most ``width`` columns.
-
-    ``files`` says where to write ``csv`` and ``parquet`` (one row per result, fractions), ``markdown``, ``latex`` and ``html``
-    (tables, percent); matching rows of the ``leaderboard`` of BackdoorBench are shown as published.
-    """
-    frame = collect(root, lambda text: warn(printable(text)))
-    if frame.empty:
-        raise UserError(f"There are no defense results below {root}; run a defense first.")
-    if leaderboard:
-        ours, frame = frame, join_leaderboard(frame, read_leaderboard(leaderboard))
-        if frame is ours:
-            warn("no leaderboard row has the dataset, model, attack and poison rate of a record here")
-    tables = build_tables(frame)
-    writers: dict[str, Callable[[Path], object]] = {
-        "csv": lambda path: frame.to_csv(path, index=False),
-        "parquet": frame.to_parquet,
-        "markdown": lambda path: path.write_text("\n".join(map(to_markdown, tables)), "utf-8"),
-        "latex": lambda path: path.write_text("\n".join(map(to_latex, tables)), "utf-8"),
-        "html": lambda path: path.write_text(to_html(tables), "utf-8"),
-    }
-    for kind, path in files.items():
-        try:
-            with replacing(path) as temporary:
-                writers[kind](temporary)
-        except ImportError:
-            raise UserError("--parquet needs pyarrow; run: pip install pyarrow") from None
-    return "\n".join(to_text(table, width) for table in tables)
 
 
 @dataclass(frozen=True)

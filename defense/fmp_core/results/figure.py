@@ -1,0 +1,77 @@
+"""The trade-off of each defense as a figure: attack success rate against lost accuracy, one panel per attack."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fmp_core.errors import UserError
+from fmp_core.results.collect import BASELINE
+from fmp_core.results.read import AVERAGE
+from fmp_core.results.tables import PUBLISHED, Table, attack_title, printable
+
+FORMATS = (".svg", ".pdf", ".png")
+MARKERS = "osD^vP"
+ACROSS = 3  # panels in a row
+PANEL = 2.9  # inches
+
+
+def write_figure(path: Path, tables: Sequence[Table]) -> None:
+    """Write what :func:`draw` draws, in the format of ``FORMATS`` that the suffix of ``path`` names."""
+    draw(tables).savefig(path, dpi=150)
+
+
+def draw(tables: Sequence[Table]) -> Figure:
+    """Every attack of every table as a panel. Published rows are left out: they are of other models.
+
+    Raises UserError: there is no attacked model to compare with.
+    """
+    panels = [(table, attack) for table in tables for attack in table.attacks if _can_be_drawn(table, attack)]
+    if not panels:
+        raise UserError("--figure needs records with the attacked model's figures and a defense of it; there are none.")
+    names = [name for name in dict.fromkeys(itertools.chain(*(table.methods for table in tables))) if _is_drawn(name)]
+    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    looks = {name: (colours[number % 10], MARKERS[number % len(MARKERS)]) for number, name in enumerate(names)}
+    rows = -(-len(panels) // ACROSS)
+    figure = Figure(figsize=(PANEL * min(len(panels), ACROSS) + 1.6, PANEL * rows), layout="constrained")
+    for place, (table, attack) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, min(len(panels), ACROSS), place)
+        _draw(axes, table, attack, looks)
+        several = f"\n{printable(table.title)}" if len(tables) > 1 else ""
+        axes.set_title(attack_title(attack) + several, fontsize=9)
+    handles = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), map(printable, handles), loc="outside right upper", fontsize=8, frameon=False)
+    figure.supxlabel("accuracy lost, points", fontsize=9)
+    figure.supylabel("attack success rate, %", fontsize=9)
+    return figure
+
+
+def _is_drawn(name: str) -> bool:
+    return not (name.startswith(BASELINE) or name.endswith(PUBLISHED))
+
+
+def _can_be_drawn(table: Table, attack: str) -> bool:
+    means = table.means[attack]
+    attacked = BASELINE in means.index and means.loc[BASELINE].notna()["test_acc"]
+    return attack != AVERAGE and bool(attacked) and any(map(_is_drawn, means.dropna(how="all").index))
+
+
+def _draw(axes: Axes, table: Table, attack: str, looks: dict[str, tuple[Any, str]]) -> None:
+    """A point per method, with its standard deviations over seeds; the attacked model is a dotted line."""
+    means, stds = table.means[attack], table.stds[attack].fillna(0)
+    axes.axhline(means.loc[BASELINE, "test_asr"], color="0.5", linestyle=":", linewidth=1)
+    axes.axvline(0, color="0.85", linewidth=1, zorder=0)
+    for name, (colour, marker) in looks.items():
+        if name in means.index and means.loc[name].notna()["test_asr"]:
+            lost = means.loc[BASELINE, "test_acc"] - means.loc[name, "test_acc"]
+            bars = (stds.loc[name, "test_asr"], stds.loc[name, "test_acc"])
+            axes.errorbar(lost, means.loc[name, "test_asr"], *bars, marker, color=colour, markersize=5, label=name)
+    axes.set_ylim(-4, 104)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="0.93")

@@ -1,0 +1,72 @@
+"""The figure of ASR against lost accuracy: which points are drawn, where, and what cannot be drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import collect as script
+import pandas as pd
+import pytest
+from fmp_core.results.figure import draw
+from fmp_core.results.tables import Table, build_tables
+from matplotlib.container import ErrorbarContainer
+
+
+def table(**attacks: dict[str, tuple[float, float]]) -> Table:
+    """Of {method: (Acc, ASR)} per attack, in percent; ``attacked`` is the model before any defense."""
+    rows = [
+        {"method": name.replace("attacked", "no defense"), "attack": attack, "test_acc": acc / 100, "test_asr": asr / 100}
+        for attack, found in attacks.items()
+        for name, (acc, asr) in found.items()
+    ]
+    frame = pd.DataFrame(rows).assign(dataset="gtsrb", model="resnet18", pratio=0.1, origin="ours")
+    frame = frame.assign(record=frame["attack"], defense=frame["method"], test_images=pd.NA, ratio=0.1, record_seed=0)
+    return build_tables(frame.assign(test_ra=0.5, der=0.5, rir=0.5))[0]
+
+
+def points(tables: list[Table]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Title of each panel -> {method: (accuracy lost, ASR)}."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for axes in draw(tables).axes:
+        bars = [part for part in axes.containers if isinstance(part, ErrorbarContainer)]
+        spots = {str(bar.get_label()): bar.lines[0].get_xydata()[0] for bar in bars}
+        found[axes.get_title()] = {name: (round(x, 6), round(y, 6)) for name, (x, y) in spots.items()}
+    return found
+
+
+def test_a_panel_per_attack_shows_what_each_defense_costs() -> None:
+    badnet = {"attacked": (91.0, 95.0), "ft": (92.0, 60.0), "clp": (88.0, 3.0), "ft (published)": (99.0, 1.0)}
+    drawn = points([table(badnet=badnet, wanet={"attacked": (90.0, 80.0), "ft": (89.5, 1.0)})])
+    assert drawn == {"BadNets": {"clp": (3.0, 3.0), "ft": (-1.0, 60.0)}, "WaNet": {"ft": (0.5, 1.0)}}
+
+
+def test_an_attack_without_figures_of_the_attacked_model_is_left_out() -> None:
+    assert set(points([table(badnet={"attacked": (91.0, 95.0), "ft": (92.0, 60.0)}, lf={"ft": (90.0, 2.0)})])) == {"BadNets"}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    before, after = ({"test_acc": 0.9, "test_asr": asr, "test_ra": 0.1} for asr in (0.98, 0.02))
+    folder = tmp_path / "badnet_cifar10" / "defense" / "fmp"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"after": after, "before": before, "seed": 0}))
+    return tmp_path
+
+
+def test_the_figure_is_written(root: Path) -> None:
+    assert script.main([str(root), "--figure", str(root / "out.svg")]) == 0
+    text = (root / "out.svg").read_text()
+    assert text.startswith("<?xml") and "</svg>" in text
+
+
+def test_an_unknown_format_is_refused_before_anything_is_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main([str(root), "--csv", str(root / "out.csv"), "--figure", str(root / "out.gif")]) == 2
+    assert "must end in .svg, .pdf, .png" in capsys.readouterr().err and not (root / "out.csv").exists()
+
+
+def test_without_an_attacked_model_there_is_nothing_to_draw(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = root / "badnet_cifar10" / "defense" / "fmp" / "metrics.json"
+    path.write_text(json.dumps({"after": json.loads(path.read_text())["after"], "seed": 0}))
+    assert script.main([str(root), "--figure", str(root / "out.svg")]) == 2
+    assert "--figure needs" in capsys.readouterr().err and not (root / "out.svg").exists()
