@@ -10,7 +10,7 @@ trigger changes most (it looks at the poisoned test set, so it is no defense); `
 
 ``strong`` is our preset; ``strong-pruned`` is it without fine-tuning, ``strong-moved`` that with N/p of each layer instead of
 the budget. And the preset but for one part: ``strong-unpruned``, ``strong-random`` (N/p of each layer at random),
-``strong-unmasked``, ``strong-clean`` (no unlearning), ``strong-undistilled``.
+``strong-unmasked``, ``strong-clean`` (no unlearning), ``strong-undistilled``, ``strong-uninterpolated``.
 
 Other flags are FMP's. Each row is a run in ``record/<name>/defense/ablate-<row>``; rows finished with the same settings and
 versions are not run again.

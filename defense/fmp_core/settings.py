@@ -131,6 +131,11 @@ class Settings:
     masked: bool = _tuning(False, BOOLEAN, "keep pruned feature maps at zero while fine-tuning")
     unlearn: bool = _tuning(False, BOOLEAN, "with --selection trigger: train on images with inverted triggers, too")
     distill: float = _tuning(0.0, number(0, metavar="WEIGHT"), "weight of keeping the attacked model's outputs on clean images")
+    interpolate: float = _tuning(
+        0.0,
+        number(0, 1, metavar="SHARE"),
+        "share of the attacked model's weights in the final ones, which are averages with the fine-tuned model's",
+    )
     epochs: int = _training(10, integer(0), "fine-tuning epochs; 0 prunes and evaluates only")
     batch_size: int = _batch(256, integer(2), "batch size of fine-tuning and testing")
     lr: float = _training(0.01, number(0, above=True), "learning rate")
@@ -168,7 +173,7 @@ class Settings:
 # What a preset sets, over the YAML file; a flag overrides it.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "strong": {"selection": "trigger", "masked": True, "unlearn": True, "distill": 1.0, "dtype": "auto", "lr": 0.02},
+    "strong": {"selection": "trigger", "masked": True, "unlearn": True, "distill": 1.0, "interpolate": 0.3, "dtype": "auto", "lr": 0.02},
 }
 FIELDS = fields.fields_of(Settings)
 

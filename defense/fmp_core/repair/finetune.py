@@ -13,6 +13,7 @@ from fmp_core.models.evaluate import Metrics
 from fmp_core.models.pruning import prune_feature_maps
 from fmp_core.models.training import Epoch, Trainer
 from fmp_core.repair.distillation import Teacher
+from fmp_core.repair.interpolation import Interpolation
 from fmp_core.repair.unlearning import Unlearning
 from fmp_core.selection.choice import Selection
 from fmp_core.selection.select import trigger_search
@@ -46,7 +47,7 @@ class TrainedEpoch:
 class FineTuning:
     """Trains a pruned model epoch by epoch; a killed and repeated run continues after its last whole epoch.
 
-    Construct it before pruning: distillation keeps a copy of the attacked model.
+    Construct it before pruning: distillation and interpolation keep copies of the attacked model.
 
     Args:
         defender: the model, trained in place, and the clean images.
@@ -62,21 +63,24 @@ class FineTuning:
     folder: Path
     teacher: Teacher | None
     unlearning: Unlearning | None
+    attacked: Interpolation | None
 
     @staticmethod
     def prepare(defender: DefenderInputs, selection: Selection, settings: Settings, device: Device, folder: Path) -> FineTuning:
         """With the teacher and the unlearning that ``settings`` ask for."""
-        teacher = unlearning = None
+        teacher = unlearning = attacked = None
         if settings.distill and settings.epochs:
             teacher = Teacher.copy_of(defender.model, settings.distill, selection.target)
         if settings.unlearn and selection.triggers:
             unlearning = Unlearning(trigger_search(defender, settings), selection.triggers)
         elif settings.unlearn and settings.selection != "trigger":
             LOGGER.warning("--unlearn has no effect without --selection trigger, which inverts the triggers to unlearn")
-        return FineTuning(defender, selection, settings, device, folder, teacher, unlearning)
+        if settings.interpolate and settings.epochs:
+            attacked = Interpolation.towards(defender.model, settings.interpolate)
+        return FineTuning(defender, selection, settings, device, folder, teacher, unlearning, attacked)
 
     def run(self) -> Iterator[TrainedEpoch]:
-        """Train; epochs of an interrupted run come first, with their metrics."""
+        """Train; epochs of an interrupted run come first, with their metrics. The last epoch's model is the interpolated one."""
         settings, checkpoint = self.settings, self._checkpoint()
         done: list[TrainedEpoch] = []
         if checkpoint.load() is not None:
@@ -102,6 +106,9 @@ class FineTuning:
                 substitutes=self.unlearning.substitutes if self.unlearning else None,
                 teacher=self.teacher.loss if self.teacher else None,
             ):
+                if self.attacked and epoch.epoch + 1 == settings.epochs:
+                    self.attacked.apply(self.defender.model)
+                    on_batch()
                 if not math.isfinite(epoch.train_epoch_loss_avg_over_batch):
                     LOGGER.warning("the loss of epoch %d is not a number; try a smaller --lr", epoch.epoch + 1)
                 done.append(self._plan(epoch))

@@ -30,7 +30,7 @@ from fmp_core.system.devices import choose_device
 from fmp_core.system.versions import versions
 
 PAIRS = 512  # clean and poisoned images that the oracle compares
-ROWS_SET = ("preset", "selection", "scope", "masked", "unlearn", "distill", "defense_name")  # a flag may not set these
+ROWS_SET = ("preset", "selection", "scope", "masked", "unlearn", "distill", "interpolate", "defense_name")  # a flag may not set these
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ def _highest_change(selection: Selection, defender: DefenderInputs, settings: Se
     return highest_in_each_layer(selection.activation_change, defender.layers, settings.p)
 
 
-PAPER = {"preset": "paper", "selection": "frg", "scope": "layer", "masked": False, "unlearn": False, "distill": 0.0}
+PAPER: dict[str, Any] = {
+    **{"preset": "paper", "selection": "frg", "scope": "layer"},
+    **{"masked": False, "unlearn": False, "distill": 0.0, "interpolate": 0.0},
+}
 NONE = {**PAPER, "selection": "none"}
 STRONG = {"preset": "strong"}
 ROWS: dict[str, Ablation] = {
@@ -96,6 +99,7 @@ ROWS: dict[str, Ablation] = {
     "strong-unmasked": Ablation({**STRONG, "masked": False}),
     "strong-clean": Ablation({**STRONG, "unlearn": False}),
     "strong-undistilled": Ablation({**STRONG, "distill": 0.0}),
+    "strong-uninterpolated": Ablation({**STRONG, "interpolate": 0.0}),
 }
 
 
