@@ -173,7 +173,10 @@ class Settings:
 # What a preset sets, over the YAML file; a flag overrides it.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "strong": {"selection": "trigger", "masked": True, "unlearn": True, "distill": 1.0, "interpolate": 0.3, "dtype": "auto", "lr": 0.02},
+    "strong": {
+        **{"selection": "trigger", "masked": True, "unlearn": True, "distill": 1.0, "interpolate": 0.3},
+        **{"dtype": "auto", "lr": 0.02},
+    },
 }
 FIELDS = fields.fields_of(Settings)
 

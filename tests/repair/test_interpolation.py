@@ -17,7 +17,8 @@ TUNED = ("--device", "cpu", "--result_file", RECORD, "--epochs", "2", "--batch_s
 
 def test_weights_and_statistics_are_averages_and_counts_stay() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1))
-    model.load_state_dict({**model.state_dict(), "0.weight": torch.full((1, 1, 1, 1), 4.0), "1.running_mean": torch.tensor([8.0])})
+    before = {"0.weight": torch.full((1, 1, 1, 1), 4.0), "1.running_mean": torch.tensor([8.0])}
+    model.load_state_dict({**model.state_dict(), **before})
     attacked = Interpolation.towards(model, 0.25)
     moved = {"0.weight": torch.zeros(1, 1, 1, 1), "1.running_mean": torch.zeros(1), "1.num_batches_tracked": torch.tensor(7)}
     model.load_state_dict({**model.state_dict(), **moved})

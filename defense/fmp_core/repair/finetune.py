@@ -80,7 +80,7 @@ class FineTuning:
         return FineTuning(defender, selection, settings, device, folder, teacher, unlearning, attacked)
 
     def run(self) -> Iterator[TrainedEpoch]:
-        """Train; epochs of an interrupted run come first, with their metrics. The last epoch's model is the interpolated one."""
+        """Train; epochs of an interrupted run come first, with their metrics. The last epoch's model is interpolated."""
         settings, checkpoint = self.settings, self._checkpoint()
         done: list[TrainedEpoch] = []
         if checkpoint.load() is not None:

@@ -30,7 +30,8 @@ from fmp_core.system.devices import choose_device
 from fmp_core.system.versions import versions
 
 PAIRS = 512  # clean and poisoned images that the oracle compares
-ROWS_SET = ("preset", "selection", "scope", "masked", "unlearn", "distill", "interpolate", "defense_name")  # a flag may not set these
+# A flag may not set these.
+ROWS_SET = ("preset", "selection", "scope", "masked", "unlearn", "distill", "interpolate", "defense_name")
 
 
 @dataclass(frozen=True)
