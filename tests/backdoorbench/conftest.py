@@ -75,6 +75,47 @@ elif dataset_name == 'a_forks_own':
 """
 
 
+# BackdoorBench's reader as far as the shims know it, with test sets of 10 clean and 9 poisoned "images".
+READER = """
+import numpy as np
+class Poisoned:
+    def __init__(self):
+        self.rows = np.arange(9)
+    def __len__(self):
+        return len(self.rows)
+    def subset(self, rows):
+        self.rows = self.rows[rows]
+class Wrapper:
+    def __init__(self, wrapped_dataset):
+        self.wrapped_dataset = wrapped_dataset
+    def __getattr__(self, name):  # as BackdoorBench's: torch must not find __getitems__ behind it
+        return getattr(self.wrapped_dataset, name)
+    def __getitem__(self, row):
+        return 100 + self.wrapped_dataset[row]
+    def __len__(self):
+        return len(self.wrapped_dataset)
+def load_attack_result(path):
+    return {"clean_test": Wrapper([*range(10)]), "bd_test": Wrapper(Poisoned())}
+"""
+# "Defends" by giving the record's own model back, all of whose weights a flag may replace.
+COUNTER = """
+import argparse, torch
+from utils.save_load_attack import load_attack_result
+parser = argparse.ArgumentParser()
+for flag in ("dataset", "model", "result_file", "device", "keep"):
+    parser.add_argument("--" + flag)
+args = parser.parse_args()
+path = f"record/{args.result_file}/attack_result.pt"
+found = load_attack_result(path)
+clean = torch.utils.data.DataLoader(found["clean_test"], batch_size=3)
+print("tests on", [int(one) - 100 for batch in clean for one in batch], found["bd_test"].wrapped_dataset.rows.tolist())
+content = {"model": torch.load(path)["model"]} if args.keep == "yes" else {}
+torch.save(content, f"record/{args.result_file}/defense/counter/defense_result.pt")
+with open(f"record/{args.result_file}/defense/counter/counter_df_summary.csv", "w") as file:
+    file.write(",test_acc,test_asr,test_ra\\nlast,0.5,0.5,0.5\\n")
+"""
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "BackdoorBench"
@@ -83,7 +124,8 @@ def checkout(tmp_path: Path) -> Path:
         "defense/base.py": "class defense:\n    pass\n",
         "defense/echo.py": SCRIPT,
         "defense/sleeper.py": SLEEPER,
-        "utils/save_load_attack.py": "",
+        "defense/counter.py": COUNTER,
+        "utils/save_load_attack.py": READER,
         "utils/aggregate_block/dataset_and_transform_generate.py": SLEEPER + KNOWN,
         "analysis/visual_names.py": ANALYSIS,
         "config/defense/echo.yaml": "x",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import run_defense
 import torch
-from conftest import RECORD
+from conftest import RECORD, call_fmp
 from fmp_core.backdoorbench import shims
 from fmp_core.backdoorbench.install import PROJECT
 from fmp_core.backdoorbench.process import Ended, reason_of
@@ -22,6 +23,7 @@ from fmp_core.backdoorbench.run import run_on_record, verdict
 from fmp_core.backdoorbench.workspace import Job, open_job, workspace
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.errors import UserError
+from fmp_core.results.read import read_result
 from toy import Stranger
 
 Tree = Callable[[Path], dict[str, str | None]]
@@ -32,8 +34,15 @@ def job(checkout: Path, record: str = RECORD) -> Job:
     return open_job(checkout, "record", record, "data", "cpu")
 
 
-def run(checkout: Path, *extra: str, defense: str = "echo", analysis: str | None = None, python: str = sys.executable):
-    return run_on_record(job(checkout), defense, analysis, python, list(extra))
+def run(
+    checkout: Path,
+    *extra: str,
+    defense: str = "echo",
+    analysis: str | None = None,
+    python: str = sys.executable,
+    test_images: int | None = None,
+) -> tuple[str, int]:
+    return run_on_record(job(checkout), defense, analysis, python, list(extra), test_images)
 
 
 def test_the_command_runs_a_defense_in_a_small_process_and_leaves_only_its_results(
@@ -69,6 +78,26 @@ def test_a_failure_is_reported_with_its_exit_code_and_last_error(checkout: Path,
     assert "exit code 1 after" in (tiny_record / "defense" / "echo" / "run_defense.log").read_text()
 
 
+def test_with_few_test_images_the_final_model_is_tested_on_all(checkout: Path, tiny_record: Path) -> None:
+    """The stand-in returns the attacked model, whose figures FMP's own test gives, too."""
+    assert call_fmp("--device", "cpu", "--result_file", RECORD, "--selection", "none", "--epochs", "0").code == 0
+    own = json.loads((tiny_record / "defense" / "fmp" / "metrics.json").read_text())["before"]
+    message, code = run(checkout, "--keep", "yes", defense="counter", test_images=4)
+    assert code == 0, message
+    assert "tests on [0, 2, 5, 7] [0, 2, 4, 6]" in (tiny_record / "defense" / "counter" / "run_defense.log").read_text()
+    assert read_result(tiny_record / "defense" / "counter").metrics == own
+    assert run(checkout, "--keep", "yes", defense="counter")[1] == 0  # BackdoorBench's own figures count again
+    assert read_result(tiny_record / "defense" / "counter").metrics["test_acc"] == 0.5
+    with pytest.raises(UserError, match=r"defense_result.pt holds no model; run the defense without --test_images"):
+        run(checkout, defense="counter", test_images=4)
+
+
+def test_an_impossible_number_of_test_images_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_defense.main(["--defense", "ft", "--result_file", "r", "--test_images", "0"])
+    assert stop.value.code == 2 and "--test_images must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("output", "reason"),
     [
@@ -87,7 +116,7 @@ def test_the_reason_of_a_failure_is_found_in_what_was_printed(output: str, reaso
 def test_what_backdoorbench_cannot_be_given_is_refused_before_it_starts(
     checkout: Path, tiny_record: Path, edit_record: Callable[..., None]
 ) -> None:
-    with pytest.raises(UserError, match=r"has no nonsense.py to run; there are echo, sleeper"):
+    with pytest.raises(UserError, match=r"has no nonsense.py to run; there are counter, echo, sleeper"):
         run(checkout, defense="nonsense")
     with pytest.raises(UserError, match=r"has no visual_cm.py to run; there are names"):
         run(checkout, analysis="cm")

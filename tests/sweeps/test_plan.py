@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sweep as script
 from fmp_core.errors import UserError
-from fmp_core.sweeps.jobs import settings_hash
+from fmp_core.sweeps.jobs import Job, settings_hash
 from fmp_core.sweeps.plan import plan, read_sweep
 from sweep_jobs import sweep_of
 
@@ -102,6 +102,22 @@ def test_a_defense_of_backdoorbench(place: Path) -> None:
     command = jobs[1].command
     assert command[command.index("--") + 1 :] == ("--epochs", "2", "--random_seed", "1")
     assert command[4:6] == ("--defense", "ft")
+
+
+def test_few_test_images_are_for_backdoorbench_and_decide(place: Path) -> None:
+    (place / "bb" / "defense").mkdir(parents=True)
+    (place / "bb" / "defense" / "ft.py").write_text("")
+
+    def jobs(**keys: Any) -> list[Job]:
+        return plan(sweep_of(defenses=["fmp", "ft"], backdoorbench="bb", **keys))
+
+    ours, theirs = jobs(backdoorbench_test_images=500)
+    assert "--test_images" not in ours.command
+    assert theirs.command[theirs.command.index("--test_images") + 1] == "500"
+    assert theirs.command.index("--test_images") < theirs.command.index("--")
+    whole = jobs()
+    assert settings_hash(whole[0]) == settings_hash(ours) and settings_hash(whole[1]) != settings_hash(theirs)
+    assert "--test_images" not in whole[1].command
 
 
 @pytest.mark.parametrize(

@@ -5,21 +5,26 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from fmp_core.backdoorbench.process import Ended, run_script
+from fmp_core.backdoorbench.process import Ended, in_own_process, run_script
 from fmp_core.backdoorbench.workspace import Job, workspace
 from fmp_core.errors import UserError
+from fmp_core.results.read import WHOLE_TEST
 from fmp_core.storage.files import make_folders, refuse_links_out_of
 
 NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
 RESULT = "defense_result.pt"
 
 
-def run_on_record(job: Job, method: str, analysis: str | None, python: str, extra: list[str]) -> tuple[str, int]:
+def run_on_record(
+    job: Job, method: str, analysis: str | None, python: str, extra: list[str], test_images: int | None = None
+) -> tuple[str, int]:
     """Run ``defense/<method>.py`` on the record or, with ``analysis``, ``analysis/visual_<analysis>.py`` on what ``method``
     made of it. Returns one sentence on how it went, and the exit code.
 
-    ``python`` runs BackdoorBench's script, which is given the flags ``extra`` after ours. Raises UserError if there is no such
-    script or no result to analyse, or BackdoorBench cannot be given the record.
+    ``python`` runs BackdoorBench's script, which is given the flags ``extra`` after ours. With ``test_images`` a defense tests
+    on so many images only while it runs; the model it ends with is tested on all of them by us, into ``whole_test.json``.
+
+    Raises UserError if there is no such script or no result to analyse, or BackdoorBench cannot be given the record.
     """
     results, flags = job.folder / "defense" / method, job.flags
     if analysis is None:
@@ -36,8 +41,19 @@ def run_on_record(job: Job, method: str, analysis: str | None, python: str, extr
     started = time.time() - 1  # file systems with coarse clocks
     with workspace(job) as folder:
         make_folders(results)
-        ended = run_script(folder, script, [*flags, *extra], device=job.device, python=python, log=log)
-    return verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
+        if analysis is None:
+            (results / WHOLE_TEST).unlink(missing_ok=True)
+        ended = run_script(folder, script, [*flags, *extra], device=job.device, python=python, log=log, test_images=test_images)
+    said, code = verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
+    if test_images and analysis is None and not code:
+        in_own_process(_final_test, job, results)
+    return said, code
+
+
+def _final_test(job: Job, results: Path) -> None:
+    from fmp_core.backdoorbench.final_test import write_final_test  # imports torch
+
+    write_final_test(job, results)
 
 
 def find_script(checkout: Path, folder: str, prefix: str, name: str) -> str:

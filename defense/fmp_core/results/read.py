@@ -19,6 +19,7 @@ from fmp_core.metrics import METRICS
 
 T = TypeVar("T")
 STAMP = "sweep.json"  # written by sweeps into each result folder: what was run, with which settings
+WHOLE_TEST = "whole_test.json"  # of a BB defense that tested on few images while it ran (run_defense.py --test_images)
 MOST_BYTES = 16 * 2**20  # no metric csv of BB comes near this
 ATTACK_NAMES = {"lowfrequency": "lf", "label_consistent": "lc"}  # info.pickle's names -> those of files and leaderboard
 ATTACK_TITLES = {
@@ -59,10 +60,12 @@ def read_result(folder: Path) -> Result:
     seed, method = _get(stamp, "seed", int), _get(stamp, "method", str)
     path = folder / "metrics.json"
     if not path.is_file():
-        path, logged = _summary_file(folder), _logged_settings(folder)
+        whole, logged = folder / WHOLE_TEST, _logged_settings(folder)
+        path = whole if whole.is_file() else _summary_file(folder)
         ratio = logged.get("ratio", (_get(stamp, "settings", dict) or {}).get("ratio"))
         seed = _get(logged, "random_seed", int) if seed is None else seed
-        return Result(_read_summary(path), str(path), seed=seed, method=method, ratio=_number(ratio))
+        metrics = _fractions(read_json(path), path) if path == whole else _read_summary(path)
+        return Result(metrics, str(path), seed=seed, method=method, ratio=_number(ratio))
     content = read_json(path)
     settings, before, after = (_get(content, key, dict) or {} for key in ("settings", "before", "after"))
     if not after:

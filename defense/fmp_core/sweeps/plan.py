@@ -63,6 +63,7 @@ class Sweep:
     timeout: float | None = setting(None, number(0, above=True), "minutes after which a job counts as failed")
     ours: Mapping[str, Any] = setting(dict, mapping(), "settings of all of our defenses")
     backdoorbench: str | None = setting(None, text("FOLDER"), "root of a checkout; runs BackdoorBench's defenses")
+    backdoorbench_test_images: int | None = setting(None, integer(1), "run_defense.py --test_images of its defenses")
     slurm: Mapping[str, Any] = setting(dict, mapping(*SLURM_NAMES), "what sbatch is asked for")
 
     @property
@@ -206,9 +207,10 @@ def _bb_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mapping
     flags = {**({"ratio": sweep.ratio} if takes_ratio and sweep.ratio is not None else {}), **flags}
     about = {"backdoorbench": sweep.backdoorbench, "defense": defense, "result_file": record}
     about |= {"record_root": sweep.record_root, "dataset_path": sweep.dataset_path, "device": sweep.device}
+    fewer = {"test_images": sweep.backdoorbench_test_images} if sweep.backdoorbench_test_images else {}
     start = (sys.executable, str(PROJECT / "record_scripts" / "run_defense.py"))
     folder = _result_folder(sweep, record, method, flags["random_seed"])
-    command, decides = (*start, *_flags(about), "--", *_flags(flags)), {"defense": defense, **flags}
+    command, decides = (*start, *_flags({**about, **fewer}), "--", *_flags(flags)), {"defense": defense, **flags, **fewer}
     writes = folder.with_name(defense)
     return Job(record, "backdoorbench", method, flags["random_seed"], folder, command, decides, writes=writes)
 

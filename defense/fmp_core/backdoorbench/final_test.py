@@ -1,0 +1,38 @@
+"""The last test of a defense of BackdoorBench that tested on few images while it ran: on all of them, as ours are tested."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from fmp_core.backdoorbench.workspace import Job
+from fmp_core.errors import UserError
+from fmp_core.inputs import load_inputs
+from fmp_core.models.build import PixelModel, load_model
+from fmp_core.models.evaluate import evaluate
+from fmp_core.results.read import WHOLE_TEST
+from fmp_core.settings import load_settings
+from fmp_core.storage.files import write_text
+from fmp_core.storage.torch_file import load_torch_file
+from fmp_core.system.devices import choose_device
+
+
+def write_final_test(job: Job, results: Path) -> None:
+    """Test the model in ``defense_result.pt`` of the folder ``results``, and write the figures beside it.
+
+    Raises UserError: the file does not hold weights of the record's model.
+    """
+    places = {"record_root": str(job.folder.parent), "dataset_path": str(job.dataset_path), "device": job.device}
+    settings, device = load_settings({**places, "epochs": 0}), choose_device(job.device).device
+    inputs = load_inputs(settings, job.folder.name, device)
+    content = load_torch_file(results / "defense_result.pt")
+    try:
+        network = load_model(job.model_name, job.num_classes, content["model"])
+    except (KeyError, TypeError):
+        raise UserError(f"{results / 'defense_result.pt'} holds no model; run the defense without --test_images.") from None
+    model = PixelModel(network, inputs.defender.facts).to(device).to(memory_format=torch.channels_last)
+    metrics = evaluate(model, inputs.test, settings.batch_size).metrics
+    write_text(results / WHOLE_TEST, json.dumps(asdict(metrics), indent=2) + "\n")
