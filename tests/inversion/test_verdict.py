@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from fmp_core.errors import UserError
+from fmp_core.inversion import search
 from fmp_core.inversion.search import TriggerSearch
-from fmp_core.inversion.trigger import FAMILIES, SPARSE_PART, InvertedTrigger, load_trigger, save_trigger
+from fmp_core.inversion.trigger import FAMILIES, SPARSE_PART, InvertedTrigger, invert_trigger, load_trigger, save_trigger
 from fmp_core.inversion.verdict import LEAST_MARGIN, Verdict
 from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.models.pruning import accuracy_without
@@ -78,6 +79,24 @@ def test_a_planted_patch_is_found_and_its_map_changed_most():
 def test_a_clean_model_shows_nothing():
     verdict = trigger_search(None).test("sparse", CLASSES)
     assert not verdict.backdoored
+
+
+def test_of_many_classes_only_those_ahead_get_a_whole_trigger(monkeypatch: pytest.MonkeyPatch):
+    """Of four classes one gets it, the planted one, with the flip rate of a search that gives it to all."""
+    found, told = trigger_search(WHITE), []
+    whole = found.test("sparse", CLASSES)
+    inverted: list[tuple[int, bool]] = []
+
+    def noted(network: nn.Module, dtype: torch.dtype, images: Tensor, family: str, target: int, seed: int, quick: bool):
+        inverted.append((target, quick))
+        return invert_trigger(network, dtype, images, family, target, seed, quick)
+
+    monkeypatch.setattr(search, "invert_trigger", noted)
+    monkeypatch.setattr(search, "FINALISTS", 1)
+    verdict = found.test("sparse", CLASSES, lambda: told.append(1))
+    assert inverted == [*((target, True) for target in range(CLASSES)), (TARGET, False)]
+    assert verdict.flip_rates[TARGET] == whole.flip_rates[TARGET] and verdict.backdoored
+    assert len(told) == search.inversions(CLASSES) == CLASSES + 1
 
 
 def test_the_margin_decides():

@@ -16,7 +16,14 @@ from fmp_core.models.fast_ops import to_precision
 from fmp_core.models.feature_maps import ConvLayer, frozen
 from fmp_core.system import distributed
 
+FINALISTS = 8  # classes that get a whole trigger, if there are more than twice as many
+QUICK_HELD_OUT = 64  # held-out images that a quick trigger is tested on
 HELD_OUT = 256  # clean images, the last ones, that triggers are tested on and never inverted on; half of a smaller subset
+
+
+def inversions(num_classes: int) -> int:
+    """How many triggers a verdict on so many classes takes, quick and whole ones."""
+    return num_classes + (FINALISTS if num_classes > 2 * FINALISTS else 0)
 
 
 @dataclass(frozen=True)
@@ -41,20 +48,30 @@ class TriggerSearch:
     def test(self, family: str, num_classes: int, progress: Callable[[], object] = lambda: None) -> Verdict:
         """Invert a trigger of ``family`` towards every class; under ``torchrun`` each process takes a share of the classes.
 
-        ``progress`` is called after each class.
+        Of many classes each gets a quick trigger first, and only the :data:`FINALISTS` whose triggers flip most a whole one:
+        the others' flip rates stay those of the quick ones. ``progress`` is called after each of :func:`inversions` triggers.
         """
-        rates = torch.zeros(num_classes, dtype=torch.float64, device=self.images.device)
-        classes = distributed.my_share(torch.ones(num_classes, dtype=torch.bool)).nonzero().flatten().tolist()
+        finalists = torch.ones(num_classes, dtype=torch.bool)
+        rates = torch.zeros(num_classes, dtype=torch.float64)
+        if num_classes > 2 * FINALISTS:
+            rates = self._flip_rates(family, finalists, True, progress)
+            finalists = torch.zeros_like(finalists).scatter(0, rates.topk(FINALISTS).indices, True)
+        rates = torch.where(finalists, self._flip_rates(family, finalists, False, progress), rates)
+        return Verdict(family, rates, self._fewest_held_out(num_classes))
+
+    def _flip_rates(self, family: str, classes: Tensor, quick: bool, progress: Callable[[], object]) -> Tensor:
+        """Flip rates float64 ``[K]`` of triggers towards the ``classes`` of a bool mask ``[K]``; 0 for the others."""
+        rates = torch.zeros(len(classes), dtype=torch.float64, device=self.images.device)
         with frozen(self.model):
             network = self._network()
-            for target in classes:
+            for target in distributed.my_share(classes).nonzero().flatten().tolist():
                 images, held_out = self._of_other_classes(target)
                 if len(images):
-                    trigger = invert_trigger(network, self.dtype, images, family, target, self.seed)
-                    rates[target] = flip_rate(network, self.dtype, trigger, held_out)
+                    trigger = invert_trigger(network, self.dtype, images, family, target, self.seed, quick)
+                    rates[target] = flip_rate(network, self.dtype, trigger, held_out[:QUICK_HELD_OUT] if quick else held_out)
                 progress()
         distributed.combine(rates)
-        return Verdict(family, rates.cpu(), self._fewest_held_out(num_classes))
+        return rates.cpu()
 
     def triggers(self, families: Iterable[str], target: int) -> list[InvertedTrigger]:
         """A trigger of each family towards class ``target``."""

@@ -17,7 +17,7 @@ from fmp_core.frg.scorer import Batching, FeatureMapScorer
 from fmp_core.frg.scorer_state import RankingCheckpoints
 from fmp_core.frg.scores import Scores
 from fmp_core.inputs import DefenderInputs
-from fmp_core.inversion.search import TriggerSearch
+from fmp_core.inversion.search import TriggerSearch, inversions
 from fmp_core.inversion.trigger import FAMILIES
 from fmp_core.inversion.verdict import Verdict
 from fmp_core.models.evaluate import to_unit
@@ -92,7 +92,7 @@ def test_for_backdoor(defender: DefenderInputs, settings: Settings, cache: Path,
             saved = partial(lambda name: load_verdicts(cache, key, classes).get(name), family)
             verdict = _from_cache(saved, settings.fresh)
             if verdict is None:
-                with Progress(f"Inverting {family} triggers", classes, "classes", LOGGER) as bar:
+                with Progress(f"Inverting {family} triggers", inversions(classes), "triggers", LOGGER) as bar:
                     verdict = search.test(family, classes, bar.add)
                 if distributed.is_leader():
                     save_verdicts(cache, key, [*verdicts, verdict])
