@@ -42,7 +42,7 @@ def final(root: Path) -> dict[str, Any]:
         if path.is_file() and path.suffix != ".log" and name != "report.html":  # the page shows the times
             files[name] = path.read_bytes()
     metrics = json.loads(files["metrics.json"])
-    files["metrics.json"] = {key: value for key, value in metrics.items() if key not in ("seconds", "versions")}
+    files["metrics.json"] = {key: value for key, value in metrics.items() if key not in ("seconds", "cpu_seconds", "versions")}
     for name in files:
         if name.endswith(".pt"):  # a zip archive holds its own name, which was temporary
             files[name] = torch.load(root / RESULTS / name, weights_only=True)

@@ -57,6 +57,7 @@ def root(tmp_path: Path) -> Path:
     write(place / "fp" / "finetune_df_summary.csv", three_rows(0.92, 0.6, 0.3))
     write(place / "fp" / "prune_log_summary.csv", ",num_pruned,test_acc,test_asr,test_ra\nlast,350,0.1,0.1,0.1\n")
     write(place / "clp" / "clp_df_summary.csv", one_row(0.8, 0.1, 0.7))
+    write(place / "clp" / "run_defense.log", "loading\n\nexit code 0 after 68 s; CPU 48 s\n")
     write(place / "anp" / "anp_df_summary.csv", one_row(0.81, 0.2, 0.6))
     write(place / "anp" / "threshold_df.csv", one_row(0.0, 0.0, 0.0))
     write(place / "nad" / "nad_df_summary.csv", three_rows(0.89, 0.3, 0.5))
@@ -65,7 +66,8 @@ def root(tmp_path: Path) -> Path:
     write(place / "ft-sam" / "log" / "d-sam_df_summary.csv", three_rows(0.88, 0.05, 0.8, head=""))
     write(place / "npd" / "npd_df_summary.csv", three_rows(88.0, 7.0, 75.0, head=""))
     write(place / "mcr" / "mcr_df_summary.csv", ",test_acc,test_asr,test_ra,t\n0,0.03,0.87,0.8,0.1\n")
-    write(place / "fmp" / "metrics.json", metrics_json(0.93, 0.02, 0.9))
+    spent = {"seconds": {"load": 1.5, "ranking": 2}, "cpu_seconds": 3.25}
+    write(place / "fmp" / "metrics.json", metrics_json(0.93, 0.02, 0.9, **spent))
     write(place / "fmp-s1" / "metrics.json", metrics_json(0.91, 0.04, 0.88, seed=1))
     (place / "only-cached" / "cache").mkdir(parents=True)
     blended = tmp_path / "blended_cifar10" / "defense"
@@ -103,6 +105,8 @@ def test_every_shape_is_read_as_fractions(root: Path, capsys: pytest.CaptureFixt
     assert rows.loc[("badnet_cifar10", "ft"), "seed"] == 7
     assert rows.loc[("badnet_cifar10", "ft"), "der"] == pytest.approx((0.48 + 1) / 2)
     assert rows.loc[("badnet_cifar10", "clp"), "der"] == pytest.approx((0.88 - 0.1 + 1) / 2)
+    spent = rows.loc["badnet_cifar10"][["seconds", "cpu_seconds"]]
+    assert spent.loc["clp"].tolist() == [68, 48] and spent.loc["fmp"].tolist() == [3.5, 3.25] and spent.loc["ft"].isna().all()
     # blended has neither info.pickle nor attack_df: the name and our own test before the defense stand in
     assert rows.loc[("blended_cifar10", "fmp"), "attack"] == "blended"
     assert rows.loc[("blended_cifar10", "no defense"), "test_asr"] == 0.985

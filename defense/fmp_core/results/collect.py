@@ -22,7 +22,7 @@ DEEPEST = 4  # levels of folders that are searched for records
 POINT = 0.01  # figures of one model that differ by more were not measured alike
 SETTING = ["dataset", "model", "attack", "pratio"]
 COLUMNS = [
-    *("record", "defense", *HEADLINES, "method", "seed", "ratio", "test_images"),
+    *("record", "defense", *HEADLINES, "method", "seed", "ratio", "test_images", "seconds", "cpu_seconds"),
     *(*SETTING, "record_seed", "origin", "baseline", "source"),
 ]
 
@@ -33,8 +33,11 @@ def collect(root: str | Path, warn: Warn) -> pd.DataFrame:
     ``record`` is the path below ``root``. ``origin`` is ``ours``, ``backdoorbench`` or ``attack`` (the attacked model).
     ``method`` is ``defense`` without the seed, so rows that differ only in seeds share it. ``baseline`` says whose test of the
     attacked model DER and RIR compare with: ``attack`` (what the attack logged) or ``our test``. ``ratio`` is the share of
-    clean data the defense had, ``test_images`` the size of the sample where it was not tested on all. ``warn`` gets one line
-    for every file that could not be read, and where the attack's figures contradict ours. Raises UserError: no such folder.
+    clean data the defense had, ``test_images`` the size of the sample where it was not tested on all, ``seconds`` is elapsed
+    time, ``cpu_seconds`` that of all its threads and processes. ``warn`` gets one line for every file that could not be read,
+    and where the attack's figures contradict ours.
+
+    Raises UserError: no such folder.
     """
     root = Path(root)
     if not root.is_dir():
@@ -83,6 +86,7 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
         row = {**about, "defense": defense, **result.metrics, **(ratings(before, result.metrics) if before else {})}
         row |= {"method": result.method or re.sub(rf"-s{result.seed}$", "", defense), "seed": result.seed}
         row |= {"ratio": result.ratio, "test_images": result.test_images, "source": result.source}
+        row |= {"seconds": result.seconds, "cpu_seconds": result.cpu_seconds}
         row |= {"origin": "ours" if result.ours else "backdoorbench"}
         yield row | {"baseline": None if not before else "attack" if before is logged else "our test"}
 

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,8 @@ class Result:
     model: str | None = None
     ratio: float | None = None  # share of the clean training set it was given
     test_images: int | None = None  # tested on a sample of so many images only
+    seconds: float | None = None  # elapsed
+    cpu_seconds: float | None = None  # of all its processes and threads
 
 
 def read_result(folder: Path) -> Result:
@@ -65,7 +67,8 @@ def read_result(folder: Path) -> Result:
         ratio = logged.get("ratio", (_get(stamp, "settings", dict) or {}).get("ratio"))
         seed = _get(logged, "random_seed", int) if seed is None else seed
         metrics = _fractions(read_json(path), path) if path == whole else _read_summary(path)
-        return Result(metrics, str(path), seed=seed, method=method, ratio=_number(ratio))
+        result = Result(metrics, str(path), seed=seed, method=method, ratio=_number(ratio))
+        return replace(result, **_seconds_of_bb(folder))
     content = read_json(path)
     settings, before, after = (_get(content, key, dict) or {} for key in ("settings", "before", "after"))
     if not after:
@@ -81,6 +84,8 @@ def read_result(folder: Path) -> Result:
         model=_get(content, "model", str),
         ratio=None if settings.get("index") else _number(settings.get("ratio")),
         test_images=_get(content, "test_images", int) or _get(settings, "test_images", int),
+        seconds=sum(filter(None, map(_number, (_get(content, "seconds", dict) or {}).values()))) or None,
+        cpu_seconds=_number(content.get("cpu_seconds")),
     )
 
 
@@ -187,6 +192,14 @@ def _logged_settings(folder: Path) -> dict[str, Any]:
             ratio = re.search(r"'ratio': ([\d.e-]{1,20})[,}]", head)
             return {"random_seed": int(seed[1])} | ({"ratio": ratio[1]} if ratio else {})
     return {}
+
+
+def _seconds_of_bb(folder: Path) -> dict[str, float]:
+    """What ``run_defense.py`` noted at the end of its log."""
+    path = folder / "run_defense.log"
+    lines = _read_text(path).splitlines() if path.is_file() else []
+    found = re.fullmatch(r"exit code 0 after (\d+) s; CPU (\d+) s", lines[-1]) if lines else None
+    return {"seconds": float(found[1]), "cpu_seconds": float(found[2])} if found else {}
 
 
 def _get(content: Mapping[str, Any], key: str, kind: type[T]) -> T | None:

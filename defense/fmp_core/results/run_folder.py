@@ -122,6 +122,7 @@ class RunFolder:
             verdict=selection.verdict.as_dict() if selection.verdict else None,
             chosen_by=selection.selected_by,
             seconds=seconds,
+            cpu_seconds=time.process_time(),
             seed=self.settings.random_seed,
             device=f"{device.device} ({device.name})",
             settings=dataclasses.asdict(self.settings),

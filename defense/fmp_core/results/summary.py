@@ -38,6 +38,7 @@ class RunSummary:
     device: str
     settings: dict[str, Any]
     versions: dict[str, str]
+    cpu_seconds: float | None = None  # of all threads of the process, which read, computed and tested
     test_images: int | None = None  # None: all
     attack_figures: dict[str, float] | None = None  # ``before`` as the attack reported it
     removal: dict[str, Any] | None = None  # see removal.attack_outcome
