@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,8 +67,9 @@ def read_result(folder: Path) -> Result:
         ratio = logged.get("ratio", (_get(stamp, "settings", dict) or {}).get("ratio"))
         seed = _get(logged, "random_seed", int) if seed is None else seed
         metrics = _fractions(read_json(path), path) if path == whole else _read_summary(path)
-        result = Result(metrics, str(path), seed=seed, method=method, ratio=_number(ratio))
-        return replace(result, **_seconds_of_bb(folder))
+        seconds, cpu = _seconds_of_bb(folder)
+        about = (metrics, str(path), False, seed, method)
+        return Result(*about, ratio=_number(ratio), seconds=seconds, cpu_seconds=cpu)
     content = read_json(path)
     settings, before, after = (_get(content, key, dict) or {} for key in ("settings", "before", "after"))
     if not after:
@@ -194,12 +195,12 @@ def _logged_settings(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _seconds_of_bb(folder: Path) -> dict[str, float]:
-    """What ``run_defense.py`` noted at the end of its log."""
+def _seconds_of_bb(folder: Path) -> tuple[float | None, float | None]:
+    """Elapsed and processor time, which ``run_defense.py`` noted at the end of its log."""
     path = folder / "run_defense.log"
     lines = _read_text(path).splitlines() if path.is_file() else []
     found = re.fullmatch(r"exit code 0 after (\d+) s; CPU (\d+) s", lines[-1]) if lines else None
-    return {"seconds": float(found[1]), "cpu_seconds": float(found[2])} if found else {}
+    return (float(found[1]), float(found[2])) if found else (None, None)
 
 
 def _get(content: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
