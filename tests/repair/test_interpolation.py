@@ -9,6 +9,7 @@ import pytest
 import torch
 from command import RESULTS, Run, weights
 from conftest import RECORD
+from fmp_core.inversion import trigger, verdict
 from fmp_core.repair.interpolation import Interpolation
 from torch import nn
 
@@ -44,3 +45,17 @@ def test_masked_maps_stay_at_zero(workplace: Path, run_fmp: Run, masked: bool) -
     zeros = sum(int((kernel.flatten(1).abs().sum(1) == 0).sum()) for kernel in filters)
     pruned = json.loads((workplace / RESULTS / "metrics.json").read_text())["pruned"]
     assert zeros == (pruned if masked else 0) and pruned > 0
+
+
+def test_a_model_with_nothing_to_unlearn_is_not_led_back(
+    workplace: Path, run_fmp: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the backdoor that fine-tuning may have weakened would return."""
+    for name, fewer in (("STEPS", 2), ("SPARSE_BATCH", 4), ("DENSE_BATCH", 4)):
+        monkeypatch.setattr(trigger, name, fewer)
+    monkeypatch.setattr(verdict, "LEAST_MARGIN", 2.0)
+    found = []
+    for share in ("0", "0.5"):
+        assert run_fmp(*TUNED, "--preset", "strong", "--frg_samples", "1", "--interpolate", share).code == 0
+        found.append(weights(workplace))
+    assert all(torch.equal(one, other) for one, other in zip(found[0].values(), found[1].values(), strict=True))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fmp_core.backdoorbench.workspace import Job
 from fmp_core.errors import UserError
@@ -20,6 +22,13 @@ from fmp_core.storage.torch_file import load_torch_file
 from fmp_core.system.devices import choose_device
 
 
+def masks_applied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with a weight where ``torch.nn.utils.prune``, which fp uses, keeps ``<weight>_orig`` and ``<weight>_mask``."""
+    masks = {key.removesuffix("_mask"): mask for key, mask in state.items() if f"{key.removesuffix('_mask')}_orig" in state}
+    plain = {key.removesuffix("_orig"): value for key, value in state.items() if key.removesuffix("_mask") not in masks}
+    return {key: value * masks[key] if key in masks else value for key, value in plain.items()}
+
+
 def write_final_test(job: Job, results: Path) -> None:
     """Test the model in ``defense_result.pt`` of the folder ``results``, and write the figures beside it.
 
@@ -30,7 +39,7 @@ def write_final_test(job: Job, results: Path) -> None:
     inputs = load_inputs(settings, job.folder.name, device)
     content = load_torch_file(results / "defense_result.pt")
     try:
-        network = load_model(job.model_name, job.num_classes, content["model"])
+        network = load_model(job.model_name, job.num_classes, masks_applied(content["model"]))
     except (KeyError, TypeError):
         raise UserError(f"{results / 'defense_result.pt'} holds no model; run the defense without --test_images.") from None
     model = PixelModel(network, inputs.defender.facts).to(device).to(memory_format=torch.channels_last)

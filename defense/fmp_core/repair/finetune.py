@@ -75,7 +75,8 @@ class FineTuning:
             unlearning = Unlearning(trigger_search(defender, settings), selection.triggers)
         elif settings.unlearn and settings.selection != "trigger":
             LOGGER.warning("--unlearn has no effect without --selection trigger, which inverts the triggers to unlearn")
-        if settings.interpolate and settings.epochs:
+        # Where there was nothing to unlearn, the way back leads to the backdoor.
+        if settings.interpolate and settings.epochs and (unlearning or not settings.unlearn):
             attacked = Interpolation.towards(defender.model, settings.interpolate)
         return FineTuning(defender, selection, settings, device, folder, teacher, unlearning, attacked)
 
