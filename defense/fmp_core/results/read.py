@@ -27,6 +27,7 @@ ATTACK_TITLES = {
     "blended": "Blended",
     "lf": "Low Frequency",
     "ssba": "SSBA",
+    "ssba_like": "SSBA-like",
     "wanet": "WaNet",
     "sig": "SIG",
 }
