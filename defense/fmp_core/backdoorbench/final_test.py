@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fmp_core.backdoorbench.workspace import Job
+from fmp_core.data.attack_record import read_attack_record
+from fmp_core.data.datasets import open_split
 from fmp_core.errors import UserError
-from fmp_core.inputs import load_inputs
+from fmp_core.inputs import preprocessing, read_test_data
 from fmp_core.models.build import PixelModel, load_model
 from fmp_core.models.evaluate import evaluate
 from fmp_core.results.read import WHOLE_TEST
@@ -34,14 +36,14 @@ def write_final_test(job: Job, results: Path) -> None:
 
     Raises UserError: the file does not hold weights of the record's model.
     """
-    places = {"record_root": str(job.folder.parent), "dataset_path": str(job.dataset_path), "device": job.device}
-    settings, device = load_settings({**places, "epochs": 0}), choose_device(job.device).device
-    inputs = load_inputs(settings, job.folder.name, device)
+    settings, device = load_settings({}), choose_device(job.device).device
+    record = read_attack_record(job.folder)
+    test = read_test_data(record, open_split(job.dataset_path, record.dataset, False, record.image_size), device)
     content = load_torch_file(results / "defense_result.pt")
     try:
         network = load_model(job.model_name, job.num_classes, masks_applied(content["model"]))
     except (KeyError, TypeError):
         raise UserError(f"{results / 'defense_result.pt'} holds no model; run the defense without --test_images.") from None
-    model = PixelModel(network, inputs.defender.facts).to(device).to(memory_format=torch.channels_last)
-    metrics = evaluate(model, inputs.test, settings.batch_size).metrics
+    model = PixelModel(network, preprocessing(settings, record)).to(device).to(memory_format=torch.channels_last)
+    metrics = evaluate(model, test, settings.batch_size).metrics
     write_text(results / WHOLE_TEST, json.dumps(asdict(metrics), indent=2) + "\n")

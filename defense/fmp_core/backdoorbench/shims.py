@@ -207,7 +207,8 @@ def _fewer_test_images() -> list[str]:
         found: dict[str, Any] = load(path)
         for name in ("clean_test", "bd_test"):
             whole = found[name].wrapped_dataset
-            rows = [number * len(whole) // count for number in range(count)] if count < len(whole) else list(range(len(whole)))
+            size = min(count, len(whole))
+            rows = [number * len(whole) // size for number in range(size)]
             if hasattr(whole, "subset"):
                 whole.subset(rows)
             else:

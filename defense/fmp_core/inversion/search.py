@@ -53,7 +53,7 @@ class TriggerSearch:
         """
         finalists = torch.ones(num_classes, dtype=torch.bool)
         rates = torch.zeros(num_classes, dtype=torch.float64)
-        if num_classes > 2 * FINALISTS:
+        if inversions(num_classes) > num_classes:
             rates = self._flip_rates(family, finalists, True, progress)
             finalists = torch.zeros_like(finalists).scatter(0, rates.topk(FINALISTS).indices, True)
         rates = torch.where(finalists, self._flip_rates(family, finalists, False, progress), rates)
