@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset_path", metavar="FOLDER", default="./data")
     parser.add_argument("--backdoorbench", metavar="FOLDER", help="a checkout; without it only FMP and fine-tuning are run")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="jobs at a time on the CPU")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="jobs at a time on each GPU, or on the CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
     parser.add_argument("--launcher", choices=["local", "slurm"], default="local")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of what would run")

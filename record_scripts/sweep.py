@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run a matrix of records x defenses x settings x seeds.
 
-    python record_scripts/sweep.py SWEEP.yaml                      # on this machine: each visible GPU, or `workers` on the CPU
+    python record_scripts/sweep.py SWEEP.yaml                      # on this machine: `workers` at a time on each GPU, or CPU
     python record_scripts/sweep.py SWEEP.yaml --dry-run            # print the commands
     python record_scripts/sweep.py SWEEP.yaml --launcher slurm     # on a cluster
 

@@ -215,6 +215,9 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local_slots("auto", 1)] == ["3", "5"]
+    several = local_slots("auto", 2)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in several] == ["3", "5", "3", "5"]
+    assert {slot["OMP_NUM_THREADS"] for slot in several} == {"2"}  # eight cores, four jobs
 
 
 def test_help_imports_neither_torch_nor_pandas() -> None:

@@ -1,4 +1,4 @@
-"""The queue of a sweep on this machine: one job at a time per slot (a GPU, or a share of the CPU); shared work is done once."""
+"""The queue of a sweep on this machine: one job at a time per slot (a share of a GPU or the CPU); shared work is done once."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ Report = Callable[[Job, Outcome], None]
 
 
 def local_slots(device: str, workers: int) -> list[dict[str, str]]:
-    """One environment per job that may run at the same time: each visible GPU, or ``workers`` shares of the CPU."""
+    """One environment per job that may run at the same time: ``workers`` on each visible GPU, or on the CPU.
+
+    They share the CPU's cores. Neighbouring slots are of different GPUs, so that few jobs spread over all of them.
+    """
     gpus = 0
     if device != "cpu":
         import torch
 
         gpus = torch.cuda.device_count()
-    if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return [{"CUDA_VISIBLE_DEVICES": name} for name in (visible.split(",") if visible else map(str, range(gpus)))]
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and not gpus:
         raise UserError(f"device is {device}, but no CUDA device is visible; set device: cpu.")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible and gpus else [str(number) for number in range(gpus)]
+    places = [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, min(cores // workers, int(os.environ.get("OMP_NUM_THREADS") or cores))))
-    return [{"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}] * workers
+    threads = str(max(1, min(cores // (workers * len(places)), int(os.environ.get("OMP_NUM_THREADS") or cores))))
+    return [{**place, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} for place in places] * workers
 
 
 def may_start(job: Job, waiting: Sequence[Job], running: Sequence[Job], shared: set[str]) -> bool:

@@ -58,7 +58,7 @@ class Sweep:
     record_root: str = setting("./record", text("FOLDER"), "the folder of attack records")
     dataset_path: str = setting("./data", text("FOLDER"), "the folder of datasets")
     device: str = setting("auto", text("DEVICE"), "as for fmp.py")
-    workers: int = setting(1, integer(1), "jobs at a time on the CPU")
+    workers: int = setting(1, integer(1), "jobs at a time on each GPU, or on the CPU")
     processes: int = setting(1, integer(1), "processes of each of our runs, under torchrun")
     timeout: float | None = setting(None, number(0, above=True), "minutes after which a job counts as failed")
     ours: Mapping[str, Any] = setting(dict, mapping(), "settings of all of our defenses")
