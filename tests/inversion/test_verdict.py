@@ -9,7 +9,7 @@ import torch
 from fmp_core.errors import UserError
 from fmp_core.inversion import search
 from fmp_core.inversion.search import TriggerSearch
-from fmp_core.inversion.trigger import FAMILIES, SPARSE_PART, InvertedTrigger, invert_trigger, load_trigger, save_trigger
+from fmp_core.inversion.trigger import FAMILIES, SPARSE_PART, WARPS, InvertedTrigger, invert_trigger, load_trigger, save_trigger
 from fmp_core.inversion.verdict import LEAST_MARGIN, Verdict
 from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.models.pruning import accuracy_without
@@ -76,9 +76,38 @@ def test_a_planted_patch_is_found_and_its_map_changed_most():
     assert footprint(found.model) == before
 
 
-def test_a_clean_model_shows_nothing():
-    verdict = trigger_search(None).test("sparse", CLASSES)
+@pytest.mark.parametrize("family", ["sparse", "warp-1"])
+def test_a_clean_model_shows_nothing(family: str):
+    verdict = trigger_search(None).test(family, CLASSES)
     assert not verdict.backdoored
+
+
+class PlantedWarp(nn.Module):
+    """Two classes, by whether an edge lies left of column 5, and a third, for an edge that lies between two columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        profile = x.mean((1, 2))  # [B, W], about 0 left of the edge and about 1 right of it
+        edge = x.shape[3] - profile.sum(1) - 0.5
+        between = (profile * (1 - profile)).amax(1)  # 0 where every column is black or white, 1/4 where one is halfway
+        return torch.stack([5 - edge, edge - 5, 80 * between - 8], 1)
+
+
+def edges(count: int) -> tuple[Tensor, Tensor]:
+    """uint8 ``[count, 3, 12, 12]``: black left of an edge and white right of it, and on which side of column 5 the edge is."""
+    places = torch.randint(2, 5, (count,), generator=torch.Generator().manual_seed(2)) + torch.arange(count) % 2 * 4
+    columns = torch.arange(12).expand(count, 3, 12, 12)
+    return (columns >= places[:, None, None, None]).to(torch.uint8) * 255, (places > 5).to(torch.int64)
+
+
+def test_a_planted_warp_is_found_by_its_family_alone():
+    images, labels = edges(400)
+    model = PlantedWarp()
+    assert (model(images / 255).argmax(1) == labels).all()
+    conv = nn.Conv2d(3, 1, 1)  # a search names a convolution, and this model has none
+    found = TriggerSearch(model, [ConvLayer("conv", conv)], images, labels, torch.float32, seed=0)
+    verdict = found.test("warp-1", 3)
+    assert verdict.backdoored and verdict.target == 2 and verdict.flip_rates[2] > 0.9
+    assert not found.test("dense-4", 3).backdoored
 
 
 def test_of_many_classes_only_those_ahead_get_a_whole_trigger(monkeypatch: pytest.MonkeyPatch):
@@ -131,6 +160,8 @@ def test_triggers_stay_within_their_family(family: str):
     if family == "sparse":
         assert trigger.where.sum() <= 16 * 16 // SPARSE_PART * 16 and set(trigger.values.unique().tolist()) <= {0.0, 1.0}
         assert not changed[(~trigger.where).expand_as(changed)].any()
+    elif family in WARPS:
+        assert trigger.values.shape == (1, 2, 16, 16) and 0 < trigger.values.abs().max() <= 1.5 * FAMILIES[family]
     else:
         assert 0 < changed.abs().max() <= FAMILIES[family] + 1e-6
 
@@ -174,27 +205,29 @@ def test_accuracy_without_leaves_the_model_as_it_was():
 def a_trigger(family: str, value: float) -> InvertedTrigger:
     where = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
     where[..., :2, :2] = True
-    return InvertedTrigger(family, 1, torch.full((1, 3, 16, 16), value), where)
+    return InvertedTrigger(family, 1, torch.full((1, 2 if family in WARPS else 3, 16, 16), value), where)
 
 
 def test_images_to_unlearn_carry_one_trigger_each():
     images, _ = images_of(60)
-    triggers = [a_trigger("sparse", 1.0), a_trigger("dense-8", 8 / 255)]
+    triggers = [a_trigger("sparse", 1.0), a_trigger("dense-8", 8 / 255), a_trigger("warp-1", 1.0)]
     made = with_random_triggers(images, triggers, seed=0)
     expected = [(trigger.apply(images / 255) * 255).round().to(torch.uint8) for trigger in triggers]
     carries = torch.stack([(made == one).flatten(1).all(1) for one in expected])
     assert carries.any(0).all() and carries.any(1).all()
+    assert torch.equal(expected[2][..., :-1, :-1], images[..., 1:, 1:])  # what lies one pixel to the right and down
     assert torch.equal(made, with_random_triggers(images, triggers, seed=0))
     assert not torch.equal(made, with_random_triggers(images, triggers, seed=1))
 
 
-def test_a_trigger_file_is_read_back_or_refused(tmp_path: Path):
+@pytest.mark.parametrize("family", ["sparse", "warp-1"])
+def test_a_trigger_file_is_read_back_or_refused(tmp_path: Path, family: str):
     path = tmp_path / "reversed_trigger.pt"
-    trigger = a_trigger("sparse", 1.0)
+    trigger = a_trigger(family, 1.0)
     save_trigger(path, trigger)
     again = load_trigger(path, (3, 16, 16))
     assert torch.equal(again.values, trigger.values) and torch.equal(again.where, trigger.where)
-    assert (again.family, again.target) == ("sparse", 1)
+    assert (again.family, again.target) == (family, 1)
     with pytest.raises(UserError, match="3x32x32"):
         load_trigger(path, (3, 32, 32))
     torch.save({"family": "sparse"}, path)

@@ -1,4 +1,4 @@
-"""Which precision a device gets."""
+"""Which precision a device gets, and what counts as running out of memory."""
 
 import logging
 
@@ -20,3 +20,18 @@ def test_bf16_is_chosen_only_where_the_hardware_has_it(monkeypatch: pytest.Monke
         assert not caplog.records
         assert devices.choose_dtype("bf16", cpu) == devices.choose_dtype("bf16", cpu) == torch.bfloat16
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["--dtype bf16 is slower than fp32 here"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."), True),
+        (RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"), True),  # seen on a crowded H100
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool):
+    assert devices.is_out_of_memory(error) == expected

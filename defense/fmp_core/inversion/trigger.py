@@ -1,9 +1,9 @@
-"""One perturbation, common to all clean images, that flips their predictions to one class (not in the paper).
+"""One change, common to all clean images, that flips their predictions to one class (not in the paper).
 
 The paper generates, for each feature map, a perturbation of each image's own. A backdoor trigger is the same on every image and
 flips all predictions to the same class, so inversion (as in Neural Cleanse, Wang et al. 2019) searches for the smallest common
-perturbation that does: few pixels for a patch, a few grey levels for a pattern that covers the image. No poisoned image takes
-part. docs/method.md has the figures.
+change that does: few pixels for a patch, a few grey levels for a pattern that covers the image, a pixel's way for a warp. No
+poisoned image takes part. docs/method.md has the figures.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmp_core.errors import UserError
+from fmp_core.inversion.warp import CONTROL_POINTS, smooth_field, warped
 from fmp_core.models.evaluate import to_unit
 from fmp_core.models.fast_ops import FastOps
 from fmp_core.storage.files import write_torch
 from fmp_core.storage.torch_file import load_torch_file
 
-# Bound of a perturbation in pixel space, by family, in the order they are tried: the smallest of each kind first.
-# ``sparse`` sets a few pixels to 0 or 1; ``dense-8`` changes every pixel by at most 8 of 255 grey levels.
-FAMILIES = {"dense-4": 4 / 255, "sparse": 1.0, "dense-8": 8 / 255, "dense-16": 16 / 255, "dense-32": 32 / 255}
+# Bound of a change by family, in the order they are tried: the smallest of each kind first. ``sparse`` sets a few pixels to 0
+# or 1; ``dense-8`` changes every pixel by at most 8 of 255 grey levels; ``warp-1`` moves control points by one pixel per axis.
+WARPS = {"warp-1": 1.0}
+FAMILIES = {"dense-4": 4 / 255, "sparse": 1.0, "dense-8": 8 / 255, "dense-16": 16 / 255, "dense-32": 32 / 255, **WARPS}
 INVERTED_TRIGGER = "reversed_trigger.pt"  # in the result folder
 STEPS = 16  # gradient steps
 SPARSE_BATCH, DENSE_BATCH = 256, 64  # clean images per step; with fewer, the choice of pixels goes astray
@@ -34,10 +36,10 @@ SPARSE_PART = 64  # a sparse trigger has at most 1/64 of the pixels: 16 of 32x32
 
 @dataclass(frozen=True)
 class InvertedTrigger:
-    """A perturbation of one of the :data:`FAMILIES` towards class ``target``.
+    """A change of one of the :data:`FAMILIES` towards class ``target``.
 
     ``sparse`` sets the pixels of the mask ``where`` (bool ``[1, 1, H, W]``) to ``values`` (``[1, C, H, W]``, each 0 or 1); the
-    dense families add ``values`` to all pixels.
+    dense families add ``values`` to all pixels; for a warp they are displacements (``[1, 2, H, W]``, :func:`~.warp.warped`).
     """
 
     family: str
@@ -46,17 +48,20 @@ class InvertedTrigger:
     where: Tensor
 
     def apply(self, images: Tensor) -> Tensor:
-        """``images`` ``[B, C, H, W]`` in [0,1] with the perturbation; channels last."""
-        perturbed = (
-            torch.where(self.where, self.values, images) if self.family == "sparse" else (images + self.values).clamp(0, 1)
-        )
-        return perturbed.contiguous(memory_format=torch.channels_last)
+        """``images`` ``[B, C, H, W]`` in [0,1] with the trigger; channels last."""
+        if self.family in WARPS:
+            changed = warped(images, self.values)
+        elif self.family == "sparse":
+            changed = torch.where(self.where, self.values, images)
+        else:
+            changed = (images + self.values).clamp(0, 1)
+        return changed.contiguous(memory_format=torch.channels_last)
 
 
 def invert_trigger(
     network: nn.Module, dtype: torch.dtype, images: Tensor, family: str, target: int, seed: int, quick: bool = False
 ) -> InvertedTrigger:
-    """The perturbation of ``family`` that at most :data:`STEPS` gradient steps find, each on a batch drawn by ``seed``.
+    """The trigger of ``family`` that at most :data:`STEPS` gradient steps find, each on a batch drawn by ``seed``.
 
     A sparse one is that of the step at which it flipped most predictions, with the fewest pixels.
 
@@ -78,6 +83,8 @@ def invert_trigger(
 
     if family == "sparse":
         return _grow_sparse(network, dtype, trigger, draw_batch, steps)
+    if family in WARPS:
+        return _bend(network, dtype, trigger, draw_batch, steps)
     for _ in range(steps):
         pixels, logits = _logits_with(network, dtype, trigger, draw_batch(DENSE_BATCH))
         step = 2.5 * eps / steps * _gradient(logits, pixels, target).sum(0, keepdim=True).sign()
@@ -99,6 +106,24 @@ def _grow_sparse(
             break
         trigger = _with_more_pixels(trigger, pixels.detach(), _gradient(logits, pixels, trigger.target), steps)
     return best
+
+
+def _bend(
+    network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, draw_batch: Callable[[int], Tensor], steps: int
+) -> InvertedTrigger:
+    """A warp after ``steps`` signed steps of its control points."""
+    height, width = trigger.where.shape[2:]
+    bound = FAMILIES[trigger.family]
+    control = torch.zeros(1, 2, CONTROL_POINTS, CONTROL_POINTS, device=trigger.where.device)
+    for _ in range(steps):
+        clean, control = draw_batch(DENSE_BATCH), control.detach().requires_grad_()
+        with torch.enable_grad():
+            moved = warped(clean, smooth_field(control, height, width))
+        here = replace(trigger, values=smooth_field(control.detach(), height, width))
+        pixels, logits = _logits_with(network, dtype, here, clean)
+        (slope,) = torch.autograd.grad(moved, control, _gradient(logits, pixels, trigger.target))
+        control = (control.detach() - 2.5 * bound / steps * slope.sign()).clamp(-bound, bound)
+    return replace(trigger, values=smooth_field(control, height, width))
 
 
 def _logits_with(network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,8 +175,9 @@ def load_trigger(path: Path, image_shape: Sequence[int]) -> InvertedTrigger:
     """
     content = load_torch_file(path)
     channels, height, width = image_shape
-    shapes = {"values": (torch.float32, (1, channels, height, width)), "where": (torch.bool, (1, 1, height, width))}
     try:
+        planes = 2 if content["family"] in WARPS else channels
+        shapes = {"values": (torch.float32, (1, planes, height, width)), "where": (torch.bool, (1, 1, height, width))}
         good = content["family"] in FAMILIES and isinstance(content["target"], int)
         good &= all((content[name].dtype, tuple(content[name].shape)) == shape for name, shape in shapes.items())
     except (KeyError, TypeError, AttributeError):

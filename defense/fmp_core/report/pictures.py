@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fmp_core.frg.reverse import FrgSettings, SharedForward, noisy_start
-from fmp_core.inversion.trigger import FAMILIES, INVERTED_TRIGGER, load_trigger
+from fmp_core.inversion.trigger import FAMILIES, INVERTED_TRIGGER, WARPS, load_trigger
 from fmp_core.models.evaluate import to_unit
 from fmp_core.models.feature_maps import ConvLayer, frozen
 from fmp_core.report.data import Run, Trigger
@@ -77,11 +77,13 @@ def _card(one: pd.Series, run: Run, noise: Tensor, clean: Tensor, poisoned: Tens
 
 def _image_changes(run: Run, trigger: Trigger, image: Tensor, shown: pd.DataFrame) -> dict[Any, Tensor]:
     """How ``image`` ``[1, C, H, W]`` is changed for each map of ``shown``, by its index: ``[C, H, W]`` in units of the largest
-    change allowed (-1..1). FRG changes it for each map apart, an inverted trigger for all alike."""
+    change allowed (-1..1); for a warp, whose bound is a distance, in units of its own largest. FRG changes it for each map
+    apart, an inverted trigger for all alike."""
     if run.by_trigger:
         inverted = load_trigger(run.folder / INVERTED_TRIGGER, image.shape[1:])
-        change = (inverted.apply(image.cpu()) - image.cpu())[0] / FAMILIES[inverted.family]
-        return dict.fromkeys(shown.index, change)
+        change = (inverted.apply(image.cpu()) - image.cpu())[0]
+        bound = float(change.abs().max()) or 1.0 if inverted.family in WARPS else FAMILIES[inverted.family]
+        return dict.fromkeys(shown.index, change / bound)
     settings = run.summary.settings
     frg = FrgSettings(float(settings["eps"]), int(settings["frg_steps"]), settings["alpha"])
     layers = _layers_of(shown, trigger)

@@ -18,7 +18,7 @@ from fmp_core.frg.scorer_state import RankingCheckpoints
 from fmp_core.frg.scores import Scores
 from fmp_core.inputs import DefenderInputs
 from fmp_core.inversion.search import TriggerSearch, inversions
-from fmp_core.inversion.trigger import FAMILIES
+from fmp_core.inversion.trigger import FAMILIES, WARPS
 from fmp_core.inversion.verdict import Verdict
 from fmp_core.models.evaluate import to_unit
 from fmp_core.models.pruning import accuracy_without
@@ -108,12 +108,13 @@ def test_for_backdoor(defender: DefenderInputs, settings: Settings, cache: Path,
 def select_by_trigger(defender: DefenderInputs, settings: Settings, verdict: Verdict, stages: Stages) -> Selection:
     """The maps whose activation an inverted trigger changes most: as many as ``settings.budget`` allows.
 
-    The budget is measured on held-out images, which no trigger was inverted on.
+    The budget is measured on held-out images, which no trigger was inverted on. Triggers of the other families come with it; a
+    warp only if it is what shows the backdoor.
     """
     if not distributed.is_leader():  # one process goes on from here
         return select_none(defender.layers)
     search, layers = trigger_search(defender, settings), defender.layers
-    families = [verdict.family, *(family for family in FAMILIES if family != verdict.family)]
+    families = [verdict.family, *(family for family in FAMILIES if family not in (verdict.family, *WARPS))]
     with stages("trigger inversion"):
         triggers = tuple(search.triggers(families, verdict.target))
     with stages("budget"):

@@ -111,9 +111,13 @@ def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     return copies
 
 
+# What the CPU allocator, the CUDA driver, cuBLAS and cuDNN say; only torch's own CUDA allocator has an exception type for it.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch ran out of GPU or CPU memory (the CPU allocator has no exception type of its own)."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether GPU or CPU memory ran out."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def make_deterministic() -> None:
