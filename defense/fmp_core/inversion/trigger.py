@@ -30,7 +30,7 @@ FAMILIES = {"dense-4": 4 / 255, "sparse": 1.0, "dense-8": 8 / 255, "dense-16": 1
 INVERTED_TRIGGER = "reversed_trigger.pt"  # in the result folder
 STEPS = 16  # gradient steps
 SPARSE_BATCH, DENSE_BATCH = 256, 64  # clean images per step; with fewer, the choice of pixels goes astray
-QUICK_STEPS, QUICK_BATCH = 4, 2  # a quick inversion takes that part of the steps, and of the images of each
+QUICK, QUICK_WARP = (4, 2), (1, 8)  # a quick inversion divides steps, and images of each, by these; warps need all steps
 SPARSE_PART = 64  # a sparse trigger has at most 1/64 of the pixels: 16 of 32x32, as many as a 4x4 patch
 
 
@@ -68,9 +68,11 @@ def invert_trigger(
     Args:
         network: frozen, takes pixels in [0,1]; what :func:`~.fast_ops.to_precision` makes of a model for ``dtype``.
         images: uint8 ``[M, C, H, W]``, clean, none of class ``target``.
-        quick: fewer and longer steps on smaller batches; a rough trigger for about an eighth of the time.
+        quick: fewer and longer steps, or the same steps of a warp, on smaller batches; a rough trigger for about an eighth of
+            the time.
     """
-    steps = max(1, STEPS // QUICK_STEPS) if quick else STEPS
+    fewer_steps, fewer_images = (QUICK_WARP if family in WARPS else QUICK) if quick else (1, 1)
+    steps = max(1, STEPS // fewer_steps)
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = images.shape[1:]
     values = torch.zeros((1, channels, height, width), device=images.device)
@@ -78,8 +80,8 @@ def invert_trigger(
     trigger, eps = InvertedTrigger(family, target, values, where), FAMILIES[family]
 
     def draw_batch(count: int) -> Tensor:
-        count = max(1, count // QUICK_BATCH) if quick else count
-        return to_unit(images[torch.randint(len(images), (count,), generator=generator).to(images.device)])
+        drawn = torch.randint(len(images), (max(1, count // fewer_images),), generator=generator)
+        return to_unit(images[drawn.to(images.device)])
 
     if family == "sparse":
         return _grow_sparse(network, dtype, trigger, draw_batch, steps)
