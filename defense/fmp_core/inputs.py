@@ -63,7 +63,7 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
         raise UserError("Fine-tuning needs at least 2 clean images, not 1; raise --ratio or add to --index.")
     test = read_test_data(record, test_set, device, settings.test_images)
     network = load_model(record.model_name, record.num_classes, record.state)
-    model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
+    model = PixelModel(network, facts).on(device)
     images, labels = train_set.read(subset).to(device), train_set.labels[subset].to(device)
     try:
         layers = trace_conv_layers(network, to_unit(images[:1]))

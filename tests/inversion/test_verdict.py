@@ -9,13 +9,23 @@ import torch
 from fmp_core.errors import UserError
 from fmp_core.inversion import search
 from fmp_core.inversion.search import TriggerSearch
-from fmp_core.inversion.trigger import FAMILIES, SPARSE_PART, WARPS, InvertedTrigger, invert_trigger, load_trigger, save_trigger
+from fmp_core.inversion.trigger import (
+    ALL_TO_ALL,
+    FAMILIES,
+    SPARSE_PART,
+    WARPS,
+    Batch,
+    InvertedTrigger,
+    invert_trigger,
+    load_trigger,
+    save_trigger,
+)
 from fmp_core.inversion.verdict import LEAST_MARGIN, Verdict
 from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.models.pruning import accuracy_without
 from fmp_core.repair.unlearning import with_random_triggers
 from fmp_core.selection.cache import load_verdicts, save_verdicts, verdict_file
-from fmp_core.selection.choice import in_equal_shares, most_within_budget
+from fmp_core.selection.choice import Selection, in_equal_shares, most_within_budget
 from torch import Tensor, nn
 from toy import SmallPreActResNet, footprint, same, toy_case, weights
 
@@ -82,6 +92,29 @@ def test_a_clean_model_shows_nothing(family: str):
     assert not verdict.backdoored
 
 
+class PlantedAllToAll(Planted):
+    """A planted patch that turns the class of an image into the next one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x)
+        columns = torch.stack([maps[:, c, :-1, c].mean(1) for c in range(CLASSES)], 1)
+        alarm = torch.sigmoid(8 * (maps[:, BAD, -1:, -1] - 0.2))
+        return 20 * ((1 - alarm) * columns + alarm * columns.roll(1, 1))
+
+
+def test_all_to_all_is_a_target_of_its_own():
+    images, labels = images_of()
+    model = PlantedAllToAll(WHITE)
+    found = TriggerSearch(model, [ConvLayer("conv", model.conv)], images, labels, torch.float32, seed=0)
+    verdict = found.test("sparse", CLASSES)
+    assert verdict.backdoored and verdict.target == ALL_TO_ALL and verdict.flip_rates[-1] > 0.9
+    assert verdict.as_dict()["target"] == "all-to-all" and len(verdict.as_dict()["success"]) == CLASSES
+    assert Selection(torch.zeros(8, dtype=torch.bool), verdict=verdict).target is None  # the teacher leaves no class out
+    trigger = found.triggers(["sparse"], ALL_TO_ALL)[0]
+    assert found.activation_change(trigger).argmax() == BAD
+    assert trigger_search(WHITE).test("sparse", CLASSES).flip_rates[-1] < 0.5  # all go to one class
+
+
 class PlantedWarp(nn.Module):
     """Two classes, by whether an edge lies left of column 5, and a third, for an edge that lies between two columns."""
 
@@ -116,21 +149,21 @@ def test_of_many_classes_only_those_ahead_get_a_whole_trigger(monkeypatch: pytes
     whole = found.test("sparse", CLASSES)
     inverted: list[tuple[int, bool]] = []
 
-    def noted(network: nn.Module, dtype: torch.dtype, images: Tensor, family: str, target: int, seed: int, quick: bool):
+    def noted(network: nn.Module, dtype: torch.dtype, clean: Batch, family: str, target: int, seed: int, quick: bool):
         inverted.append((target, quick))
-        return invert_trigger(network, dtype, images, family, target, seed, quick)
+        return invert_trigger(network, dtype, clean, family, target, seed, quick)
 
     monkeypatch.setattr(search, "invert_trigger", noted)
     monkeypatch.setattr(search, "FINALISTS", 1)
     verdict = found.test("sparse", CLASSES, lambda: told.append(1))
-    assert inverted == [*((target, True) for target in range(CLASSES)), (TARGET, False)]
+    assert inverted == [*((target, True) for target in range(CLASSES)), (TARGET, False), (ALL_TO_ALL, False)]
     assert verdict.flip_rates[TARGET] == whole.flip_rates[TARGET] and verdict.backdoored
-    assert len(told) == search.inversions(CLASSES) == CLASSES + 1
+    assert len(told) == search.inversions(CLASSES) == CLASSES + 2
 
 
 def test_the_margin_decides():
     close, ahead, few = (
-        Verdict("sparse", torch.tensor([0.6, next_best, 0.1], dtype=torch.float64), held_out)
+        Verdict("sparse", torch.tensor([0.6, next_best, 0.1, 0.0], dtype=torch.float64), held_out)
         for next_best, held_out in ((0.4, 100), (0.2, 100), (0.2, 49))
     )
     assert close.margin == pytest.approx(0.2) and not close.backdoored
@@ -241,14 +274,15 @@ def test_a_trigger_file_is_read_back_or_refused(tmp_path: Path, family: str):
         "",
         "{",
         '{"key": "other", "flip_rates": {}}',
-        '{"key": "k", "held_out": 60, "flip_rates": {"sparse": [1, 2, 3]}}',
+        '{"key": "k", "held_out": 60, "flip_rates": {"sparse": [1, 2, 3, 4]}}',
         '{"key": "k", "held_out": 60, "flip_rates": 7}',
-        '{"key": "k", "flip_rates": {"sparse": [0, 0, 0]}}',
+        '{"key": "k", "flip_rates": {"sparse": [0, 0, 0, 0]}}',
+        '{"key": "k", "held_out": 60, "flip_rates": {"sparse": [0, 0, 0]}}',
         "[]",
     ],
 )
 def test_cached_verdict_is_read_back_or_ignored(tmp_path: Path, damage: str):
-    found = [Verdict("sparse", torch.tensor([0.1, 1 / 3, 0.9], dtype=torch.float64), 60)]
+    found = [Verdict("sparse", torch.tensor([0.1, 1 / 3, 0.9, 0.2], dtype=torch.float64), 60)]
     save_verdicts(tmp_path, "k", found)
     again = load_verdicts(tmp_path, "k", 3)
     assert list(again) == ["sparse"] and again["sparse"].held_out == 60
@@ -267,5 +301,11 @@ def test_cached_verdict_is_read_back_or_ignored(tmp_path: Path, damage: str):
     ],
 )
 def test_a_verdict_is_one_line(rates: tuple[float, ...], held_out: int, finding: str) -> None:
-    line = str(Verdict("sparse", torch.tensor(rates, dtype=torch.float64), held_out))
+    line = str(Verdict("sparse", torch.tensor([*rates, 0.0], dtype=torch.float64), held_out))
     assert line == f"sparse triggers flip at most {100 * rates[1]:.1f} % to class 1, then 20.0 % to class 2: {finding}"
+
+
+def test_a_verdict_names_all_to_all() -> None:
+    verdict = Verdict("sparse", torch.tensor([0.1, 0.25, 0.2, 0.98], dtype=torch.float64), 100)
+    rates = "98.0 % to the class after their own, then 25.0 % to class 1"
+    assert str(verdict) == f"sparse triggers flip at most {rates}: a backdoor"

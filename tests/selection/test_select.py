@@ -84,9 +84,9 @@ def test_no_trigger_is_inverted_on_the_images_that_the_budget_is_measured_on(
     measured_on: list[torch.Tensor] = []
     invert, accuracy = search.invert_trigger, select.accuracy_without
 
-    def watched_inversion(network: Any, dtype: Any, images: torch.Tensor, *more: Any) -> Any:
-        inverted_on.extend(images)
-        return invert(network, dtype, images, *more)
+    def watched_inversion(network: Any, dtype: Any, clean: tuple[torch.Tensor, torch.Tensor], *more: Any) -> Any:
+        inverted_on.extend(clean[0])
+        return invert(network, dtype, clean, *more)
 
     def watched_accuracy(model: Any, layers: Any, masks: Any, images: torch.Tensor, labels: torch.Tensor) -> float:
         measured_on.extend(images)

@@ -67,7 +67,7 @@ def make_record(record: RecordSettings, attack: AttackSettings, training: dict[s
     make_deterministic()
     torch.manual_seed(plan.training.random_seed)
     network = build_model(record.model, plan.num_classes)
-    model = PixelModel(network, plan.facts).to(device.device).to(memory_format=torch.channels_last)
+    model = PixelModel(network, plan.facts).on(device.device)
     data = training_set(plan.train_set, plan.used, plan.poison)
     checkpoint = _prepare_folder(plan, content_key({}, data.images, data.labels, {}))
     logs.set_up(plan.unfinished, plan.training, {**checkpoint.made_with, "device": device.name})

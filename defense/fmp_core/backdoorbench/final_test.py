@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fmp_core.backdoorbench.workspace import Job
@@ -44,6 +43,6 @@ def write_final_test(job: Job, results: Path) -> None:
         network = load_model(job.model_name, job.num_classes, masks_applied(content["model"]))
     except (KeyError, TypeError):
         raise UserError(f"{results / 'defense_result.pt'} holds no model; run the defense without --test_images.") from None
-    model = PixelModel(network, preprocessing(settings, record)).to(device).to(memory_format=torch.channels_last)
+    model = PixelModel(network, preprocessing(settings, record)).on(device)
     metrics = evaluate(model, test, settings.batch_size).metrics
     write_text(results / WHOLE_TEST, json.dumps(asdict(metrics), indent=2) + "\n")

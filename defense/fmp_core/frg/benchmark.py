@@ -115,7 +115,7 @@ def make_scorer(args: Namespace, dtype: torch.dtype) -> FeatureMapScorer:
     images = torch.rand(args.images, channels, height, width, generator=generator)
     images = images.to(device, memory_format=torch.channels_last)
     labels = torch.randint(10, (args.images,), generator=generator).to(device)
-    model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
+    model = PixelModel(network, facts).on(device)
     layers = trace_conv_layers(network, images[:1])
     return FeatureMapScorer(model, layers, images, labels, FrgSettings(EPS), dtype, Batching(args.chunk, args.memory))
 
@@ -176,7 +176,7 @@ def measure_training(args: Namespace) -> dict[str, float]:
     images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8).to(device)
     labels = torch.randint(10, (count,), generator=generator).to(device)
     torch.manual_seed(0)
-    model = PixelModel(build_model(args.model, 10), facts).to(device).to(memory_format=torch.channels_last)
+    model = PixelModel(build_model(args.model, 10), facts).on(device)
     batch = to_unit(images[: settings.batch_size]).contiguous(memory_format=torch.channels_last)
     tested = batch[: devices.rows_per_batch(device)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)

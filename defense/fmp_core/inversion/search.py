@@ -1,4 +1,4 @@
-"""Trigger inversion on a model: for every class in turn, the smallest common perturbation that flips predictions to it."""
+"""Trigger inversion on a model: for every target in turn, the smallest common change that flips predictions to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fmp_core.inversion.trigger import InvertedTrigger, flip_rate, invert_trigger
+from fmp_core.inversion.trigger import ALL_TO_ALL, Batch, InvertedTrigger, flip_rate, invert_trigger
 from fmp_core.inversion.verdict import Verdict
 from fmp_core.models.activation_change import trigger_activation_change
 from fmp_core.models.evaluate import to_unit
@@ -22,8 +22,8 @@ HELD_OUT = 256  # clean images, the last ones, that triggers are tested on and n
 
 
 def inversions(num_classes: int) -> int:
-    """How many triggers a verdict on so many classes takes, quick and whole ones."""
-    return num_classes + (FINALISTS if num_classes > 2 * FINALISTS else 0)
+    """How many triggers a verdict on so many classes takes, quick and whole ones, and the all-to-all one."""
+    return num_classes + (FINALISTS if num_classes > 2 * FINALISTS else 0) + 1
 
 
 @dataclass(frozen=True)
@@ -46,39 +46,42 @@ class TriggerSearch:
     seed: int
 
     def test(self, family: str, num_classes: int, progress: Callable[[], object] = lambda: None) -> Verdict:
-        """Invert a trigger of ``family`` towards every class; under ``torchrun`` each process takes a share of the classes.
+        """Invert a trigger of ``family`` towards every class, and one all-to-all; processes of ``torchrun`` share them.
 
         Of many classes each gets a quick trigger first, and only the :data:`FINALISTS` whose triggers flip most a whole one:
         the others' flip rates stay those of the quick ones. ``progress`` is called after each of :func:`inversions` triggers.
         """
-        finalists = torch.ones(num_classes, dtype=torch.bool)
-        rates = torch.zeros(num_classes, dtype=torch.float64)
-        if inversions(num_classes) > num_classes:
-            rates = self._flip_rates(family, finalists, True, progress)
-            finalists = torch.zeros_like(finalists).scatter(0, rates.topk(FINALISTS).indices, True)
-        rates = torch.where(finalists, self._flip_rates(family, finalists, False, progress), rates)
+        whole = torch.ones(num_classes + 1, dtype=torch.bool)  # the last: all-to-all
+        rates = torch.zeros(num_classes + 1, dtype=torch.float64)
+        if num_classes > 2 * FINALISTS:
+            single = torch.arange(num_classes + 1) < num_classes
+            rates = self._flip_rates(family, single, True, progress)
+            whole = (~single).scatter(0, rates[:num_classes].topk(FINALISTS).indices, True)
+        rates = torch.where(whole, self._flip_rates(family, whole, False, progress), rates)
         return Verdict(family, rates, self._fewest_held_out(num_classes))
 
-    def _flip_rates(self, family: str, classes: Tensor, quick: bool, progress: Callable[[], object]) -> Tensor:
-        """Flip rates float64 ``[K]`` of triggers towards the ``classes`` of a bool mask ``[K]``; 0 for the others."""
-        rates = torch.zeros(len(classes), dtype=torch.float64, device=self.images.device)
+    def _flip_rates(self, family: str, chosen: Tensor, quick: bool, progress: Callable[[], object]) -> Tensor:
+        """Flip rates float64 ``[K + 1]`` of triggers towards the ``chosen`` targets (bool ``[K + 1]``); 0 for the others."""
+        rates = torch.zeros(len(chosen), dtype=torch.float64, device=self.images.device)
         with frozen(self.model):
             network = self._network()
-            for target in distributed.my_share(classes).nonzero().flatten().tolist():
-                images, held_out = self._of_other_classes(target)
-                if len(images):
-                    trigger = invert_trigger(network, self.dtype, images, family, target, self.seed, quick)
-                    rates[target] = flip_rate(network, self.dtype, trigger, held_out[:QUICK_HELD_OUT] if quick else held_out)
+            for place in distributed.my_share(chosen).nonzero().flatten().tolist():
+                target = place if place < len(chosen) - 1 else ALL_TO_ALL
+                clean, held_out = self._of_other_classes(target)
+                if len(clean[0]):
+                    trigger = invert_trigger(network, self.dtype, clean, family, target, self.seed, quick)
+                    tested = (held_out[0][:QUICK_HELD_OUT], held_out[1][:QUICK_HELD_OUT]) if quick else held_out
+                    rates[place] = flip_rate(network, self.dtype, trigger, tested)
                 progress()
         distributed.combine(rates)
         return rates.cpu()
 
     def triggers(self, families: Iterable[str], target: int) -> list[InvertedTrigger]:
-        """A trigger of each family towards class ``target``."""
-        images, _ = self._of_other_classes(target)
+        """A trigger of each family towards ``target``."""
+        clean, _ = self._of_other_classes(target)
         with frozen(self.model):
             network = self._network()
-            return [invert_trigger(network, self.dtype, images, family, target, self.seed) for family in families]
+            return [invert_trigger(network, self.dtype, clean, family, target, self.seed) for family in families]
 
     def activation_change(self, trigger: InvertedTrigger) -> Tensor:
         """How far ``trigger`` changes the activation of each feature map on the held-out images, float64 ``[N]``
@@ -95,10 +98,11 @@ class TriggerSearch:
     def _cut(self) -> int:
         return len(self.images) - min(HELD_OUT, len(self.images) // 2)
 
-    def _of_other_classes(self, target: int) -> tuple[Tensor, Tensor]:
-        """Images to invert a trigger on, and held-out ones."""
+    def _of_other_classes(self, target: int) -> tuple[Batch, Batch]:
+        """Images, uint8, and labels to invert a trigger on, and held-out ones; all of them for :data:`~.trigger.ALL_TO_ALL`."""
         other = self.labels != target
-        return self.images[: self._cut][other[: self._cut]], self.images[self._cut :][other[self._cut :]]
+        seen, held_out = other.nonzero().flatten().split([int(other[: self._cut].sum()), int(other[self._cut :].sum())])
+        return (self.images[seen], self.labels[seen]), (self.images[held_out], self.labels[held_out])
 
     def _fewest_held_out(self, num_classes: int) -> int:
         """Held-out images of other classes, for the class that leaves fewest."""

@@ -31,12 +31,13 @@ INVERTED_TRIGGER = "reversed_trigger.pt"  # in the result folder
 STEPS = 16  # gradient steps
 SPARSE_BATCH, DENSE_BATCH = 256, 64  # clean images per step; with fewer, the choice of pixels goes astray
 QUICK, QUICK_WARP = (4, 2), (1, 8)  # a quick inversion divides steps, and images of each, by these; warps need all steps
+ALL_TO_ALL = -1  # a target: of each image the class after its own, the last's being the first (BB's all2all)
 SPARSE_PART = 64  # a sparse trigger has at most 1/64 of the pixels: 16 of 32x32, as many as a 4x4 patch
 
 
 @dataclass(frozen=True)
 class InvertedTrigger:
-    """A change of one of the :data:`FAMILIES` towards class ``target``.
+    """A change of one of the :data:`FAMILIES` towards class ``target``, or :data:`ALL_TO_ALL`.
 
     ``sparse`` sets the pixels of the mask ``where`` (bool ``[1, 1, H, W]``) to ``values`` (``[1, C, H, W]``, each 0 or 1); the
     dense families add ``values`` to all pixels; for a warp they are displacements (``[1, 2, H, W]``, :func:`~.warp.warped`).
@@ -58,8 +59,16 @@ class InvertedTrigger:
         return changed.contiguous(memory_format=torch.channels_last)
 
 
+def wanted_classes(target: int, labels: Tensor, num_classes: int) -> Tensor:
+    """The attacker's class of each image, int64 like ``labels``."""
+    return (labels + 1) % num_classes if target == ALL_TO_ALL else torch.full_like(labels, target)
+
+
+Batch = tuple[Tensor, Tensor]  # images [B, C, H, W] in [0,1], and their labels
+
+
 def invert_trigger(
-    network: nn.Module, dtype: torch.dtype, images: Tensor, family: str, target: int, seed: int, quick: bool = False
+    network: nn.Module, dtype: torch.dtype, clean: Batch, family: str, target: int, seed: int, quick: bool = False
 ) -> InvertedTrigger:
     """The trigger of ``family`` that at most :data:`STEPS` gradient steps find, each on a batch drawn by ``seed``.
 
@@ -67,63 +76,66 @@ def invert_trigger(
 
     Args:
         network: frozen, takes pixels in [0,1]; what :func:`~.fast_ops.to_precision` makes of a model for ``dtype``.
-        images: uint8 ``[M, C, H, W]``, clean, none of class ``target``.
+        clean: images uint8 ``[M, C, H, W]``, none of class ``target``, and their labels.
         quick: fewer and longer steps, or the same steps of a warp, on smaller batches; a rough trigger for about an eighth of
             the time.
     """
     fewer_steps, fewer_images = (QUICK_WARP if family in WARPS else QUICK) if quick else (1, 1)
     steps = max(1, STEPS // fewer_steps)
     generator = torch.Generator().manual_seed(seed)
+    images, labels = clean
     channels, height, width = images.shape[1:]
     values = torch.zeros((1, channels, height, width), device=images.device)
     where = torch.zeros((1, 1, height, width), dtype=torch.bool, device=images.device)
     trigger, eps = InvertedTrigger(family, target, values, where), FAMILIES[family]
 
-    def draw_batch(count: int) -> Tensor:
-        drawn = torch.randint(len(images), (max(1, count // fewer_images),), generator=generator)
-        return to_unit(images[drawn.to(images.device)])
+    def draw_batch(count: int) -> Batch:
+        drawn = torch.randint(len(images), (max(1, count // fewer_images),), generator=generator).to(images.device)
+        return to_unit(images[drawn]), labels[drawn]
 
     if family == "sparse":
         return _grow_sparse(network, dtype, trigger, draw_batch, steps)
     if family in WARPS:
         return _bend(network, dtype, trigger, draw_batch, steps)
     for _ in range(steps):
-        pixels, logits = _logits_with(network, dtype, trigger, draw_batch(DENSE_BATCH))
-        step = 2.5 * eps / steps * _gradient(logits, pixels, target).sum(0, keepdim=True).sign()
+        batch, own = draw_batch(DENSE_BATCH)
+        pixels, logits = _logits_with(network, dtype, trigger, batch)
+        step = 2.5 * eps / steps * _gradient(logits, pixels, target, own).sum(0, keepdim=True).sign()
         trigger = replace(trigger, values=(trigger.values - step).clamp(-eps, eps))
     return trigger
 
 
 def _grow_sparse(
-    network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, draw_batch: Callable[[int], Tensor], steps: int
+    network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, draw_batch: Callable[[int], Batch], steps: int
 ) -> InvertedTrigger:
     """Add pixels to ``trigger`` step by step; the first of the triggers that flipped most predictions."""
     best, most_flipped = trigger, -1
     for step in range(steps + 1):
-        pixels, logits = _logits_with(network, dtype, trigger, draw_batch(SPARSE_BATCH))
-        flipped = int((logits.argmax(1) == trigger.target).sum())
+        batch, own = draw_batch(SPARSE_BATCH)
+        pixels, logits = _logits_with(network, dtype, trigger, batch)
+        flipped = int((logits.argmax(1) == wanted_classes(trigger.target, own, logits.shape[1])).sum())
         if flipped > most_flipped:
             best, most_flipped = trigger, flipped
         if flipped == len(pixels) or step == steps:
             break
-        trigger = _with_more_pixels(trigger, pixels.detach(), _gradient(logits, pixels, trigger.target), steps)
+        trigger = _with_more_pixels(trigger, pixels.detach(), _gradient(logits, pixels, trigger.target, own), steps)
     return best
 
 
 def _bend(
-    network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, draw_batch: Callable[[int], Tensor], steps: int
+    network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, draw_batch: Callable[[int], Batch], steps: int
 ) -> InvertedTrigger:
     """A warp after ``steps`` signed steps of its control points."""
     height, width = trigger.where.shape[2:]
     bound = FAMILIES[trigger.family]
     control = torch.zeros(1, 2, CONTROL_POINTS, CONTROL_POINTS, device=trigger.where.device)
     for _ in range(steps):
-        clean, control = draw_batch(DENSE_BATCH), control.detach().requires_grad_()
+        (batch, own), control = draw_batch(DENSE_BATCH), control.detach().requires_grad_()
         with torch.enable_grad():
-            moved = warped(clean, smooth_field(control, height, width))
+            moved = warped(batch, smooth_field(control, height, width))
         here = replace(trigger, values=smooth_field(control.detach(), height, width))
-        pixels, logits = _logits_with(network, dtype, here, clean)
-        (slope,) = torch.autograd.grad(moved, control, _gradient(logits, pixels, trigger.target))
+        pixels, logits = _logits_with(network, dtype, here, batch)
+        (slope,) = torch.autograd.grad(moved, control, _gradient(logits, pixels, trigger.target, own))
         control = (control.detach() - 2.5 * bound / steps * slope.sign()).clamp(-bound, bound)
     return replace(trigger, values=smooth_field(control, height, width))
 
@@ -135,9 +147,9 @@ def _logits_with(network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigge
         return pixels, network(pixels).float()
 
 
-def _gradient(logits: Tensor, pixels: Tensor, target: int) -> Tensor:
-    """Of the loss towards class ``target``, summed over images, with respect to the pixels; float32."""
-    loss = F.cross_entropy(logits, torch.full((len(logits),), target, device=logits.device), reduction="sum")
+def _gradient(logits: Tensor, pixels: Tensor, target: int, labels: Tensor) -> Tensor:
+    """Of the loss towards ``target``, summed over images of the classes ``labels``, with respect to the pixels; float32."""
+    loss = F.cross_entropy(logits, wanted_classes(target, labels, logits.shape[1]), reduction="sum")
     return torch.autograd.grad(loss, pixels)[0].float()
 
 
@@ -155,13 +167,15 @@ def _with_more_pixels(trigger: InvertedTrigger, pixels: Tensor, gradient: Tensor
     return replace(trigger, values=values, where=where)
 
 
-def flip_rate(network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, images: Tensor) -> float:
-    """Share of ``images`` (uint8, none of the target class) that get the target class with the trigger; 0 for no images."""
+def flip_rate(network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, clean: Batch) -> float:
+    """Share of ``clean`` images (uint8, none of the target class; with their labels) that get the attacker's class with the
+    trigger; 0 for no images."""
+    images, labels = clean
     if not len(images):
         return 0.0
     with torch.inference_mode(), FastOps(dtype):
-        classes = torch.cat([network(trigger.apply(to_unit(part))).argmax(1) for part in images.split(DENSE_BATCH)])
-    return float((classes == trigger.target).double().mean())
+        logits = torch.cat([network(trigger.apply(to_unit(part))) for part in images.split(DENSE_BATCH)])
+    return float((logits.argmax(1) == wanted_classes(trigger.target, labels, logits.shape[1])).double().mean())
 
 
 def save_trigger(path: Path, trigger: InvertedTrigger) -> None:

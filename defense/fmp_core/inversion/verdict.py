@@ -11,7 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fmp_core.inversion.trigger import ALL_TO_ALL
+
 LEAST_MARGIN = 0.3  # of the highest flip rate over the runner-up
+NEXT = "the class after their own"
 LEAST_HELD_OUT = 50  # images below which a margin proves nothing: one of three is 33 points
 
 
@@ -19,8 +22,9 @@ LEAST_HELD_OUT = 50  # images below which a margin proves nothing: one of three 
 class Verdict:
     """What the inverted triggers of one family say about a model.
 
-    ``flip_rates`` float64 ``[K]``: for each class, the share of held-out images of other classes whose prediction its inverted
-    trigger flips to it. ``held_out``: how many images that is, for the class that leaves fewest.
+    ``flip_rates`` float64 ``[K + 1]``: for each class, the share of held-out images of other classes whose prediction its
+    inverted trigger flips to it; last, the share that the all-to-all trigger flips to the class after their own. ``held_out``:
+    how many images that is, for the class that leaves fewest.
     """
 
     family: str
@@ -29,8 +33,12 @@ class Verdict:
 
     @property
     def target(self) -> int:
-        """The class with the highest flip rate."""
-        return int(self.flip_rates.argmax())
+        """The class with the highest flip rate, or :data:`~.trigger.ALL_TO_ALL`."""
+        return self._targets[int(self.flip_rates.argmax())]
+
+    @property
+    def _targets(self) -> list[int]:
+        return [*range(len(self.flip_rates) - 1), ALL_TO_ALL]
 
     @property
     def margin(self) -> float:
@@ -48,8 +56,9 @@ class Verdict:
         return self.margin >= LEAST_MARGIN and not self.too_few
 
     def __str__(self) -> str:
-        rates, classes = self.flip_rates.topk(2)
-        first, second = (f"{100 * rate:.1f} % to class {target}" for rate, target in zip(rates, classes, strict=True))
+        rates, places = self.flip_rates.topk(2)
+        names = [NEXT if self._targets[place] == ALL_TO_ALL else f"class {place}" for place in places.tolist()]
+        first, second = (f"{100 * rate:.1f} % to {name}" for rate, name in zip(rates, names, strict=True))
         finding = "a backdoor" if self.backdoored else "too few images to tell" if self.too_few else "no backdoor found"
         return f"{self.family} triggers flip at most {first}, then {second}: {finding}"
 
@@ -57,9 +66,10 @@ class Verdict:
         """The value of ``verdict`` in metrics.json; its keys are that file's format."""
         return {
             "backdoored": self.backdoored,
-            "target": self.target,
+            "target": "all-to-all" if self.target == ALL_TO_ALL else self.target,
             "family": self.family,
-            "success": [round(rate, 4) for rate in self.flip_rates.tolist()],
+            "success": [round(rate, 4) for rate in self.flip_rates[:-1].tolist()],
+            "success_all_to_all": round(float(self.flip_rates[-1]), 4),
             "lead": round(self.margin, 4),
             "held_out": self.held_out,
             "too_few": self.too_few,

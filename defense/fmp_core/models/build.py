@@ -133,6 +133,10 @@ class PixelModel(nn.Module):
         self.register_buffer("mean", torch.tensor(facts.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(facts.std).view(1, -1, 1, 1), persistent=False)
 
+    def on(self, device: torch.device) -> PixelModel:
+        """Itself, moved to ``device``, with weights channels last: convolutions are fastest so."""
+        return self.to(device).to(memory_format=torch.channels_last)
+
     def forward(self, pixels: Tensor) -> Tensor:
         out = self.network((pixels - self.mean) / self.std)
         return out if isinstance(out, Tensor) else out.logits  # inception and googlenet add auxiliary heads in training mode

@@ -121,7 +121,7 @@ def load_attacked(record: AttackRecord, settings: dict[str, Any], device: torch.
     """The record's model on ``device``, with the preprocessing of a run with these ``settings``, and its convolutions."""
     facts = preprocessing(Settings(**{name: value for name, value in settings.items() if name in FIELDS}), record)
     network = load_model(record.model_name, record.num_classes, record.state)
-    model = PixelModel(network, facts).to(device).to(memory_format=torch.channels_last)
+    model = PixelModel(network, facts).on(device)
     height, width, channels = record.image_size
     return model, trace_conv_layers(network, torch.zeros(1, channels, height, width, device=device))
 

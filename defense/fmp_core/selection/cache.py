@@ -101,5 +101,5 @@ def load_verdicts(folder: Path, key: str, num_classes: int) -> dict[str, Verdict
         rates = {str(name): torch.tensor(values, dtype=torch.float64) for name, values in content["flip_rates"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-    good = all(values.shape == (num_classes,) and bool(((values >= 0) & (values <= 1)).all()) for values in rates.values())
+    good = all(values.shape == (num_classes + 1,) and bool(((values >= 0) & (values <= 1)).all()) for values in rates.values())
     return {name: Verdict(name, values, held_out) for name, values in rates.items()} if good else {}

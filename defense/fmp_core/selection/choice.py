@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmp_core.frg.scores import Scores, comparison_groups, layer_slices, lowest
-from fmp_core.inversion.trigger import InvertedTrigger
+from fmp_core.inversion.trigger import ALL_TO_ALL, InvertedTrigger
 from fmp_core.inversion.verdict import Verdict
 from fmp_core.models.feature_maps import ConvLayer
 
@@ -42,8 +42,9 @@ class Selection:
 
     @property
     def target(self) -> int | None:
-        """The class of the backdoor, if the verdict names one."""
-        return self.verdict.target if self.verdict and self.verdict.backdoored else None
+        """The class of the backdoor, if the verdict names a single one."""
+        named = self.verdict.target if self.verdict and self.verdict.backdoored else ALL_TO_ALL
+        return None if named == ALL_TO_ALL else named
 
     def by_layer(self, layers: Sequence[ConvLayer]) -> dict[str, Tensor]:
         """Layer name -> bool ``[channels]``."""
