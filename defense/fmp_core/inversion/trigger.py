@@ -33,6 +33,7 @@ SPARSE_BATCH, DENSE_BATCH = 256, 64  # clean images per step; with fewer, the ch
 QUICK, QUICK_WARP = (4, 2), (1, 8)  # a quick inversion divides steps, and images of each, by these; warps need all steps
 ALL_TO_ALL = -1  # a target: of each image the class after its own, the last's being the first (BB's all2all)
 SPARSE_PART = 64  # a sparse trigger has at most 1/64 of the pixels: 16 of 32x32, as many as a 4x4 patch
+Batch = tuple[Tensor, Tensor]  # images [B, C, H, W] and their labels int64 [B]
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,6 @@ class InvertedTrigger:
 def wanted_classes(target: int, labels: Tensor, num_classes: int) -> Tensor:
     """The attacker's class of each image, int64 like ``labels``."""
     return (labels + 1) % num_classes if target == ALL_TO_ALL else torch.full_like(labels, target)
-
-
-Batch = tuple[Tensor, Tensor]  # images [B, C, H, W] in [0,1], and their labels
 
 
 def invert_trigger(
@@ -99,7 +97,7 @@ def invert_trigger(
         return _bend(network, dtype, trigger, draw_batch, steps)
     for _ in range(steps):
         batch, own = draw_batch(DENSE_BATCH)
-        pixels, logits = _logits_with(network, dtype, trigger, batch)
+        pixels, logits = _logits_of(network, dtype, trigger.apply(batch))
         step = 2.5 * eps / steps * _gradient(logits, pixels, target, own).sum(0, keepdim=True).sign()
         trigger = replace(trigger, values=(trigger.values - step).clamp(-eps, eps))
     return trigger
@@ -112,7 +110,7 @@ def _grow_sparse(
     best, most_flipped = trigger, -1
     for step in range(steps + 1):
         batch, own = draw_batch(SPARSE_BATCH)
-        pixels, logits = _logits_with(network, dtype, trigger, batch)
+        pixels, logits = _logits_of(network, dtype, trigger.apply(batch))
         flipped = int((logits.argmax(1) == wanted_classes(trigger.target, own, logits.shape[1])).sum())
         if flipped > most_flipped:
             best, most_flipped = trigger, flipped
@@ -130,19 +128,18 @@ def _bend(
     bound = FAMILIES[trigger.family]
     control = torch.zeros(1, 2, CONTROL_POINTS, CONTROL_POINTS, device=trigger.where.device)
     for _ in range(steps):
-        (batch, own), control = draw_batch(DENSE_BATCH), control.detach().requires_grad_()
+        batch, own = draw_batch(DENSE_BATCH)
         with torch.enable_grad():
-            moved = warped(batch, smooth_field(control, height, width))
-        here = replace(trigger, values=smooth_field(control.detach(), height, width))
-        pixels, logits = _logits_with(network, dtype, here, batch)
+            moved = replace(trigger, values=smooth_field(control.requires_grad_(), height, width)).apply(batch)
+        pixels, logits = _logits_of(network, dtype, moved)
         (slope,) = torch.autograd.grad(moved, control, _gradient(logits, pixels, trigger.target, own))
         control = (control.detach() - 2.5 * bound / steps * slope.sign()).clamp(-bound, bound)
     return replace(trigger, values=smooth_field(control, height, width))
 
 
-def _logits_with(network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, images: Tensor) -> tuple[Tensor, Tensor]:
-    """``images`` with the trigger, as a leaf that takes gradients, and their logits in float32."""
-    pixels = trigger.apply(images).requires_grad_()
+def _logits_of(network: nn.Module, dtype: torch.dtype, images: Tensor) -> tuple[Tensor, Tensor]:
+    """``images`` as a leaf that takes gradients, and their logits in float32."""
+    pixels = images.detach().requires_grad_()
     with torch.enable_grad(), FastOps(dtype):
         return pixels, network(pixels).float()
 
