@@ -28,6 +28,6 @@ def warped(images: Tensor, field: Tensor) -> Tensor:
     height, width = images.shape[2:]
     rows, columns = (torch.linspace(-1, 1, size, device=images.device) for size in (height, width))
     still = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1)
-    unit = torch.tensor([max(1, width - 1), max(1, height - 1)], device=images.device) / 2  # pixels per unit of the grid
-    grid = (still + field[0].permute(1, 2, 0) / unit).expand(len(images), height, width, 2)
+    moved = torch.stack([field[0, 0] * (2 / max(1, width - 1)), field[0, 1] * (2 / max(1, height - 1))], -1)
+    grid = (still + moved).expand(len(images), height, width, 2)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=True)
