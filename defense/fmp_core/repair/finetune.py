@@ -69,15 +69,16 @@ class FineTuning:
     def prepare(defender: DefenderInputs, selection: Selection, settings: Settings, device: Device, folder: Path) -> FineTuning:
         """With the teacher and the unlearning that ``settings`` ask for."""
         teacher = unlearning = attacked = None
-        if settings.distill and settings.epochs:
-            teacher = Teacher.copy_of(defender.model, settings.distill, selection.target)
         if settings.unlearn and selection.triggers:
             unlearning = Unlearning(trigger_search(defender, settings), selection.triggers)
         elif settings.unlearn and settings.selection != "trigger":
             LOGGER.warning("--unlearn has no effect without --selection trigger, which inverts the triggers to unlearn")
-        # Where there was nothing to unlearn, the way back leads to the backdoor.
-        if settings.interpolate and settings.epochs and (unlearning or not settings.unlearn):
-            attacked = Interpolation.towards(defender.model, settings.interpolate)
+        # Where there is nothing to unlearn, the attacked model's outputs and weights keep the backdoor.
+        if settings.epochs and (unlearning or not settings.unlearn):
+            if settings.distill:
+                teacher = Teacher.copy_of(defender.model, settings.distill, selection.target)
+            if settings.interpolate:
+                attacked = Interpolation.towards(defender.model, settings.interpolate)
         return FineTuning(defender, selection, settings, device, folder, teacher, unlearning, attacked)
 
     def run(self) -> Iterator[TrainedEpoch]:
