@@ -188,6 +188,9 @@ def test_maps_selected_by_an_inverted_trigger_have_no_cut(place: Path):
     assert "What another p would prune" not in text and "blue line" not in text and 'id="ps"' not in text
     assert "backdoored, target class 3" in text and "90 % of images of other classes" in text
     assert "70 points more than for the runner-up" in text and "is what the inverted trigger" in text
+    edit_metrics(place, settings={}, verdict={**VERDICT, "target": "all-to-all", "success_all_to_all": 0.95})
+    assert make() == 0
+    assert "backdoored, all-to-all. An inverted trigger (sparse) flips the predictions of 95 % of images" in page(place)
 
 
 def edit_metrics(root: Path, settings: dict[str, Any], **more: Any) -> None:
