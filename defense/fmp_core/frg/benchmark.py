@@ -141,7 +141,7 @@ def measure(args: Namespace, dtype: torch.dtype) -> dict[str, float]:
         if args.operations:
             counted = operations_per_map(model, images[:1], len(images), released_scheme)
             figures |= {f"{name}_operations_per_map": number for name, number in counted.items()}
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # as ranking computes
+        with devices.exact_convolutions():  # as ranking computes
             forward, both = ceilings(model, dtype, images)
         figures |= {"ceiling_forward_images_per_s": forward, "ceiling_input_grad_images_per_s": both}
         with outputs_of(layers) as outputs, torch.no_grad():

@@ -18,7 +18,7 @@ from fmp_core.models.fast_ops import FastOps, to_precision
 from fmp_core.models.feature_maps import ConvLayer, frozen
 from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system import distributed
-from fmp_core.system.devices import fewest_rows, is_out_of_memory, least_rows, rows_per_batch
+from fmp_core.system.devices import exact_convolutions, fewest_rows, is_out_of_memory, least_rows, rows_per_batch
 
 T = TypeVar("T")
 STEP = 8  # few batches of untrusted images differ in size then: kernels are made anew for each size
@@ -185,7 +185,7 @@ class FeatureMapScorer:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """The model frozen. TF32 would blur the difference of two nearly equal maps; it is off."""
-        with frozen(self.model), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with frozen(self.model), exact_convolutions():
             yield
 
     def _in_batches(self, count: int, state: RankingState, work: Callable[[slice, RankingState], None]) -> None:

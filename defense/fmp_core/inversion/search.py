@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fmp_core.inversion.trigger import ALL_TO_ALL, Batch, InvertedTrigger, flip_rate, invert_trigger
+from fmp_core.inversion.trigger import Batch, InvertedTrigger, flip_rate, invert_trigger, targets_of
 from fmp_core.inversion.verdict import Verdict
 from fmp_core.models.activation_change import trigger_activation_change
 from fmp_core.models.evaluate import to_unit
@@ -66,7 +66,7 @@ class TriggerSearch:
         with frozen(self.model):
             network = self._network()
             for place in distributed.my_share(chosen).nonzero().flatten().tolist():
-                target = place if place < len(chosen) - 1 else ALL_TO_ALL
+                target = targets_of(len(chosen))[place]
                 clean, held_out = self._of_other_classes(target)
                 if len(clean[0]):
                     trigger = invert_trigger(network, self.dtype, clean, family, target, self.seed, quick)
@@ -100,8 +100,8 @@ class TriggerSearch:
 
     def _of_other_classes(self, target: int) -> tuple[Batch, Batch]:
         """Images, uint8, and labels to invert a trigger on, and held-out ones; all of them for :data:`~.trigger.ALL_TO_ALL`."""
-        other = self.labels != target
-        seen, held_out = other.nonzero().flatten().split([int(other[: self._cut].sum()), int(other[self._cut :].sum())])
+        other = (self.labels != target).nonzero().flatten()
+        seen, held_out = other[other < self._cut], other[other >= self._cut]
         return (self.images[seen], self.labels[seen]), (self.images[held_out], self.labels[held_out])
 
     def _fewest_held_out(self, num_classes: int) -> int:

@@ -60,6 +60,11 @@ class InvertedTrigger:
         return changed.contiguous(memory_format=torch.channels_last)
 
 
+def targets_of(rates: int) -> list[int]:
+    """The target of each of so many flip rates of a verdict: every class in its place, last :data:`ALL_TO_ALL`."""
+    return [*range(rates - 1), ALL_TO_ALL]
+
+
 def wanted_classes(target: int, labels: Tensor, num_classes: int) -> Tensor:
     """The attacker's class of each image, int64 like ``labels``."""
     return (labels + 1) % num_classes if target == ALL_TO_ALL else torch.full_like(labels, target)

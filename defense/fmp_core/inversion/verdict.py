@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fmp_core.inversion.trigger import ALL_TO_ALL
+from fmp_core.inversion.trigger import ALL_TO_ALL, targets_of
 
 LEAST_MARGIN = 0.3  # of the highest flip rate over the runner-up
 NEXT = "the class after their own"
@@ -34,11 +34,7 @@ class Verdict:
     @property
     def target(self) -> int:
         """The class with the highest flip rate, or :data:`~.trigger.ALL_TO_ALL`."""
-        return self._targets[int(self.flip_rates.argmax())]
-
-    @property
-    def _targets(self) -> list[int]:
-        return [*range(len(self.flip_rates) - 1), ALL_TO_ALL]
+        return targets_of(len(self.flip_rates))[int(self.flip_rates.argmax())]
 
     @property
     def margin(self) -> float:
@@ -57,7 +53,8 @@ class Verdict:
 
     def __str__(self) -> str:
         rates, places = self.flip_rates.topk(2)
-        names = [NEXT if self._targets[place] == ALL_TO_ALL else f"class {place}" for place in places.tolist()]
+        targets = [targets_of(len(self.flip_rates))[place] for place in places.tolist()]
+        names = [NEXT if target == ALL_TO_ALL else f"class {target}" for target in targets]
         first, second = (f"{100 * rate:.1f} % to {name}" for rate, name in zip(rates, names, strict=True))
         finding = "a backdoor" if self.backdoored else "too few images to tell" if self.too_few else "no backdoor found"
         return f"{self.family} triggers flip at most {first}, then {second}: {finding}"

@@ -82,7 +82,8 @@ def _image_changes(run: Run, trigger: Trigger, image: Tensor, shown: pd.DataFram
     if run.by_trigger:
         inverted = load_trigger(run.folder / INVERTED_TRIGGER, image.shape[1:])
         change = (inverted.apply(image.cpu()) - image.cpu())[0]
-        bound = float(change.abs().max()) or 1.0 if inverted.family in WARPS else FAMILIES[inverted.family]
+        largest = max(float(change.abs().max()), 1e-6)
+        bound = largest if inverted.family in WARPS else FAMILIES[inverted.family]
         return dict.fromkeys(shown.index, change / bound)
     settings = run.summary.settings
     frg = FrgSettings(float(settings["eps"]), int(settings["frg_steps"]), settings["alpha"])

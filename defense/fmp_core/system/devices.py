@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -118,6 +119,11 @@ OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_F
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether GPU or CPU memory ran out."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def exact_convolutions() -> AbstractContextManager[None]:
+    """A block in which a GPU's convolutions use the same kernels every time, and do not round float32 to TF32."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def make_deterministic() -> None:
