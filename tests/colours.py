@@ -14,11 +14,9 @@ from fmp_core.models.build import PixelModel, build_model
 from fmp_core.models.training import Trainer
 from fmp_core.settings import Settings
 from fmp_core.system.devices import Device
+from narrow_resnet import NARROW_RESNET
 from PIL import Image
 from torch import Tensor
-from toy import (
-    NARROW_RESNET,
-)
 
 CLASSES, SIZE, NAME = 4, 8, "badnet_colours"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # of cifar10 in BackdoorBench

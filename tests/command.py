@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 from conftest import RECORD, Ran
-from toy import NARROW_RESNET_MAPS
+from narrow_resnet import NARROW_RESNET_MAPS
 
 QUICK = ("--result_file", RECORD, "--frg_samples", "2", "--p", "8")
 SHORT = ("--device", "cpu", "--result_file", RECORD, "--selection", "random", "--epochs", "0", "--report", "False")

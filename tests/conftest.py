@@ -22,8 +22,8 @@ from colours import build_colours, run_colours
 from fmp_core import command
 from fmp_core.data.write_record import PoisonedImages, write_attack_record
 from fmp_core.models.build import build_model
+from narrow_resnet import NARROW_RESNET
 from small_record import write_small_record
-from toy import NARROW_RESNET
 
 RECORD = "badnet_tiny"
 MODEL = NARROW_RESNET  # known to processes that import ``toy``

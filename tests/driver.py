@@ -25,8 +25,8 @@ def _work(folder: str, flags: list[str], environment: dict[str, str], out: str, 
         os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    import narrow_resnet  # noqa: F401  # registers the records' model
     import torch
-    import toy  # noqa: F401  # registers the records' model
     from fmp_core import command
     from fmp_core.frg import scorer_state
 

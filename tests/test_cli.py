@@ -24,7 +24,7 @@ from fmp_core.inversion.trigger import FAMILIES
 from fmp_core.selection.choice import Selection
 from fmp_core.settings import Settings
 from fmp_core.system.cli import Stages
-from toy import NARROW_RESNET_MAPS
+from narrow_resnet import NARROW_RESNET_MAPS
 
 
 def test_epochs_0_prunes_and_evaluates(workplace: Path, run_fmp: Run):

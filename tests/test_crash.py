@@ -23,7 +23,8 @@ from fmp_core.frg.scores import Scores
 from fmp_core.models.feature_maps import trace_conv_layers
 from fmp_core.results import run_folder
 from torch import Tensor
-from toy import Normalised, Plain, toy_case
+from toy import Plain
+from toy_cases import Normalised, toy_case
 
 FLAGS = ["--device", "cpu", "--result_file", RECORD, "--frg_samples", "2", "--p", "8", "--epochs", "3", "--ratio", "0.4"]
 FLAGS += ["--batch_size", "8", "--chunk", "16", "--amp", "False", "--frequency_save", "2", "--report", "False"]

@@ -20,14 +20,10 @@ from fmp_core.models.evaluate import TestData as Data
 from fmp_core.models.evaluate import evaluate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from narrow_resnet import NARROW_RESNET_MAPS
 from PIL import Image
-from toy import (
-    NARROW_RESNET_MAPS,
-    Plain,
-    footprint,
-    same,
-    toy_case,
-)
+from toy import Plain
+from toy_cases import footprint, same, toy_case
 
 
 def test_replaced_poisoned_images_change_no_weight(colours_run: Path, colours: Path) -> None:

@@ -28,19 +28,13 @@ from fmp_core.models.pruning import prune_feature_maps
 from fmp_core.models.training import Trainer
 from fmp_core.settings import Settings
 from fmp_core.system.devices import Device
+from narrow_resnet import NARROW_RESNET
 from PIL import Image
 from reference import score
 from scoring import score_feature_maps
 from torch import Tensor, nn
-from toy import (
-    NARROW_RESNET,
-    OutOfOrder,
-    Plain,
-    SmallPreActResNet,
-    same,
-    toy_case,
-    weights,
-)
+from toy import OutOfOrder, Plain, SmallPreActResNet
+from toy_cases import same, toy_case, weights
 
 
 class FromPixels(nn.Module):

@@ -19,7 +19,8 @@ from fmp_core.storage.checkpoint import Checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scoring import make_scorer, score_feature_maps
-from toy import Plain, SmallPreActResNet, toy_case
+from toy import Plain, SmallPreActResNet
+from toy_cases import toy_case
 
 EPS = 16 / 255
 FIELDS = ("correct", "margin", "smallest_margin")

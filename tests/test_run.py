@@ -15,8 +15,8 @@ import pytest
 import torch
 from command import FT_COLUMNS, MAPS, QUICK, RESULTS, SHORT, Run, listing, table, weights
 from conftest import MODEL, RECORD, Ran, call_fmp
+from narrow_resnet import NARROW_RESNET_MAPS
 from PIL import Image
-from toy import NARROW_RESNET_MAPS
 
 
 class Finished(NamedTuple):

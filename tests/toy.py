@@ -1,57 +1,16 @@
-"""Small networks whose wiring is known, for tests of tracing, FRG, ranking and pruning. All take ``[B, 3, 8, 8]``.
-
-``narrow_resnet`` is one that records may name: imported here, it is built like any of BackdoorBench's models.
-"""
+"""Small networks whose wiring is known, for tests of tracing, FRG, ranking and pruning. All take ``[B, 3, 8, 8]``."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fmp_core.models import build
 from fmp_core.models.preact_resnet import BasicBlock
 from torch import Tensor, nn
-from torchvision.models import list_models
-from torchvision.models._api import register_model
-from torchvision.models.resnet import BasicBlock as PostActivationBlock
 
 CLASSES = 5
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-NARROW_RESNET, NARROW_RESNET_MAPS = (
-    "narrow_resnet",
-    {
-        "conv1": 8,
-        "layer1.0.conv1": 8,
-        "layer1.0.conv2": 8,
-        "layer2.0.conv1": 16,
-        "layer2.0.conv2": 16,
-        "layer2.0.downsample.0": 16,
-    },
-)
-
-
-class NarrowResNet(nn.Module):
-    """torchvision's ResNet with two blocks and few channels; ``[B, 3, H, W]`` for any H, W from 4."""
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.layer1 = nn.Sequential(PostActivationBlock(8, 8))
-        shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, stride=2, bias=False), nn.BatchNorm2d(16))
-        self.layer2 = nn.Sequential(PostActivationBlock(8, 16, stride=2, downsample=shortcut))
-        self.fc = nn.Linear(16, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        return self.fc(self.layer2(self.layer1(x)).mean((2, 3)))
-
-
-if NARROW_RESNET not in list_models():
-    register_model(NARROW_RESNET)(lambda weights=None, num_classes=10: NarrowResNet(num_classes))
-    build.TORCHVISION.append(NARROW_RESNET)
 
 
 class Toy(nn.Module):
@@ -315,78 +274,3 @@ NETS = (
     SmallPreActResNet,
     InplaceReluSkip,
 )  # every one whose batch norms have weights
-
-
-class Normalised(nn.Module):
-    """Pixels in [0,1] -> the network behind a normalisation, as fmp_core.models.build.PixelModel."""
-
-    def __init__(self, network: nn.Module, mean: float = 0.5, std: float = 0.25):
-        super().__init__()
-        self.network, self.mean, self.std = network, mean, std
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.network((pixels - self.mean) / self.std)
-
-
-@torch.no_grad()
-def toy_model(kind: type[nn.Module], images: Tensor, seed: int = 0) -> Normalised:
-    """A ``kind`` in evaluation mode with random weights and batch norms, its head balanced so that ``images`` get several
-    classes with small margins: an attack then changes some predictions, not none and not all."""
-    generator = torch.Generator().manual_seed(seed)
-    network = kind()
-    for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            scale = module.weight[0].numel() ** -0.5
-            module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * 1.5 * scale)
-            if module.bias is not None:
-                module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.3)
-        elif isinstance(module, nn.BatchNorm2d):
-            shape = module.running_mean.shape
-            if module.affine:
-                module.weight.copy_(0.5 + torch.rand(shape, generator=generator))
-                module.bias.copy_(torch.randn(shape, generator=generator) * 0.2)
-            module.running_mean.copy_(torch.randn(shape, generator=generator) * 0.2)
-            module.running_var.copy_(0.5 + torch.rand(shape, generator=generator))
-    model = Normalised(network).eval()
-    logits = model(images)
-    network.head.bias -= logits.mean(0)
-    return model
-
-
-def toy_images(count: int = 12, seed: int = 0, size: int = 8) -> Tensor:
-    """Pixels in [0,1], some of them exactly 0 or 1 so that clamping matters."""
-    noise = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1000 + seed))
-    return (noise * 1.3 - 0.15).clamp(0, 1)
-
-
-def toy_case(kind: type[nn.Module], count: int = 12, seed: int = 0) -> tuple[Normalised, Tensor, Tensor]:
-    """Model, images, and the model's own predictions as labels."""
-    images = toy_images(count, seed)
-    model = toy_model(kind, images, seed)
-    with torch.no_grad():
-        return model, images, model(images).argmax(1)
-
-
-def footprint(model: nn.Module) -> tuple[dict[str, object], int]:
-    """Everything a function could leave behind: training and gradient flags, gradients, and the number of hooks."""
-    flags: dict[str, object] = {f"training {name}": module.training for name, module in model.named_modules()}
-    flags |= {f"requires_grad {name}": parameter.requires_grad for name, parameter in model.named_parameters()}
-    flags |= {f"grad {name}": parameter.grad is None for name, parameter in model.named_parameters()}
-    hooks = 0
-    for module in model.modules():
-        for store in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            hooks += len(getattr(module, store))
-    return flags, hooks
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Whether two state dicts are equal bit for bit."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-class Stranger:
-    """A class of nobody's library, for records that hold an object of it."""

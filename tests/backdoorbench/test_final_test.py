@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from fmp_core.backdoorbench.final_test import masks_applied
 from torch.nn.utils import prune
-from toy import Plain, same, weights
+from toy import Plain
+from toy_cases import same, weights
 
 
 def test_masks_of_pruning_are_applied_and_all_else_stays() -> None:

@@ -24,7 +24,6 @@ from fmp_core.backdoorbench.workspace import Job, open_job, workspace
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.errors import UserError
 from fmp_core.results.read import read_result
-from toy import Stranger
 
 Tree = Callable[[Path], dict[str, str | None]]
 BACKSTOP = 900
@@ -43,6 +42,10 @@ def run(
     test_images: int | None = None,
 ) -> tuple[str, int]:
     return run_on_record(job(checkout), defense, analysis, python, list(extra), test_images)
+
+
+class Stranger:
+    """A class of nobody's library, for records that hold an object of it."""
 
 
 def test_the_command_runs_a_defense_in_a_small_process_and_leaves_only_its_results(

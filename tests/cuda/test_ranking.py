@@ -16,7 +16,8 @@ from fmp_core.storage.checkpoint import Checkpoint
 from reference import score
 from scoring import make_scorer, score_feature_maps
 from torch import Tensor, nn
-from toy import Normalised, Plain, SmallPreActResNet, needs_cuda, toy_case
+from toy import Plain, SmallPreActResNet, needs_cuda
+from toy_cases import Normalised, toy_case
 
 pytestmark = [pytest.mark.cuda, needs_cuda]
 EPS = 16 / 255

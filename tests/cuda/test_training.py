@@ -18,7 +18,8 @@ from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system.devices import choose_device, has_fast_bfloat16, make_deterministic
 from scoring import score_feature_maps
 from torch import nn
-from toy import SmallPreActResNet, needs_cuda, same, toy_case, weights
+from toy import SmallPreActResNet, needs_cuda
+from toy_cases import same, toy_case, weights
 from waits import CountWaits
 
 FACTS = DatasetFacts(5, (8, 8, 3), flip=True, crop_padding=2)

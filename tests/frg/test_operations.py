@@ -4,7 +4,8 @@ import pytest
 import torch
 from fmp_core.frg.benchmark import released_scheme
 from fmp_core.frg.operations import CountOperations, operations_per_map
-from toy import Plain, toy_case
+from toy import Plain
+from toy_cases import toy_case
 
 
 def test_views_are_no_operations():

@@ -14,7 +14,8 @@ from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.system.devices import has_fast_bfloat16
 from scoring import make_scorer
 from torch import Tensor, nn
-from toy import SmallPreActResNet, toy_case
+from toy import SmallPreActResNet
+from toy_cases import toy_case
 
 CPU = torch.device("cpu")
 needs_bfloat16 = pytest.mark.skipif(not has_fast_bfloat16(CPU), reason="this CPU emulates bfloat16, slowly")

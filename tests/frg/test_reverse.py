@@ -10,7 +10,8 @@ from fmp_core.models.feature_maps import frozen, trace_conv_layers
 from reference import score, start
 from scoring import score_feature_maps
 from torch import Tensor, nn
-from toy import NETS, OddConvs, Plain, PreActivation, SmallPreActResNet, toy_case
+from toy import NETS, OddConvs, Plain, PreActivation, SmallPreActResNet
+from toy_cases import toy_case
 
 EPS = 16 / 255
 

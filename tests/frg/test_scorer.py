@@ -14,7 +14,8 @@ from fmp_core.system.devices import has_fast_bfloat16
 from reference import score
 from scoring import score_feature_maps
 from torch import Tensor, nn
-from toy import Normalised, OutOfOrder, Plain, SmallPreActResNet, footprint, toy_case, weights
+from toy import OutOfOrder, Plain, SmallPreActResNet
+from toy_cases import Normalised, footprint, toy_case, weights
 
 needs_bfloat16 = pytest.mark.skipif(not has_fast_bfloat16(torch.device("cpu")), reason="this CPU emulates bfloat16, slowly")
 

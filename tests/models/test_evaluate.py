@@ -9,7 +9,8 @@ import torch
 from fmp_core.models.evaluate import TestData as Data  # pytest would take a name Test* for a test
 from fmp_core.models.evaluate import evaluate, even_sample, predict, to_unit
 from torch import Tensor, nn
-from toy import Plain, footprint, toy_case, weights
+from toy import Plain
+from toy_cases import footprint, toy_case, weights
 
 
 class Brightest(nn.Module):

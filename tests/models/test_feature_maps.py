@@ -24,10 +24,8 @@ from toy import (
     SumOfTwo,
     TwoReaders,
     TwoWriters,
-    footprint,
-    toy_images,
-    weights,
 )
+from toy_cases import footprint, toy_images, weights
 
 # net -> its convolutions in execution order, each with the batch norms that consume exactly its output
 WIRING = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
-from fmp_core.models.pruning import prune_feature_maps
+from fmp_core.models.pruning import accuracy_without, prune_feature_maps
 from torch import Tensor, nn
-from toy import NETS, Depthwise, InplaceSum, OutOfOrder, Plain, PreActivation, TwoWriters, toy_case, weights
+from toy import NETS, Depthwise, InplaceSum, OutOfOrder, Plain, PreActivation, SmallPreActResNet, TwoWriters
+from toy_cases import footprint, same, toy_case, weights
 
 
 def every_second(layers: list[ConvLayer]) -> dict[str, Tensor]:
@@ -107,3 +108,15 @@ def test_pruned_parameters_can_still_be_trained() -> None:
     prune_feature_maps(layers, every_second(layers))
     nn.functional.cross_entropy(model(images), labels).backward()
     assert all(parameter.requires_grad and parameter.grad is not None for parameter in model.parameters())
+
+
+def test_accuracy_without_leaves_the_model_as_it_was():
+    model, images, labels = toy_case(SmallPreActResNet)
+    layers = trace_conv_layers(model.network, images[:1])
+    pixels = (images * 255).round().to(torch.uint8)
+    before, print_before = {name: value.clone() for name, value in weights(model).items()}, footprint(model)
+    everything = {layer.name: torch.ones(layer.channels, dtype=torch.bool) for layer in layers}
+    nothing = {layer.name: torch.zeros(layer.channels, dtype=torch.bool) for layer in layers}
+    blind, seeing = (accuracy_without(model, layers, chosen, pixels, labels) for chosen in (everything, nothing))
+    assert blind < seeing
+    assert same(before, weights(model)) and footprint(model) == print_before

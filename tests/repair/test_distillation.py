@@ -8,7 +8,8 @@ import pytest
 import torch
 from fmp_core.repair.distillation import Teacher
 from torch import Tensor, nn
-from toy import Plain, same, weights
+from toy import Plain
+from toy_cases import same, weights
 
 IMAGES = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
 LABELS = torch.tensor([0, 1, 2])

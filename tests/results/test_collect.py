@@ -1,82 +1,19 @@
-"""Results of every shape as one tidy table, and the table in every rendering."""
+"""Results of every shape as one tidy table, and what collect.py says of files it cannot use."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import collect as script
 import pandas as pd
 import pytest
-import torch
 from fmp_core.errors import UserError
 from fmp_core.metrics import ratings
 from fmp_core.results.collect import collect, join_leaderboard, read_leaderboard
 from fmp_core.results.read import read_result
-from fmp_core.results.tables import Table, build_tables, to_html, to_latex, to_markdown, to_text
-
-T5 = "clean_test_loss_avg_over_batch,bd_test_loss_avg_over_batch,test_acc,test_asr,test_ra"
-
-
-def three_rows(acc: float, asr: float, ra: float, head: str = "epoch,batch,train_epoch_loss_avg_over_batch,train_acc") -> str:
-    """BB's summary: the last values, the largest, and whether NaN occurred."""
-    some = ",".join("1" for _ in head.split(",")) + "," if head else ""
-    no = ",".join(["False"] * (some.count(",") + 5))
-    lead = f"{head}," if head else ""
-    return f",{lead}{T5}\nlast,{some}1.5,nan_value,{acc},{asr},{ra}\nvalid_max,{some}9,,1.0,1.0,1.0\nexist_nan_value,{no}\n"
-
-
-def one_row(acc: float, asr: float, ra: float) -> str:
-    return f",{T5}\n0,1.5,2.5,{acc},{asr},{ra}\n"
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def metrics_json(acc: float, asr: float, ra: float, seed: int = 0, before_acc: float = 0.9, **more: Any) -> str:
-    after = {"test_acc": acc, "test_asr": asr, "test_ra": ra}
-    before = {"test_acc": before_acc, "test_asr": 0.985, "test_ra": 0.0}
-    content = {"dataset": "cifar10", "model": "preactresnet18", "seed": seed, "settings": {"ratio": 0.1}}
-    return json.dumps({"after": after, "before": before, **content, **more})
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Two records with a defense of each shape; every value says which."""
-    badnet = tmp_path / "badnet_cifar10"
-    write(badnet / "attack_df_summary.csv", three_rows(0.9, 0.98, 0.01))
-    info = {"attack": "badnet", "dataset": "cifar10", "model": "preactresnet18", "pratio": 0.1, "random_seed": 0}
-    torch.save(info, badnet / "info.pickle")
-    place = badnet / "defense"
-    write(place / "ft" / "ft_df_summary.csv", three_rows(0.91, 0.5, 0.4))
-    write(place / "ft" / "log" / "x.log", "... {'cleaning_ratio': 0.5,\n 'ratio': 0.05,\n 'random_seed': 7, ...")
-    write(place / "fp" / "finetune_df_summary.csv", three_rows(0.92, 0.6, 0.3))
-    write(place / "fp" / "prune_log_summary.csv", ",num_pruned,test_acc,test_asr,test_ra\nlast,350,0.1,0.1,0.1\n")
-    write(place / "clp" / "clp_df_summary.csv", one_row(0.8, 0.1, 0.7))
-    write(place / "clp" / "run_defense.log", "loading\n\nexit code 0 after 68 s; CPU 48 s\n")
-    write(place / "anp" / "anp_df_summary.csv", one_row(0.81, 0.2, 0.6))
-    write(place / "anp" / "threshold_df.csv", one_row(0.0, 0.0, 0.0))
-    write(place / "nad" / "nad_df_summary.csv", three_rows(0.89, 0.3, 0.5))
-    write(place / "nad" / "nad_te_df_summary.csv", three_rows(0.1, 0.1, 0.1))
-    write(place / "nc" / "nc_df_summary.csv", one_row(0.9, 0.98, 0.01))
-    write(place / "ft-sam" / "log" / "d-sam_df_summary.csv", three_rows(0.88, 0.05, 0.8, head=""))
-    write(place / "npd" / "npd_df_summary.csv", three_rows(88.0, 7.0, 75.0, head=""))
-    write(place / "mcr" / "mcr_df_summary.csv", ",test_acc,test_asr,test_ra,t\n0,0.03,0.87,0.8,0.1\n")
-    spent = {"seconds": {"load": 1.5, "ranking": 2}, "cpu_seconds": 3.25}
-    write(place / "fmp" / "metrics.json", metrics_json(0.93, 0.02, 0.9, **spent))
-    write(place / "fmp-s1" / "metrics.json", metrics_json(0.91, 0.04, 0.88, seed=1))
-    (place / "only-cached" / "cache").mkdir(parents=True)
-    blended = tmp_path / "blended_cifar10" / "defense"
-    write(blended / "fmp" / "metrics.json", metrics_json(0.8, 0.1, 0.7))
-    return tmp_path
-
-
-def tidy(root: Path) -> pd.DataFrame:
-    return pd.read_csv(root / "out.csv")
+from fmp_core.results.tables import build_tables
+from result_files import marked, metrics_json, one_row, three_rows, tidy, write
 
 
 def test_every_shape_is_read_as_fractions(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,76 +122,6 @@ def test_names_cannot_inject_anything(tmp_path: Path, capsys: pytest.CaptureFixt
     assert r"|\_\&" in latex and r"\|\_" in markdown
 
 
-def test_seeds_are_averaged_and_the_best_is_marked(root: Path) -> None:
-    frame = collect(root, pytest.fail)
-    tables = build_tables(frame)
-    assert [table.title for table in tables] == ["cifar10, preactresnet18, poison rate 10 %", "cifar10, preactresnet18"]
-    texts = tables[0].texts()
-    assert texts.loc["fmp", ("badnet", "test_acc")] == "92.00±1.41"  # of 93 and 91, sample standard deviation
-    assert texts.loc["ft", ("badnet", "test_acc")] == "91.00"
-    best = marked(tables[0])
-    tied = {("fmp", "test_acc"), ("fp", "test_acc"), ("fmp", "test_asr"), ("mcr", "test_asr")}
-    assert best == tied | {("fmp", "test_ra"), ("fmp", "der"), ("fmp", "rir")}
-
-
-def marked(table: Table) -> set[tuple[str, str]]:
-    """(method, metric) of the cells that are the best of their column."""
-    best = table.best()
-    return {(method, metric) for method in best.index for attack, metric in best.columns if best.loc[method, (attack, metric)]}
-
-
-def frame_of(*rows: tuple[str, str, str, float]) -> pd.DataFrame:
-    """Tidy rows of (record, attack, method, accuracy)."""
-    columns = ["record", "attack", "method", "test_acc"]
-    rest = {"test_asr": 0.5, "test_ra": 0.5, "der": 0.5, "rir": 0.5, "dataset": "d", "model": "m", "pratio": 0.1}
-    whole = {name: pd.array([None] * len(rows), dtype="Int64") for name in ("record_seed", "test_images")}
-    return pd.DataFrame(rows, columns=columns).assign(**rest, **whole, origin="ours", ratio=0.1)
-
-
-def test_the_average_is_over_every_attack_or_absent() -> None:
-    rows = [("a", "badnet", "fmp", 0.8), ("b", "blended", "fmp", 0.9), ("a", "badnet", "ft", 0.7)]
-    (table,) = build_tables(frame_of(*rows))
-    assert table.attacks == ["badnet", "blended", "AVG"]
-    average = table.texts()["AVG", "test_acc"]
-    assert average["fmp"] == "85.00" and average["ft"] == "-"
-
-
-def test_different_records_of_one_attack_are_not_mixed() -> None:
-    (table,) = build_tables(frame_of(("a", "badnet", "fmp", 0.8), ("b", "badnet", "fmp", 0.6)))
-    assert table.attacks == ["a", "b", "AVG"]
-    seeds = frame_of(("a", "badnet", "fmp", 0.8), ("b", "badnet", "fmp", 0.6)).assign(record_seed=[0, 1])
-    (table,) = build_tables(seeds)
-    assert table.attacks == ["badnet"] and table.means.loc["fmp", ("badnet", "test_acc")] == pytest.approx(70)
-
-
-def test_methods_are_ordered_as_people_count() -> None:
-    rows = [("a", "badnet", name, 0.5) for name in ("fmp-p16", "fmp-p4", "ft (published)", "no defense", "fmp")]
-    (table,) = build_tables(frame_of(*rows))
-    assert table.methods == ["no defense", "fmp", "fmp-p4", "fmp-p16", "ft (published)"]
-
-
-def test_renderings(root: Path) -> None:
-    table = build_tables(collect(root, pytest.fail))[0]
-    text = to_text(table, 200)
-    assert "92.00±1.41*" in text and "BadNets" in text
-    markdown = to_markdown(table)
-    assert (
-        "| Method | ratio | BadNets Acc | BadNets ASR | BadNets RA | BadNets DER | BadNets RIR |" in markdown
-        and "**92.00±1.41**" in markdown
-    )
-    latex = to_latex(table)
-    assert r"\toprule" in latex and r"\textbf{92.00\,$\pm$\,1.41}" in latex and r"Acc $\uparrow$ & ASR $\downarrow$" in latex
-    html = to_html([table])
-    assert html.count("<tr>") == 2 + len(table.methods) and ">92.00±1.41<" in html and "var(--good) 92.0%" in html
-    assert "http" not in html  # self-contained
-
-
-def test_a_narrow_terminal_gets_blocks() -> None:
-    rows = [(name, name, "fmp", 0.5) for name in ("badnet", "blended", "lf", "ssba")]
-    text = to_text(build_tables(frame_of(*rows))[0], 60)
-    assert max(map(len, text.splitlines())) <= 60 and text.count("ratio") >= 2
-
-
 def board(path: Path) -> Path:
     head = ",dataset,backbone,attack_name,defense_name,ratio,test_acc,test_asr,test_ra\n"
     where = "cifar10,preactresnet18,badnet"
@@ -292,22 +159,6 @@ def test_the_ratings_are_bbs_formulas() -> None:
     before = {"test_acc": 0.9, "test_asr": 1.0, "test_ra": 0.0}
     assert ratings(before, {"test_acc": 0.8, "test_asr": 0.1, "test_ra": 0.6}) == pytest.approx({"der": 0.9, "rir": 0.75})
     assert ratings(before, {"test_acc": 0.95, "test_asr": 1.0, "test_ra": 0.0}) == {"der": 0.5, "rir": 0.5}
-
-
-def test_different_shares_of_clean_data_are_a_note(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = {kind: root / kind for kind in ("html", "latex", "markdown")}
-    assert script.main([str(root), *(f"--{kind}={file}" for kind, file in files.items())]) == 0
-    for text in (capsys.readouterr().out, *(file.read_text() for file in files.values())):
-        assert text.count("different shares of clean data (0.05: ft; 0.1: fmp)") == 1  # not in blended's table
-    (table,) = build_tables(frame_of(("a", "badnet", "fmp", 0.8), ("a", "badnet", "ft", 0.9)))
-    assert table.notes == [] and table.texts().loc["ft", ("", "ratio")] == "0.1"
-
-
-def test_published_rows_do_not_compete(root: Path) -> None:
-    rows = frame_of(("a", "badnet", "fmp", 0.8), ("a", "badnet", "ft", 0.7), ("", "badnet", "ft (published)", 0.99))
-    (table,) = build_tables(rows.assign(origin=["ours", "backdoorbench", "published"]))
-    assert ("fmp", "test_acc") in marked(table) and not any(method == "ft (published)" for method, _ in marked(table))
-    assert "font-style: italic" in to_html([table])
 
 
 def test_a_sample_of_the_test_images_is_not_mixed_with_the_whole(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

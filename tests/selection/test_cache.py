@@ -1,12 +1,13 @@
-"""Cached scores answer only the question they were computed for."""
+"""Cached scores and verdicts answer only the question they were computed for."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from fmp_core.frg.scores import Scores
+from fmp_core.inversion.verdict import Verdict
 from fmp_core.models.feature_maps import ConvLayer
-from fmp_core.selection.cache import cache_file, load_scores, save_scores
+from fmp_core.selection.cache import cache_file, load_scores, load_verdicts, save_scores, save_verdicts, verdict_file
 from fmp_core.storage.checkpoint import content_key
 from torch import nn
 
@@ -57,3 +58,27 @@ def test_a_damaged_or_foreign_file_is_no_answer(tmp_path: Path):
     assert load_scores(tmp_path, key(), (*LAYERS, *LAYERS)) is None
     path.rename(cache_file(tmp_path, "other" + key()))
     assert load_scores(tmp_path, "other" + key(), LAYERS) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{",
+        '{"key": "other", "flip_rates": {}}',
+        '{"key": "k", "held_out": 60, "flip_rates": {"sparse": [1, 2, 3, 4]}}',
+        '{"key": "k", "held_out": 60, "flip_rates": 7}',
+        '{"key": "k", "flip_rates": {"sparse": [0, 0, 0, 0]}}',
+        '{"key": "k", "held_out": 60, "flip_rates": {"sparse": [0, 0, 0]}}',
+        "[]",
+    ],
+)
+def test_cached_verdict_is_read_back_or_ignored(tmp_path: Path, damage: str):
+    found = [Verdict("sparse", torch.tensor([0.1, 1 / 3, 0.9, 0.2], dtype=torch.float64), 60)]
+    save_verdicts(tmp_path, "k", found)
+    again = load_verdicts(tmp_path, "k", 3)
+    assert list(again) == ["sparse"] and again["sparse"].held_out == 60
+    assert torch.equal(again["sparse"].flip_rates, found[0].flip_rates)
+    assert load_verdicts(tmp_path, "k", 4) == {} == load_verdicts(tmp_path, "absent", 3)
+    verdict_file(tmp_path, "k").write_text(damage)
+    assert load_verdicts(tmp_path, "k", 3) == {}

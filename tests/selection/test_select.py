@@ -24,7 +24,8 @@ from fmp_core.selection.select import select_feature_maps
 from fmp_core.settings import Settings
 from fmp_core.storage.checkpoint import source_digest
 from fmp_core.system.cli import Stages
-from toy import CLASSES, SmallPreActResNet, toy_images, toy_model
+from toy import CLASSES, SmallPreActResNet
+from toy_cases import toy_images, toy_model
 
 
 @pytest.fixture

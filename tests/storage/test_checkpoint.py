@@ -14,7 +14,8 @@ from fmp_core.settings import Settings
 from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system.devices import Device
 from torch import nn
-from toy import Plain, same, toy_case, weights
+from toy import Plain
+from toy_cases import same, toy_case, weights
 
 FACTS = DatasetFacts(5, (8, 8, 3), flip=True, crop_padding=2)
 EPOCHS, BATCHES = 4, 3

@@ -1,0 +1,105 @@
+"""The search for triggers finds planted backdoors, and nothing where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fmp_core.inversion import search
+from fmp_core.inversion.search import TriggerSearch
+from fmp_core.inversion.trigger import (
+    ALL_TO_ALL,
+    Batch,
+    invert_trigger,
+)
+from fmp_core.inversion.verdict import LEAST_MARGIN
+from fmp_core.models.feature_maps import ConvLayer
+from fmp_core.selection.choice import Selection
+from planted import (
+    BAD,
+    CLASSES,
+    TARGET,
+    WHITE,
+    PlantedAllToAll,
+    PlantedWarp,
+    edges,
+    images_of,
+    trigger_search,
+)
+from torch import nn
+from toy_cases import footprint
+
+
+def test_a_planted_patch_is_found_and_its_map_changed_most():
+    found = trigger_search(WHITE)
+    before = footprint(found.model)
+    verdict = found.test("sparse", CLASSES)
+    assert verdict.backdoored and verdict.target == TARGET and verdict.flip_rates[TARGET] > 0.9
+    trigger = found.triggers(["sparse"], TARGET)[0]
+    assert found.activation_change(trigger).argmax() == BAD
+    assert footprint(found.model) == before
+
+
+@pytest.mark.parametrize("family", ["sparse", "warp-1"])
+def test_a_clean_model_shows_nothing(family: str):
+    verdict = trigger_search(None).test(family, CLASSES)
+    assert not verdict.backdoored
+
+
+def test_all_to_all_is_a_target_of_its_own():
+    images, labels = images_of()
+    model = PlantedAllToAll(WHITE)
+    found = TriggerSearch(model, [ConvLayer("conv", model.conv)], images, labels, torch.float32, seed=0)
+    verdict = found.test("sparse", CLASSES)
+    assert verdict.backdoored and verdict.target == ALL_TO_ALL and verdict.flip_rates[-1] > 0.9
+    assert verdict.as_dict()["target"] == "all-to-all" and len(verdict.as_dict()["success"]) == CLASSES
+    assert Selection(torch.zeros(8, dtype=torch.bool), verdict=verdict).target is None  # the teacher leaves no class out
+    trigger = found.triggers(["sparse"], ALL_TO_ALL)[0]
+    assert found.activation_change(trigger).argmax() == BAD
+    assert trigger_search(WHITE).test("sparse", CLASSES).flip_rates[-1] < 0.5  # all go to one class
+
+
+def test_a_planted_warp_is_found_by_its_family_alone():
+    images, labels = edges(400)
+    model = PlantedWarp()
+    assert (model(images / 255).argmax(1) == labels).all()
+    conv = nn.Conv2d(3, 1, 1)  # a search names a convolution, and this model has none
+    found = TriggerSearch(model, [ConvLayer("conv", conv)], images, labels, torch.float32, seed=0)
+    verdict = found.test("warp-1", 3)
+    assert verdict.backdoored and verdict.target == 2 and verdict.flip_rates[2] > 0.9
+    assert not found.test("dense-4", 3).backdoored
+
+
+def test_of_many_classes_only_those_ahead_get_a_whole_trigger(monkeypatch: pytest.MonkeyPatch):
+    """Of four classes one gets it, the planted one, with the flip rate of a search that gives it to all."""
+    found, told = trigger_search(WHITE), []
+    whole = found.test("sparse", CLASSES)
+    inverted: list[tuple[int, bool]] = []
+
+    def noted(network: nn.Module, dtype: torch.dtype, clean: Batch, family: str, target: int, seed: int, quick: bool):
+        inverted.append((target, quick))
+        return invert_trigger(network, dtype, clean, family, target, seed, quick)
+
+    monkeypatch.setattr(search, "invert_trigger", noted)
+    monkeypatch.setattr(search, "FINALISTS", 1)
+    verdict = found.test("sparse", CLASSES, lambda: told.append(1))
+    assert inverted == [*((target, True) for target in range(CLASSES)), (TARGET, False), (ALL_TO_ALL, False)]
+    assert verdict.flip_rates[TARGET] == whole.flip_rates[TARGET] and verdict.backdoored
+    assert len(told) == search.inversions(CLASSES) == CLASSES + 2
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(8, 3), (60, 22)])
+def test_a_handful_of_images_shows_nothing(count: int, held_out: int):
+    """Half of them are held out; of few a class is easily ahead by chance, backdoor or not."""
+    found = trigger_search(WHITE)
+    few = TriggerSearch(found.model, found.layers, found.images[:count], found.labels[:count], torch.float32, 0)
+    verdict = few.test("sparse", CLASSES)
+    assert verdict.margin >= LEAST_MARGIN and verdict.too_few and not verdict.backdoored
+    assert verdict.held_out == held_out  # half of them, but for the largest class
+
+
+def test_a_subset_of_one_class_only_shows_nothing():
+    found = trigger_search(WHITE)
+    one = found.labels == TARGET
+    alone = TriggerSearch(found.model, found.layers, found.images[one], found.labels[one], torch.float32, 0)
+    verdict = alone.test("sparse", CLASSES)
+    assert float(verdict.flip_rates[TARGET]) == 0 and verdict.too_few

@@ -1,0 +1,54 @@
+"""Inverted triggers: the bounds of their families, and their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fmp_core.errors import UserError
+from fmp_core.inversion.trigger import (
+    FAMILIES,
+    SPARSE_PART,
+    WARPS,
+    load_trigger,
+    save_trigger,
+)
+from planted import (
+    WHITE,
+    a_trigger,
+    trigger_search,
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_triggers_stay_within_their_family(family: str):
+    found = trigger_search(WHITE)
+    trigger = found.triggers([family], 1)[0]
+    again = found.triggers([family], 1)[0]
+    assert torch.equal(trigger.values, again.values) and torch.equal(trigger.where, again.where)
+    images = found.images[:20] / 255
+    changed = trigger.apply(images) - images
+    assert trigger.apply(images).min() >= 0 and trigger.apply(images).max() <= 1
+    if family == "sparse":
+        assert trigger.where.sum() <= 16 * 16 // SPARSE_PART * 16 and set(trigger.values.unique().tolist()) <= {0.0, 1.0}
+        assert not changed[(~trigger.where).expand_as(changed)].any()
+    elif family in WARPS:
+        assert trigger.values.shape == (1, 2, 16, 16) and 0 < trigger.values.abs().max() <= 1.5 * FAMILIES[family]
+    else:
+        assert 0 < changed.abs().max() <= FAMILIES[family] + 1e-6
+
+
+@pytest.mark.parametrize("family", ["sparse", "warp-1"])
+def test_a_trigger_file_is_read_back_or_refused(tmp_path: Path, family: str):
+    path = tmp_path / "reversed_trigger.pt"
+    trigger = a_trigger(family, 1.0)
+    save_trigger(path, trigger)
+    again = load_trigger(path, (3, 16, 16))
+    assert torch.equal(again.values, trigger.values) and torch.equal(again.where, trigger.where)
+    assert (again.family, again.target) == (family, 1)
+    with pytest.raises(UserError, match="3x32x32"):
+        load_trigger(path, (3, 32, 32))
+    torch.save({"family": "sparse"}, path)
+    with pytest.raises(UserError, match="run the defense again"):
+        load_trigger(path, (3, 16, 16))

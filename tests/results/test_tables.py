@@ -1,0 +1,83 @@
+"""Tables of collected results: averages, marks, order, and their renderings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import collect as script
+import pytest
+from fmp_core.results.collect import collect
+from fmp_core.results.tables import build_tables, to_html, to_latex, to_markdown, to_text
+from result_files import frame_of, marked
+
+
+def test_seeds_are_averaged_and_the_best_is_marked(root: Path) -> None:
+    frame = collect(root, pytest.fail)
+    tables = build_tables(frame)
+    assert [table.title for table in tables] == ["cifar10, preactresnet18, poison rate 10 %", "cifar10, preactresnet18"]
+    texts = tables[0].texts()
+    assert texts.loc["fmp", ("badnet", "test_acc")] == "92.00±1.41"  # of 93 and 91, sample standard deviation
+    assert texts.loc["ft", ("badnet", "test_acc")] == "91.00"
+    best = marked(tables[0])
+    tied = {("fmp", "test_acc"), ("fp", "test_acc"), ("fmp", "test_asr"), ("mcr", "test_asr")}
+    assert best == tied | {("fmp", "test_ra"), ("fmp", "der"), ("fmp", "rir")}
+
+
+def test_the_average_is_over_every_attack_or_absent() -> None:
+    rows = [("a", "badnet", "fmp", 0.8), ("b", "blended", "fmp", 0.9), ("a", "badnet", "ft", 0.7)]
+    (table,) = build_tables(frame_of(*rows))
+    assert table.attacks == ["badnet", "blended", "AVG"]
+    average = table.texts()["AVG", "test_acc"]
+    assert average["fmp"] == "85.00" and average["ft"] == "-"
+
+
+def test_different_records_of_one_attack_are_not_mixed() -> None:
+    (table,) = build_tables(frame_of(("a", "badnet", "fmp", 0.8), ("b", "badnet", "fmp", 0.6)))
+    assert table.attacks == ["a", "b", "AVG"]
+    seeds = frame_of(("a", "badnet", "fmp", 0.8), ("b", "badnet", "fmp", 0.6)).assign(record_seed=[0, 1])
+    (table,) = build_tables(seeds)
+    assert table.attacks == ["badnet"] and table.means.loc["fmp", ("badnet", "test_acc")] == pytest.approx(70)
+
+
+def test_methods_are_ordered_as_people_count() -> None:
+    rows = [("a", "badnet", name, 0.5) for name in ("fmp-p16", "fmp-p4", "ft (published)", "no defense", "fmp")]
+    (table,) = build_tables(frame_of(*rows))
+    assert table.methods == ["no defense", "fmp", "fmp-p4", "fmp-p16", "ft (published)"]
+
+
+def test_renderings(root: Path) -> None:
+    table = build_tables(collect(root, pytest.fail))[0]
+    text = to_text(table, 200)
+    assert "92.00±1.41*" in text and "BadNets" in text
+    markdown = to_markdown(table)
+    assert (
+        "| Method | ratio | BadNets Acc | BadNets ASR | BadNets RA | BadNets DER | BadNets RIR |" in markdown
+        and "**92.00±1.41**" in markdown
+    )
+    latex = to_latex(table)
+    assert r"\toprule" in latex and r"\textbf{92.00\,$\pm$\,1.41}" in latex and r"Acc $\uparrow$ & ASR $\downarrow$" in latex
+    html = to_html([table])
+    assert html.count("<tr>") == 2 + len(table.methods) and ">92.00±1.41<" in html and "var(--good) 92.0%" in html
+    assert "http" not in html  # self-contained
+
+
+def test_a_narrow_terminal_gets_blocks() -> None:
+    rows = [(name, name, "fmp", 0.5) for name in ("badnet", "blended", "lf", "ssba")]
+    text = to_text(build_tables(frame_of(*rows))[0], 60)
+    assert max(map(len, text.splitlines())) <= 60 and text.count("ratio") >= 2
+
+
+def test_different_shares_of_clean_data_are_a_note(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {kind: root / kind for kind in ("html", "latex", "markdown")}
+    assert script.main([str(root), *(f"--{kind}={file}" for kind, file in files.items())]) == 0
+    for text in (capsys.readouterr().out, *(file.read_text() for file in files.values())):
+        assert text.count("different shares of clean data (0.05: ft; 0.1: fmp)") == 1  # not in blended's table
+    (table,) = build_tables(frame_of(("a", "badnet", "fmp", 0.8), ("a", "badnet", "ft", 0.9)))
+    assert table.notes == [] and table.texts().loc["ft", ("", "ratio")] == "0.1"
+
+
+def test_published_rows_do_not_compete(root: Path) -> None:
+    rows = frame_of(("a", "badnet", "fmp", 0.8), ("a", "badnet", "ft", 0.7), ("", "badnet", "ft (published)", 0.99))
+    (table,) = build_tables(rows.assign(origin=["ours", "backdoorbench", "published"]))
+    assert ("fmp", "test_acc") in marked(table) and not any(method == "ft (published)" for method, _ in marked(table))
+    assert "font-style: italic" in to_html([table])

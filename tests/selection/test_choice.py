@@ -1,0 +1,25 @@
+"""What is pruned of a ranking: the same share of every layer, as many as a budget of accuracy allows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fmp_core.models.feature_maps import ConvLayer
+from fmp_core.selection.choice import in_equal_shares, most_within_budget
+from torch import nn
+
+
+def test_in_equal_shares_takes_the_same_share_of_every_layer():
+    layers = (ConvLayer("a", nn.Conv2d(1, 64, 1)), ConvLayer("b", nn.Conv2d(1, 128, 1)))
+    change = torch.rand(192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    change[64:] *= 1000  # layers have scales of their own
+    first = in_equal_shares(change, layers)[:30]
+    assert set(first[first < 64].tolist()) == set(change[:64].topk(10).indices.tolist())
+    assert set(first[first >= 64].tolist()) == set((change[64:].topk(20).indices + 64).tolist())
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(0.1, 10), (0.0, 0), (0.055, 5), (0.07, 7)])
+def test_pruning_goes_as_far_as_the_budget(budget: float, expected: int):
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(1))
+    chosen = most_within_budget(order, budget, lambda mask: 0.9 - 0.01 * int(mask.sum()))
+    assert set(chosen.nonzero().flatten().tolist()) == set(order[:expected].tolist())
