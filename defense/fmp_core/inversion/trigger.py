@@ -3,7 +3,7 @@
 The paper generates, for each feature map, a perturbation of each image's own. A backdoor trigger is the same on every image and
 flips all predictions to the same class, so inversion (as in Neural Cleanse, Wang et al. 2019) searches for the smallest common
 change that does: few pixels for a patch, a few grey levels for a pattern that covers the image, a pixel's way for a warp. No
-poisoned image takes part. docs/method.md has the figures.
+poisoned image takes part. docs/experiments/strong.md has the figures.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEPS = 16  # gradient steps
 SPARSE_BATCH, DENSE_BATCH = 256, 64  # clean images per step; with fewer, the choice of pixels goes astray
 QUICK, QUICK_WARP = (4, 2), (1, 8)  # a quick inversion divides steps, and images of each, by these; warps need all steps
 ALL_TO_ALL = -1  # a target: of each image the class after its own, the last's being the first (BB's all2all)
-SPARSE_PART = 64  # a sparse trigger has at most 1/64 of the pixels: 16 of 32x32, as many as a 4x4 patch
+SPARSE_PART = 64  # a sparse trigger has at most 1/64 of the pixels: 16 of 32x32, as many as a 4x4 patch; 16 of smaller images
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W] and their labels int64 [B]
 
 

@@ -1,7 +1,7 @@
 """The verdict on a model: is it backdoored, and towards which class? Not in the paper; no poisoned image is used.
 
 In a clean model a common perturbation that flips predictions to one class flips about as many to others. A backdoor is a class
-whose inverted trigger flips far more than that of any other (docs/method.md has the figures behind the threshold).
+whose inverted trigger flips far more than that of any other (docs/experiments/strong.md has the figures behind the threshold).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Distillation: fine-tuning keeps the attacked model's outputs on clean images, except what they say about the target class.
 
 Not in the paper. A few clean images teach less than the attacked model knows. But that model also knows its backdoor, and gives
-some probability of the target class to whatever resembles a trigger; that part is left out (docs/method.md has the figures).
+some probability of the target class to whatever resembles a trigger; that part is left out. docs/experiments/strong.md has the
+figures.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Unlearning: training on clean images that carry an inverted trigger, with their true labels (not in the paper).
 
-Fine-tuning on clean images alone revives a pruned backdoor (docs/method.md has the figures). Images with a trigger and their
-true labels teach the model to ignore it.
+Fine-tuning on clean images alone revives a pruned backdoor. Images with a trigger and their true labels teach the model to
+ignore it. docs/experiments/strong.md has the figures.
 """
 
 from __future__ import annotations
