@@ -16,7 +16,6 @@ import pytest
 import run_defense
 import torch
 from conftest import RECORD, call_fmp
-from fmp_core.backdoorbench import shims
 from fmp_core.backdoorbench.install import PROJECT
 from fmp_core.backdoorbench.process import Ended, reason_of
 from fmp_core.backdoorbench.run import run_on_record, verdict
@@ -25,8 +24,8 @@ from fmp_core.data.attack_record import read_attack_record
 from fmp_core.errors import UserError
 from fmp_core.results.read import read_result
 
-Tree = Callable[[Path], dict[str, str | None]]
 BACKSTOP = 900
+Tree = Callable[[Path], dict[str, str | None]]
 
 
 def job(checkout: Path, record: str = RECORD) -> Job:
@@ -241,38 +240,3 @@ def _gone(pid: str) -> bool:
 def _end_group(head: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(head, signal.SIGKILL)
-
-
-def test_placeholders_and_ragged_arrays_are_for_backdoorbench_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(shims.OPTIONAL, "absent_package", "absent-package")
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, shims._Placeholders(str(tmp_path))])
-    use = "import absent_package.part as part\nfrom absent_package import thing\n"
-    with pytest.raises(ModuleNotFoundError):
-        exec(compile(use, "/elsewhere/library.py", "exec"), {})
-    names: dict[str, object] = {}
-    exec(compile(use, str(tmp_path / "utils.py"), "exec"), names)
-    for call in ("thing()", "part.resize(1)", "thing.attribute"):
-        with pytest.raises(ImportError, match="pip install absent-package"):
-            exec(call, names)
-    for name in ("absent_package", "absent_package.part"):
-        sys.modules.pop(name, None)
-    import numpy as np
-
-    for name in ("array", "asarray"):
-        monkeypatch.setattr(np, name, getattr(np, name))  # to be put back
-    shims._numpy(str(tmp_path))
-    ragged = "import numpy as np\nrows = np.asarray([[1], [1, 2]])\n"
-    with pytest.raises(ValueError, match="inhomogeneous"):
-        exec(compile(ragged, "/elsewhere/library.py", "exec"), {})
-    exec(compile(ragged, str(tmp_path / "utils.py"), "exec"), names)
-    assert names["rows"].dtype == object
-
-
-def test_convolutions_over_one_pixel_are_products_in_backdoorbench_too(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(
-        "import torch\nprint(torch.nn.Conv2d(4, 4, 3, padding=1)(torch.rand(2, 4, 1, 1)).grad_fn.name())\n"
-    )
-    command, environment = [sys.executable, str(shims.__file__), "script.py"], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines()[-1] == "UnsqueezeBackward0"

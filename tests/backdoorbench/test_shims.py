@@ -1,0 +1,76 @@
+"""What the shims put right in BackdoorBench's process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fmp_core.backdoorbench import shims
+
+BACKSTOP = 900
+
+
+def test_nc_saves_the_model_it_trains(tmp_path: Path) -> None:
+    """BackdoorBench's nc trains one copy of the attacked model and saves another."""
+    files = {
+        "utils/trainer_cls.py": "class PureCleanModelTrainer:\n"
+        "    def __init__(self, model): self.model = model\n"
+        "    def train_with_test_each_epoch_on_mix(self, step): self.model.weight.data += step\n",
+        "utils/save_load_attack.py": "import torch\ndef save_defense_result(model, save_path): torch.save(model, save_path)\n",
+        "nc.py": "import sys, torch\n"
+        "from utils.trainer_cls import PureCleanModelTrainer\n"
+        "from utils.save_load_attack import save_defense_result\n"
+        "first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)\n"
+        "second.load_state_dict(first.state_dict())\n"
+        "if sys.argv[1] == 'train': PureCleanModelTrainer(first).train_with_test_each_epoch_on_mix(step=1)\n"
+        "save_defense_result(model=second.cpu().state_dict(), save_path=sys.argv[2])\n"
+        "torch.save(second.state_dict(), sys.argv[3])\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for what, step in (("train", 1), ("stay", 0)):
+        command = [sys.executable, str(shims.__file__), "nc.py", what, "saved.pt", "attacked.pt"]
+        done = subprocess.run(command, cwd=tmp_path, timeout=BACKSTOP, capture_output=True, text=True)
+        assert done.returncode == 0 and "nc saves the model it trains" in done.stdout, done.stderr
+        saved, attacked = (torch.load(tmp_path / name)["weight"] for name in ("saved.pt", "attacked.pt"))
+        assert torch.equal(saved, attacked + step)
+
+
+def test_placeholders_and_ragged_arrays_are_for_backdoorbench_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shims.OPTIONAL, "absent_package", "absent-package")
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, shims._Placeholders(str(tmp_path))])
+    use = "import absent_package.part as part\nfrom absent_package import thing\n"
+    with pytest.raises(ModuleNotFoundError):
+        exec(compile(use, "/elsewhere/library.py", "exec"), {})
+    names: dict[str, object] = {}
+    exec(compile(use, str(tmp_path / "utils.py"), "exec"), names)
+    for call in ("thing()", "part.resize(1)", "thing.attribute"):
+        with pytest.raises(ImportError, match="pip install absent-package"):
+            exec(call, names)
+    for name in ("absent_package", "absent_package.part"):
+        sys.modules.pop(name, None)
+    import numpy as np
+
+    for name in ("array", "asarray"):
+        monkeypatch.setattr(np, name, getattr(np, name))  # to be put back
+    shims._numpy(str(tmp_path))
+    ragged = "import numpy as np\nrows = np.asarray([[1], [1, 2]])\n"
+    with pytest.raises(ValueError, match="inhomogeneous"):
+        exec(compile(ragged, "/elsewhere/library.py", "exec"), {})
+    exec(compile(ragged, str(tmp_path / "utils.py"), "exec"), names)
+    assert names["rows"].dtype == object
+
+
+def test_convolutions_over_one_pixel_are_products_in_backdoorbench_too(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import torch\nprint(torch.nn.Conv2d(4, 4, 3, padding=1)(torch.rand(2, 4, 1, 1)).grad_fn.name())\n"
+    )
+    command, environment = [sys.executable, str(shims.__file__), "script.py"], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "UnsqueezeBackward0"
