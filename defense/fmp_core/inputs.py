@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fmp_core.data.attack_record import AttackRecord, read_attack_record
-from fmp_core.data.clean_subset import choose_subset
+from fmp_core.data.clean_subset import choose_subset, in_mixed_order
 from fmp_core.data.datasets import DatasetFacts, Split, dataset_facts, open_split
 from fmp_core.errors import UserError
 from fmp_core.models.build import PixelModel, load_model
@@ -59,6 +59,8 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
     for split in (train_set, test_set):
         _check_labels(split, record)
     subset = choose_subset(len(train_set), settings.ratio, settings.random_seed, settings.index)
+    if settings.index is not None:
+        subset = in_mixed_order(subset, train_set.labels[subset].tolist(), settings.random_seed)
     if settings.epochs and len(subset) < 2:
         raise UserError("Fine-tuning needs at least 2 clean images, not 1; raise --ratio or add to --index.")
     test = read_test_data(record, test_set, device, settings.test_images)

@@ -97,7 +97,11 @@ class Settings:
         "standard deviation that it divides by; goes with --mean (default: the dataset's)",
     )
     ratio: float = _loading(0.1, number(0, 1, above=True), "share of the clean training set the defender owns")
-    index: str | None = _loading(None, text("FILE"), "text file of clean-training-set indices to use instead of --ratio")
+    index: str | None = _loading(
+        None,
+        text("FILE"),
+        "text file of clean-training-set indices to use instead of --ratio; class by class, they are mixed by the seed",
+    )
     random_seed: int = _seeded(0, integer(0, 2**32 - 1, "SEED"), "seed of the clean subset, the FRG noise and fine-tuning")
 
     eps: float = _ranking(1 / 255, number(0, 1, above=True), "perturbation bound in pixel space [0,1]", shown="1/255")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fmp_core.data.clean_subset import choose_subset
+from fmp_core.data.clean_subset import choose_subset, in_mixed_order
 from fmp_core.errors import UserError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,3 +82,16 @@ def test_a_binary_index_file_is_refused(tmp_path: Path):
     (tmp_path / "index.bin").write_bytes(b"\xff\x00\xfe")
     with pytest.raises(UserError, match="not a text file"):
         choose_subset(50, 0.1, 0, str(tmp_path / "index.bin"))
+
+
+def test_images_that_come_class_by_class_are_mixed() -> None:
+    """The first are for FRG, the last for testing triggers; an order that is mixed already, as of a draw, stays."""
+    labels = [number // 40 for number in range(200)]
+    ordered = list(range(0, 400, 2))
+    mixed = in_mixed_order(ordered, labels, 0)
+    assert mixed != ordered and sorted(mixed) == ordered and mixed == in_mixed_order(ordered, labels, 0)
+    assert {labels[position // 2] for position in mixed[:32]} == set(range(5)) == {labels[place // 2] for place in mixed[-32:]}
+    again = [labels[position // 2] for position in mixed]
+    assert in_mixed_order(mixed, again, 1) == mixed
+    assert in_mixed_order(ordered[::-1], labels[::-1], 0) != ordered[::-1]
+    assert in_mixed_order([5, 3], [1, 1], 0) == [5, 3] and in_mixed_order([7], [0], 0) == [7]

@@ -10,7 +10,6 @@ from fmp_core.errors import UserError
 from fmp_core.inversion.trigger import (
     FAMILIES,
     SPARSE_PART,
-    STEPS,
     WARPS,
     load_trigger,
     save_trigger,
@@ -32,7 +31,7 @@ def test_triggers_stay_within_their_family(family: str):
     changed = trigger.apply(images) - images
     assert trigger.apply(images).min() >= 0 and trigger.apply(images).max() <= 1
     if family == "sparse":
-        assert trigger.where.sum() <= max(STEPS, 16 * 16 // SPARSE_PART) and set(trigger.values.unique().tolist()) <= {0.0, 1.0}
+        assert trigger.where.sum() <= 16 * 16 // SPARSE_PART and set(trigger.values.unique().tolist()) <= {0.0, 1.0}
         assert not changed[(~trigger.where).expand_as(changed)].any()
     elif family in WARPS:
         assert trigger.values.shape == (1, 2, 16, 16) and 0 < trigger.values.abs().max() <= 1.5 * FAMILIES[family]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fmp_core.inversion.trigger import ALL_TO_ALL
 from fmp_core.inversion.verdict import Verdict
 
 
@@ -34,3 +35,11 @@ def test_a_verdict_names_all_to_all() -> None:
     verdict = Verdict("sparse", torch.tensor([0.1, 0.25, 0.2, 0.98], dtype=torch.float64), 100)
     rates = "98.0 % to the class after their own, then 25.0 % to class 1"
     assert str(verdict) == f"sparse triggers flip at most {rates}: a backdoor"
+
+
+def test_all_to_all_hides_no_class() -> None:
+    """A backdoor towards class 0 sends class 1, three quarters of these images, to the class after their own, too."""
+    verdict = Verdict("sparse", torch.tensor([1.0, 0.0, 0.75], dtype=torch.float64), 100)
+    assert verdict.backdoored and verdict.target == 0 and verdict.margin == 1
+    mutual = Verdict("sparse", torch.tensor([0.9, 0.85, 0.5, 0.98], dtype=torch.float64), 100)
+    assert mutual.target == ALL_TO_ALL and mutual.margin == pytest.approx(0.08) and not mutual.backdoored

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from fmp_core.errors import UserError
@@ -24,6 +27,19 @@ def choose_subset(total: int, ratio: float, seed: int, index_file: str | None) -
     if count == 0:
         raise UserError(f"--ratio {ratio:g} of {total} clean training images is not even one image; raise --ratio.")
     return random.Random(seed).sample(range(total), count)
+
+
+def in_mixed_order(subset: list[int], labels: Sequence[int], seed: int) -> list[int]:
+    """``subset`` as it is, or in an order drawn by ``seed`` if its images, of the classes ``labels``, come class by class.
+
+    FRG scores the first images and triggers are tested on the last ones; either should be of all classes. An order counts as
+    class by class if neighbours differ in class less than half as often as in a random order.
+    """
+    shares = [count / len(labels) for count in Counter(labels).values()]
+    expected = (len(labels) - 1) * (1 - sum(share**2 for share in shares))
+    if sum(a != b for a, b in pairwise(labels)) >= expected / 2:
+        return subset
+    return random.Random(seed).sample(subset, len(subset))
 
 
 def _read_index(path: str, total: int) -> list[int]:

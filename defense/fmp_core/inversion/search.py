@@ -60,6 +60,10 @@ class TriggerSearch:
         rates = torch.where(whole, self._flip_rates(family, whole, False, progress), rates)
         return Verdict(family, rates, self._fewest_held_out(num_classes))
 
+    def without_test(self, family: str, num_classes: int) -> Verdict:
+        """A verdict for which nothing was inverted: it tells whether there are enough held-out images."""
+        return Verdict(family, torch.zeros(num_classes + 1, dtype=torch.float64), self._fewest_held_out(num_classes))
+
     def _flip_rates(self, family: str, chosen: Tensor, quick: bool, progress: Callable[[], object]) -> Tensor:
         """Flip rates float64 ``[K + 1]`` of triggers towards the ``chosen`` targets (bool ``[K + 1]``); 0 for the others."""
         rates = torch.zeros(len(chosen), dtype=torch.float64, device=self.images.device)

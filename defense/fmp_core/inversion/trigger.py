@@ -32,7 +32,7 @@ STEPS = 16  # gradient steps
 SPARSE_BATCH, DENSE_BATCH = 256, 64  # clean images per step; with fewer, the choice of pixels goes astray
 QUICK, QUICK_WARP = (4, 2), (1, 8)  # a quick inversion divides steps, and images of each, by these; warps need all steps
 ALL_TO_ALL = -1  # a target: of each image the class after its own, the last's being the first (BB's all2all)
-SPARSE_PART = 64  # a sparse trigger has at most 1/64 of the pixels: 16 of 32x32, as many as a 4x4 patch; 16 of smaller images
+SPARSE_PART = 64  # a sparse trigger has at most 1/64 of the pixels: 16 of 32x32, as many as a 4x4 patch
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W] and their labels int64 [B]
 
 
@@ -158,12 +158,15 @@ def _gradient(logits: Tensor, pixels: Tensor, target: int, labels: Tensor) -> Te
 def _with_more_pixels(trigger: InvertedTrigger, pixels: Tensor, gradient: Tensor, steps: int) -> InvertedTrigger:
     """``trigger`` with those pixels set to 0 or 1 that lower the loss most, to first order, summed over images and channels.
 
-    A pixel that is set already may be set to its other value.
+    A pixel that is set already may be set to its other value; once 1/64 of the pixels are set, no other is.
     """
     to_zero, to_one = (gradient * pixels).sum(0).flatten(1), -(gradient * (1 - pixels)).sum(0).flatten(1)
     decrease = torch.maximum(to_zero, to_one).sum(0)
-    chosen = decrease.topk(max(1, decrease.numel() // SPARSE_PART // steps)).indices
+    most = max(1, decrease.numel() // SPARSE_PART)
     values, where = trigger.values.clone(), trigger.where.clone()
+    if int(where.sum()) >= most:
+        decrease = decrease.masked_fill(~where.view(-1), -torch.inf)
+    chosen = decrease.topk(max(1, most // steps)).indices
     values.view(len(to_one), -1)[:, chosen] = (to_one > to_zero).float()[:, chosen]
     where.view(-1)[chosen] = True
     return replace(trigger, values=values, where=where)

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fmp_core.inversion.trigger import ALL_TO_ALL, targets_of
+from fmp_core.inversion.trigger import ALL_TO_ALL
 
-LEAST_MARGIN = 0.3  # of the highest flip rate over the runner-up
+LEAST_MARGIN = 0.3  # of a flip rate over the runner-up's
 NEXT = "the class after their own"
 LEAST_HELD_OUT = 50  # images below which a margin proves nothing: one of three is 33 points
 
@@ -33,14 +33,24 @@ class Verdict:
 
     @property
     def target(self) -> int:
-        """The class with the highest flip rate, or :data:`~.trigger.ALL_TO_ALL`."""
-        return targets_of(len(self.flip_rates))[int(self.flip_rates.argmax())]
+        """The class with the highest flip rate, or :data:`~.trigger.ALL_TO_ALL` where its margin is the larger one."""
+        return self._best[0]
 
     @property
     def margin(self) -> float:
-        """How far the highest flip rate is above the runner-up."""
-        best, runner_up = self.flip_rates.topk(2).values.tolist()
-        return float(best - runner_up)
+        """How far the flip rate of :attr:`target` is above the runner-up's."""
+        return self._best[2]
+
+    @property
+    def _best(self) -> tuple[int, int, float]:
+        """Target, runner-up and margin. A class is compared with the other classes, all-to-all with all of them.
+
+        Not a class with all-to-all: a backdoor towards class t also sends all images of class t-1 to the class after their own.
+        """
+        rates, places = self.flip_rates[:-1].topk(2)
+        first, second = places.tolist()
+        single, mutual = float(rates[0] - rates[1]), float(self.flip_rates[-1] - rates[0])
+        return (ALL_TO_ALL, first, mutual) if mutual > single else (first, second, single)
 
     @property
     def too_few(self) -> bool:
@@ -52,12 +62,13 @@ class Verdict:
         return self.margin >= LEAST_MARGIN and not self.too_few
 
     def __str__(self) -> str:
-        rates, places = self.flip_rates.topk(2)
-        targets = [targets_of(len(self.flip_rates))[place] for place in places.tolist()]
-        names = [NEXT if target == ALL_TO_ALL else f"class {target}" for target in targets]
-        first, second = (f"{100 * rate:.1f} % to {name}" for rate, name in zip(rates, names, strict=True))
+        first, second = (f"{100 * self.flip_rates[target]:.1f} % to {self._named(target)}" for target in self._best[:2])
         finding = "a backdoor" if self.backdoored else "too few images to tell" if self.too_few else "no backdoor found"
         return f"{self.family} triggers flip at most {first}, then {second}: {finding}"
+
+    @staticmethod
+    def _named(target: int) -> str:
+        return NEXT if target == ALL_TO_ALL else f"class {target}"
 
     def as_dict(self) -> dict[str, Any]:
         """The value of ``verdict`` in metrics.json; its keys are that file's format."""

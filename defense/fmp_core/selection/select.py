@@ -83,10 +83,15 @@ def trigger_search(defender: DefenderInputs, settings: Settings) -> TriggerSearc
 
 
 def test_for_backdoor(defender: DefenderInputs, settings: Settings, cache: Path, stages: Stages) -> Verdict:
-    """The verdict of the first family of triggers that shows a backdoor; if none does, the one with the largest margin."""
+    """The verdict of the first family of triggers that shows a backdoor; if none does, the one with the largest margin.
+
+    Where there are too few held-out images to tell, nothing is inverted, and all flip rates are 0.
+    """
     search, classes = trigger_search(defender, settings), defender.num_classes
     key = verdict_key(search, classes)
     verdicts: list[Verdict] = []
+    if (untested := search.without_test(next(iter(FAMILIES)), classes)).too_few:
+        return untested
     with stages("trigger inversion"):
         for family in FAMILIES:
             saved = partial(lambda name: load_verdicts(cache, key, classes).get(name), family)
@@ -160,8 +165,6 @@ def score_or_load(defender: DefenderInputs, settings: Settings, cache: Path, sta
 
 
 def _from_cache(read: Callable[[], Found | None], fresh: bool) -> Found | None:
-    """What ``read`` finds in the cache, for all processes alike: what the first one finds there decides."""
+    """What ``read`` finds in the cache; None for all processes if one of them does not find it there (yet)."""
     found = None if fresh else read()
-    if not distributed.broadcast(found is not None):
-        return None
-    return read() if found is None else found  # saved since this process looked
+    return found if distributed.all_agree(found is not None) else None

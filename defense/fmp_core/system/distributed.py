@@ -27,6 +27,8 @@ def join(compute: Device) -> Device:
     device = compute.device
     if device.type == "cuda":
         gpus = compute.device_ids or range(torch.cuda.device_count())
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > len(gpus):
+            raise UserError(f"torchrun started more processes than there are GPUs; give --nproc_per_node={len(gpus)}.")
         device = torch.device("cuda", gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)])
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -49,13 +51,13 @@ def is_leader() -> bool:
     return _rank_and_size()[0] == 0
 
 
-def broadcast(answer: bool) -> bool:
-    """The first process's ``answer``, for all: they must not part ways over what each saw on disk, and when."""
+def all_agree(answer: bool) -> bool:
+    """Whether every process answers yes: they must not part ways over what each saw on disk, and when."""
     if not is_distributed():
         return answer
     said = torch.tensor([int(answer)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     with _connected():
-        dist.broadcast(said, 0)
+        dist.all_reduce(said, dist.ReduceOp.MIN)
     return bool(said.item())
 
 
