@@ -21,6 +21,7 @@ from fmp_core.errors import UserError
 from fmp_core.storage.lock import locked
 from fmp_core.sweeps.jobs import Job, Outcome, finished, run, stop_leftovers
 from fmp_core.sweeps.local import Board, local_slots, may_start, readable, run_local
+from fmp_core.sweeps.plan import plan
 from fmp_core.sweeps.slurm import run_submitit, waves
 from sweep_jobs import WORK, order, sweep_of, working
 
@@ -169,6 +170,7 @@ KILLED = """
 import json, sys
 from pathlib import Path
 from fmp_core.sweeps.jobs import Job
+from fmp_core.sweeps.plan import plan
 from fmp_core.sweeps.local import run_local
 jobs = [Job(**{**job, "folder": Path(job["folder"])}) for job in json.loads(sys.argv[1])]
 run_local(jobs, Path("sweeps/s"), [{}], lambda job, outcome: print(job.name, flush=True))
@@ -218,6 +220,13 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     several = local_slots("auto", 2)
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in several] == ["3", "5", "3", "5"]
     assert {slot["OMP_NUM_THREADS"] for slot in several} == {"2"}  # eight cores, four jobs
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local_slots("cuda:1", 1)] == ["5"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local_slots("cuda", 1, processes=2)] == ["3,5"]
+    with pytest.raises(UserError, match=r"device is cuda:2, but this machine has 2 CUDA"):
+        local_slots("cuda:2", 1)
+    with pytest.raises(UserError, match="processes is 2, one for each GPU of a job, but device cuda:0 has 1"):
+        local_slots("cuda:0", 1, processes=2)
+    assert all("--device cuda " in " ".join([*job.command, ""]) for job in plan(sweep_of(device="cuda:1")))
 
 
 def test_help_imports_neither_torch_nor_pandas() -> None:

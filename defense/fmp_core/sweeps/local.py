@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,11 @@ from fmp_core.sweeps.jobs import Job, Outcome, finished, run, stop_all
 Report = Callable[[Job, Outcome], None]
 
 
-def local_slots(device: str, workers: int) -> list[dict[str, str]]:
-    """One environment per job that may run at the same time: ``workers`` on each visible GPU, or on the CPU.
+def local_slots(device: str, workers: int, processes: int = 1) -> list[dict[str, str]]:
+    """One environment per job that may run at the same time: ``workers`` on each GPU of ``device``, or on the CPU.
 
-    They share the CPU's cores. Neighbouring slots are of different GPUs, so that few jobs spread over all of them.
+    Jobs share the CPU's cores. Neighbouring slots are of different GPUs, so that few jobs spread over all of them. A job of
+    several ``processes`` gets as many GPUs. Raises UserError: ``device`` names GPUs that are not there, or too few.
     """
     gpus = 0
     if device != "cpu":
@@ -31,7 +33,15 @@ def local_slots(device: str, workers: int) -> list[dict[str, str]]:
         raise UserError(f"device is {device}, but no CUDA device is visible; set device: cpu.")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible and gpus else [str(number) for number in range(gpus)]
-    places = [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
+    if named := re.fullmatch(r"cuda:(\d+(?:,\d+)*)", device):
+        numbers = [int(number) for number in named[1].split(",")]
+        if max(numbers) >= len(names):
+            raise UserError(f"device is {device}, but this machine has {len(names)} CUDA device(s), numbered from 0.")
+        names = [names[number] for number in numbers]
+    groups = [names[first : first + processes] for first in range(0, len(names) - processes + 1, processes)]
+    if names and not groups:
+        raise UserError(f"processes is {processes}, one for each GPU of a job, but device {device} has {len(names)}.")
+    places = [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups] or [{}]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, min(cores // (workers * len(places)), int(os.environ.get("OMP_NUM_THREADS") or cores))))
     return [{**place, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} for place in places] * workers

@@ -33,15 +33,24 @@ from fmp_core.sweeps.jobs import Job
 OURS = {"fmp": "frg", "ft-only": "none", "random-prune": "random"}  # name in a sweep -> --selection
 GIVEN = {*names(Stage.NAMING, Stage.NO_EFFECT, decides=False), "device"}  # settings that the sweep itself gives, or nobody
 FOLDER_NAME = r"\w[\w.-]*"
-SLURM_NAMES = {  # keys of ``slurm`` -> submitit's names
-    "partition": "slurm_partition",
-    "time": "timeout_min",
-    "gpus": "gpus_per_node",
-    "cpus": "cpus_per_task",
-    "memory_gb": "mem_gb",
-    **{name: f"slurm_{name}" for name in ("account", "qos", "constraint", "setup")},
-    "at_once": "slurm_array_parallelism",
-}
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What a sweep file may ask of Slurm. The tag ``submitit`` is submitit's name of a field."""
+
+    partition: str | None = setting(None, text("NAME"), "partition", submitit="slurm_partition")
+    time: int | None = setting(None, integer(1), "minutes a job may take", submitit="timeout_min")
+    gpus: int | None = setting(None, integer(0), "GPUs of a job", submitit="gpus_per_node")
+    cpus: int | None = setting(None, integer(1), "CPUs of a job", submitit="cpus_per_task")
+    memory_gb: float | None = setting(None, number(0, above=True), "memory of a job", submitit="mem_gb")
+    account: str | None = setting(None, text("NAME"), "account", submitit="slurm_account")
+    qos: str | None = setting(None, text("NAME"), "quality of service", submitit="slurm_qos")
+    constraint: str | None = setting(None, text("NAME"), "features of a node", submitit="slurm_constraint")
+    setup: Sequence[str] | None = setting(
+        None, list_of(text("LINE"), "a list of shell lines"), "run before a job", submitit="slurm_setup"
+    )
+    at_once: int | None = setting(None, integer(1), "jobs at the same time", submitit="slurm_array_parallelism")
 
 
 @dataclass(frozen=True)
@@ -57,19 +66,24 @@ class Sweep:
     ratio: float | None = setting(None, number(0, 1, above=True), "share of clean data, ours and BackdoorBench's")
     record_root: str = setting("./record", text("FOLDER"), "the folder of attack records")
     dataset_path: str = setting("./data", text("FOLDER"), "the folder of datasets")
-    device: str = setting("auto", text("DEVICE"), "as for fmp.py")
+    device: str = setting("auto", text("DEVICE"), "cpu, cuda, or the GPUs to use: cuda:0,1; a job gets one")
     workers: int = setting(1, integer(1), "jobs at a time on each GPU, or on the CPU")
     processes: int = setting(1, integer(1), "processes of each of our runs, under torchrun")
     timeout: float | None = setting(None, number(0, above=True), "minutes after which a job counts as failed")
     ours: Mapping[str, Any] = setting(dict, mapping(), "settings of all of our defenses")
     backdoorbench: str | None = setting(None, text("FOLDER"), "root of a checkout; runs BackdoorBench's defenses")
     backdoorbench_test_images: int | None = setting(None, integer(1), "run_defense.py --test_images of its defenses")
-    slurm: Mapping[str, Any] = setting(dict, mapping(*SLURM_NAMES), "what sbatch is asked for")
+    slurm: Mapping[str, Any] = setting(dict, mapping(*fields.fields_of(Slurm)), "what sbatch is asked for")
 
     @property
     def folder(self) -> Path:
         """Logs and locks of the sweep."""
         return Path("sweeps") / self.name
+
+    @property
+    def job_device(self) -> str:
+        """``device`` as a job says it, which sees only the GPUs that are its own."""
+        return "cuda" if self.device.startswith("cuda") else self.device
 
     @property
     def seconds(self) -> float | None:
@@ -88,6 +102,7 @@ def make_sweep(content: Mapping[str, Any], source: str) -> Sweep:
     sweep = Sweep(**fields.parse_mapping(Sweep, content, source))
     if sweep.ratio is not None and "ratio" in sweep.ours:
         raise UserError(f"{source}: ratio is said twice, for all defenses and in ours; leave one out.")
+    fields.parse_mapping(Slurm, sweep.slurm, f"{source}: slurm")
     return sweep
 
 
@@ -129,6 +144,8 @@ def _all_jobs(sweep: Sweep, datasets: dict[str, str]) -> Iterator[Job]:
         for flags, chosen in _expand(entry):
             defense = flags.pop("defense")
             method = f"{flags.pop('name', defense)}{_suffix(chosen)}"
+            if "random_seed" in flags or (defense in OURS and "random_seed" in sweep.ours):
+                raise UserError("defenses and ours: random_seed is what the key seeds of the sweep gives; say it there.")
             if not re.fullmatch(FOLDER_NAME, method):
                 raise UserError(f"defenses: name {method!r} must be letters, digits, '-', '_' or '.'; it names a folder.")
             make = _our_job if defense in OURS else _bb_job
@@ -151,9 +168,15 @@ def _record_job(sweep: Sweep, flags: dict[str, Any], chosen: Mapping[str, Any]) 
     known = {"attack": "badnet", "dataset": "digits", **flags}
     varied = {key: value for key, value in chosen.items() if key not in ("attack", "dataset")}
     template = flags.pop("name", None) or f"{{attack}}_{{dataset}}{_suffix(varied)}"
-    if any(name is not None and name not in known for _, name, _, _ in string.Formatter().parse(template)):
-        raise UserError(f"records: name {template!r} may only use {', '.join(f'{{{key}}}' for key in known)}.")
-    name = template.format(**known)
+    try:
+        if any(name is not None and name not in known for _, name, _, _ in string.Formatter().parse(template)):
+            raise KeyError
+        name = str(template).format(**known)
+    except (KeyError, ValueError, TypeError, AttributeError):
+        usable = ", ".join(f"{{{key}}}" for key in known)
+        raise UserError(f"records: name {template!r} must be a text, which may use {usable}.") from None
+    if known["attack"] == "none":
+        raise UserError("records: attack none makes a model without poisoned tests, for no defense; a control has pratio: 0.")
     kinds = {key: cls for cls in (Settings, AttackSettings, RecordSettings) for key in fields.fields_of(cls)}
     given = {*fields.fields_of(RecordSettings), *fields.fields_of(AttackSettings), *training_settings()}
     for key, value in flags.items():
@@ -162,12 +185,14 @@ def _record_job(sweep: Sweep, flags: dict[str, Any], chosen: Mapping[str, Any]) 
         if value is not None:
             fields.parse_value(kinds[key], key, value, f"records: {key} of {name}")
     places = {"save_folder_name": name, "record_root": sweep.record_root, "dataset_path": sweep.dataset_path}
-    words = _flags({**flags, **places, "device": sweep.device})
+    words = _flags({**flags, **places, "device": sweep.job_device})
     command = (sys.executable, str(PROJECT / "record_scripts" / "make_record.py"), *words)
     return Job(name, "record", "record", None, Path(sweep.record_root) / name, command, flags)
 
 
 def _our_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mapping[str, Any]) -> Job:
+    if defense != "fmp" and "selection" in {**sweep.ours, **flags}:
+        raise UserError(f"defenses: {defense} has a selection of its own; leave selection out, or put it into an entry of fmp.")
     flags = {"ratio": sweep.ratio, **sweep.ours, **flags} | ({"selection": OURS[defense]} if defense != "fmp" else {})
     for key in flags:
         if key not in {*FIELDS, "yaml_path"} or key in GIVEN:
@@ -175,7 +200,7 @@ def _our_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mappin
     settings = load_settings(flags)
     folder = _result_folder(sweep, record, method, settings.random_seed)
     places = {"result_file": record, "record_root": sweep.record_root, "dataset_path": sweep.dataset_path}
-    places |= {"device": sweep.device} | ({"defense_name": folder.name} if folder.name != "fmp" else {})
+    places |= {"device": sweep.job_device} | ({"defense_name": folder.name} if folder.name != "fmp" else {})
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={sweep.processes}")
     start = (sys.executable, *(torchrun if sweep.processes > 1 else ()), str(PROJECT / "defense" / "fmp.py"))
     command = (*start, *_flags({**places, **flags}))
@@ -206,7 +231,7 @@ def _bb_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mapping
     takes_ratio = re.search(r"""['"]--ratio['"]""", script.read_text(encoding="utf-8", errors="replace"))
     flags = {**({"ratio": sweep.ratio} if takes_ratio and sweep.ratio is not None else {}), **flags}
     about = {"backdoorbench": sweep.backdoorbench, "defense": defense, "result_file": record}
-    about |= {"record_root": sweep.record_root, "dataset_path": sweep.dataset_path, "device": sweep.device}
+    about |= {"record_root": sweep.record_root, "dataset_path": sweep.dataset_path, "device": sweep.job_device}
     fewer = {"test_images": sweep.backdoorbench_test_images} if sweep.backdoorbench_test_images else {}
     start = (sys.executable, str(PROJECT / "record_scripts" / "run_defense.py"))
     folder = _result_folder(sweep, record, method, flags["random_seed"])

@@ -32,7 +32,7 @@ def run_sweep(sweep: Sweep, launcher: str = "local", dry_run: bool = False) -> i
     with locked(sweep.folder, wait=False, busy=BUSY, name="lock"):
         if launcher == "local" and (stopped := stop_leftovers(sweep.folder)):
             print(f"stopped {stopped} processes that a killed run of this sweep had left", flush=True)
-        slots = local_slots(sweep.device, sweep.workers) if launcher == "local" else [{}] * len(jobs)
+        slots = local_slots(sweep.device, sweep.workers, sweep.processes) if launcher == "local" else [{}] * len(jobs)
         board = Board(jobs, len(slots))
         print(f"sweep {sweep.name}: {len(jobs)} jobs, {board.skipped} done before; logs in {sweep.folder / 'logs'}", flush=True)
         if launcher == "local":

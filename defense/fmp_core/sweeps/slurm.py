@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fmp_core.errors import UserError
+from fmp_core.fields import fields_of, parse_mapping
 from fmp_core.settings import PROJECT
 from fmp_core.sweeps.jobs import Job, Outcome, run
 from fmp_core.sweeps.local import Report
-from fmp_core.sweeps.plan import SLURM_NAMES, Sweep
+from fmp_core.sweeps.plan import Slurm, Sweep
 
 POLL = 5.0  # seconds between looks at the jobs' files
 
@@ -69,7 +70,9 @@ def _on_node(job: Job, sweep: Sweep) -> Outcome:
 
 
 def _parameters(sweep: Sweep, cluster: str, before: Sequence[Any]) -> dict[str, Any]:
-    given = {"timeout_min": 600, **{SLURM_NAMES[key]: value for key, value in sweep.slurm.items()}, "name": sweep.name}
+    asked = parse_mapping(Slurm, sweep.slurm, "slurm")
+    names = {name: field.metadata["submitit"] for name, field in fields_of(Slurm).items()}
+    given = {"timeout_min": 600, **{names[name]: value for name, value in asked.items()}, "name": sweep.name}
     if cluster != "slurm":
         return {key: value for key, value in given.items() if not key.startswith("slurm_")}
     if before:
