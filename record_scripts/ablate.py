@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(records: list[str], rows: list[str] | None, csv: Path | None, flags: dict[str, str]) -> None:
     from fmp import FMP  # loads torch
-    from fmp_core.selection.ablation import ablate_records
+    from fmp_core.results.ablation import ablate_records
 
     ablate_records(records, rows, flags, FMP, csv)
 

@@ -158,6 +158,14 @@ def test_results_may_lie_outside_a_read_only_record(workplace: Path, run_fmp: Ru
     assert listing(workplace / "record") == before
 
 
+def test_records_of_one_name_keep_apart_in_another_folder(workplace: Path, run_fmp: Run):
+    (workplace / "record" / "deep").mkdir()
+    shutil.copytree(workplace / "record" / RECORD, workplace / "record" / "deep" / RECORD)
+    for name in (RECORD, f"deep/{RECORD}"):
+        assert run_fmp(*QUICK, "--epochs", "0", "--save_folder", "elsewhere", "--result_file", name).code == 0
+        assert (workplace / "elsewhere" / name / "defense" / "fmp" / "metrics.json").is_file()
+
+
 def test_mean_and_std_are_the_models_own_preprocessing(workplace: Path, run_fmp: Run, edit_record: Edit):
     """A first convolution that undoes another normalisation: with that one given, the model sees what it saw before."""
     flags = (*QUICK, "--selection", "none", "--epochs", "0")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import fmp
 import make_record
 import pandas as pd
 import pytest
+from fmp_core.attacks.make_record import LOCK
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.settings import PROJECT
+from fmp_core.storage.lock import locked
 
 # A record as the demo's in all but training, which is next to nothing.
 QUICK = ["--model", "squeezenet1_0", "--limit_train", "40", "--epochs", "1", "--patch_size", "6", "--device", "cpu", "--quiet"]
@@ -51,6 +55,21 @@ def test_the_digits_are_laid_out_and_the_record_is_whole(place: Path) -> None:
     assert len(test_files) == 449 and len(list((place / "data" / "digits" / "train").rglob("*.png"))) == 1348
     assert len(record.bd_test) == sum(file.parent.name != "0" for file in test_files)
     assert (record.bd_test.pixels((32, 32, 3))[:, :, -6:, -6:] == 255).all()
+
+
+def test_several_processes_may_lay_the_digits_out(tmp_path: Path) -> None:
+    code = "from fmp_core.data.digits import make_digits; from pathlib import Path; "
+    code += f"make_digits(Path({str(tmp_path / 'digits')!r}))"
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "defense")}
+    running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    assert [process.wait(600) for process in running] == [0, 0, 0]
+    assert len(list((tmp_path / "digits").rglob("*.png"))) == 1797 and [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
+def test_one_process_makes_a_record(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(place / "record" / ".other.unfinished", False, name=LOCK):
+        assert make_record.main([*QUICK, *places(place), "--save_folder_name", "other"]) == 2
+    assert "Another make_record.py makes" in capsys.readouterr().err
 
 
 def test_an_existing_record_is_not_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

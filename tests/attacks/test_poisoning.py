@@ -183,6 +183,16 @@ def test_an_unusable_pattern_is_one_sentence(array: np.ndarray, says: str, tmp_p
         make_stamp(attack("lf", trigger_file=str(tmp_path / "t.npy")), SIZE, True, 40)
 
 
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [(np.full((8, 8, 3), -3.0), "has no value above 0"), (np.zeros((0, 8, 8, 3)), r"\(0, 8, 8, 3\), but numbers of shape")],
+)
+def test_a_patch_that_changes_nothing_is_refused(array: np.ndarray, says: str, tmp_path: Path):
+    np.save(tmp_path / "t.npy", array)
+    with pytest.raises(UserError, match=says):
+        make_stamp(attack("badnet", trigger_file=str(tmp_path / "t.npy")), SIZE, True, 40)
+
+
 @pytest.mark.parametrize("name", ["gone.npy", "gone.png"])
 def test_a_missing_trigger_file_is_named(name: str, tmp_path: Path):
     with pytest.raises(UserError, match=name):

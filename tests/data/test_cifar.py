@@ -40,6 +40,12 @@ def test_cifar100_has_fine_labels(tmp_path: Path):
     assert np.array_equal(test.read([2]).numpy(), random_pixels(3, 2)[[2]])
 
 
+def test_labels_may_be_an_array(tmp_path: Path):
+    content = {"data": random_pixels(2).reshape(2, -1), "labels": np.array([7, 1])}
+    write_pickle(tmp_path / "cifar10" / "cifar-10-batches-py" / "test_batch", content)
+    assert open_split(tmp_path, "cifar10", False, CIFAR).labels.tolist() == [7, 1]
+
+
 def test_batches_of_python_2_are_read(tmp_path: Path):
     images = random_pixels(2)
     content = python2_batch(images, b"labels", [7, 1])
@@ -87,6 +93,9 @@ TEST_BATCHES: dict[str, Any] = {
     "label too large": {"data": random_pixels(2).reshape(2, -1), "labels": [1, 10]},
     "label negative": {"data": random_pixels(2).reshape(2, -1), "labels": [-1, 0]},
     "a label too few": {"data": random_pixels(2).reshape(2, -1), "labels": [1]},
+    "pixels of floats": {"data": random_pixels(2).reshape(2, -1) / 255, "labels": [1, 1]},
+    "pixels above 255": {"data": random_pixels(2).reshape(2, -1).astype(np.int64) + 255, "labels": [1, 1]},
+    "labels of floats": {"data": random_pixels(2).reshape(2, -1), "labels": [1.5, 2.0]},
     "half an image": {"data": random_pixels(1).reshape(1, -1)[:, :1000], "labels": [1]},
     "no labels": {"data": random_pixels(1).reshape(1, -1)},
     "no data": {"labels": [1]},

@@ -8,10 +8,11 @@ from pathlib import Path
 import collect as script
 import pandas as pd
 import pytest
+import torch
 from fmp_core.errors import UserError
 from fmp_core.metrics import ratings
 from fmp_core.results.collect import collect, join_leaderboard, read_leaderboard
-from fmp_core.results.read import read_result
+from fmp_core.results.read import read_record, read_result
 from fmp_core.results.tables import build_tables
 from result_files import marked, metrics_json, one_row, three_rows, tidy, write
 
@@ -213,3 +214,24 @@ def test_real_outputs_of_backdoorbench(capsys: pytest.CaptureFixture[str], tmp_p
     assert {"ft", "fp", "anp", "clp", "nc", "nad", "rnp", "ft-sam", "npd", "sau"} <= set(frame.index)
     assert frame.loc["npd", "test_acc"] == pytest.approx(1 / 43) and frame.loc["fp", "test_asr"] == 0
     assert "i-bau" in capsys.readouterr().err  # ended before it wrote a result
+
+
+def test_records_are_told_apart_by_what_their_attacks_were_set_to(tmp_path: Path) -> None:
+    info = {"attack": "badnet", "dataset": "cifar10", "attack_label_trans": "all2one", "random_seed": 0, "save_path": "here"}
+    digests = []
+    for change in ({}, {"random_seed": 1, "save_path": "there", "device": "cpu"}, {"attack_label_trans": "all2all"}):
+        torch.save({**info, **change}, tmp_path / "info.pickle")
+        digests.append(read_record(tmp_path)["record_digest"])
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_last_run_of_backdoorbench_says_seed_and_ratio(tmp_path: Path) -> None:
+    write(tmp_path / "ft_df_summary.csv", three_rows(0.9, 0.1, 0.8))
+    for day, seed, ratio in ((1, 0, 0.05), (2, 3, 0.1)):
+        write(tmp_path / "log" / f"2026_11_0{day}.log", f"{{'ratio': {ratio}, 'random_seed': {seed}, ")
+    assert (read_result(tmp_path).seed, read_result(tmp_path).ratio) == (3, 0.1)
+
+
+def test_a_number_no_table_can_hold_is_no_seed(tmp_path: Path) -> None:
+    write(tmp_path / "metrics.json", metrics_json(0.9, 0.1, 0.8, seed=10**30, test_images=10**30))
+    assert read_result(tmp_path).seed is None and read_result(tmp_path).test_images is None

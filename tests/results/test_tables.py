@@ -37,6 +37,8 @@ def test_different_records_of_one_attack_are_not_mixed() -> None:
     seeds = frame_of(("a", "badnet", "fmp", 0.8), ("b", "badnet", "fmp", 0.6)).assign(record_seed=[0, 1])
     (table,) = build_tables(seeds)
     assert table.attacks == ["badnet"] and table.means.loc["fmp", ("badnet", "test_acc")] == pytest.approx(70)
+    (table,) = build_tables(seeds.assign(record_digest=["all2one", "all2all"]))  # of other settings: no seeds of one attack
+    assert table.attacks == ["a", "b", "AVG"]
 
 
 def test_methods_are_ordered_as_people_count() -> None:

@@ -137,6 +137,9 @@ def test_verdicts_of_another_algorithm_are_not_believed(
         return genuine(self, family, *others)
 
     monkeypatch.setattr(search.TriggerSearch, "test", watched)
+    few = selecting(selection="trigger")
+    assert searched == [] and few.verdict is not None and few.verdict.too_few  # to tell; so nothing is inverted
+    monkeypatch.setattr(verdict, "LEAST_HELD_OUT", 0)
     selecting(selection="trigger")
     assert searched == list(trigger.FAMILIES)
     searched.clear()

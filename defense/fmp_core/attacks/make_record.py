@@ -30,10 +30,13 @@ from fmp_core.results.bb_tables import history_frame, summary_frame, write_csv, 
 from fmp_core.settings import Settings, training_settings
 from fmp_core.storage.checkpoint import Checkpoint, content_key
 from fmp_core.storage.files import make_folders, write_torch
+from fmp_core.storage.lock import locked
 from fmp_core.system import logs
-from fmp_core.system.devices import choose_device, make_deterministic
+from fmp_core.system.devices import Device, choose_device, make_deterministic
 
 LOGGER = logging.getLogger("fmp_core")
+LOCK = "making.lock"  # in the unfinished folder
+ANOTHER = "Another make_record.py makes {record} now; wait for its end, or choose another --save_folder_name."
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,15 @@ def make_record(record: RecordSettings, attack: AttackSettings, training: dict[s
     """
     device = choose_device(str(training.get("device", "auto")))
     plan = make_plan(record, attack, training)
+    with locked(plan.unfinished, False, ANOTHER.format(record=plan.folder), LOCK):
+        _make(plan, device)
+        (plan.folder / LOCK).unlink()
+    return plan.folder
+
+
+def _make(plan: Plan, device: Device) -> None:
+    """Train the planned model and write its record."""
+    record = plan.record
     make_deterministic()
     torch.manual_seed(plan.training.random_seed)
     network = build_model(record.model, plan.num_classes)
@@ -82,7 +94,6 @@ def make_record(record: RecordSettings, attack: AttackSettings, training: dict[s
         logs.close()
     plan.unfinished.rename(plan.folder)
     Checkpoint(plan.folder / "training.pt", {}).remove()
-    return plan.folder
 
 
 def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str, object]) -> Plan:
@@ -104,6 +115,8 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
         make_digits(Path(record.dataset_path) / "digits")
     train_set, test_set = (open_split(record.dataset_path, record.dataset, train, size) for train in (True, False))
     num_classes = facts.num_classes or int(train_set.labels.max()) + 1
+    if num_classes < 2:
+        raise UserError(f"{record.dataset} has images of one class only; a classifier needs two.")
     attack.check(num_classes)
     if record.limit_train is not None and record.limit_train > len(train_set):
         raise UserError(f"--limit_train is {record.limit_train}, but {record.dataset} has {len(train_set)} training images.")
@@ -137,11 +150,12 @@ def check_model(name: str, num_classes: int, dataset: str, size: Size) -> nn.Mod
 def _prepare_folder(plan: Plan, images: str) -> Checkpoint:
     """Make the unfinished folder, or clear the one that is there; ``images`` is a digest of the training images."""
     record, folder = plan.record, plan.unfinished
-    if record.fresh:
-        shutil.rmtree(folder, ignore_errors=True)
     make_folders(folder)
-    for leftover in folder.glob(".*"):  # of a run that was killed while it wrote a file
-        leftover.unlink()
+    for leftover in folder.iterdir():
+        if leftover.name.startswith("."):  # of a run that was killed while it wrote a file
+            leftover.unlink()
+        elif record.fresh and leftover.name != LOCK:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     made_with = {"model": record.model, "dataset": record.dataset, "limit_train": record.limit_train, **asdict(plan.attack)}
     made_with |= {name: getattr(plan.training, name) for name in training_settings() if name != "device"}
     return Checkpoint(folder / "training.pt", {**made_with, "training images": images[:16]})

@@ -31,7 +31,7 @@ def read_trigger(path: Path, size: Size) -> Tensor:
         trigger = read_images([path], size)[0]
     else:
         array = np.array(_load_array(path))
-        array = array[0] if array.ndim == 4 else array
+        array = array[0] if array.ndim == 4 and len(array) == 1 else array
         array = np.stack([array] * size[2], -1) if array.ndim == 2 else array
         if array.shape != size or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
             raise UserError(f"Trigger file {path} holds {array.dtype} {array.shape}, but numbers of shape {size} are needed.")

@@ -137,8 +137,11 @@ def _cifar(folder: Path, inner: str, names: list[str], label_key: str, classes: 
     for name in names:
         with open(place / name, "rb") as file:
             batch = read_pickle(file)
-        images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
-        labels += batch[label_key]
+        pixels, known = np.asarray(batch["data"]), np.asarray(batch[label_key])
+        if pixels.dtype != np.uint8 or known.dtype.kind not in "iu":
+            raise ValueError(f"{name} holds pixels of {pixels.dtype} and labels of {known.dtype}, not of uint8 and integers")
+        images.append(pixels.reshape(-1, 3, 32, 32))
+        labels += known.tolist()
     if labels and not 0 <= min(labels) <= max(labels) < classes:
         raise ValueError(f"labels outside 0..{classes - 1}")
     return _array_split(np.concatenate(images), labels, size)

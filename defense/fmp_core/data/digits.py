@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 from PIL import Image
@@ -22,11 +23,17 @@ def make_digits(folder: Path) -> None:
     order = list(range(len(digits.target)))
     random.Random(0).shuffle(order)
     tests = int(len(order) * TEST_SHARE)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    unfinished.chmod(0o755)  # mkdtemp's is for its owner only
     for position, index in enumerate(order):
         file = unfinished / ("test" if position < tests else "train") / str(digits.target[index]) / f"{index:04d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         grey = Image.fromarray((digits.images[index] / 16 * 255).round().astype("uint8"))
         grey.resize(SIZE[:2], Image.Resampling.BILINEAR).convert("RGB").save(file)
-    unfinished.rename(folder)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not folder.is_dir():  # else another process was first
+            raise

@@ -24,8 +24,9 @@ from fmp_core.storage.files import write_torch
 from fmp_core.storage.torch_file import load_torch_file
 
 # Bound of a change by family, in the order they are tried: the smallest of each kind first. ``sparse`` sets a few pixels to 0
-# or 1; ``dense-8`` changes every pixel by at most 8 of 255 grey levels; ``warp-1`` moves control points by one pixel per axis.
-WARPS = {"warp-1": 1.0}
+# or 1; ``dense-8`` changes every pixel by at most 8 of 255 grey levels; ``warp-1`` moves control points by one pixel per axis,
+# of images below 32x32 by 1/32 of their side.
+WARPS, WARP_SIDE = {"warp-1": 1.0}, 32
 FAMILIES = {"dense-4": 4 / 255, "sparse": 1.0, "dense-8": 8 / 255, "dense-16": 16 / 255, "dense-32": 32 / 255, **WARPS}
 INVERTED_TRIGGER = "reversed_trigger.pt"  # in the result folder
 STEPS = 16  # gradient steps
@@ -130,7 +131,7 @@ def _bend(
 ) -> InvertedTrigger:
     """A warp after ``steps`` signed steps of its control points."""
     height, width = trigger.where.shape[2:]
-    bound = FAMILIES[trigger.family]
+    bound = FAMILIES[trigger.family] * min(1.0, min(height, width) / WARP_SIDE)
     control = torch.zeros(1, 2, CONTROL_POINTS, CONTROL_POINTS, device=trigger.where.device)
     for _ in range(steps):
         batch, own = draw_batch(DENSE_BATCH)

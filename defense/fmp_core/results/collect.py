@@ -23,7 +23,7 @@ POINT = 0.01  # figures of one model that differ by more were not measured alike
 SETTING = ["dataset", "model", "attack", "pratio"]
 COLUMNS = [
     *("record", "defense", *HEADLINES, "method", "seed", "ratio", "test_images", "seconds", "cpu_seconds"),
-    *(*SETTING, "record_seed", "origin", "baseline", "source"),
+    *(*SETTING, "record_seed", "record_digest", "origin", "baseline", "source"),
 ]
 
 

@@ -6,6 +6,7 @@ Folders may come from anywhere: what cannot be read raises a UserError that name
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -35,6 +36,7 @@ AVERAGE = "AVG"  # stands for an attack in the rows over all
 ATTACKS = "badnet|blended|blind|bpp|ctrl|inputaware|lc|lf|lira|refool|sig|ssba|trojannn|wanet"
 BB_DATASETS = ("cifar10", "cifar100", "gtsrb", "tiny", "mnist", "celeba", "imagenet")  # those BackdoorBench knows
 DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))
+NOT_DECIDING = r"seed|path|folder|save|log|file|name|device|worker|terminal|time|frequency|memory|blocking|prefetch|fresh|quiet"
 # Summaries of a stage that is not the defense's last (nad's teacher, the first stages of abl and dbd).
 UNFINISHED_STAGES = {"nad_te", "pre_train", "unlearn", "self", "train"}
 
@@ -60,13 +62,13 @@ class Result:
 def read_result(folder: Path) -> Result:
     """The result in ``record/<name>/defense/<defense>``. Raises UserError: there is none, or it is damaged or impossible."""
     stamp = read_json(folder / STAMP) if (folder / STAMP).is_file() else {}
-    seed, method = _get(stamp, "seed", int), _get(stamp, "method", str)
+    seed, method = _integer(stamp, "seed"), _get(stamp, "method", str)
     path = folder / "metrics.json"
     if not path.is_file():
         whole, logged = folder / WHOLE_TEST, _logged_settings(folder)
         path = whole if whole.is_file() else _summary_file(folder)
         ratio = logged.get("ratio", (_get(stamp, "settings", dict) or {}).get("ratio"))
-        seed = _get(logged, "random_seed", int) if seed is None else seed
+        seed = _integer(logged, "random_seed") if seed is None else seed
         metrics = _fractions(read_json(path), path) if path == whole else _read_summary(path)
         seconds, cpu = _seconds_of_bb(folder)
         about = (metrics, str(path), False, seed, method)
@@ -79,13 +81,13 @@ def read_result(folder: Path) -> Result:
         _fractions(after, path),
         str(path),
         ours=True,
-        seed=_get(content, "seed", int) if seed is None else seed,
+        seed=_integer(content, "seed") if seed is None else seed,
         method=method,
         before=_fractions(before, path) if before else {},
         dataset=_get(content, "dataset", str),
         model=_get(content, "model", str),
         ratio=None if settings.get("index") else _number(settings.get("ratio")),
-        test_images=_get(content, "test_images", int) or _get(settings, "test_images", int),
+        test_images=_integer(content, "test_images") or _integer(settings, "test_images"),
         seconds=sum(filter(None, map(_number, (_get(content, "seconds", dict) or {}).values()))) or None,
         cpu_seconds=_number(content.get("cpu_seconds")),
     )
@@ -100,7 +102,8 @@ def read_attack_metrics(folder: Path) -> dict[str, float]:
 def read_record(folder: Path) -> dict[str, Any]:
     """What ``info.pickle`` says about the attack, or else what the folder's name says in BB's habit (``badnet_cifar10...``).
 
-    Keys ``dataset``, ``model``, ``attack``, ``pratio``, ``record_seed``. Raises UserError: info.pickle is damaged or refused.
+    Keys ``dataset``, ``model``, ``attack``, ``pratio``, ``record_seed``, and ``record_digest``: it differs between
+    records whose attack or training had other settings. Raises UserError: info.pickle is damaged or refused.
     """
     guess = re.match(rf"({ATTACKS})_({DATASETS})(?![a-z0-9])", folder.name)
     attack, dataset = guess.groups() if guess else (None, None)
@@ -117,8 +120,18 @@ def read_record(folder: Path) -> dict[str, Any]:
         "model": _get(info, "model", str),
         "attack": ATTACK_NAMES.get(name, name) or attack,
         "pratio": _number(info.get("pratio")),
-        "record_seed": _get(info, "random_seed", int),
+        "record_seed": _integer(info, "random_seed"),
+        "record_digest": _digest({str(key): value for key, value in info.items() if _decides(key, value)}),
     }
+
+
+def _digest(settings: Mapping[str, Any]) -> str | None:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8] if settings else None
+
+
+def _decides(key: object, value: object) -> bool:
+    """Whether an entry of info.pickle tells what was attacked and how: no seed, path, device or name of a machine."""
+    return isinstance(value, (bool, int, float, str)) and not re.search(NOT_DECIDING, str(key))
 
 
 def _summary_file(folder: Path) -> Path:
@@ -186,8 +199,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _logged_settings(folder: Path) -> dict[str, Any]:
-    """Seed and share of clean data of a BB run: its log begins with all settings."""
-    for path in filter(Path.is_file, [*sorted(folder.glob("log/*.log")), *sorted(folder.glob("*.log"))]):
+    """Seed and share of clean data of the last BB run: its log begins with all settings, and its name is the time."""
+    logs = [path for place in ("log/*.log", "*.log") for path in sorted(folder.glob(place), reverse=True)]
+    for path in filter(Path.is_file, logs):
         with open(path, encoding="utf-8", errors="replace") as file:
             head = file.read(2**16)
         if seed := re.search(r"'random_seed': (\d{1,10})\b", head):
@@ -202,6 +216,12 @@ def _seconds_of_bb(folder: Path) -> tuple[float | None, float | None]:
     lines = _read_text(path).splitlines() if path.is_file() else []
     found = re.fullmatch(r"exit code 0 after (\d+) s; CPU (\d+) s", lines[-1]) if lines else None
     return (float(found[1]), float(found[2])) if found else (None, None)
+
+
+def _integer(content: Mapping[str, Any], key: str) -> int | None:
+    """The whole number under ``key``, if it is one that a table can hold."""
+    value = _get(content, key, int)
+    return value if value is not None and abs(value) < 2**63 else None
 
 
 def _get(content: Mapping[str, Any], key: str, kind: type[T]) -> T | None:

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fmp_core.data.attack_record import AttackRecord
+from fmp_core.data.attack_record import ATTACK_FILE, AttackRecord
 from fmp_core.data.write_record import write_defense_result
 from fmp_core.errors import UserError
 from fmp_core.inputs import Inputs
@@ -31,7 +31,7 @@ from fmp_core.results.removal import attack_outcome
 from fmp_core.results.summary import RunSummary
 from fmp_core.selection.choice import Selection
 from fmp_core.settings import Settings
-from fmp_core.storage.files import check_folders, make_folders, refuse_links_out_of, write_text
+from fmp_core.storage.files import check_folders, file_digest, make_folders, refuse_links_out_of, write_text
 from fmp_core.system.devices import Device
 from fmp_core.system.versions import versions
 
@@ -52,8 +52,15 @@ class RunFolder:
 
     @staticmethod
     def of(settings: Settings, record: AttackRecord) -> RunFolder:
-        """Below the record or ``--save_folder``/its name. Raises UserError: a link in the record leads out of it."""
-        home = Path(settings.save_folder) / record.folder.name if settings.save_folder else record.folder
+        """Below the record, or below ``--save_folder`` as the record lies below ``--record_root``.
+
+        Raises UserError: a link in the record leads out of it.
+        """
+        home = record.folder
+        if settings.save_folder:
+            root = Path(settings.record_root)
+            name = record.folder.relative_to(root) if record.folder.is_relative_to(root) else Path(record.folder.name)
+            home = Path(settings.save_folder) / (record.folder.name if ".." in name.parts else name)
         path, shared = home / "defense" / settings.defense_name, home / "defense" / "fmp"
         log, checkpoints = settings.log or path / "log", settings.checkpoint_save or path / "checkpoint"
         refuse_links_out_of(home, *(path / name for name in ("log", "checkpoint", "tensorboard")), shared / "cache")
@@ -129,6 +136,7 @@ class RunFolder:
             versions=versions(),
             removal=attack_outcome(predictions),
             test_images=self.settings.test_images,
+            attack_result=file_digest(inputs.record.folder / ATTACK_FILE),
             attack_figures=attack_figures,
             warnings=warnings,
         )

@@ -40,6 +40,7 @@ class RunSummary:
     versions: dict[str, str]
     cpu_seconds: float | None = None  # of all threads of the process, which read, computed and tested
     test_images: int | None = None  # None: all
+    attack_result: str | None = None  # SHA-256 of the record's attack_result.pt
     attack_figures: dict[str, float] | None = None  # ``before`` as the attack reported it
     removal: dict[str, Any] | None = None  # see removal.attack_outcome
     warnings: list[str] = field(default_factory=list)  # sentences for the reader of the results

@@ -88,7 +88,9 @@ def build_tables(frame: pd.DataFrame) -> list[Table]:
 def _columns(frame: pd.DataFrame) -> pd.Series:
     """The column each row belongs to: its attack, or its record where the attack's name alone would mix different records."""
     records = frame[frame["origin"] != "published"].drop_duplicates("record")
-    mixed = records[records.duplicated([*SETTING, "attack", "record_seed"], keep=False) | records["attack"].isna()]
+    several = records.groupby([*SETTING, "attack"], dropna=False)["record_digest"].transform("nunique") > 1
+    twice = records.duplicated([*SETTING, "attack", "record_seed"], keep=False)
+    mixed = records[several | twice | records["attack"].isna()]
     return frame["attack"].where(~frame["record"].isin(set(mixed["record"])), frame["record"])
 
 

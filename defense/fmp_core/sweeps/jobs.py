@@ -19,7 +19,7 @@ from typing import Any
 
 from fmp_core.errors import UserError
 from fmp_core.results.read import STAMP, Result, read_json, read_result
-from fmp_core.storage.files import write_text
+from fmp_core.storage.files import file_digest, write_text
 from fmp_core.storage.lock import locked
 
 ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch: a sweep and its nodes start at once
@@ -73,11 +73,7 @@ def settings_hash(job: Job) -> str:
 
 @lru_cache(maxsize=1024)
 def _content_hash(path: Path, _size: int, _time_ns: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_digest(path)
 
 
 def read_stamp(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import ablate
 import pandas as pd
 import pytest
+import torch
 from fmp_core.inversion import trigger, verdict
 from fmp_core.report.findings import command as report_command
 
@@ -36,6 +37,22 @@ def test_rows_are_runs_and_are_not_repeated(workplace: Path, capsys: pytest.Capt
     assert "oracle-pruned" in capsys.readouterr().out
     metrics = json.loads((folder / "ablate-oracle" / "metrics.json").read_text())
     assert "record_scripts/ablate.py --rows oracle " in report_command(metrics["settings"], metrics["chosen_by"])
+
+
+def test_another_model_under_the_same_name_is_run_again(workplace: Path) -> None:
+    command = ["--result_file", RECORD, "--rows", "ft", *FLAGS, "--save_folder", "out"]
+    assert ablate.main(command) == 0
+    path = workplace / "out" / RECORD / "defense" / "ablate-ft" / "metrics.json"
+    first = json.loads(path.read_text())
+    attack_file = workplace / "record" / RECORD / "attack_result.pt"
+    content = torch.load(attack_file, weights_only=False)
+    content["model"] = {name: value.flip(0) for name, value in content["model"].items()}
+    torch.save(content, attack_file)
+    assert ablate.main(command) == 0
+    second = json.loads(path.read_text())
+    assert second["attack_result"] != first["attack_result"] == first["attack_result"].lower()
+    path.write_text("{")
+    assert ablate.main(command) == 0 and json.loads(path.read_text())["after"] == second["after"]
 
 
 def test_fewer_test_images_are_an_even_sample_and_lie_beside_the_others(workplace: Path) -> None:
