@@ -88,6 +88,11 @@ def test_with_few_test_images_the_final_model_is_tested_on_all(checkout: Path, t
     assert code == 0, message
     assert "tests on [0, 2, 5, 7] [0, 2, 4, 6]" in (tiny_record / "defense" / "counter" / "run_defense.log").read_text()
     assert read_result(tiny_record / "defense" / "counter").metrics == own
+    model = tiny_record / "defense" / "counter" / "defense_result.pt"
+    content = model.read_bytes()
+    model.write_bytes(content + b"another")  # as BackdoorBench's script does that is run directly
+    assert read_result(tiny_record / "defense" / "counter").metrics["test_acc"] == 0.5
+    model.write_bytes(content)
     assert run(checkout, "--keep", "yes", defense="counter")[1] == 0  # BackdoorBench's own figures count again
     assert read_result(tiny_record / "defense" / "counter").metrics["test_acc"] == 0.5
     with pytest.raises(UserError, match=r"defense_result.pt holds no model; run the defense without --test_images"):

@@ -16,9 +16,9 @@ from fmp_core.errors import UserError
 from fmp_core.inputs import preprocessing, read_test_data
 from fmp_core.models.build import PixelModel, load_model
 from fmp_core.models.evaluate import evaluate
-from fmp_core.results.read import WHOLE_TEST
+from fmp_core.results.read import MODEL_DIGEST, WHOLE_TEST
 from fmp_core.settings import load_settings
-from fmp_core.storage.files import write_text
+from fmp_core.storage.files import file_digest, write_text
 from fmp_core.storage.torch_file import load_torch_file
 from fmp_core.system.devices import choose_device
 
@@ -45,4 +45,5 @@ def write_final_test(job: Job, results: Path) -> None:
         raise UserError(f"{results / 'defense_result.pt'} holds no model; run the defense without --test_images.") from None
     model = PixelModel(network, preprocessing(settings, record)).on(device)
     metrics = evaluate(model, test, settings.batch_size).metrics
-    write_text(results / WHOLE_TEST, json.dumps(asdict(metrics), indent=2) + "\n")
+    tested = {**asdict(metrics), MODEL_DIGEST: file_digest(results / "defense_result.pt")}
+    write_text(results / WHOLE_TEST, json.dumps(tested, indent=2) + "\n")

@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
+from fmp_core.storage.files import file_digest
 
 T = TypeVar("T")
 STAMP = "sweep.json"  # written by sweeps into each result folder: what was run, with which settings
 WHOLE_TEST = "whole_test.json"  # of a BB defense that tested on few images while it ran (run_defense.py --test_images)
+MODEL_DIGEST = "defense_result"  # key of the SHA-256 of the defense_result.pt that was tested
 MOST_BYTES = 16 * 2**20  # no metric csv of BB comes near this
 ATTACK_NAMES = {"lowfrequency": "lf", "label_consistent": "lc"}  # info.pickle's names -> those of files and leaderboard
 ATTACK_TITLES = {
@@ -66,7 +68,7 @@ def read_result(folder: Path) -> Result:
     path = folder / "metrics.json"
     if not path.is_file():
         whole, logged = folder / WHOLE_TEST, _logged_settings(folder)
-        path = whole if whole.is_file() else _summary_file(folder)
+        path = whole if whole.is_file() and _is_of_the_model(whole) else _summary_file(folder)
         ratio = logged.get("ratio", (_get(stamp, "settings", dict) or {}).get("ratio"))
         seed = _integer(logged, "random_seed") if seed is None else seed
         metrics = _fractions(read_json(path), path) if path == whole else _read_summary(path)
@@ -91,6 +93,12 @@ def read_result(folder: Path) -> Result:
         seconds=sum(filter(None, map(_number, (_get(content, "seconds", dict) or {}).values()))) or None,
         cpu_seconds=_number(content.get("cpu_seconds")),
     )
+
+
+def _is_of_the_model(test: Path) -> bool:
+    """Whether the ``test`` is of the model that lies beside it; BB's script, run directly, replaces that and not the test."""
+    tested, model = read_json(test).get(MODEL_DIGEST), test.with_name("defense_result.pt")
+    return tested is None or not model.is_file() or tested == file_digest(model)
 
 
 def read_attack_metrics(folder: Path) -> dict[str, float]:
