@@ -13,8 +13,8 @@ from fmp_core.results.tables import Table, build_tables
 from matplotlib.container import ErrorbarContainer
 
 
-def table(**attacks: dict[str, tuple[float, float]]) -> Table:
-    """Of {method: (Acc, ASR)} per attack, in percent; ``attacked`` is the model before any defense."""
+def frame_of(**attacks: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    """Tidy rows of {method: (Acc, ASR)} per attack, in percent; ``attacked`` is the model before any defense."""
     rows = [
         {"method": name.replace("attacked", "no defense"), "attack": attack, "test_acc": acc / 100, "test_asr": asr / 100}
         for attack, found in attacks.items()
@@ -23,7 +23,11 @@ def table(**attacks: dict[str, tuple[float, float]]) -> Table:
     frame = pd.DataFrame(rows).assign(dataset="gtsrb", model="resnet18", pratio=0.1, origin="ours")
     frame = frame.assign(record=frame["attack"], defense=frame["method"], test_images=pd.NA, ratio=0.1)
     frame = frame.assign(record_seed=0, record_digest="d")
-    return build_tables(frame.assign(test_ra=0.5, der=0.5, rir=0.5))[0]
+    return frame.assign(test_ra=0.5, der=0.5, rir=0.5, baseline="attack")
+
+
+def table(**attacks: dict[str, tuple[float, float]]) -> Table:
+    return build_tables(frame_of(**attacks))[0]
 
 
 def points(tables: list[Table]) -> dict[str, dict[str, tuple[float, float]]]:
@@ -40,6 +44,12 @@ def test_a_panel_per_attack_shows_what_each_defense_costs() -> None:
     badnet = {"attacked": (91.0, 95.0), "ft": (92.0, 60.0), "clp": (88.0, 3.0), "ft (published)": (99.0, 1.0)}
     drawn = points([table(badnet=badnet, wanet={"attacked": (90.0, 80.0), "ft": (89.5, 1.0)})])
     assert drawn == {"BadNets": {"clp": (3.0, 3.0), "ft": (-1.0, 60.0)}, "WaNet": {"ft": (0.5, 1.0)}}
+
+
+def test_accuracy_is_lost_from_the_test_that_der_compares_with() -> None:
+    figures = {"attacked": (91.0, 95.0), "no defense (our test)": (50.0, 95.0), "fmp": (49.0, 3.0), "ft": (90.0, 60.0)}
+    (both,) = build_tables(frame_of(badnet=figures).assign(baseline=lambda frame: frame["method"].map({"fmp": "our test"})))
+    assert points([both]) == {"BadNets": {"fmp": (1.0, 3.0), "ft": (1.0, 60.0)}}
 
 
 def test_an_attack_without_figures_of_the_attacked_model_is_left_out() -> None:

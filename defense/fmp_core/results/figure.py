@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fmp_core.errors import UserError
-from fmp_core.results.collect import BASELINE
+from fmp_core.results.collect import BASELINE, MEASURED
 from fmp_core.results.read import AVERAGE
 from fmp_core.results.tables import PUBLISHED, Table, attack_title, printable
 
@@ -63,13 +63,17 @@ def _can_be_drawn(table: Table, attack: str) -> bool:
 
 
 def _draw(axes: Axes, table: Table, attack: str, looks: dict[str, tuple[Any, str]]) -> None:
-    """A point per method, with its standard deviations over seeds; the attacked model is a dotted line."""
+    """A point per method, with its standard deviations over seeds; the attacked model is a dotted line.
+
+    Lost accuracy is counted from the test of the attacked model that DER compares with.
+    """
     means, stds = table.means[attack], table.stds[attack].fillna(0)
     axes.axhline(means.loc[BASELINE, "test_asr"], color="0.5", linestyle=":", linewidth=1)
     axes.axvline(0, color="0.85", linewidth=1, zorder=0)
     for name, (colour, marker) in looks.items():
         if name in means.index and means.loc[name].notna()["test_asr"]:
-            lost = means.loc[BASELINE, "test_acc"] - means.loc[name, "test_acc"]
+            own = (attack, name) in table.own_baseline and MEASURED in means.index and means.loc[MEASURED].notna().all()
+            lost = means.loc[MEASURED if own else BASELINE, "test_acc"] - means.loc[name, "test_acc"]
             bars = (stds.loc[name, "test_asr"], stds.loc[name, "test_acc"])
             axes.errorbar(lost, means.loc[name, "test_asr"], *bars, marker, color=colour, markersize=5, label=name)
     axes.set_ylim(-4, 104)

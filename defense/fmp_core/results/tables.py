@@ -29,7 +29,7 @@ class Table:
 
     ``means`` and ``stds`` are percent over seeds, a row per method and a column per (attack, metric); NaN where nothing was
     run, ``stds`` also where there is one seed. ``ratios`` is the share of clean data each method had, as text. ``notes`` are
-    sentences that belong below the table.
+    sentences that belong below the table. ``own_baseline``: the (attack, method) compared with our test of the attacked model.
     """
 
     title: str
@@ -37,6 +37,7 @@ class Table:
     stds: pd.DataFrame
     ratios: pd.Series
     notes: Sequence[str] = field(default=())
+    own_baseline: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def methods(self) -> list[str]:
@@ -111,7 +112,8 @@ def _table(title: str, part: pd.DataFrame) -> Table:
         stds = stds.reindex(columns=means.columns)
     shares = {method: sorted(set(part.loc[part["method"] == method, "ratio"].dropna())) for method in methods}
     shown = pd.Series({method: ", ".join(f"{share:g}" for share in shares[method]) or "-" for method in methods})
-    return Table(title, means, stds, shown, list(_notes(shares)))
+    own = part.loc[part["baseline"].eq("our test"), ["column", "method"]].itertuples(index=False, name=None)
+    return Table(title, means, stds, shown, list(_notes(shares)), frozenset(own))
 
 
 def _notes(shares: dict[str, list[float]]) -> Iterator[str]:
