@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("check_parity", __doc__)
     add_job_flags(parser, ROOT)
     args = parser.parse_args(argv)
-    return run_main("check_parity", lambda: run(args))
+    return run_main("check_parity", lambda: run(args), effect="begin anew")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv[:end])
     if args.test_images is not None and args.test_images < 1:
         parser.error("--test_images must be at least 1")
-    return cli.run_main("run_defense", lambda: run(args, argv[end + 1 :]))
+    return cli.run_main("run_defense", lambda: run(args, argv[end + 1 :]), effect="begin anew")
 
 
 if __name__ == "__main__":

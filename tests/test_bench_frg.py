@@ -31,6 +31,12 @@ def test_all_figures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "efficiency" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", ["--images", "--maps", "--repeat"])
+def test_counts_are_at_least_one(flag: str, capsys: pytest.CaptureFixture[str]):
+    assert bench_frg.main([flag, "0", "--device", "cpu"]) == 2
+    assert f"{flag} is 0, but must be at least 1" in capsys.readouterr().err
+
+
 def test_a_missing_record_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert bench_frg.main(["--result_file", "nothing", "--record_root", str(tmp_path), "--device", "cpu"]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -79,6 +79,18 @@ def test_results_are_compared_by_keys_order_shapes_and_dtypes(tmp_path: Path) ->
         assert parity.compare_results(tmp_path / "theirs.pt", tmp_path / "ours.pt").passed is expected
 
 
+def test_a_run_that_backdoorbench_cannot_repeat_is_refused(
+    run_fmp: Callable[..., Ran], tiny_record: Path, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--backdoorbench", str(checkout), "--result_file", RECORD, "--device", "cpu"]
+    ran = run_fmp("--result_file", RECORD, "--selection", "none", "--epochs", "0", "--test_images", "5")
+    assert ran.code == 0 and script.main(flags) == 2
+    assert "of a run with --test_images, whose figures BackdoorBench cannot repeat" in capsys.readouterr().err
+    (tiny_record / "defense" / "fmp" / "metrics.json").write_text("{")
+    assert script.main(flags) == 2
+    assert "metrics.json is not JSON" in capsys.readouterr().err
+
+
 @pytest.mark.skipif("BACKDOORBENCH_ROOT" not in os.environ, reason="BACKDOORBENCH_ROOT names no BackdoorBench checkout")
 def test_backdoorbench_agrees(
     run_fmp: Callable[..., Ran], tiny_record: Path, workplace: Path, capsys: pytest.CaptureFixture[str]

@@ -162,6 +162,24 @@ def test_flags_of_backdoorbench_without_two_dashes_get_a_hint(
     assert run_defense.main([*flags, "--", "--epochs", "1", "--", "x"]) == 0 and given == [["--epochs", "1", "--", "x"]]
 
 
+def test_links_and_other_names_are_followed(checkout: Path, tiny_record: Path) -> None:
+    (tiny_record / "attack_result.pt").rename(tiny_record.parents[1] / "stored.pt")
+    (tiny_record / "attack_result.pt").symlink_to("../../stored.pt")
+    Path("data/cifar10").rename("data/CIFAR-10")
+    with workspace(job(checkout)) as folder:
+        seen = folder / "record" / RECORD / "attack_result.pt"
+        assert seen.is_file() and not seen.is_symlink()
+        assert (folder / "data" / "cifar10" / "cifar-10-batches-py" / "test_batch").is_file()
+
+
+def test_a_record_whose_paths_are_no_paths_is_refused(
+    checkout: Path, tiny_record: Path, edit_record: Callable[..., None]
+) -> None:
+    edit_record(tiny_record, lambda content: content["bd_test"]["bd_data_container"].update(data_dict={0: {"other_index": 1}}))
+    with pytest.raises(UserError):
+        job(checkout)
+
+
 @pytest.mark.parametrize("stored", ["./no/such/place", "./data/../../cifar10"])
 def test_stored_dataset_paths_stay_inside_the_workspace(
     checkout: Path, tiny_record: Path, edit_record: Callable[..., None], stored: str

@@ -74,6 +74,17 @@ def gtsrb_kaggle(root: Path) -> None:
     (base / "Test.csv").write_text(f"Width,Height,Roi.X1,Roi.Y1,Roi.X2,Roi.Y2,ClassId,Path\n{rows}")
 
 
+@pytest.mark.parametrize("names", [("Train", "Test"), ("train", "test"), ("Train", "val")])
+def test_folders_of_classes_are_numbered_by_their_names(names: tuple[str, str], tmp_path: Path):
+    """In both parts, without any table: as text 10 comes before 2."""
+    for name in names:
+        for label in (2, 10, 0):
+            save_image(tmp_path / "gtsrb" / name / str(label) / "a.png", label)
+    for part in (True, False):
+        split = open_split(tmp_path, "gtsrb", part, CIFAR)
+        assert split.labels.tolist() == [0, 2, 10] == split.read(range(3))[:, 0, 0, 0].tolist()
+
+
 @pytest.mark.parametrize("lay_out", [gtsrb_torchvision, gtsrb_official, gtsrb_kaggle])
 def test_gtsrb_is_read_as_people_have_it(lay_out: Callable[[Path], None], tmp_path: Path):
     """... in the order of BackdoorBench: training images class by class, test images as their table lists them."""

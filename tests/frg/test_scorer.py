@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from fmp_core.data.datasets import DatasetFacts
+from fmp_core.frg.scorer_state import RankingState
 from fmp_core.frg.scores import Scores, layer_slices, lowest
 from fmp_core.models.build import PixelModel, build_model
 from fmp_core.models.feature_maps import trace_conv_layers
@@ -210,3 +213,26 @@ def test_scores_belong_to_the_layer_of_that_name() -> None:
     for layer, where in layer_slices(scores.layers):
         alone = score(model, [layer], images, labels, eps=EPS)
         torch.testing.assert_close(scores.margin[where], alone.margins.mean(1), rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_batch_is_counted_whole_or_not_at_all() -> None:
+    """Ctrl-C comes between any two steps of Python, and the state is saved as it is then."""
+    state = RankingState.empty(3, 4, torch.device("cpu"))
+    state.part.correct.add_(2)
+    state.groups, state.copies = 1, 3
+    seen = []
+
+    def interrupt(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_name in ("end_batch", "_batch_of", "plus", "empty"):
+            frame.f_trace_opcodes = True
+            seen.append((state.images, state.groups, int(state.whole.correct.sum()), int(state.part.correct.sum())))
+            return interrupt
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        state.end_batch(5)
+    finally:
+        sys.settrace(before)
+    assert set(seen) <= {(0, 1, 0, 6), (5, 0, 6, 0)} and (state.images, state.groups) == (5, 0)

@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fmp_core.models.one_pixel import OnePixelConvolutions
 from torch import Tensor, nn
+
+
+def test_a_call_with_few_arguments_is_left_alone() -> None:
+    with OnePixelConvolutions():
+        assert F.conv2d(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1)).item() == 1
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -68,6 +68,14 @@ def test_maps_that_racing_dropped_come_last() -> None:
     assert layer["channel"] == [1, 2, 0, 3] and layer["margin"] == [0.1, 0.2, 0.5, None] and layer["cuts"][0][:2] == [2, -1]
 
 
+def test_a_raced_ranking_knows_its_own_cut_only() -> None:
+    """The others' would fall among maps whose counts racing predicted."""
+    maps = scored_maps({"a": list(range(64))})
+    assert strips(made_run(maps, settings={"p": 16}), None)["choices"] == [8, 16, 32, 64]
+    maps["margin"] = [0.1] * 10 + [np.nan] * 54
+    assert strips(made_run(maps, settings={"p": 16}), None)["choices"] == [16]
+
+
 def test_maps_selected_by_an_inverted_trigger_have_no_cut_and_no_ties() -> None:
     maps = pd.DataFrame(
         {"layer": "a", "channel": range(4), "moved": [0.1, 0.4, 0.4, 0.2], "pruned": [False, True, True, False]}

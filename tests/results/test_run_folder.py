@@ -154,7 +154,7 @@ def summary(**changes: Any) -> RunSummary:
         "after": {"test_acc": 0.9, "test_asr": 0.0123, "test_ra": 0.5},
         "der": 0.98765, "record": "r", "dataset": "d", "model": "m", "clean_images": 5000, "frg_images": 32,
         "feature_maps": 100, "pruned": 1, "tied_at_cut": 0, "verdict": None, "chosen_by": None, "seconds": {}, "seed": 0,
-        "device": "cpu", "settings": {"preset": "paper"}, "versions": {}, "removal": {"outcome": "removed"},
+        "device": "cpu", "settings": {"preset": "paper", "epochs": 10}, "versions": {}, "removal": {"outcome": "removed"},
     }  # fmt: skip
     return RunSummary(**{**values, **changes})
 
@@ -178,9 +178,13 @@ def test_the_table_is_in_percent() -> None:
         ({"removal": {"outcome": "none before"}}, None),
         ({"removal": {"outcome": "still works"}}, "The backdoor still works: try --preset strong."),
         ({"removal": {"outcome": "weakened"}}, "The backdoor is weakened, not removed: try --preset strong."),
-        ({"removal": {"outcome": "still works"}, "settings": {"preset": "strong"}}, "more clean data (--ratio)"),
+        ({"removal": {"outcome": "still works"}, "settings": {"preset": "strong", "epochs": 10}}, "more clean data (--ratio)"),
         ({"removal": {"outcome": "still works"}, "clean_images": 50}, "50 clean images only; more help"),
         ({"after": {"test_acc": 0.8, "test_asr": 0.0, "test_ra": 0.5}}, "Accuracy fell by 11.2 points: try a smaller --lr"),
+        (
+            {"after": {"test_acc": 0.8, "test_asr": 0.0, "test_ra": 0.5}, "settings": {"preset": "paper", "epochs": 0}},
+            "Accuracy fell by 11.2 points: try a larger --p, or some --epochs",
+        ),
         ({"after": {"test_acc": 0.89, "test_asr": 0.0, "test_ra": 0.5}}, None),
     ],
 )

@@ -4,10 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from fmp_core.data.datasets import dataset_facts
 from fmp_core.frg.scores import Scores
+from fmp_core.inversion.search import TriggerSearch
 from fmp_core.inversion.verdict import Verdict
+from fmp_core.models.build import PixelModel
 from fmp_core.models.feature_maps import ConvLayer
-from fmp_core.selection.cache import cache_file, load_scores, load_verdicts, save_scores, save_verdicts, verdict_file
+from fmp_core.selection.cache import (
+    cache_file,
+    load_scores,
+    load_verdicts,
+    save_scores,
+    save_verdicts,
+    score_key,
+    verdict_file,
+    verdict_key,
+)
 from fmp_core.storage.checkpoint import content_key
 from torch import nn
 
@@ -35,6 +47,17 @@ def key(**changes: object) -> str:
 def test_another_question_has_another_key(changes: dict[str, object]):
     assert key() == key()
     assert key(**changes) != key()
+
+
+def test_another_normalisation_is_another_question() -> None:
+    """``--mean`` and ``--std`` are in the model, and not in its state_dict."""
+    keys, images, labels = set(), torch.zeros(1, 3, 2, 2), torch.zeros(1, dtype=torch.int64)
+    for mean, std in ((0.5, 0.2), (0.5, 0.1), (0.4, 0.2)):
+        model = PixelModel(nn.Conv2d(3, 2, 1), dataset_facts("cifar10", (2, 2, 3), [mean], [std]))
+        model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
+        keys.add(score_key(model, images, labels, {}))
+        keys.add(verdict_key(TriggerSearch(model, LAYERS, images, labels, torch.float32, 0), 2))
+    assert len(keys) == 6
 
 
 def test_scores_come_back(tmp_path: Path):

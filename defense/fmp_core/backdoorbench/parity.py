@@ -24,6 +24,7 @@ from fmp_core.backdoorbench.process import in_own_process, run_script
 from fmp_core.backdoorbench.workspace import Job, workspace
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
+from fmp_core.results.read import read_json
 
 PROBE = Path(__file__).resolve().with_name("probe.py")
 LOSSES = ("clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch")
@@ -51,7 +52,14 @@ def check_parity(job: Job, python: str) -> list[Check]:
     results = job.folder / "defense" / "fmp"
     if not (results / "metrics.json").is_file():
         raise UserError(f"There is no FMP result in {results}; run python defense/fmp.py --result_file {job.name} first.")
-    after = json.loads((results / "metrics.json").read_text())["after"]
+    run = read_json(results / "metrics.json")
+    changed = [name for name in ("test_images", "mean", "std") if run.get("settings", {}).get(name) is not None]
+    if changed:
+        raise UserError(
+            f"The FMP result in {results} is of a run with --{changed[0]}, whose figures BackdoorBench cannot repeat; run "
+            f"python defense/fmp.py --result_file {job.name} without it first."
+        )
+    after = run["after"]
     with tempfile.TemporaryDirectory(prefix="fmp_parity_") as temporary:
         scratch = Path(temporary)
         with _stage("1/4", "FMP reads the record and tests its model"):

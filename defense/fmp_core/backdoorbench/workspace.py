@@ -55,6 +55,7 @@ class Job:
     data_path: str
     image_folders: tuple[PurePosixPath, ...]
     dataset_path: Path
+    dataset_folder: Path  # below it; its name may be another that means the dataset
     device: str
 
     @property
@@ -85,7 +86,7 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
     Raises UserError if the record or the dataset is missing, damaged or refused, or BackdoorBench does not know it.
     """
     from fmp_core.data.attack_record import read_attack_record
-    from fmp_core.data.datasets import dataset_facts, open_split
+    from fmp_core.data.datasets import dataset_facts, dataset_folder, open_split
     from fmp_core.storage.torch_file import load_torch_file
     from fmp_core.system.devices import choose_device
 
@@ -103,10 +104,17 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
     for train in (True, False):
         open_split(dataset_path, record.dataset, train, dataset_facts(record.dataset, record.image_size).size)
     state = load_torch_file(record.folder / ATTACK_FILE, known_only=True)  # BackdoorBench would run an unknown class
-    folders = (_image_folder(state[part]) for part in ("bd_train", "bd_test"))
-    facts = record.dataset, record.model_name, record.num_classes, record.image_size, state["data_path"]
+    try:
+        folders = [_image_folder(state[part]) for part in ("bd_train", "bd_test")]
+        facts = record.dataset, record.model_name, record.num_classes, record.image_size, str(state["data_path"])
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"BackdoorBench cannot use the record {name}: its bd_train, bd_test or data_path is not as "
+            f"BackdoorBench writes them ({type(error).__name__}: {error}); make the record again."
+        ) from None
     device = str(choose_device(device).device) if device == "auto" else device
-    return Job(root, record.folder, name, *facts, tuple(filter(None, folders)), Path(dataset_path).resolve(), device)
+    places = (Path(dataset_path).resolve(), dataset_folder(Path(dataset_path), record.dataset).resolve())
+    return Job(root, record.folder, name, *facts, tuple(filter(None, folders)), *places, device)
 
 
 @contextmanager
@@ -131,7 +139,7 @@ def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
         for entry in real.iterdir():
             if entry.name == ATTACK_FILE:  # a symbolic link would lead BackdoorBench to look for data/ beside the real record
                 try:
-                    os.link(entry, seen / entry.name)
+                    os.link(entry.resolve(), seen / entry.name)  # link() does not follow links
                 except OSError:  # another file system
                     shutil.copyfile(entry, seen / entry.name)
             elif entry.name != "defense" or write_through:
@@ -144,7 +152,7 @@ def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
                 f"The record's data_path {job.data_path!r} has no 'data' in it, so BackdoorBench cannot find the dataset."
             )
         place = PurePosixPath(job.data_path[job.data_path.index("data") :])  # what BackdoorBench keeps of it
-        _link(folder, place, job.dataset_path / job.dataset)
+        _link(folder, place, job.dataset_folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

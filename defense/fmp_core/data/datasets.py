@@ -85,7 +85,7 @@ def open_split(root: str | Path, name: str, train: bool, size: Size) -> Split:
     Raises:
         UserError: the folder or a file of it is missing, damaged or laid out in no way that is known; says what is wanted.
     """
-    folder, known = _folder(Path(root), name), known_name(name)
+    folder, known = dataset_folder(Path(root), name), known_name(name)
     about = f"Dataset {name} in {folder}"
     try:
         try:
@@ -104,7 +104,8 @@ def open_split(root: str | Path, name: str, train: bool, size: Size) -> Split:
         raise UserError(f"{about} cannot be read ({error}); unpack the dataset again.") from None
 
 
-def _folder(root: Path, name: str) -> Path:
+def dataset_folder(root: Path, name: str) -> Path:
+    """The folder of dataset ``name`` below ``root``. Raises UserError: there is none, or several mean it."""
     exact, known = root / name, known_name(name)
     if exact.is_dir():
         return exact

@@ -118,13 +118,13 @@ GTSRB_LAYOUTS = (
 
 
 def gtsrb(folder: Path, train: bool, size: Size) -> Split:
-    """German traffic signs as in GTSRB_LAYOUTS; training images by class, test images in the order of their table."""
+    """German traffic signs as in GTSRB_LAYOUTS; training images by class, test images in the order of their table,
+    or by class, too, where there is none."""
     for base in (folder, *(folder / name for name in ("GTSRB", "gtsrb", "gtsrb/GTSRB"))):
         if train:
-            for name in ("Train", "Training", "Final_Training/Images"):
-                classes = [path for path in visible(base / name) if path.is_dir() and path.name.isdecimal()]
-                if classes:
-                    return file_split(*_gtsrb_training(sorted(classes, key=lambda path: int(path.name))), size)
+            for name in ("Train", "train", "Training", "Final_Training/Images"):
+                if classes := _numbered(base / name):
+                    return file_split(*_gtsrb_classes(classes), size)
         else:
             tables = (base / inner / "GT-final_test.csv" for inner in ("Test", "", "..", "Final_Test", "Final_Test/Images"))
             table = next((path for path in tables if path.is_file()), None)
@@ -134,10 +134,19 @@ def gtsrb(folder: Path, train: bool, size: Size) -> Split:
             if (base / "Test.csv").is_file():
                 rows = list(csv.DictReader(_lines(base / "Test.csv")))  # Kaggle's
                 return file_split([base / _plain(row["Path"]) for row in rows], [int(row["ClassId"]) for row in rows], size)
+            for name in ("Test", "test", "val"):
+                if classes := _numbered(base / name):
+                    return file_split(*_gtsrb_classes(classes), size)
     raise LayoutError(f"one of {GTSRB_LAYOUTS}", folder)
 
 
-def _gtsrb_training(classes: list[Path]) -> tuple[list[Path], list[int]]:
+def _numbered(folder: Path) -> list[Path]:
+    """The folders of classes in ``folder`` that are named by numbers, which are the labels whatever their order as text."""
+    classes = [path for path in visible(folder) if path.is_dir() and path.name.isdecimal()]
+    return sorted(classes, key=lambda path: int(path.name))
+
+
+def _gtsrb_classes(classes: list[Path]) -> tuple[list[Path], list[int]]:
     """Images of the folders of classes: those in their tables, or all if there is no table."""
     paths: list[Path] = []
     labels: list[int] = []

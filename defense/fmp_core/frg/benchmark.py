@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import FACTS
+from fmp_core.errors import UserError
 from fmp_core.frg.operations import RELEASED_BATCH, operations_per_map
 from fmp_core.frg.reverse import FrgSettings
 from fmp_core.frg.scorer import Batching, FeatureMapScorer
@@ -106,15 +107,15 @@ def make_scorer(args: Namespace, dtype: torch.dtype) -> FeatureMapScorer:
     if args.result_file:
         record = read_attack_record(Path(args.record_root) / args.result_file)
         network = load_model(record.model_name, record.num_classes, record.state)
-        height, width, channels = record.image_size
+        (height, width, channels), classes = record.image_size, record.num_classes
     else:
         torch.manual_seed(0)
         network = build_model(args.model, 10)
-        height, width, channels = facts.size
+        (height, width, channels), classes = facts.size, 10
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(args.images, channels, height, width, generator=generator)
     images = images.to(device, memory_format=torch.channels_last)
-    labels = torch.randint(10, (args.images,), generator=generator).to(device)
+    labels = torch.randint(classes, (args.images,), generator=generator).to(device)
     model = PixelModel(network, facts).on(device)
     layers = trace_conv_layers(network, images[:1])
     return FeatureMapScorer(model, layers, images, labels, FrgSettings(EPS), dtype, Batching(args.chunk, args.memory))
@@ -215,6 +216,9 @@ def measure_training(args: Namespace) -> dict[str, float]:
 
 def measure_all(args: Namespace) -> pd.DataFrame:
     """Measure and print what ``args`` (the flags of bench_frg.py) ask for. Returns device, dtype, figure and value."""
+    for name in ("images", "maps", "repeat"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}, but must be at least 1.")
     device, rows = devices.choose_device(args.device), []
     print(f"{device.name}, torch {torch.__version__}, {args.images} images, about {args.maps} maps, {args.repeat} run(s)")
     work: dict[str, Callable[[], dict[str, float]]] = {name: partial(measure, args, DTYPES[name]) for name in args.dtype}

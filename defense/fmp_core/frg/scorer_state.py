@@ -44,8 +44,7 @@ class RankingState:
 
     def begin_batch(self, rows: int) -> None:
         """Forget the batch under way, and take the next with ``rows`` images."""
-        self.part = Counts.empty(len(self.part.correct), self.part.correct.device)
-        self.rows, self.groups, self.copies = rows, 0, 0
+        vars(self).update(self._batch_of(rows))
 
     def group_by(self, copies: int) -> None:
         """The batch under way is scored ``copies`` maps at a time; groups of another size are forgotten."""
@@ -54,9 +53,11 @@ class RankingState:
             self.copies = copies
 
     def end_batch(self, images: int) -> None:
-        self.whole = self.whole.plus(self.part)
-        self.images += images
-        self.begin_batch(self.rows)
+        """Count the batch in, with its ``images``, all at once: Ctrl-C comes before or after, and the state is saved then."""
+        vars(self).update(whole=self.whole.plus(self.part), images=self.images + images, **self._batch_of(self.rows))
+
+    def _batch_of(self, rows: int) -> dict[str, Any]:
+        return {"part": Counts.empty(len(self.part.correct), self.part.correct.device), "rows": rows, "groups": 0, "copies": 0}
 
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "whole": self.whole._asdict(), "part": self.part._asdict()}

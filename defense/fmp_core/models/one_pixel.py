@@ -21,7 +21,7 @@ class OnePixelConvolutions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.conv2d and not kwargs and _is_product(*args):
+        if func is torch.conv2d and len(args) == 7 and not kwargs and _is_product(*args):
             return _product(*args)
         return func(*args, **(kwargs or {}))
 

@@ -63,7 +63,8 @@ def warnings(run: Run, own: Pruning, precision: Precision | None) -> Iterator[tu
         yield "This is a quick look, not tested on all images.", why
     drop = run.hits("test_acc", "before").mean() - run.hits("test_acc", "after").mean()
     if drop > MUCH_ACCURACY:
-        yield f"Accuracy fell by {100 * drop:.1f} points.", "More than 3 points is a high price; try a smaller --lr."
+        less = "a smaller --lr" if summary.settings["epochs"] else "a larger --p, or --epochs, which pruning alone went without"
+        yield f"Accuracy fell by {100 * drop:.1f} points.", f"More than 3 points is a high price; try {less}."
     if not run.scored and not run.by_trigger:
         by = summary.chosen_by or f"--selection {summary.settings['selection']}"
         yield f"This is an ablation ({by}).", "No feature map was scored by FRG."
@@ -85,7 +86,8 @@ def warnings(run: Run, own: Pruning, precision: Precision | None) -> Iterator[tu
         why = f"Scores are multiples of 1/{samples}, so many feature maps share one; raise --frg_samples."
         yield f"Each feature map was scored on {samples} images only.", why
     if summary.clean_images < FEW_CLEAN_IMAGES:
-        why = "Fine-tuning on so few may overfit; raise --ratio."
+        why = "Fine-tuning on so few may overfit" if summary.settings["epochs"] else "So few say little of the feature maps"
+        why += "; raise --ratio."
         yield f"The clean subset has {summary.clean_images} images only.", why
     tested, triggered = len(run.hits("test_acc", "after")), len(run.hits("test_asr", "after"))
     if min(tested, triggered) < FEW_TEST_IMAGES:

@@ -32,10 +32,11 @@ def own_pruning(run: Run) -> Pruning:
 
 
 def prunings(run: Run) -> list[Pruning]:
-    """The run's own pruning and, if FRG scored the maps, those of the other p that prune any."""
+    """The run's own pruning and, if FRG scored all maps in full, those of the other p that prune any."""
     if not run.scored:
         return [own_pruning(run)]
-    every = (_pruning_at(run, p) for p in sorted({*OTHER_P, run.p}))
+    whole = run.scores.settled is None or bool(run.scores.settled.all())  # else racing left other cuts to its predictions
+    every = (_pruning_at(run, p) for p in (sorted({*OTHER_P, run.p}) if whole else [run.p]))
     return [pruning for pruning in every if pruning.mask.any() or pruning.p == run.p]
 
 

@@ -91,5 +91,6 @@ def advice(metrics: dict[str, Any]) -> list[str]:
         attempt = "try more clean data (--ratio) or a higher --lr" if strong else "try --preset strong"
         return [f"The backdoor {state}: {attempt}.{few}"]
     if drop > MUCH_ACCURACY:
-        return [f"Accuracy fell by {100 * drop:.1f} points: try a smaller --lr or fewer --epochs.{few}"]
+        less = "a smaller --lr or fewer --epochs" if metrics["settings"]["epochs"] else "a larger --p, or some --epochs"
+        return [f"Accuracy fell by {100 * drop:.1f} points: try {less}.{few}"]
     return []

@@ -30,14 +30,19 @@ from fmp_core.storage.torch_file import load_torch_file
 def score_key(model: torch.nn.Module, images: Tensor, labels: Tensor, settings: dict[str, object]) -> str:
     """What FRG scores depend on; ``settings`` in plain values."""
     code = source_digest(fmp_core.frg, fast_ops, feature_maps)
-    return content_key(model.state_dict(), images, labels, {**settings, "code": code})
+    return content_key(_tensors(model), images, labels, {**settings, "code": code})
 
 
 def verdict_key(search: TriggerSearch, num_classes: int) -> str:
     """What the verdicts of ``search`` depend on."""
     about = {"seed": search.seed, "dtype": str(search.dtype), "classes": num_classes, "families": FAMILIES}
     code = source_digest(fmp_core.inversion, fast_ops, feature_maps)
-    return content_key(search.model.state_dict(), search.images, search.labels, {**about, "code": code})
+    return content_key(_tensors(search.model), search.images, search.labels, {**about, "code": code})
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Weights and all buffers: the normalisation, too, which is not part of a state_dict."""
+    return {**model.state_dict(), **dict(model.named_buffers())}
 
 
 def cache_file(folder: Path, key: str) -> Path:

@@ -118,7 +118,7 @@ def refuse_links_out_of(root: Path, *folders: Path) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path``, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be Unicode
 
 
 def write_torch(path: str | Path, obj: Any) -> None:

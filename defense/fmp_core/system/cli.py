@@ -105,7 +105,9 @@ def _let_threads_sleep() -> None:
         os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
-def run_main(prog: str, function: Callable[[], int | None], again: str = "the same command") -> int:
+def run_main(
+    prog: str, function: Callable[[], int | None], again: str = "the same command", effect: str = "go on from here"
+) -> int:
     """Call ``function`` and return the exit code: its own (None is 0), or that of the sentence its error ends in.
 
     Bad input, a file that fails and a full memory give 2, Ctrl-C 130, SIGTERM (as Slurm and torchrun send it) 143. Errors that
@@ -113,7 +115,7 @@ def run_main(prog: str, function: Callable[[], int | None], again: str = "the sa
 
     Args:
         prog: begins the sentence on stderr.
-        again: what to run to go on after an interruption.
+        again: what to run after an interruption, and ``effect``: to what end.
     """
     _let_threads_sleep()
     try:
@@ -130,7 +132,7 @@ def run_main(prog: str, function: Callable[[], int | None], again: str = "the sa
             sentence = str(UserError(f"{error.filename or 'a file'} failed ({error.strerror or error}); {results}."))
         elif isinstance(error, KeyboardInterrupt):
             how, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
-            sentence = f"{how}; {results}. Run {again} again to go on from here."
+            sentence = f"{how}; {results}. Run {again} again to {effect}."
         elif _is_out_of_memory(error):
             stage = getattr(error, "stage", "load")
             advice = ADVICE.get(stage, "close what else uses it")
