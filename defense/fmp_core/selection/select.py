@@ -88,10 +88,10 @@ def test_for_backdoor(defender: DefenderInputs, settings: Settings, cache: Path,
     Where there are too few held-out images to tell, nothing is inverted, and all flip rates are 0.
     """
     search, classes = trigger_search(defender, settings), defender.num_classes
-    key = verdict_key(search, classes)
-    verdicts: list[Verdict] = []
     if (untested := search.without_test(next(iter(FAMILIES)), classes)).too_few:
         return untested
+    key = verdict_key(search, classes)
+    verdicts: list[Verdict] = []
     with stages("trigger inversion"):
         for family in FAMILIES:
             saved = partial(lambda name: load_verdicts(cache, key, classes).get(name), family)
