@@ -67,11 +67,11 @@ def read_result(folder: Path) -> Result:
     seed, method = _integer(stamp, "seed"), _get(stamp, "method", str)
     path = folder / "metrics.json"
     if not path.is_file():
-        whole, logged = folder / WHOLE_TEST, _logged_settings(folder)
-        path = whole if whole.is_file() and _is_of_the_model(whole) else _summary_file(folder)
+        tested, logged = _whole_test(folder), _logged_settings(folder)
+        path = _summary_file(folder) if tested is None else folder / WHOLE_TEST
         ratio = logged.get("ratio", (_get(stamp, "settings", dict) or {}).get("ratio"))
         seed = _integer(logged, "random_seed") if seed is None else seed
-        metrics = _fractions(read_json(path), path) if path == whole else _read_summary(path)
+        metrics = _read_summary(path) if tested is None else _fractions(tested, path)
         seconds, cpu = _seconds_of_bb(folder)
         about = (metrics, str(path), False, seed, method)
         return Result(*about, ratio=_number(ratio), seconds=seconds, cpu_seconds=cpu)
@@ -95,10 +95,12 @@ def read_result(folder: Path) -> Result:
     )
 
 
-def _is_of_the_model(test: Path) -> bool:
-    """Whether the ``test`` is of the model that lies beside it; BB's script, run directly, replaces that and not the test."""
-    tested, model = read_json(test).get(MODEL_DIGEST), test.with_name("defense_result.pt")
-    return tested is None or not model.is_file() or tested == file_digest(model)
+def _whole_test(folder: Path) -> dict[str, Any] | None:
+    """The test on all images, if there is one of the model in ``folder``: BB's script, run directly, replaces that alone."""
+    path, model = folder / WHOLE_TEST, folder / "defense_result.pt"
+    content = read_json(path) if path.is_file() else None
+    digest = content and content.get(MODEL_DIGEST)
+    return content if not digest or not model.is_file() or digest == file_digest(model) else None
 
 
 def read_attack_metrics(folder: Path) -> dict[str, float]:

@@ -7,7 +7,7 @@ import re
 import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,7 @@ def make_sweep(content: Mapping[str, Any], source: str) -> Sweep:
     sweep = Sweep(**fields.parse_mapping(Sweep, content, source))
     if sweep.ratio is not None and "ratio" in sweep.ours:
         raise UserError(f"{source}: ratio is said twice, for all defenses and in ours; leave one out.")
-    fields.parse_mapping(Slurm, sweep.slurm, f"{source}: slurm")
-    return sweep
+    return replace(sweep, slurm=fields.parse_mapping(Slurm, sweep.slurm, f"{source}: slurm"))
 
 
 def plan(sweep: Sweep) -> list[Job]:

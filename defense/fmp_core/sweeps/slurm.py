@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fmp_core.errors import UserError
-from fmp_core.fields import fields_of, parse_mapping
+from fmp_core.fields import fields_of
 from fmp_core.settings import PROJECT
 from fmp_core.sweeps.jobs import Job, Outcome, run
 from fmp_core.sweeps.local import Report
@@ -70,9 +70,8 @@ def _on_node(job: Job, sweep: Sweep) -> Outcome:
 
 
 def _parameters(sweep: Sweep, cluster: str, before: Sequence[Any]) -> dict[str, Any]:
-    asked = parse_mapping(Slurm, sweep.slurm, "slurm")
     names = {name: field.metadata["submitit"] for name, field in fields_of(Slurm).items()}
-    given = {"timeout_min": 600, **{names[name]: value for name, value in asked.items()}, "name": sweep.name}
+    given = {"timeout_min": 600, **{names[name]: value for name, value in sweep.slurm.items()}, "name": sweep.name}
     if cluster != "slurm":
         return {key: value for key, value in given.items() if not key.startswith("slurm_")}
     if before:
