@@ -24,6 +24,7 @@ SETTING = ["dataset", "model", "attack", "pratio"]
 COLUMNS = [
     *("record", "defense", *HEADLINES, "method", "seed", "ratio", "test_images", "seconds", "cpu_seconds"),
     *(*SETTING, "record_seed", "record_digest", "origin", "baseline", "source"),
+    *("target", "detector", "detection_score", "flagged", "named"),
 ]
 
 
@@ -34,8 +35,9 @@ def collect(root: str | Path, warn: Warn) -> pd.DataFrame:
     ``method`` is ``defense`` without the seed, so rows that differ only in seeds share it. ``baseline`` says whose test of the
     attacked model DER and RIR compare with: ``attack`` (what the attack logged) or ``our test``. ``ratio`` is the share of
     clean data the defense had, ``test_images`` the size of the sample where it was not tested on all, ``seconds`` is elapsed
-    time, ``cpu_seconds`` that of all its threads and processes. ``warn`` gets one line for every file that could not be read,
-    and where the attack's figures contradict ours.
+    time, ``cpu_seconds`` that of all its threads and processes. ``target`` is the attack's; ``detector`` to ``named`` are what
+    the defense says about the attacked model (:class:`~fmp_core.results.detection.Detection`). ``warn`` gets one line for every
+    file that could not be read, and where the attack's figures contradict ours.
 
     Raises UserError: no such folder.
     """
@@ -46,7 +48,8 @@ def collect(root: str | Path, warn: Warn) -> pd.DataFrame:
 
 
 def _tidy(rows: list[dict[Any, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(("seed", "test_images", "record_seed"), "Int64"))
+    whole = dict.fromkeys(("seed", "test_images", "record_seed"), "Int64")
+    return pd.DataFrame(rows, columns=COLUMNS).astype({**whole, "flagged": "boolean"})
 
 
 def _record_folders(root: Path) -> Iterator[Path]:
@@ -88,6 +91,7 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
         row |= {"ratio": result.ratio, "test_images": result.test_images, "source": result.source}
         row |= {"seconds": result.seconds, "cpu_seconds": result.cpu_seconds}
         row |= {"origin": "ours" if result.ours else "backdoorbench"}
+        row |= result.detection.as_row() if result.detection else {}
         yield row | {"baseline": None if not before else "attack" if before is logged else "our test"}
 
 

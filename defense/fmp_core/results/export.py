@@ -8,6 +8,7 @@ from pathlib import Path
 from fmp_core.errors import UserError
 from fmp_core.results.collect import collect, join_leaderboard, read_leaderboard
 from fmp_core.results.figure import FORMATS, write_figure
+from fmp_core.results.roc import detection_table, detections, write_roc
 from fmp_core.results.tables import build_tables, printable, to_html, to_latex, to_markdown, to_text
 from fmp_core.storage.files import replacing
 
@@ -16,13 +17,16 @@ def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width
     """The tables of all results below ``root`` as text of at most ``width`` columns.
 
     ``files`` says where to write ``csv`` and ``parquet`` (one row per result, fractions), ``markdown``, ``latex`` and ``html``
-    (tables, percent), and the ``figure``; matching rows of the ``leaderboard`` of BackdoorBench are shown as published.
+    (tables, percent), the ``figure``, and the ``roc`` of the detectors, whose table then comes last; matching rows of the
+    ``leaderboard`` of BackdoorBench are shown as published.
     """
-    if "figure" in files and files["figure"].suffix not in FORMATS:
-        raise UserError(f"--figure {files['figure']} must end in {', '.join(FORMATS)}, which says what to write.")
+    for kind in ("figure", "roc"):
+        if kind in files and files[kind].suffix not in FORMATS:
+            raise UserError(f"--{kind} {files[kind]} must end in {', '.join(FORMATS)}, which says what to write.")
     frame = collect(root, lambda text: warn(printable(text)))
     if frame.empty:
         raise UserError(f"There are no defense results below {root}; run a defense first.")
+    found = detections(frame)
     if leaderboard:
         ours, frame = frame, join_leaderboard(frame, read_leaderboard(leaderboard))
         if frame is ours:
@@ -35,6 +39,7 @@ def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width
         "latex": lambda path: path.write_text("\n".join(map(to_latex, tables)), "utf-8"),
         "html": lambda path: path.write_text(to_html(tables), "utf-8"),
         "figure": lambda path: write_figure(path, tables),
+        "roc": lambda path: write_roc(path, found),
     }
     for kind, path in files.items():
         try:
@@ -42,4 +47,4 @@ def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width
                 writers[kind](temporary)
         except ImportError:
             raise UserError("--parquet needs pyarrow; run: pip install pyarrow") from None
-    return "\n".join(to_text(table, width) for table in tables)
+    return "\n".join([*(to_text(table, width) for table in tables), *([detection_table(found)] if "roc" in files else [])])

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
+from fmp_core.results.detection import Detection, detection_of_neural_cleanse, detection_of_verdict
 from fmp_core.storage.files import file_digest
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class Result:
     test_images: int | None = None  # tested on a sample of so many images only
     seconds: float | None = None  # elapsed
     cpu_seconds: float | None = None  # of all its processes and threads
+    detection: Detection | None = None  # what it says about the attacked model
 
 
 def read_result(folder: Path) -> Result:
@@ -74,7 +76,8 @@ def read_result(folder: Path) -> Result:
         metrics = _read_summary(path) if tested is None else _fractions(tested, path)
         seconds, cpu = _seconds_of_bb(folder)
         about = (metrics, str(path), False, seed, method)
-        return Result(*about, ratio=_number(ratio), seconds=seconds, cpu_seconds=cpu)
+        found = detection_of_neural_cleanse(folder) if (folder / "nc_df_summary.csv").is_file() else None
+        return Result(*about, ratio=_number(ratio), seconds=seconds, cpu_seconds=cpu, detection=found)
     content = read_json(path)
     settings, before, after = (_get(content, key, dict) or {} for key in ("settings", "before", "after"))
     if not after:
@@ -92,6 +95,7 @@ def read_result(folder: Path) -> Result:
         test_images=_integer(content, "test_images") or _integer(settings, "test_images"),
         seconds=sum(filter(None, map(_number, (_get(content, "seconds", dict) or {}).values()))) or None,
         cpu_seconds=_number(content.get("cpu_seconds")),
+        detection=detection_of_verdict(_get(content, "verdict", dict) or {}),
     )
 
 
@@ -112,8 +116,9 @@ def read_attack_metrics(folder: Path) -> dict[str, float]:
 def read_record(folder: Path) -> dict[str, Any]:
     """What ``info.pickle`` says about the attack, or else what the folder's name says in BB's habit (``badnet_cifar10...``).
 
-    Keys ``dataset``, ``model``, ``attack``, ``pratio``, ``record_seed``, and ``record_digest``: it differs between
-    records whose attack or training had other settings. Raises UserError: info.pickle is damaged or refused.
+    Keys ``dataset``, ``model``, ``attack``, ``target`` (a class, or ``all-to-all``), ``pratio``, ``record_seed``, and
+    ``record_digest``: it differs between records whose attack or training had other settings. Raises UserError: info.pickle
+    is damaged or refused.
     """
     guess = re.match(rf"({ATTACKS})_({DATASETS})(?![a-z0-9])", folder.name)
     attack, dataset = guess.groups() if guess else (None, None)
@@ -129,10 +134,18 @@ def read_record(folder: Path) -> dict[str, Any]:
         "dataset": _get(info, "dataset", str) or dataset,
         "model": _get(info, "model", str),
         "attack": ATTACK_NAMES.get(name, name) or attack,
+        "target": _target(info),
         "pratio": _number(info.get("pratio")),
         "record_seed": _integer(info, "random_seed"),
         "record_digest": _digest({str(key): value for key, value in info.items() if _decides(key, value)}),
     }
+
+
+def _target(info: Mapping[str, Any]) -> str | None:
+    if _get(info, "attack_label_trans", str) == "all2all":
+        return "all-to-all"
+    target = _integer(info, "attack_target")
+    return None if target is None else str(target)
 
 
 def _digest(settings: Mapping[str, Any]) -> str | None:
