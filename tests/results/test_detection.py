@@ -19,7 +19,7 @@ NORMS = [60.0, 71.5, 9.25, 66.0, 80.25, 58.5]  # class 2 is the target
 
 def nc_log(norms: list[float]) -> str:
     lines = [f"2026-11-26:15:06:41 [INFO ] The regularization of mask for target label {k} is {v}" for k, v in enumerate(norms)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + f"\n2026-11-26:15:06:41 [INFO ] {len(norms)} labels found\n"
 
 
 def model(root: Path, name: str, asr: float, pratio: float, norms: list[float], lead: float) -> None:
@@ -63,8 +63,15 @@ def test_a_large_norm_is_no_alarm() -> None:
 
 @pytest.mark.parametrize(
     "log",
-    ["", nc_log(NORMS[:1]), nc_log(NORMS).replace("label 3", "label 9"), nc_log(NORMS).replace("66.0", "6.6.0"), "\xff\n"],
-    ids=["empty", "one class", "a class lacks", "no number", "no text"],
+    [
+        "",
+        nc_log(NORMS[:1]),
+        nc_log(NORMS).replace("label 3", "label 9"),
+        nc_log(NORMS).replace("66.0", "6.6.0"),
+        nc_log(NORMS).rsplit("2026", 1)[0],
+        "\xff\n",
+    ],
+    ids=["empty", "one class", "a class lacks", "no number", "killed", "no text"],
 )
 def test_a_log_without_the_norm_of_every_class_says_nothing(tmp_path: Path, log: str) -> None:
     write(tmp_path / "log" / "x.log", log)
@@ -74,11 +81,14 @@ def test_a_log_without_the_norm_of_every_class_says_nothing(tmp_path: Path, log:
 def test_the_newest_log_counts(tmp_path: Path) -> None:
     write(tmp_path / "log" / "2025.log", nc_log(NORMS[::-1]))
     write(tmp_path / "log" / "2026.log", nc_log(NORMS))
+    write(tmp_path / "log" / "2027.log", nc_log(NORMS[::-1])[:200])  # killed
     found = detection_of_neural_cleanse(tmp_path)
     assert found is not None and found.named == ("2",)
 
 
-@pytest.mark.parametrize("verdict", [{}, {"lead": "0.5"}, {"lead": float("nan")}, {"lead": 0.0, "too_few": True}])
+@pytest.mark.parametrize(
+    "verdict", [{}, {"lead": "0.5"}, {"lead": float("nan")}, {"lead": 10**400}, {"lead": 0.0, "too_few": True}]
+)
 def test_no_verdict_is_no_detection(verdict: dict[str, Any]) -> None:
     assert detection_of_verdict(verdict) is None
 

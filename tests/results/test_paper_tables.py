@@ -60,7 +60,7 @@ def test_the_contradictions_are_noted() -> None:
 
 def test_the_papers_size_of_each_table() -> None:
     def jobs(table: str, backdoorbench: str | None = None) -> list[str]:
-        content = sweep_content([table], FULL, backdoorbench, [])
+        content = sweep_content(table, FULL, backdoorbench, [])
         return [job.name for job in plan(make_sweep(content, "test"))]
 
     assert len([name for name in jobs("2") if name.endswith(".record")]) == 25
@@ -72,7 +72,7 @@ def test_the_papers_size_of_each_table() -> None:
 
 
 def test_a_table_about_p_costs_one_ranking() -> None:
-    jobs = plan(make_sweep(sweep_content(["5"], FULL, None, ["badnet_cifar10"]), "test"))
+    jobs = plan(make_sweep(sweep_content("5", FULL, None, ["badnet_cifar10"]), "test"))
     assert len(jobs) == 6 and len({job.shared_work for job in jobs}) == 1
 
 
@@ -80,7 +80,7 @@ def test_baselines_are_run_by_backdoorbench(tmp_path: Path) -> None:
     (tmp_path / "defense").mkdir()
     for name in BASELINES:
         (tmp_path / "defense" / f"{name}.py").touch()
-    jobs = plan(make_sweep(sweep_content(["1a"], SCALES["small"], str(tmp_path), []), "test"))
+    jobs = plan(make_sweep(sweep_content("1a", SCALES["small"], str(tmp_path), []), "test"))
     assert {job.method for job in jobs if job.kind == "backdoorbench"} == {"ft", "fp", "clp", "anp", "nc", "nad"}
     ft = " ".join(next(job for job in jobs if job.method == "ft").command)
     assert "-- --epochs 3 --batch_size 256 --lr 0.01 --ratio 0.1 --random_seed 0" in ft
@@ -92,6 +92,7 @@ def results(table: str, scale_name: str) -> pd.DataFrame:
     for row in scaled_rows(table, SCALES[scale_name]).itertuples():
         if row.defense in {"fmp", "no defense"}:
             about = {"record": record_name(row, SCALES[scale_name]), "method": defense_folder(row), "origin": "ours"}
+            about |= {"pratio": row.pratio, "model": SCALES[scale_name].record["model"]}
             rows.append({**about, "test_images": None, **{metric: getattr(row, metric) - 0.01 for metric in METRICS}})
     return pd.DataFrame(rows)
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from pathlib import Path
 
 from fmp_core.backdoorbench.process import Ended, in_own_process, run_script
 from fmp_core.backdoorbench.workspace import Job, workspace
 from fmp_core.errors import UserError
-from fmp_core.results.read import WHOLE_TEST
+from fmp_core.results.read import NO_FINAL_TEST, STAMP, SWEEP_MARK, WHOLE_TEST
 from fmp_core.storage.files import make_folders, refuse_links_out_of
+from fmp_core.storage.lock import locked, result_lock
 
 NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
 RESULT = "defense_result.pt"
+OF_OTHERS = (WHOLE_TEST, STAMP, "metrics.json")  # would be read instead of what BB writes now
+BUSY = "Another run of {method} writes into the results of this record; wait for its end."
 
 
 def run_on_record(
@@ -24,8 +29,13 @@ def run_on_record(
     ``python`` runs BackdoorBench's script, which is given the flags ``extra`` after ours. With ``test_images`` a defense tests
     on so many images only while it runs; the model it ends with is tested on all of them by us, into ``whole_test.json``.
 
-    Raises UserError if there is no such script or no result to analyse, or BackdoorBench cannot be given the record.
+    Raises UserError if there is no such script or no result to analyse, BackdoorBench cannot be given the record, or another
+    run writes there.
     """
+    if test_images and analysis is None and method in NO_FINAL_TEST:
+        raise UserError(
+            f"--test_images cannot be used with {method}: the model it saves is not the one it tests; leave it out."
+        )
     results, flags = job.folder / "defense" / method, job.flags
     if analysis is None:
         script, log = find_script(job.checkout, "defense", "", method), results / "run_defense.log"
@@ -39,15 +49,22 @@ def run_on_record(
             raise UserError(f"There is no {results / RESULT} to analyse; run the defense {method} first.")
     refuse_links_out_of(job.folder, results, log)
     started = time.time() - 1  # file systems with coarse clocks
-    with workspace(job) as folder:
+    with _alone(results, method), workspace(job) as folder:
         make_folders(results)
-        if analysis is None:
-            (results / WHOLE_TEST).unlink(missing_ok=True)
+        for name in OF_OTHERS if analysis is None else ():
+            (results / name).unlink(missing_ok=True)
         ended = run_script(folder, script, [*flags, *extra], device=job.device, python=python, log=log, test_images=test_images)
     said, code = verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
     if test_images and analysis is None and not code:
         in_own_process(_final_test, job, results)
     return said, code
+
+
+def _alone(results: Path, method: str) -> contextlib.AbstractContextManager[None]:
+    """The lock that sweeps take, too; a sweep that started this process holds it already."""
+    if SWEEP_MARK in os.environ:
+        return contextlib.nullcontext()
+    return locked(results.parent, wait=False, busy=BUSY.replace("{method}", method), name=result_lock(results))
 
 
 def _final_test(job: Job, results: Path) -> None:

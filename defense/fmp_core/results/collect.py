@@ -23,7 +23,7 @@ POINT = 0.01  # figures of one model that differ by more were not measured alike
 SETTING = ["dataset", "model", "attack", "pratio"]
 COLUMNS = [
     *("record", "defense", *HEADLINES, "method", "seed", "ratio", "test_images", "seconds", "cpu_seconds"),
-    *(*SETTING, "record_seed", "record_digest", "origin", "baseline", "source"),
+    *(*SETTING, "record_seed", "record_digest", "settings_digest", "origin", "baseline", "source"),
     *("target", "detector", "detection_score", "flagged", "named"),
 ]
 
@@ -89,6 +89,7 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
         row = {**about, "defense": defense, **result.metrics, **(ratings(before, result.metrics) if before else {})}
         row |= {"method": result.method or re.sub(rf"-s{result.seed}$", "", defense), "seed": result.seed}
         row |= {"ratio": result.ratio, "test_images": result.test_images, "source": result.source}
+        row |= {"settings_digest": result.settings_digest}
         row |= {"seconds": result.seconds, "cpu_seconds": result.cpu_seconds}
         row |= {"origin": "ours" if result.ours else "backdoorbench"}
         row |= result.detection.as_row() if result.detection else {}

@@ -6,7 +6,6 @@ Two defenses say so: ours with ``--preset strong`` (the verdict in metrics.json)
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 VERDICT, NEURAL_CLEANSE = "FMP's verdict", "Neural Cleanse"
 NC_THRESHOLD = 2.0  # BB, defense/nc.py: outlier_detection
 MAD_OF_NORMAL = 1.4826  # standard deviations of a normal distribution per median absolute deviation
+ALL_LABELS = re.compile(rb"\b(\d{1,6}) labels found")
 NORM_LINE = re.compile(
     rb"The regularization of mask for target label (\d{1,6}) is (\d{1,30}(?:\.\d{1,30})?(?:e[+-]?\d{1,2})?)\s"
 )
@@ -43,19 +43,20 @@ class Detection:
 
 def detection_of_verdict(verdict: Mapping[str, Any]) -> Detection | None:
     """``verdict`` of metrics.json; None if there is none, or it had too few images to tell."""
-    lead, target = verdict.get("lead"), verdict.get("target")
-    if not isinstance(lead, (int, float)) or not math.isfinite(lead) or verdict.get("too_few"):
+    lead = verdict.get("lead")
+    if not isinstance(lead, (int, float)) or not -1 <= lead <= 1 or verdict.get("too_few"):
         return None
     flagged = verdict.get("backdoored") is True
-    return Detection(VERDICT, round(100 * lead, 2), flagged, (str(target),) if flagged else ())
+    return Detection(VERDICT, round(100 * lead, 2), flagged, (str(verdict.get("target")),) if flagged else ())
 
 
 def detection_of_neural_cleanse(folder: Path) -> Detection | None:
-    """From the newest log of ``nc`` in a result folder; None if none holds the norms of all classes."""
+    """From the newest log of ``nc`` in a result folder that holds the norms of all classes; None if none does."""
     for path in sorted((folder / "log").glob("*.log"), reverse=True):
         if path.is_file() and path.stat().st_size <= MOST_LOG_BYTES:
-            norms = {int(label): float(norm) for label, norm in NORM_LINE.findall(path.read_bytes())}
-            if len(norms) > 1 and list(norms) == list(range(len(norms))):
+            text = path.read_bytes()
+            norms, said = {int(label): float(norm) for label, norm in NORM_LINE.findall(text)}, ALL_LABELS.findall(text)
+            if said and len(norms) == int(said[-1]) > 1 and list(norms) == list(range(len(norms))):
                 return anomaly(list(norms.values()))
     return None
 

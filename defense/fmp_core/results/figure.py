@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from fmp_core.errors import UserError
 from fmp_core.results.collect import BASELINE, MEASURED
 from fmp_core.results.read import AVERAGE
-from fmp_core.results.tables import PUBLISHED, Table, attack_title, printable
+from fmp_core.results.tables import PUBLISHED, SAMPLE, Table, attack_title, printable
 
 FORMATS = (".svg", ".pdf", ".png")
 MARKERS = "osD^vP"
@@ -28,7 +28,7 @@ def write_figure(path: Path, tables: Sequence[Table]) -> None:
 
 
 def draw(tables: Sequence[Table]) -> Figure:
-    """Every attack of every table as a panel. Published rows are left out: they are of other models.
+    """Every attack of every table as a panel. Published rows are left out: they are of other models; so are tests on a sample.
 
     Raises UserError: there is no attacked model to compare with.
     """
@@ -53,7 +53,7 @@ def draw(tables: Sequence[Table]) -> Figure:
 
 
 def _is_drawn(name: str) -> bool:
-    return not (name.startswith(BASELINE) or name.endswith(PUBLISHED))
+    return not (name.startswith(BASELINE) or name.endswith((PUBLISHED, SAMPLE)))
 
 
 def _can_be_drawn(table: Table, attack: str) -> bool:

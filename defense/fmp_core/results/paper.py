@@ -89,8 +89,8 @@ def defense_folder(row: Any) -> str:
     return "fmp" + "".join(f"-{key}{value.replace('/', '_')}" for key, value in changed.items())
 
 
-def sweep_content(tables: Sequence[str], scale: Scale, backdoorbench: str | None, existing: Sequence[str]) -> dict[str, Any]:
-    """The sweep that makes what ``tables`` need: content of a sweep file.
+def sweep_content(table: str, scale: Scale, backdoorbench: str | None, existing: Sequence[str]) -> dict[str, Any]:
+    """The sweep that makes what a table needs: content of a sweep file.
 
     Without ``backdoorbench`` only FMP and fine-tuning (as our ft-only) are run. Records in ``existing`` are taken as they are.
     """
@@ -101,18 +101,17 @@ def sweep_content(tables: Sequence[str], scale: Scale, backdoorbench: str | None
         )
     records: dict[str, Any] = {}
     defenses: dict[str, Any] = {}
-    for table in tables:
-        for row in scaled_rows(table, scale).itertuples():
-            name = record_name(row, scale)
-            flags: dict[str, Any] = {} if row.attack == "badnet" else {"attack": row.attack}  # make_record's default
-            flags |= {"dataset": scale.dataset or row.dataset, "pratio": row.pratio, **scale.record}
-            if scale.name == "full" and row.dataset == "gtsrb":
-                flags["epochs"] = 50
-            records[name] = name if name in existing else {"name": name, **flags}
-            if entry := _defense_entry(row, scale, backdoorbench):
-                defenses[defense_folder(row)] = entry
+    for row in scaled_rows(table, scale).itertuples():
+        name = record_name(row, scale)
+        flags: dict[str, Any] = {} if row.attack == "badnet" else {"attack": row.attack}  # make_record's default
+        flags |= {"dataset": scale.dataset or row.dataset, "pratio": row.pratio, **scale.record}
+        if scale.name == "full" and row.dataset == "gtsrb":
+            flags["epochs"] = 50
+        records[name] = name if name in existing else {"name": name, **flags}
+        if entry := _defense_entry(row, scale, backdoorbench):
+            defenses[defense_folder(row)] = entry
     return {
-        "name": f"paper-{'-'.join(tables)}-{scale.name}",
+        "name": f"paper-{table}-{scale.name}",
         "records": list(records.values()),
         "defenses": list(defenses.values()),
         "ours": dict(scale.ours),

@@ -23,12 +23,14 @@ def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
     """One row per attack and value, and AVG rows over the attacks shown.
 
     ``ours_*``, ``published_*`` and ``difference_*`` are percent; ours is the mean over seeds, empty for what was not run.
-    ``origin`` says who ran it: ``ours`` or ``backdoorbench``. Results on a sample of the test images are left out.
+    ``origin`` says who ran it: ``ours`` or ``backdoorbench``. Left out are results on a sample of the test images, and those of
+    records with another model or poison rate than the row's.
     """
-    frame = frame[frame["test_images"].isna()]
+    frame = frame[frame["test_images"].isna() & (frame["model"].isna() | (frame["model"] == scale.record["model"]))]
     rows = []
     for row in paper.scaled_rows(table, scale).itertuples():
-        results = frame[(frame["record"] == paper.record_name(row, scale)) & (frame["method"] == paper.defense_folder(row))]
+        meant = (frame["record"] == paper.record_name(row, scale)) & (frame["method"] == paper.defense_folder(row))
+        results = frame[meant & (frame["pratio"].isna() | frame["pratio"].isin([row.pratio]))]
         line: dict[str, Any] = {"attack": row.attack, "value": row.value, "defense": row.defense}
         line["origin"] = ", ".join(sorted(set(results["origin"])))
         for metric in METRICS:

@@ -18,10 +18,12 @@ from typing import Any, TypeVar
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
 from fmp_core.results.detection import Detection, detection_of_neural_cleanse, detection_of_verdict
+from fmp_core.settings import deciding_result
 from fmp_core.storage.files import file_digest
 
 T = TypeVar("T")
 STAMP = "sweep.json"  # written by sweeps into each result folder: what was run, with which settings
+SWEEP_MARK = "FMP_SWEEP"  # environment variable of every process a sweep starts: the sweep's folder
 WHOLE_TEST = "whole_test.json"  # of a BB defense that tested on few images while it ran (run_defense.py --test_images)
 MODEL_DIGEST = "defense_result"  # key of the SHA-256 of the defense_result.pt that was tested
 MOST_BYTES = 16 * 2**20  # no metric csv of BB comes near this
@@ -39,6 +41,8 @@ AVERAGE = "AVG"  # stands for an attack in the rows over all
 ATTACKS = "badnet|blended|blind|bpp|ctrl|inputaware|lc|lf|lira|refool|sig|ssba|trojannn|wanet"
 BB_DATASETS = ("cifar10", "cifar100", "gtsrb", "tiny", "mnist", "celeba", "imagenet")  # those BackdoorBench knows
 DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))
+TRIGGER_FILES = r"trigger_file|trigger_img_path|mask_path|pattern_?path|replace_imgs_path"  # of make_record.py and of BB
+NO_FINAL_TEST = {"npd"}  # BB's defenses that save the attacked model's weights: what they tested is not in defense_result.pt
 NOT_DECIDING = r"seed|path|folder|save|log|file|name|device|worker|terminal|time|frequency|memory|blocking|prefetch|fresh|quiet"
 # Summaries of a stage that is not the defense's last (nad's teacher, the first stages of abl and dbd).
 UNFINISHED_STAGES = {"nad_te", "pre_train", "unlearn", "self", "train"}
@@ -51,8 +55,10 @@ class Result:
     metrics: Mapping[str, float]
     source: str  # the file the numbers were read from
     ours: bool = False
+    stamped: bool = False  # a sweep made it, and nothing has written there since
     seed: int | None = None
     method: str | None = None  # the sweep's label, equal over seeds
+    settings_digest: str | None = None  # differs between results of other settings than the seed
     before: Mapping[str, float] = field(default_factory=dict)  # the attacked model, as this run tested it
     dataset: str | None = None
     model: str | None = None
@@ -65,20 +71,32 @@ class Result:
 
 def read_result(folder: Path) -> Result:
     """The result in ``record/<name>/defense/<defense>``. Raises UserError: there is none, or it is damaged or impossible."""
-    stamp = read_json(folder / STAMP) if (folder / STAMP).is_file() else {}
-    seed, method = _integer(stamp, "seed"), _get(stamp, "method", str)
     path = folder / "metrics.json"
-    if not path.is_file():
-        tested, logged = _whole_test(folder), _logged_settings(folder)
-        path = _summary_file(folder) if tested is None else folder / WHOLE_TEST
-        ratio = logged.get("ratio", (_get(stamp, "settings", dict) or {}).get("ratio"))
-        seed = _integer(logged, "random_seed") if seed is None else seed
-        metrics = _read_summary(path) if tested is None else _fractions(tested, path)
-        seconds, cpu = _seconds_of_bb(folder)
-        about = (metrics, str(path), False, seed, method)
-        found = detection_of_neural_cleanse(folder) if (folder / "nc_df_summary.csv").is_file() else None
-        return Result(*about, ratio=_number(ratio), seconds=seconds, cpu_seconds=cpu, detection=found)
-    content = read_json(path)
+    return _our_result(path) if path.is_file() else _bb_result(folder)
+
+
+def _bb_result(folder: Path) -> Result:
+    tested, logged = _whole_test(folder), _logged_settings(folder)
+    path = _summary_file(folder) if tested is None else folder / WHOLE_TEST
+    stamp = _own_stamp(folder, path)
+    settings = _get(stamp, "settings", dict) or {}
+    seconds, cpu = _seconds_of_bb(folder)
+    return Result(
+        _read_summary(path) if tested is None else _fractions(tested, path),
+        str(path),
+        stamped=bool(stamp),
+        seed=_integer({**logged, **stamp}, "seed"),
+        method=_get(stamp, "method", str),
+        settings_digest=_digest({key: value for key, value in settings.items() if key != "random_seed"}),
+        ratio=_number(logged.get("ratio", settings.get("ratio"))),
+        seconds=seconds,
+        cpu_seconds=cpu,
+        detection=detection_of_neural_cleanse(folder) if (folder / "nc_df_summary.csv").is_file() else None,
+    )
+
+
+def _our_result(path: Path) -> Result:
+    content, stamp = read_json(path), _own_stamp(path.parent, path)
     settings, before, after = (_get(content, key, dict) or {} for key in ("settings", "before", "after"))
     if not after:
         raise UserError(f"{path} has no metrics after the defense")
@@ -86,8 +104,10 @@ def read_result(folder: Path) -> Result:
         _fractions(after, path),
         str(path),
         ours=True,
-        seed=_integer(content, "seed") if seed is None else seed,
-        method=method,
+        stamped=bool(stamp),
+        seed=_integer({**content, **stamp}, "seed"),
+        method=_get(stamp, "method", str),
+        settings_digest=_digest({key: settings.get(key) for key in deciding_result() if settings and key != "random_seed"}),
         before=_fractions(before, path) if before else {},
         dataset=_get(content, "dataset", str),
         model=_get(content, "model", str),
@@ -97,6 +117,15 @@ def read_result(folder: Path) -> Result:
         cpu_seconds=_number(content.get("cpu_seconds")),
         detection=detection_of_verdict(_get(content, "verdict", dict) or {}),
     )
+
+
+def _own_stamp(folder: Path, source: Path) -> dict[str, Any]:
+    """What a sweep noted beside the result in ``source``; nothing if something else wrote that file since."""
+    try:
+        stamp = read_json(folder / STAMP)
+    except UserError:
+        return {}
+    return stamp if stamp.get("source") == file_digest(source) else {}
 
 
 def _whole_test(folder: Path) -> dict[str, Any] | None:
@@ -137,7 +166,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         "target": _target(info),
         "pratio": _number(info.get("pratio")),
         "record_seed": _integer(info, "random_seed"),
-        "record_digest": _digest({str(key): value for key, value in info.items() if _decides(key, value)}),
+        "record_digest": _digest({str(key): _comparable(key, value) for key, value in info.items() if _decides(key, value)}),
     }
 
 
@@ -153,8 +182,14 @@ def _digest(settings: Mapping[str, Any]) -> str | None:
 
 
 def _decides(key: object, value: object) -> bool:
-    """Whether an entry of info.pickle tells what was attacked and how: no seed, path, device or name of a machine."""
-    return isinstance(value, (bool, int, float, str)) and not re.search(NOT_DECIDING, str(key))
+    """Whether an entry of info.pickle tells what was attacked and how: no seed, device or place on a machine."""
+    known = re.search(TRIGGER_FILES, str(key), re.IGNORECASE) or not re.search(NOT_DECIDING, str(key))
+    return isinstance(value, (bool, int, float, str)) and bool(known)
+
+
+def _comparable(key: object, value: object) -> object:
+    """A file without the folder it lay in."""
+    return Path(value).name if isinstance(value, str) and re.search(TRIGGER_FILES, str(key), re.IGNORECASE) else value
 
 
 def _summary_file(folder: Path) -> Path:
@@ -229,7 +264,7 @@ def _logged_settings(folder: Path) -> dict[str, Any]:
             head = file.read(2**16)
         if seed := re.search(r"'random_seed': (\d{1,10})\b", head):
             ratio = re.search(r"'ratio': ([\d.e-]{1,20})[,}]", head)
-            return {"random_seed": int(seed[1])} | ({"ratio": ratio[1]} if ratio else {})
+            return {"seed": int(seed[1])} | ({"ratio": ratio[1]} if ratio else {})
     return {}
 
 

@@ -18,14 +18,15 @@ def detections(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of ``frame`` (:func:`~fmp_core.results.collect.collect`) with a detector, and ``backdoored``: the truth.
 
     A model that was trained without poison is clean; one whose ASR is at least :data:`LEAST_ASR` is backdoored. Left out are
-    other models, those that only some of the detectors looked at, and further rows of one detector on the same model, seed and
-    share of clean data.
+    other models, and those that only some of the detectors looked at. Of several runs of a detector on a model that with the
+    lowest seed counts, then that with the most clean data.
     """
     asr = frame[frame["defense"] == BASELINE].set_index("record")["test_asr"]
     found = frame[frame["detector"].notna()].copy()
     clean, planted = found["pratio"] == 0, found["record"].map(asr) >= LEAST_ASR
     found["backdoored"] = planted & ~clean
-    found = found[clean | planted].drop_duplicates(["record", "detector", "seed", "ratio"])
+    found = found[clean | planted].sort_values(["seed", "ratio"], ascending=[True, False], kind="stable")
+    found = found.drop_duplicates(["record", "detector"]).sort_index()
     return found[found.groupby("record")["detector"].transform("nunique") == found["detector"].nunique()]
 
 

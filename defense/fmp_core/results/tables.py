@@ -72,11 +72,14 @@ def build_tables(frame: pd.DataFrame) -> list[Table]:
     """One table per dataset, model and poison rate in the tidy table of :func:`fmp_core.results.collect.collect`.
 
     A column is an attack; records of one attack that differ in their seed are averaged, other records of the same attack keep
-    their own column, named after the record. AVG is there for methods that were run on every attack. What was tested on a
-    sample of the test images has a row of its own, which says so.
+    their own column, named after the record. Results of one method that differ in more than their seed keep rows of their own,
+    named after their folders. AVG is there for methods that were run on every attack. What was tested on a sample of the test
+    images has a row of its own, which says so.
     """
+    frame = frame.assign(column=_columns(frame))
+    frame["method"] = frame["method"].mask(_differ(frame), frame["defense"])
     on_sample = frame["method"] + " (" + frame["test_images"].astype(str) + SAMPLE
-    frame = frame.assign(column=_columns(frame), method=frame["method"].where(frame["test_images"].isna(), on_sample))
+    frame["method"] = frame["method"].where(frame["test_images"].isna(), on_sample)
     tables = []
     for values, part in frame.groupby(SETTING, dropna=False, sort=True):
         dataset, model, pratio = cast(tuple[Any, Any, Any], values)
@@ -84,6 +87,12 @@ def build_tables(frame: pd.DataFrame) -> list[Table]:
         title = ", ".join(str(text) for text in (dataset, model, rate) if pd.notna(text) and text)
         tables.append(_table(title or "unknown setting", part))
     return tables
+
+
+def _differ(frame: pd.DataFrame) -> pd.Series:
+    """Whether results that would be averaged as seeds of one method were made with other settings."""
+    settings = frame.groupby([*SETTING, "column", "method"], dropna=False)["settings_digest"]
+    return settings.transform("nunique") > 1
 
 
 def _columns(frame: pd.DataFrame) -> pd.Series:

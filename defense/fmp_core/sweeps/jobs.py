@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from fmp_core.errors import UserError
-from fmp_core.results.read import STAMP, Result, read_json, read_result
+from fmp_core.results.read import STAMP, SWEEP_MARK, Result, read_json, read_result
 from fmp_core.storage.files import file_digest, write_text
-from fmp_core.storage.lock import locked
+from fmp_core.storage.lock import locked, result_lock
 
 ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch: a sweep and its nodes start at once
-MARK = "FMP_SWEEP"  # environment variable of every process a sweep starts: the sweep's folder
 _running: set[subprocess.Popen[bytes]] = set()
 
 
@@ -47,6 +46,11 @@ class Job:
         return f"{self.record.replace('/', '_')}.{self.folder.name if self.kind != 'record' else 'record'}"
 
     @property
+    def output(self) -> Path:
+        """Where its command writes; ``folder`` but for a BB defense whose result has another name."""
+        return self.writes or self.folder
+
+    @property
     def attack_file(self) -> Path:
         """What the job makes, if it is to make a record, or what it defends."""
         return (self.folder if self.kind == "record" else self.folder.parents[1]) / ATTACK_FILE
@@ -62,17 +66,23 @@ class Outcome:
 
 
 def settings_hash(job: Job) -> str:
-    """SHA-256 over what decides the result: the settings and, for a defense, the record's content."""
-    content = None
-    if job.kind != "record" and job.attack_file.is_file():
-        state = job.attack_file.stat()
-        content = _content_hash(job.attack_file, state.st_size, state.st_mtime_ns)
-    about = {"kind": job.kind, "settings": dict(job.settings), "record": content}
+    """SHA-256 over what decides the result: the settings, files that they name and, for a defense, the record's content."""
+    content = _content_hash(job.attack_file) if job.kind != "record" else None
+    named = {key: _content_hash(Path(value)) for key, value in job.settings.items() if isinstance(value, str)}
+    about = {"kind": job.kind, "settings": dict(job.settings), "files": named, "record": content}
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _content_hash(path: Path) -> str | None:
+    """None if there is no such file."""
+    if not path.is_file():
+        return None
+    state = path.stat()
+    return _hash_of_state(path, state.st_size, state.st_mtime_ns)
+
+
 @lru_cache(maxsize=1024)
-def _content_hash(path: Path, _size: int, _time_ns: int) -> str:
+def _hash_of_state(path: Path, _size: int, _time_ns: int) -> str:
     return file_digest(path)
 
 
@@ -85,7 +95,7 @@ def read_stamp(folder: Path) -> dict[str, Any]:
 
 
 def finished(job: Job) -> Outcome | None:
-    """The outcome of a job that needs no run: its result is whole and was made with the same settings; else None.
+    """The outcome of a job that needs no run: its result is whole, and a sweep made it with the same settings; else None.
 
     A record that exists without a stamp was made by hand, and is taken as it is.
     """
@@ -95,9 +105,10 @@ def finished(job: Job) -> Outcome | None:
     if stamp.get("hash") != settings_hash(job) or not (job.folder / "defense_result.pt").is_file():
         return None
     try:
-        return Outcome(float(stamp["seconds"]), result=read_result(job.folder))
+        result = read_result(job.folder)
     except UserError:
         return None
+    return Outcome(float(stamp["seconds"]), result=result) if result.stamped else None
 
 
 def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | None = None) -> Outcome:
@@ -105,22 +116,22 @@ def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | 
 
     ``environment`` is added to this process's own; after ``timeout`` seconds the job counts as failed.
     """
-    # BB's runs of one defense on one record write into one folder, so they share a lock.
-    lock = f"{job.record.replace('/', '_')}.{job.writes.name}.backdoorbench" if job.writes else job.name
-    with locked(sweep / "locks", wait=True, name=f"{lock}.lock"):
+    if job.kind != "record" and not job.attack_file.is_file():
+        return Outcome(0, f"there is no attack record in {job.attack_file.parent}")
+    with locked(job.output.parent, wait=True, name=result_lock(job.output)):  # other sweeps may write there, too
+        _bring_back(job)
         if done := finished(job):
             return done
-        if job.kind != "record" and not job.attack_file.is_file():
-            return Outcome(0, f"there is no attack record in {job.attack_file.parent}")
+        stamp: dict[str, Any] = {"hash": settings_hash(job), "method": job.method, "seed": job.seed}
         started = time.monotonic()
         log, failed = sweep / "logs" / f"{job.name}.log", sweep / "failed" / job.name
         try:
             with _kept_apart(job, failed):
-                result = _run_to_end(job, log, {MARK: str(sweep.resolve()), **environment}, timeout)
+                result = _run_to_end(job, log, {SWEEP_MARK: str(sweep.resolve()), **environment}, timeout)
                 seconds = time.monotonic() - started
-                stamp: dict[str, Any] = {"hash": settings_hash(job), "method": job.method, "seed": job.seed}
+                stamp |= {"source": file_digest(Path(result.source))} if result else {}
                 stamp |= {"seconds": round(seconds, 1), "command": list(job.command), "settings": dict(job.settings)}
-                write_text((job.writes or job.folder) / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
+                write_text(job.output / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
         except (UserError, OSError) as error:
             problem = str(error)
             if job.writes and failed.exists():  # the problem, and the log, name what the run left as it is now
@@ -133,6 +144,18 @@ def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | 
         return Outcome(seconds, result=result)
 
 
+def _aside(job: Job) -> Path:
+    """Where a BB result stands while another run writes into its folder."""
+    return job.output.with_name(f".{job.output.name}.aside")
+
+
+def _bring_back(job: Job) -> None:
+    """Put back what a run that was killed had put aside."""
+    if job.writes and _aside(job).exists():
+        shutil.rmtree(job.writes, ignore_errors=True)
+        _aside(job).rename(job.writes)
+
+
 @contextlib.contextmanager
 def _kept_apart(job: Job, failed: Path) -> Iterator[None]:
     """Take the stamp off the old result; put a BB result that stands in ``writes`` aside, and back unless it is replaced.
@@ -143,10 +166,7 @@ def _kept_apart(job: Job, failed: Path) -> Iterator[None]:
     if job.writes is None:
         yield
         return
-    aside = job.writes.with_name(f".{job.writes.name}.aside")
-    if aside.exists():  # a run was killed in here
-        shutil.rmtree(job.writes, ignore_errors=True)
-        aside.rename(job.writes)
+    aside = _aside(job)
     if job.writes.exists():
         job.writes.rename(aside)
     try:
@@ -193,7 +213,7 @@ def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: fl
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
         last = next((" ".join(line.split())[:400] for line in reversed(lines) if line.strip()), "it printed nothing")
         raise UserError(f"{problem}: {last} (log: {log})")
-    return read_result(job.writes or job.folder) if job.kind != "record" else None
+    return read_result(job.output) if job.kind != "record" else None
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -209,7 +229,7 @@ def stop_all() -> None:
 
 def stop_leftovers(sweep: Path) -> int:
     """Stop what a killed sweep of this folder left running on this machine (found by its mark); how many there were."""
-    mark = f"{MARK}={sweep.resolve()}".encode()
+    mark = f"{SWEEP_MARK}={sweep.resolve()}".encode()
     stopped = 0
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

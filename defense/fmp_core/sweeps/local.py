@@ -51,13 +51,13 @@ def may_start(job: Job, waiting: Sequence[Job], running: Sequence[Job], shared: 
     """Whether nothing that ``job`` needs is still to come; ``shared`` is the shared work that is done.
 
     A record must be made before it is defended; of the jobs that share work one must end before the others start, so that they
-    find its scores or triggers; and BackdoorBench's runs of one defense on one record write into one folder.
+    find its scores or triggers; and one at a time writes into a folder, as BackdoorBench's runs of one defense on a record do.
     """
     if job.kind == "record":
         return True
     if any(other.kind == "record" and other.record == job.record for other in (*waiting, *running)):
         return False
-    if job.writes and any(other.writes == job.writes for other in running):
+    if any(other.output == job.output for other in running):
         return False
     return job.shared_work is None or job.shared_work in shared or job.shared_work not in {it.shared_work for it in running}
 

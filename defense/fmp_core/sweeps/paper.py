@@ -24,9 +24,10 @@ def make(args: Namespace, warn: Callable[[str], None]) -> int:
     if not args.no_run:
         records = [path.parent for path in Path(args.record_root).glob(f"*/{ATTACK_FILE}")]
         by_hand = [folder.name for folder in records if not read_stamp(folder)]
-        content = sweep_content(tables, SCALES[args.scale], args.backdoorbench, by_hand)
-        content |= {key: getattr(args, key) for key in SWEEP_KEYS}
-        code = run_sweep(make_sweep(content, "paper_tables"), args.launcher, args.dry_run)
+        for table in tables:  # not one sweep: it would run the defenses of each table on the records of all
+            content = sweep_content(table, SCALES[args.scale], args.backdoorbench, by_hand)
+            content |= {key: getattr(args, key) for key in SWEEP_KEYS}
+            code = max(code, run_sweep(make_sweep(content, "paper_tables"), args.launcher, args.dry_run))
     if not args.dry_run:
         _show(tables, args, warn)
     return code
@@ -41,6 +42,7 @@ def _show(tables: list[str], args: Namespace, warn: Callable[[str], None]) -> No
 
     scale = SCALES[args.scale]
     frame = collect(args.record_root, lambda line: warn(printable(line)))
+    frame = frame[frame["seed"].isna() | frame["seed"].isin(args.seeds)]
     compared = {table: compare(table, scale, frame) for table in tables}
     text, markdown = (
         [comparison_text(table, scale, part, kind, bool(args.backdoorbench)) for table, part in compared.items()]

@@ -15,7 +15,7 @@ from fmp_core import fields
 from fmp_core.attacks.settings import AttackSettings, RecordSettings
 from fmp_core.errors import UserError
 from fmp_core.fields import ANYTHING, REQUIRED, integer, list_of, mapping, number, pattern, setting, text
-from fmp_core.results.read import BB_DATASETS
+from fmp_core.results.read import BB_DATASETS, NO_FINAL_TEST
 from fmp_core.settings import (
     FIELDS,
     PROJECT,
@@ -231,7 +231,8 @@ def _bb_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mapping
     flags = {**({"ratio": sweep.ratio} if takes_ratio and sweep.ratio is not None else {}), **flags}
     about = {"backdoorbench": sweep.backdoorbench, "defense": defense, "result_file": record}
     about |= {"record_root": sweep.record_root, "dataset_path": sweep.dataset_path, "device": sweep.job_device}
-    fewer = {"test_images": sweep.backdoorbench_test_images} if sweep.backdoorbench_test_images else {}
+    sample = sweep.backdoorbench_test_images if defense not in NO_FINAL_TEST else None
+    fewer = {"test_images": sample} if sample else {}
     start = (sys.executable, str(PROJECT / "record_scripts" / "run_defense.py"))
     folder = _result_folder(sweep, record, method, flags["random_seed"])
     command, decides = (*start, *_flags({**about, **fewer}), "--", *_flags(flags)), {"defense": defense, **flags, **fewer}

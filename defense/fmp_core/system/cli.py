@@ -75,12 +75,15 @@ kept = partial(_noted, "kept")  # with kept("new results are partly written"): .
 
 
 class Terminated(KeyboardInterrupt):
-    """The process got SIGTERM."""
+    """The process got SIGTERM, or SIGHUP: its terminal was closed."""
 
 
 @contextmanager
 def _stopping_gently() -> Iterator[None]:
-    """Raise :class:`Terminated` in the block on SIGTERM, so that locks, files and checkpoints are left in order."""
+    """Raise :class:`Terminated` in the block on SIGTERM and SIGHUP, so that locks, files and checkpoints are left in order.
+
+    SIGHUP only where it is not ignored, as under nohup.
+    """
 
     def stop(_signal: int, _frame: Any) -> None:
         raise Terminated
@@ -88,11 +91,14 @@ def _stopping_gently() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in map(signal.Signals.__getitem__, names) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _let_threads_sleep() -> None:
