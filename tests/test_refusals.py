@@ -99,7 +99,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Edit], None], str]] = {
     "unknown model": (unknown_model, "Model 'senet18' is not one of BackdoorBench's"),
     "wrong dataset": (another_dataset, "Dataset folder data/cifar100 does not exist"),
     "weights missing": (lose_weights, "lacks the weights fc.bias"),
-    "labels beyond the model": (toys_with_too_few_classes, "labelled up to 11"),
+    "labels beyond the model": (toys_with_too_few_classes, "labelled 0..11"),
 }
 BAD_FLAGS: dict[tuple[str, ...], str] = {
     ("--result_file", "gone"): "Record folder record/gone does not exist",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmp_core.data.attack_record import AttackRecord, read_attack_record
 from fmp_core.data.clean_subset import choose_subset, in_mixed_order
-from fmp_core.data.datasets import DatasetFacts, Split, dataset_facts, open_split
+from fmp_core.data.datasets import DatasetFacts, Split, check_labels, dataset_facts, open_split
 from fmp_core.errors import UserError
 from fmp_core.models.build import PixelModel, load_model
 from fmp_core.models.evaluate import TestData, even_sample, to_unit
@@ -57,7 +57,7 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
         open_split(settings.dataset_path, record.dataset, train, record.image_size) for train in (True, False)
     )
     for split in (train_set, test_set):
-        _check_labels(split, record)
+        check_labels(split, record.num_classes, record.dataset)
     subset = choose_subset(len(train_set), settings.ratio, settings.random_seed, settings.index)
     if settings.index is not None:
         subset = in_mixed_order(subset, train_set.labels[subset].tolist(), settings.random_seed)
@@ -132,15 +132,6 @@ def _check_flags(settings: Settings, record: AttackRecord) -> None:
                 f"{key} is set to {given}, but the record in {record.folder} has {value}; leave --{key} (or {key} in the YAML "
                 "file) out."
             )
-
-
-def _check_labels(split: Split, record: AttackRecord) -> None:
-    labels = split.labels.tolist()
-    if not labels or not 0 <= min(labels) <= max(labels) < record.num_classes:
-        raise UserError(
-            f"Dataset {record.dataset} must have images labelled 0..{record.num_classes - 1} as the record's model, but has "
-            f"{len(labels)} images{f' labelled up to {max(labels)}' if labels else ''}; check --dataset_path."
-        )
 
 
 def describe(inputs: Inputs, settings: Settings, device: Device) -> list[str]:

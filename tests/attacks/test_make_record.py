@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from dataset_files import save_image
 from fmp_core.attacks import make_record as making
 from fmp_core.attacks.recipes import RECIPES
 from fmp_core.data.attack_record import read_attack_record
@@ -39,6 +40,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file = root / "toys" / split / f"class{index % CLASSES}" / f"{index:02d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+    for split in ("Train", "Test"):
+        save_image(root / "gtsrb" / split / "43" / "a.png", 0)
+    with open(root / "several.npy", "wb") as archive:
+        np.savez(archive, a=np.ones(2), b=np.ones(2))
     return root
 
 
@@ -202,12 +207,17 @@ def test_an_unfinished_record_of_other_settings_is_not_overwritten(
         (["--limit_train", "25"], "--limit_train is 25, but toys has 24 training images"),
         (["--attack", "lf", "--trigger_file", "gone.npy"], "gone.npy cannot be read"),
         (["--dataset", "gone"], "gone does not exist"),
+        (["--dataset", "gtsrb"], "Dataset gtsrb must have images labelled 0..42, but has 1 images labelled 43..43"),
+        (["--attack", "lf", "--trigger_file", "several.npy"], "several.npy cannot be read as a .npy array (it holds several)"),
         (["--device", "tpu"], "--device tpu is not a device"),
         (["--unknown", "1"], "unrecognized arguments"),
         (["--model", "preactresnet18", "--lr", "1e30", "--epochs", "2"], "Training diverged"),
     ],
 )
-def test_bad_flags_are_one_sentence(more: list[str], says: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_flags_are_one_sentence(
+    more: list[str], says: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(data)
     try:
         code = make_record.main(flags(data, tmp_path, "--quiet", *more))
     except SystemExit as stop:
@@ -225,6 +235,33 @@ def test_a_model_that_cannot_be_trained_is_refused_before_anything_is_read(tmp_p
         assert f"Model {model} " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert "mnist" not in RECIPES
+
+
+def test_a_dataset_may_be_named_as_its_archive_is(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for label in range(43):
+            save_image(tmp_path / "GTSRB" / split / f"{label:05d}" / "a.png", label)
+    words = ["--dataset", "GTSRB", "--dataset_path", str(tmp_path), "--device", "cpu", "--quiet"]
+    words += ["--record_root", str(tmp_path / "record"), "--model", "squeezenet1_0", "--epochs", "1", "--amp", "False"]
+    assert make_record.main([*words, "--lr", "0.001"]) == 0
+    record = tmp_path / "record" / "badnet_gtsrb"
+    assert load_torch_file(record / "info.pickle")["dataset"] == "gtsrb"
+    assert load_torch_file(record / "attack_result.pt")["clean_data"] == "gtsrb"
+
+
+def test_a_record_that_appeared_meanwhile_is_not_made_again(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = making.make_plan
+
+    def slowly(*about: Any) -> making.Plan:
+        made = plan(*about)
+        made.folder.mkdir(parents=True)  # by another process, while this one reads its dataset
+        return made
+
+    monkeypatch.setattr(making, "make_plan", slowly)
+    assert make_record.main(flags(data, tmp_path, "--save_folder_name", "mine")) == 2
+    assert "mine exists already" in capsys.readouterr().err and names(tmp_path / "record") == {"mine"}
 
 
 def test_a_limited_record_numbers_its_images_as_the_whole_dataset(

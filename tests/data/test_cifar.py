@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dataset_files import CIFAR, python2_batch, random_pixels, write_cifar10, write_pickle
+from dataset_files import CIFAR, python2_batch, random_pixels, save_image, write_cifar10, write_pickle
 from fmp_core.data.datasets import dataset_facts, open_split
 from fmp_core.errors import UserError
 from PIL import Image
@@ -38,6 +38,13 @@ def test_cifar100_has_fine_labels(tmp_path: Path):
     assert open_split(tmp_path, "cifar100", True, CIFAR).labels.tolist() == [0, 99, 1]
     test = open_split(tmp_path, "cifar100", False, CIFAR)
     assert np.array_equal(test.read([2]).numpy(), random_pixels(3, 2)[[2]])
+
+
+def test_cifar100_may_be_folders_of_images(tmp_path: Path):
+    for part, label in (("train", 0), ("train", 1), ("test", 1)):
+        save_image(tmp_path / "cifar100" / part / f"{label:02d}" / "a.png", 9)
+    save_image(tmp_path / "cifar100" / "test" / "00" / "a.png", 9)
+    assert open_split(tmp_path, "cifar100", True, CIFAR).labels.tolist() == [0, 1]
 
 
 def test_labels_may_be_an_array(tmp_path: Path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dataset_files import CIFAR, random_pixels, save_image
 from fmp_core.data.datasets import FACTS, dataset_facts, known_name, open_split
+from fmp_core.data.images import read_images
 from fmp_core.errors import UserError
 
 
@@ -100,3 +101,11 @@ def test_mean_and_std_can_be_given():
 def test_an_unknown_datasets_pixels_stay_as_they_are():
     facts = dataset_facts("toys", (16, 16, 1))
     assert (facts.num_classes, facts.size, facts.mean, facts.std) == (None, (16, 16, 1), (0.0,), (1.0,))
+
+
+def test_small_files_that_decode_to_very_many_pixels_are_refused(tmp_path: Path):
+    save_image(tmp_path / "large.png", 0, size=(300, 200))
+    files = [tmp_path / "large.png"] * 3
+    assert read_images(files, CIFAR, 180_000).shape == (3, 3, 32, 32)
+    with pytest.raises(UserError, match="it has 300x200 pixels"):
+        read_images(files, CIFAR, 179_999)

@@ -53,6 +53,18 @@ def test_v1_true_labels_come_from_the_indices(record: Path, edit_record: Edit):
     assert read_attack_record(record).bd_test.true_labels(clean_test()).tolist() == TRUE
 
 
+def test_true_labels_of_the_whole_test_set_are_read_at_the_indices(record: Path, edit_record: Edit):
+    """BB's WaNet of March 2022 saved them so, and its defenses of then read them so."""
+    whole = [7] * (max(AT) + 1)
+    for place, label in zip(AT, TRUE, strict=True):
+        whole[place] = label
+    edit_record(record, v1(pil_images(), original_index=AT, original_targets=whole))
+    assert read_attack_record(record).bd_test.original.tolist() == TRUE
+    edit_record(record, v1(pil_images(), original_index=[*AT[:3], 99], original_targets=whole))
+    with pytest.raises(UserError, match="original_targets has 3 entries for 4 images"):
+        read_attack_record(record)
+
+
 @pytest.mark.parametrize("key", [("model",), ("img_size",), ("bd_test", "poison_indicator")])
 def test_an_unknown_object_where_data_is_needed_is_named(key: tuple[str, ...], record: Path, edit_record: Edit):
     edit_record(record, set_to(*key, value=argparse.Namespace(x=1)))

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fmp_core.attacks.poisoning import Poison, limit_train, poison
 from fmp_core.attacks.settings import AttackSettings, RecordSettings
 from fmp_core.attacks.train_model import AttackEpoch, History, clean_metrics, recipe, train_attacked_model, training_set
-from fmp_core.data.datasets import FACTS, DatasetFacts, Split, dataset_facts, open_split
+from fmp_core.data.datasets import FACTS, DatasetFacts, Split, check_labels, dataset_facts, known_name, open_split
 from fmp_core.data.digits import make_digits
 from fmp_core.data.images import Size
 from fmp_core.data.write_record import write_attack_record
@@ -68,6 +68,11 @@ def make_record(record: RecordSettings, attack: AttackSettings, training: dict[s
     device = choose_device(str(training.get("device", "auto")))
     plan = make_plan(record, attack, training)
     with locked(plan.unfinished, False, ANOTHER.format(record=plan.folder), LOCK):
+        try:
+            _refuse_existing(plan.folder)  # another process may have made it meanwhile
+        except UserError:
+            shutil.rmtree(plan.unfinished)
+            raise
         _make(plan, device)
         (plan.folder / LOCK).unlink()
     return plan.folder
@@ -101,9 +106,9 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
 
     Raises UserError if the record exists already, or the model, a setting, the dataset or a trigger file is not usable.
     """
+    record = replace(record, dataset=known_name(record.dataset) or record.dataset)
     folder = Path(record.record_root) / (record.save_folder_name or f"{attack.attack}_{record.dataset}")
-    if folder.exists():
-        raise UserError(f"{folder} exists already; remove it or choose another --save_folder_name.")
+    _refuse_existing(folder)
     if training.get("epochs") == 0:
         raise UserError("--epochs is 0, but a model must be trained for at least one epoch.")
     known = FACTS.get(record.dataset)
@@ -115,6 +120,8 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
         make_digits(Path(record.dataset_path) / "digits")
     train_set, test_set = (open_split(record.dataset_path, record.dataset, train, size) for train in (True, False))
     num_classes = facts.num_classes or int(train_set.labels.max()) + 1
+    for split in (train_set, test_set):
+        check_labels(split, num_classes, record.dataset)
     if num_classes < 2:
         raise UserError(f"{record.dataset} has images of one class only; a classifier needs two.")
     attack.check(num_classes)
@@ -124,6 +131,11 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
     used = limit_train(len(train_set), record.limit_train, seed)
     poisoned = None if attack.attack == "none" else poison(train_set, test_set, attack, size, num_classes, seed, used)
     return Plan(record, attack, folder, settings, facts, num_classes, train_set, test_set, used, poisoned)
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise UserError(f"{folder} exists already; remove it or choose another --save_folder_name.")
 
 
 def check_model(name: str, num_classes: int, dataset: str, size: Size) -> nn.Module:

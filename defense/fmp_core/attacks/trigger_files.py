@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,11 @@ from fmp_core.errors import UserError
 def _load_array(path: Path) -> np.ndarray:
     # Encoded training sets are large and poisoned in part, so the file is mapped. Pickled objects are refused.
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it holds several")
+        return array
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"Trigger file {path} cannot be read as a .npy array ({error}).") from None
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fmp_core.data.datasets import DatasetFacts, Split, dataset_facts
-from fmp_core.data.images import Size, read_images
+from fmp_core.data.images import MOST_PIXELS, Size, read_images
 from fmp_core.data.pixel_range import pixels_of
 from fmp_core.errors import UserError
 from fmp_core.storage.placeholders import Opaque
@@ -28,6 +28,7 @@ from fmp_core.storage.torch_file import load_torch_file
 ATTACK_FILE = "attack_result.pt"
 MOST_CLASSES = 1_000_000
 DIFFERENT_LABELS = 0.05  # share of labels in which re-encoded data may differ from the record; another order differs in most
+LARGER = 16  # times as many pixels as the record's size may its image files have on average; BB writes them at that size
 DEPTH = 4  # folders between a record root and its records
 ATTACK_KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
 
@@ -51,7 +52,10 @@ class PoisonedSet:
 
     def pixels(self, size: Size) -> Tensor:
         """uint8 ``[N, C, H, W]``. Raises UserError if a file cannot be decoded."""
-        return self.images if isinstance(self.images, Tensor) else read_images(self.images, size)
+        if isinstance(self.images, Tensor):
+            return self.images
+        most = MOST_PIXELS + LARGER * len(self.images) * size[0] * size[1]  # a small file can take seconds
+        return read_images(self.images, size, most)
 
     def true_labels(self, clean_test: Split) -> Tensor:
         """The true labels, int64 ``[N]``, compared with those of the clean test set where the record names its images.
@@ -216,8 +220,12 @@ def _v1_poisoned_set(state: Mapping[str, Any], size: Size, facts: DatasetFacts) 
         raise ValueError(f"bd_test has {len(state['x'])} images and {len(state['y'])} labels")
     images = pixels_of(state["x"], size, facts.mean, facts.std)
 
+    order = state.get("original_index")
+
     def known(name: str) -> Tensor | None:
         values = state.get(name)
+        if name == "original_targets" and values is not None and order is not None and len(values) > len(images) == len(order):
+            values = [values[i] for i in _integers(order) if 0 <= i < len(values)]  # early v1: of all test images
         if values is not None and len(values) != len(images):
             raise ValueError(f"bd_test {name} has {len(values)} entries for {len(images)} images")
         return None if values is None else _int64(values)

@@ -18,7 +18,7 @@ from fmp_core.errors import UserError
 from fmp_core.storage.placeholders import RefusedError
 from fmp_core.storage.unpickler import read_pickle
 
-__all__ = ["FACTS", "DatasetFacts", "Split", "dataset_facts", "known_name", "open_split"]
+__all__ = ["FACTS", "DatasetFacts", "Split", "check_labels", "dataset_facts", "known_name", "open_split"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,16 @@ def open_split(root: str | Path, name: str, train: bool, size: Size) -> Split:
         raise UserError(f"{about} cannot be read ({error}); unpack the dataset again.") from None
 
 
+def check_labels(split: Split, num_classes: int, name: str) -> None:
+    """Raises UserError unless the split of dataset ``name`` has images, and labels of ``num_classes`` classes."""
+    labels = split.labels.tolist()
+    if not labels or not 0 <= min(labels) <= max(labels) < num_classes:
+        raise UserError(
+            f"Dataset {name} must have images labelled 0..{num_classes - 1}, but has {len(labels)} images"
+            f"{f' labelled {min(labels)}..{max(labels)}' if labels else ''}; check --dataset_path."
+        )
+
+
 def dataset_folder(root: Path, name: str) -> Path:
     """The folder of dataset ``name`` below ``root``. Raises UserError: there is none, or several mean it."""
     exact, known = root / name, known_name(name)
@@ -131,7 +141,7 @@ def _array_split(images: np.ndarray, labels: Sequence[int] | np.ndarray, size: S
 
 def _cifar(folder: Path, inner: str, names: list[str], label_key: str, classes: int, size: Size) -> Split:
     """No md5 is checked: the layout is what matters, and re-encoded copies are welcome; shapes and labels are checked."""
-    place = next((base for base in (folder / inner, folder) if any((base / name).exists() for name in names)), None)
+    place = next((base for base in (folder / inner, folder) if any((base / name).is_file() for name in names)), None)
     if place is None:
         raise LayoutError(f"{inner}/{names[0]}", folder)
     images, labels = [], []

@@ -65,21 +65,26 @@ def resized(images: Tensor, size: Size) -> Tensor:
     """uint8 ``[N, C, H, W]`` of any height and width, as :func:`to_pixels`."""
     if not len(images) or images.shape[1:] == (size[2], *size[:2]):
         return images
-    return torch.stack([to_pixels(to_pil(image), size) for image in images])
+    pixels = room_for(len(images), size)
+    for row, image in enumerate(images):
+        pixels[row] = to_pixels(to_pil(image), size)
+    return pixels
 
 
-def read_images(paths: Sequence[Path], size: Size) -> Tensor:
+def read_images(paths: Sequence[Path], size: Size, most_pixels: float = math.inf) -> Tensor:
     """Decode files to one uint8 tensor ``[N, C, H, W]``.
 
-    Raises UserError, naming the file, if one is missing, is not an image, or is truncated.
+    Raises UserError, naming the file, if one is missing, is not an image, or is truncated, or if all of them together have more
+    than ``most_pixels``.
     """
-    pixels = room_for(len(paths), size)
+    pixels, decoded = room_for(len(paths), size), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata; what matters is an error
         for row, path in enumerate(paths):
             try:
                 with Image.open(path, formats=FORMATS) as image:
-                    if math.prod(image.size) > MOST_PIXELS:
+                    decoded += math.prod(image.size)
+                    if math.prod(image.size) > MOST_PIXELS or decoded > most_pixels:
                         raise ValueError(f"it has {image.width}x{image.height} pixels")
                     pixels[row] = to_pixels(image, size)
             except FileNotFoundError:

@@ -123,8 +123,11 @@ def _encode(text: str, encoding: str) -> bytes:
 def hashable(key: Any) -> Any:
     """``key`` as the key of a dict; one that is no plain value becomes an :class:`Opaque`, under which nobody looks.
 
-    Hashing a tuple is recursive in C, without a limit: a deep one would end the process. So tuples are never hashed.
+    Hashing a tuple is recursive in C, without a limit: a deep one would end the process. So tuples are never hashed. Whole
+    numbers beyond Python's hash modulus can be chosen to collide, which makes a dict take hours.
     """
+    if type(key) is int and abs(key) >= sys.hash_info.modulus:
+        raise RefusedError("a huge number as the key of a dict", runs_code=False)
     if isinstance(key, (str, bytes, int, float, np.number, type(None), Opaque)):
         return key
     if type(key) is tuple and all(isinstance(part, (str, bytes, int, float, np.number, type(None))) for part in key):

@@ -30,6 +30,8 @@ from fmp_core.storage.placeholders import (
 )
 
 MOST_INSTRUCTIONS = 20_000_000  # of one pickle; a record of CIFAR-10 has 0.4 million. Each may make an object of 64 bytes.
+MOST_COPIES = 4  # of each byte read so far, in arguments of calls: a pickle can name one large text again and again
+LARGE = 64  # length of an argument that counts
 
 
 def read_pickle(
@@ -66,8 +68,12 @@ class _Machine:
     stack: list[Any] = field(default_factory=list)
     marks: list[list[Any]] = field(default_factory=list)  # the stacks below each mark
     memo: dict[int, Any] = field(default_factory=dict)
+    position: Callable[[], int] = int  # how many bytes were read
+    copied: int = 0  # lengths of large arguments of calls so far
 
     def run(self, file: IO[bytes]) -> Any:
+        start, self.position = file.tell(), file.tell
+        self.copied = -MOST_COPIES * start  # counted from where this pickle begins
         for count, (op, arg, _) in enumerate(pickletools.genops(file)):
             if count == MOST_INSTRUCTIONS:
                 raise RefusedError(f"more than {MOST_INSTRUCTIONS} objects", runs_code=False)
@@ -129,8 +135,17 @@ class _Machine:
             raise RefusedError(full)
         return value
 
+    def count_copies(self, arguments: Any) -> None:
+        """Calls copy their arguments, so these must not be more than the file can hold."""
+        sized = (str, bytes, bytearray, list, tuple)
+        lengths = (len(part) for part in arguments if type(part) in sized) if type(arguments) is tuple else ()
+        self.copied += sum(length for length in lengths if length > LARGE)
+        if self.copied > MOST_COPIES * self.position():
+            raise RefusedError("the same large value again and again", runs_code=False)
+
     def call(self, _arg: None, makes_object: bool = False) -> None:
         arguments = self.stack.pop()
+        self.count_copies(arguments)
         function = self.stack[-1]
         if isinstance(function, UnknownClass) and makes_object:  # an object is made, no code of the class runs
             self.stack[-1] = Opaque(function.name)
@@ -144,6 +159,7 @@ class _Machine:
 
     def build(self, _arg: None) -> None:
         state = self.stack.pop()
+        self.count_copies(state)
         instance = self.stack[-1]
         if type(instance) is np.ndarray:
             build_array(instance, state)
