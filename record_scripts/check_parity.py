@@ -15,7 +15,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this copy, not an installed one
 
 from fmp_core.backdoorbench.workspace import add_job_flags, job_of
 from fmp_core.system.cli import Parser, run_main

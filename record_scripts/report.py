@@ -14,7 +14,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this copy, not an installed one
 
 from fmp_core.fields import add_flags, parse_flags
 from fmp_core.settings import Settings

@@ -17,7 +17,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import NoReturn
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this copy, not an installed one
 
 from fmp_core.backdoorbench.run import run_on_record
 from fmp_core.backdoorbench.workspace import add_job_flags, job_of

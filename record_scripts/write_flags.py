@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "defense"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this copy, not an installed one
 
 from fmp_core.attacks.settings import AttackSettings, RecordSettings
 from fmp_core.fields import as_text, fields_of, markdown

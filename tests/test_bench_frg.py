@@ -31,7 +31,7 @@ def test_all_figures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "efficiency" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", ["--images", "--maps", "--repeat"])
+@pytest.mark.parametrize("flag", ["--images", "--maps", "--repeat", "--chunk", "--memory"])
 def test_counts_are_at_least_one(flag: str, capsys: pytest.CaptureFixture[str]):
     assert bench_frg.main([flag, "0", "--device", "cpu"]) == 2
     assert f"{flag} is 0, but must be at least 1" in capsys.readouterr().err

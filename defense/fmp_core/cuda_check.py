@@ -150,7 +150,12 @@ def environment() -> list[Row]:
     from fmp_core.system.versions import versions
 
     capability = ".".join(map(str, torch.cuda.get_device_capability(0)))
-    query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,mig.mode.current", "--format=csv,noheader", "--id=0"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,memory.total,mig.mode.current",
+        "--format=csv,noheader",
+        f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}",
+    ]
     try:
         driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):

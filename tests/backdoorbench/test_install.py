@@ -97,6 +97,16 @@ def test_foreign_files_are_never_overwritten(checkout: Path, small: Path, tree: 
     assert tree(checkout) == before
 
 
+def test_files_behind_a_link_are_not_the_checkouts(checkout: Path, small: Path, tree: Tree) -> None:
+    install(checkout, small)
+    shutil.rmtree(checkout / "record_scripts")
+    (checkout / "record_scripts").symlink_to(small / "record_scripts")
+    before = tree(small)
+    with pytest.raises(UserError, match=r"record_scripts/e\.py .* did not come from this installer"):
+        uninstall(checkout, force=True)
+    assert tree(small) == before
+
+
 def test_an_update_replaces_adds_and_removes(checkout: Path, small: Path, tree: Tree) -> None:
     before = tree(checkout)
     install(checkout, small)

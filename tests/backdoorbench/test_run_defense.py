@@ -23,6 +23,7 @@ from fmp_core.backdoorbench.workspace import Job, open_job, workspace
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.errors import UserError
 from fmp_core.results.read import read_result
+from fmp_core.storage.lock import locked, result_lock
 
 BACKSTOP = 900
 Tree = Callable[[Path], dict[str, str | None]]
@@ -97,6 +98,30 @@ def test_with_few_test_images_the_final_model_is_tested_on_all(checkout: Path, t
     assert read_result(tiny_record / "defense" / "counter").metrics["test_acc"] == 0.5
     with pytest.raises(UserError, match=r"defense_result.pt holds no model; run the defense without --test_images"):
         run(checkout, defense="counter", test_images=4)
+    with pytest.raises(UserError, match="tested on 4 images only; its test on all did not end, run it again"):
+        read_result(tiny_record / "defense" / "counter")
+
+
+def test_a_defense_that_saves_other_weights_than_it_tests_takes_no_test_images(checkout: Path, tiny_record: Path) -> None:
+    for defense, extra in (("npd", []), ("nab", []), ("anp", ["--pruning_number", "0.1"])):
+        with pytest.raises(UserError, match=f"--test_images cannot be used with {defense} here"):
+            run(checkout, *extra, defense=defense, test_images=4)
+
+
+def test_results_that_another_run_writes_are_left_alone(checkout: Path, tiny_record: Path) -> None:
+    mine = tiny_record / "defense" / "echo" / "metrics.json"
+    with locked(tiny_record / "defense", wait=False, name=result_lock(mine.parent)):
+        mine.parent.mkdir(exist_ok=True)
+        mine.touch()
+        with pytest.raises(UserError, match="Another run of echo writes into the results of this record"):
+            run(checkout)
+    assert mine.exists()
+    assert run(checkout)[1] == 0 and not mine.exists()  # it would be read in place of BackdoorBench's
+
+
+def test_an_unknown_device_is_refused_before_backdoorbench_starts(checkout: Path, tiny_record: Path) -> None:
+    with pytest.raises(UserError, match="--device gpu is not a device"):
+        open_job(checkout, "record", RECORD, "data", "gpu")
 
 
 def test_an_impossible_number_of_test_images_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from fmp_core.report.figures import training_curves
 from fmp_core.report.findings import HEADLINES
 from fmp_core.results.intervals import wilson
 from fmp_core.results.removal import attack_outcome
+from fmp_core.storage.files import file_digest
 
 SAMPLE = ("--test_images", "8")  # of 10 clean and 9 triggered images
 RESULTS = Path("record") / RECORD / "defense" / "fmp"
@@ -154,10 +155,29 @@ def test_without_pairs_the_page_says_so(place: Path, edit_record: Callable[[Path
         content["bd_test"] = {"x": images, "y": [i[0] for i in items], "original_targets": [i[1] for i in items]}
 
     edit_record(place / "record" / RECORD, as_v1)
+    edit_metrics(place, {}, attack_result=file_digest(place / "record" / RECORD / "attack_result.pt"))
     assert make() == 0
     text = page(place)
     assert "does not say which clean test image" in text and "TAC rank" not in text
     assert "tac" not in strips(text)["layers"][0]
+
+
+def test_a_record_that_was_made_again_is_not_the_runs(place: Path, edit_record: Callable[..., None], capsys):
+    edit_record(
+        place / "record" / RECORD, lambda content: content["model"].update({"fc.bias": content["model"]["fc.bias"] + 1})
+    )
+    assert make() == 2
+    assert "attack_result.pt is not the model that the run in" in capsys.readouterr().err
+
+
+def test_an_ablation_that_prunes_other_maps_than_it_measures_has_no_strips(place: Path):
+    maps = pd.read_csv(place / RESULTS / "feature_maps.csv").drop(columns=["correct", "samples", "margin", "rank"])
+    maps.assign(moved=range(len(maps))).to_csv(place / RESULTS / "feature_maps.csv", index=False)
+    edit_metrics(place, {"selection": "trigger"}, chosen_by="ablate.py --rows strong-random")
+    assert make() == 0
+    text = page(place)
+    assert "This is an ablation (ablate.py" in text and 'id="maps"' not in text
+    assert "Nothing was pruned" not in text
 
 
 def test_a_random_selection_has_a_page_without_strips(place: Path):

@@ -225,6 +225,14 @@ def test_records_are_told_apart_by_what_their_attacks_were_set_to(tmp_path: Path
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_records_are_told_apart_by_the_files_of_their_triggers(tmp_path: Path) -> None:
+    digests = []
+    for picture in ("a/kitty.jpg", "b/kitty.jpg", "a/noise.jpg"):
+        torch.save({"attack": "blended", "attack_trigger_img_path": picture}, tmp_path / "info.pickle")
+        digests.append(read_record(tmp_path)["record_digest"])
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_the_last_run_of_backdoorbench_says_seed_and_ratio(tmp_path: Path) -> None:
     write(tmp_path / "ft_df_summary.csv", three_rows(0.9, 0.1, 0.8))
     for day, seed, ratio in ((1, 0, 0.05), (2, 3, 0.1)):

@@ -52,6 +52,12 @@ def test_accuracy_is_lost_from_the_test_that_der_compares_with() -> None:
     assert points([both]) == {"BadNets": {"fmp": (1.0, 3.0), "ft": (1.0, 60.0)}}
 
 
+def test_tests_on_a_sample_are_not_drawn() -> None:
+    frame = frame_of(badnet={"attacked": (91.0, 95.0), "fmp": (92.0, 60.0), "ft": (92.0, 60.0)})
+    frame.loc[frame["method"] == "fmp", "test_images"] = 500
+    assert points(build_tables(frame)) == {"BadNets": {"ft": (-1.0, 60.0)}}
+
+
 def test_an_attack_without_figures_of_the_attacked_model_is_left_out() -> None:
     assert set(points([table(badnet={"attacked": (91.0, 95.0), "ft": (92.0, 60.0)}, lf={"ft": (90.0, 2.0)})])) == {"BadNets"}
 

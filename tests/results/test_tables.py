@@ -41,6 +41,14 @@ def test_different_records_of_one_attack_are_not_mixed() -> None:
     assert table.attacks == ["a", "b", "AVG"]
 
 
+def test_results_of_other_settings_are_no_seeds_of_one_method() -> None:
+    frame = frame_of(("a", "badnet", "fmp", 0.8), ("a", "badnet", "fmp", 0.6)).assign(defense=["fmp", "fmp-s1"])
+    (table,) = build_tables(frame)
+    assert table.means["badnet", "test_acc"].to_dict() == {"fmp": pytest.approx(70)}
+    (table,) = build_tables(frame.assign(settings_digest=["10 epochs", "3 epochs"]))
+    assert table.means["badnet", "test_acc"].to_dict() == {"fmp": pytest.approx(80), "fmp-s1": pytest.approx(60)}
+
+
 def test_methods_are_ordered_as_people_count() -> None:
     rows = [("a", "badnet", name, 0.5) for name in ("fmp-p16", "fmp-p4", "ft (published)", "no defense", "fmp")]
     (table,) = build_tables(frame_of(*rows))

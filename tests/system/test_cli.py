@@ -81,19 +81,28 @@ def test_an_error_that_is_nobodys_input_keeps_its_traceback():
         run_main("tool", raising(RuntimeError("a bug"), "ranking"))
 
 
-def test_sigterm_ends_like_an_interruption_and_cleans_up(capsys: pytest.CaptureFixture[str]):
-    before, cleaned = signal.getsignal(signal.SIGTERM), []
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_end_is_like_an_interruption_and_cleans_up(number: int, capsys: pytest.CaptureFixture[str]):
+    before, cleaned = signal.getsignal(number), []
 
     def work() -> None:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             signal.pause()
         finally:
             cleaned.append(True)
 
     assert run_main("tool", work, again="it without --fresh") == 143
-    assert cleaned and signal.getsignal(signal.SIGTERM) is before
+    assert cleaned and signal.getsignal(number) is before
     assert "terminated; earlier results are unchanged. Run it without --fresh again" in capsys.readouterr().err
+
+
+def test_a_closed_terminal_that_is_to_be_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert run_main("tool", lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_reader_who_goes_is_no_error():

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fmp_core.errors import UserError
 from fmp_core.system import distributed
-from fmp_core.system.devices import Device
+from fmp_core.system.devices import Device, choose_device
 
 WORKER = """
 import json, torch
@@ -59,6 +60,20 @@ def test_a_cluster_that_sets_only_some_variables_is_no_torchrun(monkeypatch: pyt
     monkeypatch.setenv("RANK", "0")
     alone = Device(torch.device("cpu"))
     assert distributed.join(alone) is alone and not distributed.is_distributed()
+
+
+@pytest.mark.parametrize(("named", "taken"), [("cuda", 1), ("cuda:3,2", 2)])
+def test_processes_take_the_gpus_that_are_named(named: str, taken: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    for name in distributed.TORCHRUN:
+        monkeypatch.setenv(name, "1")
+    chosen: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert distributed.join(choose_device(named)).device == torch.device("cuda", taken) == chosen[0]
+    with pytest.raises(UserError, match="give --nproc_per_node=1"):
+        distributed.join(choose_device("cuda:3"))
 
 
 def test_two_processes_score_to_the_bits_of_one(worker: Path):

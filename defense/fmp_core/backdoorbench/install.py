@@ -134,9 +134,11 @@ def _write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def _check_owned(root: Path, places: Collection[str], manifest: Manifest, force: bool) -> None:
-    """Raises UserError if anything at ``places`` is not ours, or ours but changed since (unless ``force``)."""
+    """Raises UserError if anything at ``places`` is not ours, or lies behind a link, or is ours but changed since (unless
+    ``force``)."""
     there = {place: content for place in sorted(places) if (content := fingerprint(root / place)) is not None}
-    foreign = [place for place in there if place not in manifest.files]
+    linked = {place for place in there for parent in Path(place).parents if (root / parent).is_symlink() and parent.parts}
+    foreign = [place for place in there if place not in manifest.files or place in linked]
     if foreign:
         raise UserError(f"{listed(foreign)} in {root} did not come from this installer; move it away. Nothing was changed.")
     changed = [place for place, content in there.items() if content not in manifest.files[place]]

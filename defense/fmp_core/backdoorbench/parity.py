@@ -24,7 +24,7 @@ from fmp_core.backdoorbench.process import in_own_process, run_script
 from fmp_core.backdoorbench.workspace import Job, workspace
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
-from fmp_core.results.read import read_json
+from fmp_core.results.values import read_json
 
 PROBE = Path(__file__).resolve().with_name("probe.py")
 LOSSES = ("clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch")
@@ -93,16 +93,15 @@ def _stage(number: str, what: str) -> Iterator[None]:
 
 def ask_fmp(job: Job, scratch: Path) -> dict[str, Any]:
     """What FMP makes of the record with its default settings, and the question to BackdoorBench. Imports torch."""
-    import torch
-
     from fmp_core.data.clean_subset import choose_subset
     from fmp_core.inputs import load_inputs
     from fmp_core.models.evaluate import evaluate
     from fmp_core.settings import load_settings
+    from fmp_core.system.devices import choose_device
 
     flags = {"record_root": str(job.folder.parents[job.name.count("/")]), "dataset_path": str(job.dataset_path)}
     settings = load_settings(flags)
-    inputs = load_inputs(settings, job.name, torch.device(job.device))
+    inputs = load_inputs(settings, job.name, choose_device(job.device).device)
     indexed = sorted(inputs.subset)[::-1]  # a subset in an order that no seed gives
     index = scratch / "index.txt"
     index.write_text("".join(f"{i}\n" for i in indexed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 from fmp_core.backdoorbench.process import Ended, in_own_process, run_script
 from fmp_core.backdoorbench.workspace import Job, workspace
 from fmp_core.errors import UserError
-from fmp_core.results.read import NO_FINAL_TEST, STAMP, SWEEP_MARK, WHOLE_TEST
-from fmp_core.storage.files import make_folders, refuse_links_out_of
+from fmp_core.results.read import NO_FINAL_TEST, SAMPLE_ONLY, STAMP, SWEEP_MARK, WHOLE_TEST
+from fmp_core.storage.files import make_folders, refuse_links_out_of, write_text
 from fmp_core.storage.lock import locked, result_lock
 
 NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
@@ -32,10 +33,9 @@ def run_on_record(
     Raises UserError if there is no such script or no result to analyse, BackdoorBench cannot be given the record, or another
     run writes there.
     """
-    if test_images and analysis is None and method in NO_FINAL_TEST:
-        raise UserError(
-            f"--test_images cannot be used with {method}: the model it saves is not the one it tests; leave it out."
-        )
+    chooses = method == "anp" and "--pruning_number" in extra  # anp then tests one model and saves another
+    if test_images and analysis is None and (chooses or method in NO_FINAL_TEST):
+        raise UserError(f"--test_images cannot be used with {method} here: what it saves is not what it tests; leave it out.")
     results, flags = job.folder / "defense" / method, job.flags
     if analysis is None:
         script, log = find_script(job.checkout, "defense", "", method), results / "run_defense.log"
@@ -49,14 +49,18 @@ def run_on_record(
             raise UserError(f"There is no {results / RESULT} to analyse; run the defense {method} first.")
     refuse_links_out_of(job.folder, results, log)
     started = time.time() - 1  # file systems with coarse clocks
-    with _alone(results, method), workspace(job) as folder:
+    with _alone(results, method):
         make_folders(results)
         for name in OF_OTHERS if analysis is None else ():
             (results / name).unlink(missing_ok=True)
-        ended = run_script(folder, script, [*flags, *extra], device=job.device, python=python, log=log, test_images=test_images)
-    said, code = verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
-    if test_images and analysis is None and not code:
-        in_own_process(_final_test, job, results)
+        if test_images and analysis is None:
+            write_text(results / WHOLE_TEST, json.dumps({SAMPLE_ONLY: test_images}))
+        with workspace(job) as folder:
+            flags += extra
+            ended = run_script(folder, script, flags, device=job.device, python=python, log=log, test_images=test_images)
+        said, code = verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
+        if test_images and analysis is None and not code:
+            in_own_process(_final_test, job, results)
     return said, code
 
 

@@ -112,7 +112,8 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
             f"BackdoorBench cannot use the record {name}: its bd_train, bd_test or data_path is not as "
             f"BackdoorBench writes them ({type(error).__name__}: {error}); make the record again."
         ) from None
-    device = str(choose_device(device).device) if device == "auto" else device
+    chosen = choose_device(device)
+    device = str(chosen.device) if device == "auto" else device
     places = (Path(dataset_path).resolve(), dataset_folder(Path(dataset_path), record.dataset).resolve())
     return Job(root, record.folder, name, *facts, tuple(filter(None, folders)), *places, device)
 

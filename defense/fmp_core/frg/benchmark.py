@@ -216,8 +216,8 @@ def measure_training(args: Namespace) -> dict[str, float]:
 
 def measure_all(args: Namespace) -> pd.DataFrame:
     """Measure and print what ``args`` (the flags of bench_frg.py) ask for. Returns device, dtype, figure and value."""
-    for name in ("images", "maps", "repeat"):
-        if getattr(args, name) < 1:
+    for name in ("images", "maps", "repeat", "chunk", "memory"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}, but must be at least 1.")
     device, rows = devices.choose_device(args.device), []
     print(f"{device.name}, torch {torch.__version__}, {args.images} images, about {args.maps} maps, {args.repeat} run(s)")

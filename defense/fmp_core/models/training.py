@@ -140,7 +140,7 @@ class _Training:
         settings, device, ids = trainer.settings, trainer.device.device, trainer.device.device_ids
         self.model, self.facts, self.batch_size, self.seed = model, trainer.facts, settings.batch_size, settings.random_seed
         self.cuda = ids or ((device.index,) if device.type == "cuda" else ())
-        self.parallel = nn.DataParallel(model, list(ids)) if ids else model
+        self.parallel = nn.DataParallel(model, list(ids)) if len(ids) > 1 else model
         self.bfloat16 = settings.amp and has_fast_bfloat16(device)
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.wd

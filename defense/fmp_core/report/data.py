@@ -58,8 +58,11 @@ class Run:
 
     @property
     def by_trigger(self) -> bool:
-        """Whether maps were selected by how far an inverted trigger changes their activation (``--selection trigger``)."""
-        return "moved" in self.maps
+        """Whether maps were selected by how far an inverted trigger changes their activation (``--selection trigger``).
+
+        Some ablations measure that change and then prune others.
+        """
+        return "moved" in self.maps and not self.summary.chosen_by
 
     def of_maps(self, column: str) -> Tensor:
         """A column of ``maps``, ``[N_maps]``."""

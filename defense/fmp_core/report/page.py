@@ -13,7 +13,7 @@ import jinja2
 import markupsafe
 import pandas as pd
 
-from fmp_core.data.attack_record import AttackRecord, read_attack_record
+from fmp_core.data.attack_record import ATTACK_FILE, AttackRecord, read_attack_record
 from fmp_core.data.datasets import open_split
 from fmp_core.errors import UserError
 from fmp_core.inputs import read_test_data
@@ -30,7 +30,7 @@ from fmp_core.results.read import read_result
 from fmp_core.results.removal import attack_outcome
 from fmp_core.results.run_folder import RunFolder
 from fmp_core.settings import Settings
-from fmp_core.storage.files import refuse_links_out_of, write_text
+from fmp_core.storage.files import file_digest, refuse_links_out_of, write_text
 from fmp_core.system.devices import choose_device
 
 ASSETS = Path(__file__).parent / "assets"  # template, style and script
@@ -63,6 +63,10 @@ def write_report(record: AttackRecord, folder: Path, data: TestData, compare: Se
     """
     others = {name: _other(folder.parent / name) for name in compare}
     summary = read_summary(folder)
+    if summary.attack_result != file_digest(record.folder / ATTACK_FILE):
+        raise UserError(
+            f"{record.folder / ATTACK_FILE} is not the model that the run in {folder} repaired; run the defense again."
+        )
     model, layers = load_attacked(record, summary.settings, data.clean_images.device)
     run = read_run(folder, summary, record.num_classes, layers)
     try:

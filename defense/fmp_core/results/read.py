@@ -8,25 +8,24 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
 from fmp_core.results.detection import Detection, detection_of_neural_cleanse, detection_of_verdict
+from fmp_core.results.values import finite_number, read_json, read_text, value_of, whole_number
 from fmp_core.settings import deciding_result
 from fmp_core.storage.files import file_digest
 
-T = TypeVar("T")
 STAMP = "sweep.json"  # written by sweeps into each result folder: what was run, with which settings
 SWEEP_MARK = "FMP_SWEEP"  # environment variable of every process a sweep starts: the sweep's folder
 WHOLE_TEST = "whole_test.json"  # of a BB defense that tested on few images while it ran (run_defense.py --test_images)
+SAMPLE_ONLY = "test_images"  # key of a run that has not come to that test
 MODEL_DIGEST = "defense_result"  # key of the SHA-256 of the defense_result.pt that was tested
-MOST_BYTES = 16 * 2**20  # no metric csv of BB comes near this
 ATTACK_NAMES = {"lowfrequency": "lf", "label_consistent": "lc"}  # info.pickle's names -> those of files and leaderboard
 ATTACK_TITLES = {
     "badnet": "BadNets",
@@ -42,7 +41,8 @@ ATTACKS = "badnet|blended|blind|bpp|ctrl|inputaware|lc|lf|lira|refool|sig|ssba|t
 BB_DATASETS = ("cifar10", "cifar100", "gtsrb", "tiny", "mnist", "celeba", "imagenet")  # those BackdoorBench knows
 DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))
 TRIGGER_FILES = r"trigger_file|trigger_img_path|mask_path|pattern_?path|replace_imgs_path"  # of make_record.py and of BB
-NO_FINAL_TEST = {"npd"}  # BB's defenses that save the attacked model's weights: what they tested is not in defense_result.pt
+# BB's defenses of which defense_result.pt is not what they test: npd saves the attacked weights, nab tests images with a stamp.
+NO_FINAL_TEST = {"npd", "nab"}
 NOT_DECIDING = r"seed|path|folder|save|log|file|name|device|worker|terminal|time|frequency|memory|blocking|prefetch|fresh|quiet"
 # Summaries of a stage that is not the defense's last (nad's teacher, the first stages of abl and dbd).
 UNFINISHED_STAGES = {"nad_te", "pre_train", "unlearn", "self", "train"}
@@ -79,16 +79,16 @@ def _bb_result(folder: Path) -> Result:
     tested, logged = _whole_test(folder), _logged_settings(folder)
     path = _summary_file(folder) if tested is None else folder / WHOLE_TEST
     stamp = _own_stamp(folder, path)
-    settings = _get(stamp, "settings", dict) or {}
+    settings = value_of(stamp, "settings", dict) or {}
     seconds, cpu = _seconds_of_bb(folder)
     return Result(
         _read_summary(path) if tested is None else _fractions(tested, path),
         str(path),
         stamped=bool(stamp),
-        seed=_integer({**logged, **stamp}, "seed"),
-        method=_get(stamp, "method", str),
+        seed=whole_number({**logged, **stamp}, "seed"),
+        method=value_of(stamp, "method", str),
         settings_digest=_digest({key: value for key, value in settings.items() if key != "random_seed"}),
-        ratio=_number(logged.get("ratio", settings.get("ratio"))),
+        ratio=finite_number(logged.get("ratio", settings.get("ratio"))),
         seconds=seconds,
         cpu_seconds=cpu,
         detection=detection_of_neural_cleanse(folder) if (folder / "nc_df_summary.csv").is_file() else None,
@@ -97,7 +97,7 @@ def _bb_result(folder: Path) -> Result:
 
 def _our_result(path: Path) -> Result:
     content, stamp = read_json(path), _own_stamp(path.parent, path)
-    settings, before, after = (_get(content, key, dict) or {} for key in ("settings", "before", "after"))
+    settings, before, after = (value_of(content, key, dict) or {} for key in ("settings", "before", "after"))
     if not after:
         raise UserError(f"{path} has no metrics after the defense")
     return Result(
@@ -105,17 +105,17 @@ def _our_result(path: Path) -> Result:
         str(path),
         ours=True,
         stamped=bool(stamp),
-        seed=_integer({**content, **stamp}, "seed"),
-        method=_get(stamp, "method", str),
+        seed=whole_number({**content, **stamp}, "seed"),
+        method=value_of(stamp, "method", str),
         settings_digest=_digest({key: settings.get(key) for key in deciding_result() if settings and key != "random_seed"}),
         before=_fractions(before, path) if before else {},
-        dataset=_get(content, "dataset", str),
-        model=_get(content, "model", str),
-        ratio=None if settings.get("index") else _number(settings.get("ratio")),
-        test_images=_integer(content, "test_images") or _integer(settings, "test_images"),
-        seconds=sum(filter(None, map(_number, (_get(content, "seconds", dict) or {}).values()))) or None,
-        cpu_seconds=_number(content.get("cpu_seconds")),
-        detection=detection_of_verdict(_get(content, "verdict", dict) or {}),
+        dataset=value_of(content, "dataset", str),
+        model=value_of(content, "model", str),
+        ratio=None if settings.get("index") else finite_number(settings.get("ratio")),
+        test_images=whole_number(content, "test_images") or whole_number(settings, "test_images"),
+        seconds=sum(filter(None, map(finite_number, (value_of(content, "seconds", dict) or {}).values()))) or None,
+        cpu_seconds=finite_number(content.get("cpu_seconds")),
+        detection=detection_of_verdict(value_of(content, "verdict", dict) or {}),
     )
 
 
@@ -129,9 +129,14 @@ def _own_stamp(folder: Path, source: Path) -> dict[str, Any]:
 
 
 def _whole_test(folder: Path) -> dict[str, Any] | None:
-    """The test on all images, if there is one of the model in ``folder``: BB's script, run directly, replaces that alone."""
+    """The test on all images, if there is one of the model in ``folder``: BB's script, run directly, replaces that alone.
+
+    Raises UserError: there is to be one, but the run did not end.
+    """
     path, model = folder / WHOLE_TEST, folder / "defense_result.pt"
     content = read_json(path) if path.is_file() else None
+    if content and SAMPLE_ONLY in content:
+        raise UserError(f"{folder} was tested on {content[SAMPLE_ONLY]} images only; its test on all did not end, run it again")
     digest = content and content.get(MODEL_DIGEST)
     return content if not digest or not model.is_file() or digest == file_digest(model) else None
 
@@ -158,22 +163,22 @@ def read_record(folder: Path) -> dict[str, Any]:
         info = load_torch_file(path)
         if not isinstance(info, Mapping):
             raise UserError(f"{path} does not hold the attack's settings")
-    name = (_get(info, "attack", str) or "").lower()
+    name = (value_of(info, "attack", str) or "").lower()
     return {
-        "dataset": _get(info, "dataset", str) or dataset,
-        "model": _get(info, "model", str),
+        "dataset": value_of(info, "dataset", str) or dataset,
+        "model": value_of(info, "model", str),
         "attack": ATTACK_NAMES.get(name, name) or attack,
         "target": _target(info),
-        "pratio": _number(info.get("pratio")),
-        "record_seed": _integer(info, "random_seed"),
+        "pratio": finite_number(info.get("pratio")),
+        "record_seed": whole_number(info, "random_seed"),
         "record_digest": _digest({str(key): _comparable(key, value) for key, value in info.items() if _decides(key, value)}),
     }
 
 
 def _target(info: Mapping[str, Any]) -> str | None:
-    if _get(info, "attack_label_trans", str) == "all2all":
+    if value_of(info, "attack_label_trans", str) == "all2all":
         return "all-to-all"
-    target = _integer(info, "attack_target")
+    target = whole_number(info, "attack_target")
     return None if target is None else str(target)
 
 
@@ -211,7 +216,7 @@ def _stage(path: Path) -> str:
 def _read_summary(path: Path) -> dict[str, float]:
     """The last METRICS in a summary: row ``last`` of the three-row form, or the one row of clp, anp, rnp, nc."""
     try:
-        rows: list[dict[str, Any]] = list(csv.DictReader(_read_text(path).splitlines()))
+        rows: list[dict[str, Any]] = list(csv.DictReader(read_text(path).splitlines()))
     except csv.Error as error:
         raise UserError(f"{path} is not a csv table ({error})") from None
     if not rows:
@@ -227,33 +232,11 @@ def _read_summary(path: Path) -> dict[str, float]:
 def _fractions(values: Mapping[str, Any], path: Path, whole: int = 1) -> dict[str, float]:
     result = {}
     for name in METRICS:
-        number = _number(values.get(name))
+        number = finite_number(values.get(name))
         if number is None or not 0 <= number / whole <= 1:
             raise UserError(f"{path} has {name} {str(values.get(name))[:40]!r}, which is no fraction of 1")
         result[name] = number / whole
     return result
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if not path.is_file():  # a pipe would never end
-            raise UserError(f"{path} is no regular file")
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path} is larger than {MOST_BYTES >> 20} MiB, which no result is")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:120]})") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError: there is none."""
-    try:
-        content = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({type(error).__name__})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return content
 
 
 def _logged_settings(folder: Path) -> dict[str, Any]:
@@ -271,26 +254,6 @@ def _logged_settings(folder: Path) -> dict[str, Any]:
 def _seconds_of_bb(folder: Path) -> tuple[float | None, float | None]:
     """Elapsed and processor time, which ``run_defense.py`` noted at the end of its log."""
     path = folder / "run_defense.log"
-    lines = _read_text(path).splitlines() if path.is_file() else []
+    lines = read_text(path).splitlines() if path.is_file() else []
     found = re.fullmatch(r"exit code 0 after (\d+) s; CPU (\d+) s", lines[-1]) if lines else None
     return (float(found[1]), float(found[2])) if found else (None, None)
-
-
-def _integer(content: Mapping[str, Any], key: str) -> int | None:
-    """The whole number under ``key``, if it is one that a table can hold."""
-    value = _get(content, key, int)
-    return value if value is not None and abs(value) < 2**63 else None
-
-
-def _get(content: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
-    """The value of ``key`` if it is of the ``kind`` expected."""
-    value = content.get(key)
-    return value if isinstance(value, kind) and not isinstance(value, bool) else None
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None

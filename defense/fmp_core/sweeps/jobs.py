@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fmp_core.errors import UserError
-from fmp_core.results.read import STAMP, SWEEP_MARK, Result, read_json, read_result
+from fmp_core.results.read import STAMP, SWEEP_MARK, Result, read_result
+from fmp_core.results.values import read_json
 from fmp_core.storage.files import file_digest, write_text
 from fmp_core.storage.lock import locked, result_lock
 

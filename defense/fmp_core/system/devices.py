@@ -18,7 +18,7 @@ from fmp_core.errors import UserError
 
 @dataclass(frozen=True)
 class Device:
-    """``device`` does the work; fine-tuning spreads over ``device_ids`` if there are several."""
+    """``device`` does the work; ``device_ids`` are the GPUs that were named, over which fine-tuning spreads."""
 
     device: torch.device
     device_ids: tuple[int, ...] = ()
@@ -53,7 +53,7 @@ def choose_device(text: str) -> Device:
         raise UserError(
             f"--device {text}: this machine has {count} CUDA device(s), so cuda:{absent} does not exist; try --device cpu."
         )
-    return Device(torch.device("cuda", ids[0]), ids if len(ids) > 1 else ())
+    return Device(torch.device("cuda", ids[0]), ids if match[1] else ())
 
 
 def _cpu_has(feature: str) -> bool:

@@ -20,7 +20,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  #
 def join(compute: Device) -> Device:
     """Join the processes torchrun started, if it did: nccl on CUDA, gloo on CPU. Returns this one's share.
 
-    On CUDA each takes one of the GPUs that ``--device`` names, or of all if it names none or one.
+    On CUDA each takes one of the GPUs that ``--device`` names, or of all if it names none.
     """
     if not all(name in os.environ for name in TORCHRUN):
         return compute

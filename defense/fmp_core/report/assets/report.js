@@ -139,7 +139,7 @@ function show(i, position, x, y) {
   const add = text => { tip.append(document.createElement("br"), text); };
   add(`rank ${position + 1} of ${layer.channel.length}${isPruned(layer, position) ? ", pruned" : ""}`);
   if (layer.change) add(`activation changed by ${layer.change[position]}`);
-  else add(`${layer.correct[position]} of ${data.samples} correct (${percent(layer.correct[position])}), margin ${layer.margin[position]}`);
+  else add(`${layer.correct[position]} of ${data.samples} correct (${percent(layer.correct[position])}), ${layer.margin[position] === null ? "dropped by racing" : "margin " + layer.margin[position]}`);
   if (HAS_TAC) add(`TAC ${layer.tac[position]}, rank ${layer.tacRank[position]}`);
   tip.hidden = false;
   const size = tip.getBoundingClientRect();

@@ -1,0 +1,56 @@
+"""Values from files of strangers: what is not of the kind expected is taken for absent, or named in one sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fmp_core.errors import UserError
+
+T = TypeVar("T")
+MOST_BYTES = 16 * 2**20  # no metric csv of BB comes near this
+
+
+def read_text(path: Path) -> str:
+    try:
+        if not path.is_file():  # a pipe would never end
+            raise UserError(f"{path} is no regular file")
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path} is larger than {MOST_BYTES >> 20} MiB, which no result is")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:120]})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError: there is none."""
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return content
+
+
+def whole_number(content: Mapping[str, Any], key: str) -> int | None:
+    """The whole number under ``key``, if it is one that a table can hold."""
+    value = value_of(content, key, int)
+    return value if value is not None and abs(value) < 2**63 else None
+
+
+def value_of(content: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
+    """The value of ``key`` if it is of the ``kind`` expected."""
+    value = content.get(key)
+    return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+def finite_number(value: Any) -> float | None:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
