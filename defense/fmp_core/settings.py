@@ -55,7 +55,7 @@ _output = _tagged(Stage.OUTPUT, decides=False)
 _no_effect = _tagged(Stage.NO_EFFECT, help="no effect; accepted because BackdoorBench has it", decides=False)
 
 _FOLDER = text("FOLDER")
-_STATISTIC = "one or three numbers of images in [0,1], such as 0.5 or 0.49,0.48,0.45"
+_STATISTIC = "one or three numbers, for pixels in [0,1], such as 0.5 or 0.49,0.48,0.45"
 _CHECKED = "checked against the record"
 
 
@@ -71,9 +71,9 @@ class Settings:
     record_root: str = _place("./record", _FOLDER, "the folder of attack records")
     dataset_path: str = _place("./data", _FOLDER, "the folder of datasets; the dataset's name is appended")
     save_folder: str | None = _place(
-        None, _FOLDER, "where results go, if not to defense/ in the record (which may be read-only)"
+        None, _FOLDER, "results go to <record>/defense/ in it, not in the record (which may be read-only)"
     )
-    defense_name: str = _place("fmp", NAME, "the result folder's name, below defense/ in the record, or below --save_folder")
+    defense_name: str = _place("fmp", NAME, "the result folder's name, below defense/ in the record (or in --save_folder/<record>)")
     log: str | None = _place(None, _FOLDER, "folder of the log (default: log/ in the result folder)")
     checkpoint_save: str | None = _place(None, _FOLDER, "folder of saved epochs (default: checkpoint/ in the result folder)")
 
@@ -93,7 +93,7 @@ class Settings:
     )
     std: tuple[float, ...] | None = _loading(
         None,
-        numbers(number(0, above=True), _STATISTIC + ", above 0", "STD", lengths=(1, 3)),
+        numbers(number(0, above=True), _STATISTIC.replace("numbers,", "numbers above 0,"), "STD", lengths=(1, 3)),
         "standard deviation that it divides by; goes with --mean (default: the dataset's)",
     )
     ratio: float = _loading(0.1, number(0, 1, above=True), "share of the clean training set the defender owns")
@@ -138,7 +138,7 @@ class Settings:
     interpolate: float = _tuning(
         0.0,
         number(0, 1, metavar="SHARE"),
-        "share of the attacked model's weights in the final ones, which are averages with the fine-tuned model's",
+        "share of the attacked model's weights when they are averaged with the fine-tuned ones",
     )
     epochs: int = _training(10, integer(0), "fine-tuning epochs; 0 prunes and evaluates only")
     batch_size: int = _batch(256, integer(2), "batch size of fine-tuning and testing")
@@ -159,12 +159,12 @@ class Settings:
     client_optimizer: str = _tuning("sgd", choice("sgd"), "optimizer of fine-tuning")
 
     test_images: int | None = _testing(None, integer(1), "test on an even sample of N images of each test set (default: all)")
-    frequency_test: int = _testing(1, integer(0), "test every N-th epoch; 0 tests after the last only")
+    frequency_test: int = _testing(1, integer(0), "test every N-th epoch; 0 tests before and after only")
 
     report: bool = _output(True, BOOLEAN, "write report.html beside the results")
     tensorboard: bool = _output(False, BOOLEAN, "also write TensorBoard event files into tensorboard/")
     frequency_save: int = _output(0, integer(0), "save the model every N-th epoch into checkpoint/; 0 never")
-    quiet: bool = _output(False, BOOLEAN, "print warnings and errors only; the log file is as ever")
+    quiet: bool = _output(False, BOOLEAN, "print warnings and errors only; the log file stays complete")
     log_level: str = _output("info", choice("debug", "info", "warning"), "what is printed while the program runs")
 
     num_workers: float = _no_effect(0, number(0, metavar="N"))
