@@ -31,9 +31,9 @@ A flag that is on or off needs no value: `--fresh` is `--fresh True`.
 """
 UNTOUCHED = """### What may change without a result changing
 
-Sweeps, caches and interrupted runs do not compare these flags. (What they name is compared where it matters: the record's and the
-dataset's content, what a preset sets, the type of the device.) `--chunk` and `--memory` have exceptions
-([performance](performance.md#memory)):
+Sweeps, caches and interrupted runs do not compare these flags. (What they name is compared where it matters: the
+content of the record and the dataset, what a preset sets, the type of the device.) `--chunk` and `--memory` have
+exceptions ([performance](performance.md#memory)):
 """
 RECORD = """## make_record.py
 
@@ -57,7 +57,8 @@ def page() -> str:
         parts.append(f"* `{name}`: {f'`{flags}`' if flags else 'the defaults'}")
     parts += ["", UNTOUCHED, _flags(name for name in FIELDS if name not in deciding_result()) + ".\n"]
     parts += [RECORD, markdown(RecordSettings, fields_of(RecordSettings)), "### The attack\n"]
-    parts += [markdown(AttackSettings, fields_of(AttackSettings)), TRAINING, _flags(training_settings()) + ", `--quiet`, `--log_level`."]
+    of_training = [*training_settings(), "quiet", "log_level"]
+    parts += [markdown(AttackSettings, fields_of(AttackSettings)), TRAINING, _flags(of_training) + "."]
     return "\n".join(parts) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from fmp_core.data.datasets import DatasetFacts
 from fmp_core.models.evaluate import TestData as BothTestSets
 from fmp_core.models.evaluate import evaluate
 from fmp_core.models.feature_maps import trace_conv_layers
-from fmp_core.models.training import Epoch, Trainer
+from fmp_core.models.training import Epoch, Trainer, _InBfloat16
 from fmp_core.settings import Settings
 from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system.devices import choose_device, has_fast_bfloat16, make_deterministic
@@ -28,6 +29,17 @@ on_cuda = [pytest.mark.cuda, needs_cuda]
 everywhere = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda:0", marks=on_cuda)]
 )
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_a_thread_of_data_parallel_computes_in_bfloat16() -> None:
+    seen: list[torch.dtype] = []
+    layer = nn.Linear(2, 2, device="cuda")
+    thread = threading.Thread(target=lambda: seen.append(_InBfloat16(layer, True)(torch.ones(1, 2, device="cuda")).dtype))
+    thread.start()
+    thread.join()
+    assert seen == [torch.bfloat16]
 
 
 def start(device: str = "cuda:0", checkpoint: Checkpoint | None = None, **changes: Any) -> tuple[nn.Module, Iterator[Epoch]]:

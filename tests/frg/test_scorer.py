@@ -44,6 +44,28 @@ def on_paper(**options: float) -> Scores:
     return score_feature_maps(model, trace_conv_layers(model, images), images, labels, eps=0.1, seed=0, **options)  # type: ignore[arg-type]
 
 
+class Wide(nn.Sequential):
+    """Wide 1x1 convolutions, which oneDNN computes in another way on few images, with one thread."""
+
+    def __init__(self) -> None:
+        layers = [nn.Conv2d(3, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 256, 1), nn.ReLU(), nn.Conv2d(256, 64, 1), nn.ReLU()]
+        super().__init__(*layers, nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_wide_networks_score_alike_in_small_batches(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(0)
+        model, images = Wide().eval(), torch.rand(4, 3, 16, 16)
+        about = (model, trace_conv_layers(model, images), images, torch.tensor([0, 1, 2, 3]))
+        large, *small = (score_feature_maps(*about, eps=8 / 255, rows=rows) for rows in (64, 2, 7, 33))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(scores.margin, large.margin) for scores in small)
+
+
 def test_one_step_on_paper() -> None:
     # torch.rand with seed 0 draws 0.4963 0.7682 | 0.0885 0.1320, so the noise 2u-1 is (-0.0075, +0.5364) | (-0.8230, -0.7359).
     # x0 = clamp(x + 0.1*noise):  A (0.4993, 0.4036), so x0 - x = (-0.0007, +0.0536)

@@ -120,6 +120,11 @@ def test_batches_hold_each_image_once_and_a_last_one_alone_is_dropped() -> None:
     assert torch.cat(batches_of(50, 4, generator)).tolist() != torch.cat(batches_of(50, 4, generator)).tolist()  # shuffled
 
 
+@pytest.mark.parametrize(("count", "left"), [(8, 8), (9, 8), (10, 8), (11, 8), (12, 12)])
+def test_no_gpu_of_two_trains_on_one_image(count: int, left: int) -> None:
+    assert sum(map(len, batches_of(count, 8, torch.Generator(), parts=2))) == left
+
+
 def test_a_batch_norm_model_trains_though_one_image_is_over() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.BatchNorm1d(5))  # raises on a batch of one
     assert [epoch.batch for epoch in run(model, count=9)] == [2, 2]

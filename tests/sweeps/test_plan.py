@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,13 @@ def test_records_are_a_matrix_too(place: Path) -> None:
 
 
 def test_processes_run_under_torchrun(place: Path) -> None:
-    (job,) = plan(sweep_of(processes=2))
-    assert job.command[1:5] == ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    (job,) = plan(sweep_of(processes=2, defenses=[{"defense": "fmp", "p": 32}]))
+    assert job.command[1:6] == ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--")
+    script = place / "words.py"
+    script.write_text("import os, sys; print(sys.argv[1:] if os.environ['RANK'] == '0' else '')")
+    command = [str(script) if word.endswith("fmp.py") else word for word in job.command]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)  # torchrun reads no flag of ours, such as --p
+    assert "'--p', '32'" in ran.stdout
 
 
 def test_a_defense_of_backdoorbench(place: Path) -> None:

@@ -18,10 +18,10 @@ from fmp_core.models.fast_ops import FastOps, to_precision
 from fmp_core.models.feature_maps import ConvLayer, frozen
 from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system import distributed
-from fmp_core.system.devices import exact_convolutions, fewest_rows, is_out_of_memory, least_rows, rows_per_batch
+from fmp_core.system.devices import exact_convolutions, fewest_rows, is_out_of_memory, least_rows, rows_per_batch, steady_rows
 
 T = TypeVar("T")
-STEP = 8  # few batches of untrusted images differ in size then: kernels are made anew for each size
+STEP = 16  # few batches of untrusted images differ in size then: kernels are made anew for each size; see steady_rows
 
 
 class Batching(NamedTuple):
@@ -177,10 +177,10 @@ class FeatureMapScorer:
         self.precision, device = precision, self.device
         with self._ready():
             self._low_precision = to_precision(self.model, self.layers[0].module, precision)
-            rows = max(least_rows(device), self.batching.rows or rows_per_batch(device))
+            rows = self.batching.rows or rows_per_batch(device)
             if self.batching.memory_mib is not None:
                 rows = min(rows, self.batching.memory_mib * 2**20 // self._bytes_per_image())
-            self.rows = max(fewest_rows(device), rows)
+            self.rows = max(steady_rows(device), rows)
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -211,7 +211,8 @@ class FeatureMapScorer:
         count, least = len(images), min(least_rows(self.device), state.rows)
         filling = [0] * (-count % least)  # each map's images, not the batch: where an image lies in it can round otherwise
         images, start = torch.cat([images, images[filling]]), torch.cat([start, start[filling]])
-        copies = max(1, state.rows // len(images))
+        steady = min(steady_rows(self.device), state.rows)
+        copies = max(math.ceil(steady / len(images)), state.rows // len(images))
         state.group_by(copies)
         channels_of = {layer: maps[part].nonzero().flatten().tolist() for layer, part in layer_slices(self.layers)}
         layers = [layer for layer, channels in channels_of.items() if channels]

@@ -1,4 +1,4 @@
-"""Convolutions over maps of one pixel, as the deep layers of a ResNet have them on small images."""
+"""Convolutions over maps of one pixel, or one row of pixels, as the deep layers of a ResNet have them on small images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class OnePixelConvolutions(TorchFunctionMode):
     """While active, a zero-padded convolution over one-pixel maps is the matrix product it amounts to; for CPUs.
 
     There the centre of the kernel alone meets the pixel. oneDNN's weight gradient of such a convolution takes up to ten times
-    as long, and in bfloat16 it is partly uninitialised memory (torch 2.14 and 2.15).
+    as long, and in bfloat16 it is partly uninitialised memory (torch 2.14 and 2.15). That it is, too, over maps of one row or
+    column of pixels; these convolutions are computed in float32.
     """
 
     def __torch_function__(
@@ -23,6 +24,9 @@ class OnePixelConvolutions(TorchFunctionMode):
     ) -> Any:
         if func is torch.conv2d and len(args) == 7 and not kwargs and _is_product(*args):
             return _product(*args)
+        if func is torch.conv2d and not kwargs and 1 in args[0].shape[-2:] and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return func(*(part.float() if isinstance(part, Tensor) else part for part in args))
         return func(*args, **(kwargs or {}))
 
 

@@ -65,9 +65,23 @@ OnBatch = Callable[[Tensor, Tensor], None]
 TeacherLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def batches_of(count: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """Shuffled indices in batches; a last batch of one image is left out, since batch norm cannot train on it."""
-    return [batch for batch in torch.randperm(count, generator=generator).split(batch_size) if len(batch) > 1]
+def batches_of(count: int, batch_size: int, generator: torch.Generator, parts: int = 1) -> list[Tensor]:
+    """Shuffled indices in batches. A last batch of which a GPU of ``parts`` would get one image is left out: batch norm cannot
+    train on it."""
+    order = torch.randperm(count, generator=generator)
+    return [batch for batch in order.split(batch_size) if all(len(part) > 1 for part in batch.chunk(parts))]
+
+
+class _InBfloat16(nn.Module):
+    """``model`` under autocast of its own: DataParallel's threads would take float16 from the one around them."""
+
+    def __init__(self, model: nn.Module, enabled: bool):
+        super().__init__()
+        self.model, self.enabled = model, enabled
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.enabled):
+            return self.model(pixels)
 
 
 @dataclass(frozen=True)
@@ -140,8 +154,9 @@ class _Training:
         settings, device, ids = trainer.settings, trainer.device.device, trainer.device.device_ids
         self.model, self.facts, self.batch_size, self.seed = model, trainer.facts, settings.batch_size, settings.random_seed
         self.cuda = ids or ((device.index,) if device.type == "cuda" else ())
-        self.parallel = nn.DataParallel(model, list(ids)) if len(ids) > 1 else model
         self.bfloat16 = settings.amp and has_fast_bfloat16(device)
+        self.parts = max(1, len(ids))
+        self.parallel = nn.DataParallel(_InBfloat16(model, self.bfloat16), list(ids)) if self.parts > 1 else model
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.wd
         )
@@ -185,7 +200,7 @@ class _Training:
 
         Drawn batch by batch on the CPU, then moved to ``device`` all at once, so that a GPU waits for none of them.
         """
-        positions = batches_of(count, self.batch_size, self.generator)
+        positions = batches_of(count, self.batch_size, self.generator, self.parts)
         coins, crops = [], []
         for batch in positions:
             if substitutes:

@@ -200,7 +200,7 @@ def _our_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mappin
     folder = _result_folder(sweep, record, method, settings.random_seed)
     places = {"result_file": record, "record_root": sweep.record_root, "dataset_path": sweep.dataset_path}
     places |= {"device": sweep.job_device} | ({"defense_name": folder.name} if folder.name != "fmp" else {})
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={sweep.processes}")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={sweep.processes}", "--")  # else it reads --p
     start = (sys.executable, *(torchrun if sweep.processes > 1 else ()), str(PROJECT / "defense" / "fmp.py"))
     command = (*start, *_flags({**places, **flags}))
     decides = {name: getattr(settings, name) for name in deciding_result()}

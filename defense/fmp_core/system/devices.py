@@ -98,8 +98,13 @@ def least_rows(device: torch.device) -> int:
     return max(2, torch.get_num_threads()) if device.type == "cpu" else 1
 
 
+def steady_rows(device: torch.device) -> int:
+    """No pass has fewer images than this: with one thread oneDNN computes wide 1x1 convolutions otherwise below 16 rows."""
+    return max(16, least_rows(device)) if device.type == "cpu" else 1
+
+
 def fewest_rows(device: torch.device) -> int:
-    """What a batch is halved down to when memory runs out; below :func:`least_rows` near ties may fall otherwise."""
+    """What a batch is halved down to when memory runs out; below :func:`steady_rows` near ties may be decided differently."""
     return 2 if device.type == "cpu" else 1
 
 
