@@ -73,9 +73,7 @@ class Settings:
     save_folder: str | None = _place(
         None, _FOLDER, "results go to <record>/defense/ in it, not in the record (which may be read-only)"
     )
-    defense_name: str = _place(
-        "fmp", NAME, "the result folder's name, in <record>/defense/ (see --save_folder)"
-    )
+    defense_name: str = _place("fmp", NAME, "the result folder's name, in <record>/defense/ (see --save_folder)")
     log: str | None = _place(None, _FOLDER, "folder of the log (default: log/ in the result folder)")
     checkpoint_save: str | None = _place(None, _FOLDER, "folder of saved epochs (default: checkpoint/ in the result folder)")
 
