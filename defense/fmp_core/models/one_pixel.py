@@ -22,12 +22,18 @@ class OnePixelConvolutions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.conv2d and len(args) == 7 and not kwargs and _is_product(*args):
+        is_convolution = func is torch.conv2d and len(args) == 7 and not kwargs
+        if is_convolution and _is_product(*args):
             return _product(*args)
-        if func is torch.conv2d and not kwargs and 1 in args[0].shape[-2:] and torch.is_autocast_enabled("cpu"):
+        if is_convolution and _is_one_row(args[0]) and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return func(*(part.float() if isinstance(part, Tensor) else part for part in args))
         return func(*args, **(kwargs or {}))
+
+
+def _is_one_row(inputs: Tensor) -> bool:
+    """Whether maps have one row or one column of several pixels."""
+    return min(inputs.shape[-2:]) == 1 < max(inputs.shape[-2:])
 
 
 def _is_product(inputs: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
