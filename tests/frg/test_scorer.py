@@ -52,10 +52,9 @@ class Wide(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_wide_networks_score_alike_in_small_batches(threads: int) -> None:
+def test_wide_networks_score_alike_in_small_batches() -> None:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         torch.manual_seed(0)
         model, images = Wide().eval(), torch.rand(4, 3, 16, 16)
