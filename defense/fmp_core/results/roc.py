@@ -67,7 +67,8 @@ def write_roc(path: Path, found: pd.DataFrame) -> None:
     for number, (name, rows) in enumerate(found.groupby("detector", sort=False)):
         if rows["backdoored"].nunique() == 2:
             alarms, found_rate, _ = roc_curve(rows["backdoored"].astype(bool), rows["detection_score"])
-            axes.plot(alarms, found_rate, color=f"C{number}", label=f"{name}: AUC {area(rows):.2f}")
+            width = 4 / (1 + number)  # equal curves lie on each other
+            axes.plot(alarms, found_rate, color=f"C{number}", linewidth=width, label=f"{name}: AUC {area(rows):.2f}")
             own = rows.groupby("backdoored")["flagged"].mean()
             axes.plot(own[False], own[True], "o", color=f"C{number}", clip_on=False)
     if not axes.lines:
