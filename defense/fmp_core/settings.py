@@ -55,7 +55,7 @@ _output = _tagged(Stage.OUTPUT, decides=False)
 _no_effect = _tagged(Stage.NO_EFFECT, help="no effect; accepted because BackdoorBench has it", decides=False)
 
 _FOLDER = text("FOLDER")
-_STATISTIC = "one or three numbers, for pixels in [0,1], such as 0.5 or 0.49,0.48,0.45"
+_STATISTIC = "one or three numbers{}, for pixels in [0,1], such as 0.5 or 0.49,0.48,0.45"
 _CHECKED = "checked against the record"
 
 
@@ -88,12 +88,12 @@ class Settings:
     num_classes: int | None = _loading(None, integer(2), _CHECKED, decides=False)
     mean: tuple[float, ...] | None = _loading(
         None,
-        numbers(number(0, 1), _STATISTIC, "MEAN", lengths=(1, 3)),
+        numbers(number(0, 1), _STATISTIC.format(""), "MEAN", lengths=(1, 3)),
         "mean that the model's preprocessing subtracts; goes with --std (default: the dataset's)",
     )
     std: tuple[float, ...] | None = _loading(
         None,
-        numbers(number(0, above=True), _STATISTIC.replace("numbers,", "numbers above 0,"), "STD", lengths=(1, 3)),
+        numbers(number(0, above=True), _STATISTIC.format(" above 0"), "STD", lengths=(1, 3)),
         "standard deviation that it divides by; goes with --mean (default: the dataset's)",
     )
     ratio: float = _loading(0.1, number(0, 1, above=True), "share of the clean training set the defender owns")

@@ -68,11 +68,9 @@ def make_record(record: RecordSettings, attack: AttackSettings, training: dict[s
     device = choose_device(str(training.get("device", "auto")))
     plan = make_plan(record, attack, training)
     with locked(plan.unfinished, False, ANOTHER.format(record=plan.folder), LOCK):
-        try:
-            _refuse_existing(plan.folder)  # another process may have made it meanwhile
-        except UserError:
+        if plan.folder.exists():  # another process made it meanwhile
             shutil.rmtree(plan.unfinished)
-            raise
+        _refuse_existing(plan.folder)
         _make(plan, device)
         (plan.folder / LOCK).unlink()
     return plan.folder

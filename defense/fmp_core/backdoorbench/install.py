@@ -137,8 +137,7 @@ def _check_owned(root: Path, places: Collection[str], manifest: Manifest, force:
     """Raises UserError if anything at ``places`` is not ours, or lies behind a link, or is ours but changed since (unless
     ``force``)."""
     there = {place: content for place in sorted(places) if (content := fingerprint(root / place)) is not None}
-    linked = {place for place in there for parent in Path(place).parents if (root / parent).is_symlink() and parent.parts}
-    foreign = [place for place in there if place not in manifest.files or place in linked]
+    foreign = [place for place in there if place not in manifest.files or _is_behind_link(root, place)]
     if foreign:
         raise UserError(f"{listed(foreign)} in {root} did not come from this installer; move it away. Nothing was changed.")
     changed = [place for place, content in there.items() if content not in manifest.files[place]]
@@ -147,6 +146,11 @@ def _check_owned(root: Path, places: Collection[str], manifest: Manifest, force:
             f"{listed(changed)} in {root} was changed after installation; save the changes, then add --force to discard them. "
             "Nothing was changed."
         )
+
+
+def _is_behind_link(root: Path, place: str) -> bool:
+    """Whether a folder of ``root`` on the way to ``place`` is a link."""
+    return any((root / parent).is_symlink() for parent in Path(place).parents if parent.parts)
 
 
 def listed(places: list[str]) -> str:

@@ -18,7 +18,6 @@ from fmp_core.storage.lock import locked, result_lock
 NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
 RESULT = "defense_result.pt"
 OF_OTHERS = (WHOLE_TEST, STAMP, "metrics.json")  # would be read instead of what BB writes now
-BUSY = "Another run of {method} writes into the results of this record; wait for its end."
 
 
 def run_on_record(
@@ -33,8 +32,9 @@ def run_on_record(
     Raises UserError if there is no such script or no result to analyse, BackdoorBench cannot be given the record, or another
     run writes there.
     """
+    sample = test_images if analysis is None else None  # after which the final model is tested on all images
     chooses = method == "anp" and "--pruning_number" in extra  # anp then tests one model and saves another
-    if test_images and analysis is None and (chooses or method in NO_FINAL_TEST):
+    if sample and (chooses or method in NO_FINAL_TEST):
         raise UserError(f"--test_images cannot be used with {method} here: what it saves is not what it tests; leave it out.")
     results, flags = job.folder / "defense" / method, job.flags
     if analysis is None:
@@ -53,13 +53,13 @@ def run_on_record(
         make_folders(results)
         for name in OF_OTHERS if analysis is None else ():
             (results / name).unlink(missing_ok=True)
-        if test_images and analysis is None:
-            write_text(results / WHOLE_TEST, json.dumps({SAMPLE_ONLY: test_images}))
+        if sample:
+            write_text(results / WHOLE_TEST, json.dumps({SAMPLE_ONLY: sample}))
         with workspace(job) as folder:
             flags += extra
             ended = run_script(folder, script, flags, device=job.device, python=python, log=log, test_images=test_images)
         said, code = verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
-        if test_images and analysis is None and not code:
+        if sample and not code:
             in_own_process(_final_test, job, results)
     return said, code
 
@@ -68,7 +68,8 @@ def _alone(results: Path, method: str) -> contextlib.AbstractContextManager[None
     """The lock that sweeps take, too; a sweep that started this process holds it already."""
     if SWEEP_MARK in os.environ:
         return contextlib.nullcontext()
-    return locked(results.parent, wait=False, busy=BUSY.replace("{method}", method), name=result_lock(results))
+    busy = f"Another run of {method} writes into the results of this record; wait for its end."
+    return locked(results.parent, wait=False, busy=busy, name=result_lock(results))
 
 
 def _final_test(job: Job, results: Path) -> None:

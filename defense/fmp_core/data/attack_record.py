@@ -220,17 +220,16 @@ def _v1_poisoned_set(state: Mapping[str, Any], size: Size, facts: DatasetFacts) 
         raise ValueError(f"bd_test has {len(state['x'])} images and {len(state['y'])} labels")
     images = pixels_of(state["x"], size, facts.mean, facts.std)
 
-    order = state.get("original_index")
+    original, order = state.get("original_targets"), state.get("original_index")
+    if original is not None and order is not None and len(original) > len(images) == len(order):  # early v1: of all test images
+        original = [original[i] for i in _integers(order) if 0 <= i < len(original)]
 
-    def known(name: str) -> Tensor | None:
-        values = state.get(name)
-        if name == "original_targets" and values is not None and order is not None and len(values) > len(images) == len(order):
-            values = [values[i] for i in _integers(order) if 0 <= i < len(values)]  # early v1: of all test images
+    def checked(name: str, values: Any) -> Tensor | None:
         if values is not None and len(values) != len(images):
             raise ValueError(f"bd_test {name} has {len(values)} entries for {len(images)} images")
         return None if values is None else _int64(values)
 
-    return PoisonedSet(images, _int64(state["y"]), known("original_targets"), known("original_index"))
+    return PoisonedSet(images, _int64(state["y"]), checked("original_targets", original), checked("original_index", order))
 
 
 def _int64(values: Any) -> Tensor:

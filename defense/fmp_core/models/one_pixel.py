@@ -15,8 +15,8 @@ class OnePixelConvolutions(TorchFunctionMode):
     """While active, a zero-padded convolution over one-pixel maps is the matrix product it amounts to; for CPUs.
 
     There the centre of the kernel alone meets the pixel. oneDNN's weight gradient of such a convolution takes up to ten times
-    as long, and in bfloat16 it is partly uninitialised memory (torch 2.14 and 2.15). That it is, too, over maps of one row or
-    column of pixels; these convolutions are computed in float32.
+    as long, and in bfloat16 it is partly uninitialised memory (torch 2.14 and 2.15). Over maps of one row or column of pixels
+    the latter is so, too, hence float32 for these.
     """
 
     def __torch_function__(

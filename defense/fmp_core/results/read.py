@@ -40,7 +40,8 @@ AVERAGE = "AVG"  # stands for an attack in the rows over all
 ATTACKS = "badnet|blended|blind|bpp|ctrl|inputaware|lc|lf|lira|refool|sig|ssba|trojannn|wanet"
 BB_DATASETS = ("cifar10", "cifar100", "gtsrb", "tiny", "mnist", "celeba", "imagenet")  # those BackdoorBench knows
 DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))
-TRIGGER_FILES = r"trigger_file|trigger_img_path|mask_path|pattern_?path|replace_imgs_path"  # of make_record.py and of BB
+# Of make_record.py and of BB.
+TRIGGER_FILES = re.compile(r"trigger_file|trigger_img_path|mask_path|pattern_?path|replace_imgs_path", re.IGNORECASE)
 # BB's defenses of which defense_result.pt is not what they test: npd saves the attacked weights, nab tests images with a stamp.
 NO_FINAL_TEST = {"npd", "nab"}
 NOT_DECIDING = r"seed|path|folder|save|log|file|name|device|worker|terminal|time|frequency|memory|blocking|prefetch|fresh|quiet"
@@ -119,12 +120,17 @@ def _our_result(path: Path) -> Result:
     )
 
 
-def _own_stamp(folder: Path, source: Path) -> dict[str, Any]:
-    """What a sweep noted beside the result in ``source``; nothing if something else wrote that file since."""
+def read_stamp(folder: Path) -> dict[str, Any]:
+    """What a sweep noted beside a result or record; empty if there is no such file or it is unreadable."""
     try:
-        stamp = read_json(folder / STAMP)
+        return read_json(folder / STAMP)
     except UserError:
         return {}
+
+
+def _own_stamp(folder: Path, source: Path) -> dict[str, Any]:
+    """What a sweep noted beside the result in ``source``; nothing if something else wrote that file since."""
+    stamp = read_stamp(folder)
     return stamp if stamp.get("source") == file_digest(source) else {}
 
 
@@ -188,13 +194,13 @@ def _digest(settings: Mapping[str, Any]) -> str | None:
 
 def _decides(key: object, value: object) -> bool:
     """Whether an entry of info.pickle tells what was attacked and how: no seed, device or place on a machine."""
-    known = re.search(TRIGGER_FILES, str(key), re.IGNORECASE) or not re.search(NOT_DECIDING, str(key))
+    known = TRIGGER_FILES.search(str(key)) or not re.search(NOT_DECIDING, str(key))
     return isinstance(value, (bool, int, float, str)) and bool(known)
 
 
 def _comparable(key: object, value: object) -> object:
     """A file without the folder it lay in."""
-    return Path(value).name if isinstance(value, str) and re.search(TRIGGER_FILES, str(key), re.IGNORECASE) else value
+    return Path(value).name if isinstance(value, str) and TRIGGER_FILES.search(str(key)) else value
 
 
 def _summary_file(folder: Path) -> Path:

@@ -15,6 +15,7 @@ MOST_BYTES = 16 * 2**20  # no metric csv of BB comes near this
 
 
 def read_text(path: Path) -> str:
+    """The UTF-8 text of a file of at most 16 MiB. Raises UserError: it is no regular file, larger, or unreadable."""
     try:
         if not path.is_file():  # a pipe would never end
             raise UserError(f"{path} is no regular file")
@@ -49,6 +50,7 @@ def value_of(content: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
 
 
 def finite_number(value: Any) -> float | None:
+    """``value`` as a float, if it is a finite number or the text of one; a truth value is none."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

@@ -11,13 +11,12 @@ import filelock
 from fmp_core.errors import UserError
 from fmp_core.storage.files import writing
 
+ANOTHER_RUN = "Another run works in {folder}; wait for its end (--wait does), or give this run another --defense_name."
+
 
 def result_lock(folder: Path) -> str:
     """The name of the lock, beside a result folder, of the sweep or run_defense.py that writes into it."""
     return f".{folder.name}.lock"
-
-
-ANOTHER_RUN = "Another run works in {folder}; wait for its end (--wait does), or give this run another --defense_name."
 
 
 @contextlib.contextmanager

@@ -68,12 +68,12 @@ class _Machine:
     stack: list[Any] = field(default_factory=list)
     marks: list[list[Any]] = field(default_factory=list)  # the stacks below each mark
     memo: dict[int, Any] = field(default_factory=dict)
-    position: Callable[[], int] = int  # how many bytes were read
+    bytes_read: Callable[[], int] = int
     copied: int = 0  # lengths of large arguments of calls so far
 
     def run(self, file: IO[bytes]) -> Any:
-        start, self.position = file.tell(), file.tell
-        self.copied = -MOST_COPIES * start  # counted from where this pickle begins
+        start = file.tell()
+        self.bytes_read = lambda: file.tell() - start
         for count, (op, arg, _) in enumerate(pickletools.genops(file)):
             if count == MOST_INSTRUCTIONS:
                 raise RefusedError(f"more than {MOST_INSTRUCTIONS} objects", runs_code=False)
@@ -140,7 +140,7 @@ class _Machine:
         sized = (str, bytes, bytearray, list, tuple)
         lengths = (len(part) for part in arguments if type(part) in sized) if type(arguments) is tuple else ()
         self.copied += sum(length for length in lengths if length > LARGE)
-        if self.copied > MOST_COPIES * self.position():
+        if self.copied > MOST_COPIES * self.bytes_read():
             raise RefusedError("the same large value again and again", runs_code=False)
 
     def call(self, _arg: None, makes_object: bool = False) -> None:

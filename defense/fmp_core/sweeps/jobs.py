@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fmp_core.errors import UserError
-from fmp_core.results.read import STAMP, SWEEP_MARK, Result, read_result
-from fmp_core.results.values import read_json
+from fmp_core.results.read import STAMP, SWEEP_MARK, Result, read_result, read_stamp
 from fmp_core.storage.files import file_digest, write_text
 from fmp_core.storage.lock import locked, result_lock
 
@@ -85,14 +84,6 @@ def _content_hash(path: Path) -> str | None:
 @lru_cache(maxsize=1024)
 def _hash_of_state(path: Path, _size: int, _time_ns: int) -> str:
     return file_digest(path)
-
-
-def read_stamp(folder: Path) -> dict[str, Any]:
-    """What a sweep noted beside a result or record; empty if there is no such file or it is unreadable."""
-    try:
-        return read_json(folder / STAMP)
-    except UserError:
-        return {}
 
 
 def finished(job: Job) -> Outcome | None:

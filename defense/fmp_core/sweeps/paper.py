@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fmp_core.results.paper import FIGURES, SCALES, sweep_content
+from fmp_core.results.read import read_stamp
 from fmp_core.storage.files import replacing, write_text
-from fmp_core.sweeps.jobs import ATTACK_FILE, read_stamp
+from fmp_core.sweeps.jobs import ATTACK_FILE
 from fmp_core.sweeps.plan import make_sweep
 from fmp_core.sweeps.run import run_sweep
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 
 from fmp_core.errors import UserError
+from fmp_core.results.read import read_stamp
 from fmp_core.storage.lock import locked
-from fmp_core.sweeps.jobs import finished, read_stamp, settings_hash, stop_leftovers
+from fmp_core.sweeps.jobs import finished, settings_hash, stop_leftovers
 from fmp_core.sweeps.local import Board, local_slots, run_local
 from fmp_core.sweeps.plan import Sweep, plan
 from fmp_core.sweeps.slurm import run_submitit
