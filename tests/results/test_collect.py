@@ -102,6 +102,9 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "ft_df_summary.csv")
     with pytest.raises(UserError, match="no regular file"):
         read_result(tmp_path)
+    write(tmp_path / "sweep.json", '{"source": "the digest of a file"}')
+    with pytest.raises(UserError, match="no regular file"):
+        read_result(tmp_path)
 
 
 def test_a_huge_file_is_not_read(tmp_path: Path) -> None:

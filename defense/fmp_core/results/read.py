@@ -79,11 +79,12 @@ def read_result(folder: Path) -> Result:
 def _bb_result(folder: Path) -> Result:
     tested, logged = _whole_test(folder), _logged_settings(folder)
     path = _summary_file(folder) if tested is None else folder / WHOLE_TEST
+    metrics = _read_summary(path) if tested is None else _fractions(tested, path)
     stamp = _own_stamp(folder, path)
     settings = value_of(stamp, "settings", dict) or {}
     seconds, cpu = _seconds_of_bb(folder)
     return Result(
-        _read_summary(path) if tested is None else _fractions(tested, path),
+        metrics,
         str(path),
         stamped=bool(stamp),
         seed=whole_number({**logged, **stamp}, "seed"),
@@ -131,7 +132,7 @@ def read_stamp(folder: Path) -> dict[str, Any]:
 def _own_stamp(folder: Path, source: Path) -> dict[str, Any]:
     """What a sweep noted beside the result in ``source``; nothing if something else wrote that file since."""
     stamp = read_stamp(folder)
-    return stamp if stamp.get("source") == file_digest(source) else {}
+    return stamp if stamp and stamp.get("source") == file_digest(source) else {}
 
 
 def _whole_test(folder: Path) -> dict[str, Any] | None:
