@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -150,12 +151,9 @@ def environment() -> list[Row]:
     from fmp_core.system.versions import versions
 
     capability = ".".join(map(str, torch.cuda.get_device_capability(0)))
-    query = [
-        "nvidia-smi",
-        "--query-gpu=driver_version,memory.total,mig.mode.current",
-        "--format=csv,noheader",
-        f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}",
-    ]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"  # nvidia-smi does not look at it
+    wanted = "driver_version,memory.total,mig.mode.current"
+    query = ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader", f"--id={first}"]
     try:
         driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
