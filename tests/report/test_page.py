@@ -15,8 +15,10 @@ import report as report_script
 import torch
 from conftest import RECORD, call_fmp
 from fmp_core.data.attack_record import read_attack_record
+from fmp_core.errors import UserError
 from fmp_core.inversion.trigger import INVERTED_TRIGGER, InvertedTrigger, save_trigger
 from fmp_core.metrics import METRICS
+from fmp_core.report.data import read_summary
 from fmp_core.report.figures import training_curves
 from fmp_core.report.findings import HEADLINES
 from fmp_core.results.intervals import wilson
@@ -25,7 +27,10 @@ from fmp_core.storage.files import file_digest
 
 SAMPLE = ("--test_images", "8")  # of 10 clean and 9 triggered images
 RESULTS = Path("record") / RECORD / "defense" / "fmp"
-VERDICT = {"backdoored": True, "target": 3, "family": "sparse", "success": [0.1, 0.2, 0.0, 0.9], "lead": 0.7, "too_few": False}
+VERDICT = {
+    **{"backdoored": True, "target": 3, "family": "sparse", "success": [0.1, 0.2, 0.0, 0.9], "lead": 0.7, "too_few": False},
+    **{"success_all_to_all": 0.1, "held_out": 60},
+}
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +150,30 @@ def test_what_is_missing_damaged_or_outside_is_one_sentence(place: Path, capsys:
     shutil.move(place / RESULTS, elsewhere)
     (place / RESULTS).symlink_to(elsewhere)
     fails("leads out of the record")
+
+
+@pytest.mark.parametrize("value", [None, "x", [], -5, {}])
+def test_a_hand_damaged_metrics_json_is_one_sentence(value: Any, finished: Path, tmp_path: Path):
+    metrics = json.loads((finished / RESULTS / "metrics.json").read_text())
+    metrics["verdict"] = VERDICT
+    path, refused = tmp_path / "metrics.json", []
+
+    def place(name: str, content: Any) -> None:
+        path.write_text(json.dumps(content))
+        try:
+            read_summary(tmp_path)
+        except UserError as error:
+            assert error.args[0].count("\n") == 0
+            refused.append(name)
+
+    place("nothing", metrics)
+    assert not refused
+    for name in metrics:
+        place(name, {**metrics, name: value})
+    for part in ("verdict", "settings", "after", "seconds"):
+        for name in metrics[part]:
+            place(f"{part}.{name}", {**metrics, part: {**metrics[part], name: value}})
+    assert {"before", "after", "verdict.target", "verdict.success"} <= set(refused)
 
 
 def test_without_pairs_the_page_says_so(place: Path, edit_record: Callable[[Path, Callable[[dict[str, Any]], Any]], None]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,7 @@ from fmp_core.results.bb_tables import read_table
 from fmp_core.results.intervals import Interval, paired_difference, rating, share_of
 from fmp_core.results.predictions import read_predictions
 from fmp_core.results.summary import RunSummary
+from fmp_core.results.values import is_of_type
 from fmp_core.settings import FIELDS, Settings
 
 PAIRS = 256  # clean and poisoned images that the trigger activation change is averaged over
@@ -140,9 +141,10 @@ def read_summary(folder: Path) -> RunSummary:
     """``metrics.json`` of a run. Raises UserError: it is missing, damaged, or lacks what the page names."""
     path = folder / "metrics.json"
     summary = RunSummary.read(path)
-    missing = [name for name in SETTINGS if not isinstance(summary.settings, dict) or name not in summary.settings]
-    if missing:
-        raise UserError(f"{path} lacks the settings {', '.join(missing)}; run the defense again.")
+    kinds = get_type_hints(Settings)
+    wrong = [name for name in (*SETTINGS, "mean", "std") if not is_of_type(summary.settings.get(name), kinds[name])]
+    if wrong:
+        raise UserError(f"{path} does not say with which {', '.join(wrong)} the run was made; run the defense again.")
     return summary
 
 
@@ -160,4 +162,6 @@ def read_run(folder: Path, summary: RunSummary, num_classes: int, layers: list[C
     for when, figures in (("before", summary.before), ("after", summary.after)):
         if any(abs(figures.get(name, -1) - share.value) > 1e-6 for name, share in run.shares(when).items()):
             raise UserError(f"{folder / 'predictions.csv'} and metrics.json are of different runs; run the defense again.")
+    if run.by_trigger and not summary.verdict:
+        raise UserError(f"{folder / 'feature_maps.csv'} and metrics.json are of different runs; run the defense again.")
     return run

@@ -6,14 +6,21 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fmp_core.errors import UserError
 from fmp_core.metrics import HEADLINES, METRICS
+from fmp_core.results.values import is_of_type
 from fmp_core.storage.files import write_text
 
 MUCH_ACCURACY = 0.03
 FEW_CLEAN_IMAGES = 500
+
+
+VERDICT = {  # Verdict.as_dict writes it
+    **{"backdoored": bool, "target": int | str, "family": str, "success": list[float], "success_all_to_all": float},
+    **{"lead": float, "held_out": int, "too_few": bool},
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,19 @@ class RunSummary:
             raise UserError(f"{path} cannot be read ({type(error).__name__}); run the defense again.") from None
         if missing or not isinstance(content, dict):
             raise UserError(f"{path} is not what a run of fmp writes: it lacks {', '.join(missing)}; run the defense again.")
+        wrong = [name for name, kind in get_type_hints(RunSummary).items() if not is_of_type(content[name], kind)]
+        wrong += [name for name in ("before", "after") if name not in wrong and not set(METRICS) <= content[name].keys()]
+        if not (content["verdict"] is None or wrong or _is_verdict(content["verdict"])):
+            wrong = ["verdict"]
+        if wrong:
+            raise UserError(f"{path} is not what a run of fmp writes: see {', '.join(wrong)} there; run the defense again.")
         return RunSummary(**{name: content[name] for name in names})
+
+
+def _is_verdict(content: dict[str, Any]) -> bool:
+    if not all(name in content and is_of_type(content[name], kind) for name, kind in VERDICT.items()):
+        return False
+    return content["target"] == "all-to-all" or content["target"] in range(len(content["success"]))
 
 
 def as_table(metrics: dict[str, Any], folder: Path) -> str:

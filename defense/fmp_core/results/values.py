@@ -6,7 +6,8 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 from fmp_core.errors import UserError
 
@@ -47,6 +48,23 @@ def value_of(content: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
     """The value of ``key`` if it is of the ``kind`` expected."""
     value = content.get(key)
     return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+def is_of_type(value: Any, kind: Any) -> bool:
+    """Whether a value of a JSON file is of ``kind``: a plain type, ``Any``, a union, ``dict[str, T]``, ``list[T]`` or,
+    which JSON writes as a list, ``tuple[T, ...]``."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is UnionType:
+        return any(is_of_type(value, part) for part in parts)
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(is_of_type(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(is_of_type(item, parts[1]) for item in value.values())
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def finite_number(value: Any) -> float | None:
