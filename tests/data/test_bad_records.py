@@ -86,6 +86,8 @@ WRONG: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "classes text": (("num_classes",), "ten", "ten"),
     "classes none": (("num_classes",), None, "TypeError"),
     "size of two": (("img_size",), (32, 32), "ValueError"),
+    "size with a part": (("img_size",), (4.5, 4, 3), "where a size, a class or an index belongs"),
+    "classes with a part": (("num_classes",), 4.5, "where a size, a class or an index belongs"),
     "size zero": (("img_size",), (0, 4, 3), "img_size"),
     "size huge": (("img_size",), (10**6, 10**6, 3), "img_size"),
     "five channels": (("img_size",), (4, 4, 5), "img_size"),

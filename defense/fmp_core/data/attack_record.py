@@ -156,8 +156,8 @@ def _attack_record(folder: Path, content: Mapping[str, Any]) -> AttackRecord:
         raise ValueError(f"clean_data is {brief(dataset)}, which names no dataset")
     if not isinstance(model_name, str):
         raise ValueError(f"model_name is {brief(model_name)}")
-    num_classes = int(content["num_classes"])
-    height, width, channels = (int(n) for n in content["img_size"])
+    num_classes = _integer(content["num_classes"])
+    height, width, channels = _integers(content["img_size"])
     if not 2 <= num_classes <= MOST_CLASSES or not (0 < height <= 4096 and 0 < width <= 4096 and channels in (1, 3)):
         raise ValueError(f"num_classes is {brief(num_classes)} and img_size {brief(content['img_size'])}")
     size = (height, width, channels)
@@ -240,7 +240,13 @@ def _integers(values: Any) -> list[int]:
     """Flat integers. Nested lists can be endless (a few lists that hold each other), so numpy is not asked to unfold them."""
     if isinstance(values, (Tensor, np.ndarray)) and values.ndim != 1:
         raise ValueError(f"indices or labels of shape {tuple(values.shape)}")
-    return [int(value) for value in values]
+    return [_integer(value) for value in values]
+
+
+def _integer(value: Any) -> int:
+    if int(value) != value:
+        raise ValueError(f"it has {brief(value)} where a size, a class or an index belongs")
+    return int(value)
 
 
 def _locate(stored: Sequence[str], saved_below: str | None, folder: Path) -> list[Path]:
