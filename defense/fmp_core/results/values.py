@@ -47,7 +47,7 @@ def whole_number(content: Mapping[str, Any], key: str) -> int | None:
 def value_of(content: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
     """The value of ``key`` if it is of the ``kind`` expected."""
     value = content.get(key)
-    return value if isinstance(value, kind) and not isinstance(value, bool) else None
+    return value if is_of_type(value, kind) else None
 
 
 def is_of_type(value: Any, kind: Any) -> bool:
