@@ -208,12 +208,13 @@ def test_metrics_json_is_readable_and_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "cannot be read"), ("{", "cannot be read"), ("{}", "lacks before"), ("[]", "lacks")]
+    ("content", "said"),
+    [(None, "does not exist"), ("{", "is not JSON"), ("{}", "lacks before"), ("[]", "does not hold a JSON object")],
 )
 def test_a_damaged_metrics_json_is_one_sentence(content: str | None, said: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=f"{said}.*; run the defense again"):
         RunSummary.read(tmp_path / "metrics.json")
 
 

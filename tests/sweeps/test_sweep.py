@@ -18,6 +18,7 @@ import pytest
 import sweep as script
 from conftest import RECORD
 from fmp_core.errors import UserError
+from fmp_core.results.read import SWEEP_MARK
 from fmp_core.storage.lock import locked
 from fmp_core.sweeps.jobs import Job, Outcome, finished, run, stop_leftovers
 from fmp_core.sweeps.local import Board, local_slots, may_start, readable, run_local
@@ -191,6 +192,40 @@ def test_kill_in_the_middle_and_run_again(place: Path) -> None:
     assert [job.method for job in board.left] == ["b", "c"] and board.skipped == 1
     run_local(board.left, Path("sweeps/s"), [{}], board.report)
     assert board.summary() == 0 and order().count("a begins") == 1 and order().count("b ends") == 1
+
+
+# Stands for a defense of BackdoorBench, which has a temporary folder to remove, and for one that hangs.
+TIDY = """
+import pathlib, signal, sys, time
+def leave(*_): sys.exit(pathlib.Path("temporary").rmdir())
+signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2] == "60.5" else leave)
+pathlib.Path("temporary").mkdir()
+time.sleep(60)
+"""
+CTRL_C = """
+import os, pathlib, signal, sys, time
+while not pathlib.Path("temporary").exists(): time.sleep(0.05)
+os.kill(int(sys.argv[1]), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "left"), [(60, False), (60.5, True)])
+def test_a_job_may_tidy_up_when_the_sweep_is_interrupted(
+    place: Path, seconds: float, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if left:  # after the time it has, a job is killed
+        monkeypatch.setattr("fmp_core.sweeps.jobs.GRACE", 0.1)
+    with subprocess.Popen([sys.executable, "-c", CTRL_C, str(os.getpid())]), pytest.raises(KeyboardInterrupt):
+        run_all([working("a", seconds, code=TIDY)], workers=1)
+    assert Path("temporary").exists() == left
+
+
+def test_what_a_killed_sweep_left_may_tidy_up(place: Path) -> None:
+    environment = {**os.environ, SWEEP_MARK: str(Path("sweeps/s").resolve())}
+    with subprocess.Popen([sys.executable, "-c", TIDY, "folder", "60"], env=environment):
+        wait_for(Path("temporary").exists)
+        assert stop_leftovers(Path("sweeps/s")) == 1
+    assert not Path("temporary").exists()
 
 
 def wait_for(condition: Any, seconds: float = 60) -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from fmp_core.errors import UserError
 from fmp_core.metrics import HEADLINES, METRICS
-from fmp_core.results.values import is_of_type
+from fmp_core.results.values import is_of_type, read_json
 from fmp_core.storage.files import write_text
 
 MUCH_ACCURACY = 0.03
@@ -64,11 +64,10 @@ class RunSummary:
         """What :meth:`write` wrote and no other key. Raises UserError: the file is missing or damaged, or lacks a key."""
         names = [field.name for field in dataclasses.fields(RunSummary)]
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            missing = [name for name in names if name not in content]
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read ({type(error).__name__}); run the defense again.") from None
-        if missing or not isinstance(content, dict):
+            content = read_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; run the defense again.") from None
+        if missing := [name for name in names if name not in content]:
             raise UserError(f"{path} is not what a run of fmp writes: it lacks {', '.join(missing)}; run the defense again.")
         wrong = [name for name, kind in get_type_hints(RunSummary).items() if not is_of_type(content[name], kind)]
         wrong += [name for name in ("before", "after") if name not in wrong and not set(METRICS) <= content[name].keys()]

@@ -19,7 +19,7 @@ def read_text(path: Path) -> str:
     """The UTF-8 text of a file of at most 16 MiB. Raises UserError: it is no regular file, larger, or unreadable."""
     try:
         if not path.is_file():  # a pipe would never end
-            raise UserError(f"{path} is no regular file")
+            raise UserError(f"{path} is no regular file" if path.exists() else f"{path} does not exist")
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path} is larger than {MOST_BYTES >> 20} MiB, which no result is")
         return path.read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from fmp_core.storage.files import file_digest, write_text
 from fmp_core.storage.lock import locked, result_lock
 
 ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch: a sweep and its nodes start at once
+GRACE = 10.0  # seconds that a job has to leave its files in order
 _running: set[subprocess.Popen[bytes]] = set()
 
 
@@ -198,8 +199,7 @@ def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: fl
     except subprocess.TimeoutExpired:
         problem = f"stopped after {timeout:.0f} s"
     finally:
-        _kill(process)
-        process.wait()
+        _stop([process])
         _running.discard(process)
     if problem:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
@@ -208,24 +208,56 @@ def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: fl
     return read_result(job.output) if job.kind != "record" else None
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
+    """Stop each process and what it started: by SIGTERM, on which our commands leave locks, checkpoints and temporary folders
+    in order, and by SIGKILL what is left after :data:`GRACE`, or at once if this is interrupted, too."""
+    try:
+        _signal(processes, signal.SIGTERM)
+        end = time.monotonic() + GRACE
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, end - time.monotonic()))
+    finally:
+        _signal(processes, signal.SIGKILL)
+        for process in processes:
+            process.wait()
+
+
+def _signal(processes: Collection[subprocess.Popen[bytes]], kind: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, kind)
 
 
 def stop_all() -> None:
     """Stop every job that this process runs."""
-    for process in list(_running):
-        _kill(process)
+    _stop(list(_running))
 
 
 def stop_leftovers(sweep: Path) -> int:
-    """Stop what a killed sweep of this folder left running on this machine (found by its mark); how many there were."""
-    mark = f"{SWEEP_MARK}={sweep.resolve()}".encode()
-    stopped = 0
+    """Stop, as :func:`stop_all` does, what a killed sweep of this folder left running on this machine (found by its mark);
+    how many there were."""
+    left = stopped = _marked(sweep)
+    _kill(left, signal.SIGTERM)
+    end = time.monotonic() + GRACE
+    while left and time.monotonic() < end:
+        time.sleep(0.1)
+        left = left & _marked(sweep)
+    _kill(left, signal.SIGKILL)
+    return len(stopped)
+
+
+def _kill(processes: Collection[int], kind: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(OSError):
+            os.kill(process, kind)
+
+
+def _marked(sweep: Path) -> set[int]:
+    """The processes that jobs of this sweep are, but for this one."""
+    mark, found = f"{SWEEP_MARK}={sweep.resolve()}".encode(), set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if int(process.name) != os.getpid() and mark in (process / "environ").read_bytes().split(b"\0"):
-                os.kill(int(process.name), signal.SIGKILL)
-                stopped += 1
-    return stopped
+                found.add(int(process.name))
+    return found
