@@ -133,7 +133,9 @@ class Settings:
     )
 
     masked: bool = _tuning(False, BOOLEAN, "keep pruned feature maps at zero while fine-tuning")
-    unlearn: bool = _tuning(False, BOOLEAN, "with --selection trigger: train on images with inverted triggers, too")
+    unlearn: float = _tuning(
+        0.0, number(0, 1, metavar="SHARE"), "with --selection trigger: share of images that carry inverted triggers"
+    )
     distill: float = _tuning(0.0, number(0, metavar="WEIGHT"), "weight of keeping the attacked model's outputs on clean images")
     interpolate: float = _tuning(
         0.0,
@@ -178,7 +180,7 @@ class Settings:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "strong": {
-        **{"selection": "trigger", "masked": True, "unlearn": True, "distill": 1.0, "interpolate": 0.3},
+        **{"selection": "trigger", "masked": True, "unlearn": 0.5, "distill": 1.0, "interpolate": 0.3},
         **{"dtype": "auto", "lr": 0.02},
     },
 }

@@ -230,7 +230,8 @@ def test_a_teacher_pulls_with_its_weight() -> None:
     assert model.w.item() == pytest.approx(float(2.0 - (says + 3 * (says - 0.8))), abs=1e-6)
 
 
-def test_the_teacher_sees_clean_images_moved_like_their_substitutes() -> None:
+@pytest.mark.parametrize(("share", "least", "most"), [(0.5, 12, 28), (0.2, 2, 16), (1.0, 40, 40)])
+def test_the_teacher_sees_clean_images_moved_like_their_substitutes(share: float, least: int, most: int) -> None:
     """Substitutes differ from the images in the first channel only; in the others both nets see the same, crop for crop."""
     seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}
 
@@ -246,7 +247,7 @@ def test_the_teacher_sees_clean_images_moved_like_their_substitutes() -> None:
     images, labels = subset(40)
     changed = images.clone()
     changed[:, 0] = 255 - images[:, 0]
-    settings = Settings(epochs=1, batch_size=8, amp=False)
+    settings = Settings(epochs=1, batch_size=8, amp=False, unlearn=share)
     trainer = Trainer(settings, CPU, MOVING).epochs(
         Looking("student"),
         images,
@@ -258,7 +259,7 @@ def test_the_teacher_sees_clean_images_moved_like_their_substitutes() -> None:
     student, teacher = (torch.cat(seen[name]) for name in ("student", "teacher"))
     assert torch.equal(student[:, 1:], teacher[:, 1:])
     differ = (student[:, 0] != teacher[:, 0]).flatten(1).any(1)
-    assert 5 < int(differ.sum()) < 35  # every other image, by chance, is substituted for the student
+    assert least <= int(differ.sum()) <= most  # by chance an image is substituted for the student
 
 
 def test_no_weight_no_teacher() -> None:

@@ -119,8 +119,9 @@ class Trainer:
             images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]``; both on the device.
             on_batch: called after each step with the positions of the batch and the classes that were predicted in training
                 mode, both int64 ``[B]`` on the device.
-            substitutes: called with the number of each epoch as it begins, returns uint8 like ``images``; each image is
-                replaced by its substitute every other time, by chance. They may depend on the model, but not on earlier calls.
+            substitutes: called with the number of each epoch as it begins, returns uint8 like ``images``; each image
+                is replaced by its substitute with probability ``settings.unlearn``. They may depend on the model, but not on
+                earlier calls.
             teacher: gives a second loss from the logits, the images of the batch (uint8, never substituted, moved like those
                 the model sees) and their labels.
 
@@ -153,6 +154,7 @@ class _Training:
     def __init__(self, trainer: Trainer, model: nn.Module):
         settings, device, ids = trainer.settings, trainer.device.device, trainer.device.device_ids
         self.model, self.facts, self.batch_size, self.seed = model, trainer.facts, settings.batch_size, settings.random_seed
+        self.unlearn = settings.unlearn
         self.cuda = ids or ((device.index,) if device.type == "cuda" else ())
         self.bfloat16 = settings.amp and has_fast_bfloat16(device)
         self.parts = max(1, len(ids))
@@ -204,7 +206,7 @@ class _Training:
         coins, crops = [], []
         for batch in positions:
             if substitutes:
-                coins.append(torch.rand(len(batch), generator=self.generator) < 0.5)
+                coins.append(torch.rand(len(batch), generator=self.generator) < self.unlearn)
             crops.append(Crops.draw(len(batch), self.generator, self.facts))
 
         def moved(parts: list[Tensor]) -> tuple[Tensor, ...]:

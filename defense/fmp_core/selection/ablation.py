@@ -66,7 +66,7 @@ def _highest_change(selection: Selection, defender: DefenderInputs, settings: Se
 
 PAPER: dict[str, Any] = {
     **{"preset": "paper", "selection": "frg", "scope": "layer"},
-    **{"masked": False, "unlearn": False, "distill": 0.0, "interpolate": 0.0},
+    **{"masked": False, "unlearn": 0.0, "distill": 0.0, "interpolate": 0.0},
 }
 NONE = {**PAPER, "selection": "none"}
 STRONG = {"preset": "strong"}
@@ -86,7 +86,7 @@ ROWS: dict[str, Ablation] = {
         STRONG, _strong_with(lambda _, defender, s: select_at_random(defender.layers, s.p, s.scope, 1).mask)
     ),
     "strong-unmasked": Ablation({**STRONG, "masked": False}),
-    "strong-clean": Ablation({**STRONG, "unlearn": False}),
+    "strong-clean": Ablation({**STRONG, "unlearn": 0.0}),
     "strong-undistilled": Ablation({**STRONG, "distill": 0.0}),
     "strong-uninterpolated": Ablation({**STRONG, "interpolate": 0.0}),
 }
