@@ -215,8 +215,12 @@ def test_a_job_may_tidy_up_when_the_sweep_is_interrupted(
 ) -> None:
     if left:  # after the time it has, a job is killed
         monkeypatch.setattr("fmp_core.sweeps.jobs.GRACE", 0.1)
-    with subprocess.Popen([sys.executable, "-c", CTRL_C, str(os.getpid())]), pytest.raises(KeyboardInterrupt):
-        run_all([working("a", seconds, code=TIDY)], workers=1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may be told to ignore it
+    try:
+        with subprocess.Popen([sys.executable, "-c", CTRL_C, str(os.getpid())]), pytest.raises(KeyboardInterrupt):
+            run_all([working("a", seconds, code=TIDY)], workers=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert Path("temporary").exists() == left
 
 
