@@ -35,7 +35,7 @@ def points(tables: list[Table]) -> dict[str, dict[str, tuple[float, float]]]:
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for axes in draw(tables).axes:
         bars = [part for part in axes.containers if isinstance(part, ErrorbarContainer)]
-        spots = {str(bar.get_label()): bar.lines[0].get_xydata()[0] for bar in bars}
+        spots = {str(bar.lines[0].get_label()): bar.lines[0].get_xydata()[0] for bar in bars}
         found[axes.get_title()] = {name: (round(x, 6), round(y, 6)) for name, (x, y) in spots.items()}
     return found
 

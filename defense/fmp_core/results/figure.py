@@ -75,7 +75,8 @@ def _draw(axes: Axes, table: Table, attack: str, looks: dict[str, tuple[Any, str
             own = (attack, name) in table.own_baseline and MEASURED in means.index and means.loc[MEASURED].notna().all()
             lost = means.loc[MEASURED if own else BASELINE, "test_acc"] - means.loc[name, "test_acc"]
             bars = (stds.loc[name, "test_asr"], stds.loc[name, "test_acc"])
-            axes.errorbar(lost, means.loc[name, "test_asr"], *bars, marker, color=colour, markersize=5, label=name)
+            point = axes.errorbar(lost, means.loc[name, "test_asr"], *bars, marker, color=colour, markersize=5)[0]
+            point.set_label(name)  # the legend shows markers without bars, which would look alike
     axes.set_ylim(-4, 104)
     axes.tick_params(labelsize=8)
     axes.grid(color="0.93")
