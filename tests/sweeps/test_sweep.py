@@ -198,10 +198,11 @@ def test_kill_in_the_middle_and_run_again(place: Path) -> None:
 TIDY = """
 import pathlib, signal, sys, time
 def leave(*_): sys.exit(pathlib.Path("temporary").rmdir())
-signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2] == "60.5" else leave)
+signal.signal(signal.SIGTERM, leave)
 pathlib.Path("temporary").mkdir()
 time.sleep(60)
 """
+STUBBORN = TIDY.replace("SIGTERM, leave", "SIGTERM, signal.SIG_IGN")
 CTRL_C = """
 import os, pathlib, signal, sys, time
 while not pathlib.Path("temporary").exists(): time.sleep(0.05)
@@ -209,16 +210,16 @@ os.kill(int(sys.argv[1]), signal.SIGINT)
 """
 
 
-@pytest.mark.parametrize(("seconds", "left"), [(60, False), (60.5, True)])
+@pytest.mark.parametrize(("code", "left"), [(TIDY, False), (STUBBORN, True)], ids=["tidy", "stubborn"])
 def test_a_job_may_tidy_up_when_the_sweep_is_interrupted(
-    place: Path, seconds: float, left: bool, monkeypatch: pytest.MonkeyPatch
+    place: Path, code: str, left: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if left:  # after the time it has, a job is killed
         monkeypatch.setattr("fmp_core.sweeps.jobs.GRACE", 0.1)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may be told to ignore it
     try:
         with subprocess.Popen([sys.executable, "-c", CTRL_C, str(os.getpid())]), pytest.raises(KeyboardInterrupt):
-            run_all([working("a", seconds, code=TIDY)], workers=1)
+            run_all([working("a", code=code)], workers=1)
     finally:
         signal.signal(signal.SIGINT, before)
     assert Path("temporary").exists() == left
@@ -226,7 +227,7 @@ def test_a_job_may_tidy_up_when_the_sweep_is_interrupted(
 
 def test_what_a_killed_sweep_left_may_tidy_up(place: Path) -> None:
     environment = {**os.environ, SWEEP_MARK: str(Path("sweeps/s").resolve())}
-    with subprocess.Popen([sys.executable, "-c", TIDY, "folder", "60"], env=environment):
+    with subprocess.Popen([sys.executable, "-c", TIDY], env=environment):
         wait_for(Path("temporary").exists)
         assert stop_leftovers(Path("sweeps/s")) == 1
     assert not Path("temporary").exists()

@@ -23,10 +23,10 @@ from typing import ParamSpec, TypeVar
 
 from fmp_core.backdoorbench.shims import TEST_IMAGES
 from fmp_core.errors import UserError
+from fmp_core.system.processes import stop
 
 SHIMS = Path(__file__).resolve().with_name("shims.py")
 HEARTBEAT = 30.0  # seconds between lines that say that a script whose output is not shown still runs
-GRACE = 10.0  # seconds between asking a process group to end and ending it
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 Given = ParamSpec("Given")
@@ -120,11 +120,7 @@ def _started(command: list[str], folder: Path, environment: dict[str, str]) -> I
     try:
         yield process
     finally:
-        for kind in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, kind)
-                process.wait(GRACE)
-        process.wait()
+        stop([process])
 
 
 def _dying_with(parent: int) -> Callable[[], None] | None:

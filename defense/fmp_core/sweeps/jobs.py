@@ -21,9 +21,10 @@ from fmp_core.errors import UserError
 from fmp_core.results.read import STAMP, SWEEP_MARK, Result, read_result, read_stamp
 from fmp_core.storage.files import file_digest, write_text
 from fmp_core.storage.lock import locked, result_lock
+from fmp_core.system import processes
 
 ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch: a sweep and its nodes start at once
-GRACE = 10.0  # seconds that a job has to leave its files in order
+GRACE = 2 * processes.GRACE  # seconds that a job has to leave its files in order, and to stop what it has started itself
 _running: set[subprocess.Popen[bytes]] = set()
 
 
@@ -199,7 +200,7 @@ def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: fl
     except subprocess.TimeoutExpired:
         problem = f"stopped after {timeout:.0f} s"
     finally:
-        _stop([process])
+        processes.stop([process], GRACE)
         _running.discard(process)
     if problem:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
@@ -208,30 +209,9 @@ def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: fl
     return read_result(job.output) if job.kind != "record" else None
 
 
-def _stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
-    """Stop each process and what it started: by SIGTERM, on which our commands leave locks, checkpoints and temporary folders
-    in order, and by SIGKILL what is left after :data:`GRACE`, or at once if this is interrupted, too."""
-    try:
-        _signal(processes, signal.SIGTERM)
-        end = time.monotonic() + GRACE
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0, end - time.monotonic()))
-    finally:
-        _signal(processes, signal.SIGKILL)
-        for process in processes:
-            process.wait()
-
-
-def _signal(processes: Collection[subprocess.Popen[bytes]], kind: signal.Signals) -> None:
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, kind)
-
-
 def stop_all() -> None:
     """Stop every job that this process runs."""
-    _stop(list(_running))
+    processes.stop(list(_running), GRACE)
 
 
 def stop_leftovers(sweep: Path) -> int:
@@ -247,10 +227,10 @@ def stop_leftovers(sweep: Path) -> int:
     return len(stopped)
 
 
-def _kill(processes: Collection[int], kind: signal.Signals) -> None:
-    for process in processes:
+def _kill(numbers: Collection[int], kind: signal.Signals) -> None:
+    for number in numbers:
         with contextlib.suppress(OSError):
-            os.kill(process, kind)
+            os.kill(number, kind)
 
 
 def _marked(sweep: Path) -> set[int]:
