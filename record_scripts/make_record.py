@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make a genuine attack record without BackdoorBench.
 
-    python record_scripts/make_record.py                       # demo: BadNets on scikit-learn's digits, resnet18
+    python record_scripts/make_record.py                       # BadNets on scikit-learn's digits, resnet18
     python record_scripts/make_record.py --attack wanet --dataset cifar10 --model preactresnet18
     python record_scripts/make_record.py --dataset cifar10 --limit_train 2000     # a quick record that BackdoorBench reads, too
     python record_scripts/make_record.py --pratio 0 --save_folder_name control    # the model never saw the trigger
@@ -9,7 +9,7 @@
 poisons the training set, trains the model, and writes ``record/<save_folder_name>/`` in BackdoorBench's format. A killed run
 goes on from its last finished epoch when repeated. The digits come with scikit-learn and are laid out as an image folder below
 ``data/digits`` (BackdoorBench does not know them); any other dataset must lie below ``--dataset_path`` as BackdoorBench keeps
-it. docs/records.md describes the attacks.
+it, or be named by its path. docs/records.md describes the attacks.
 """
 
 from __future__ import annotations

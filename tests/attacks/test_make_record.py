@@ -205,11 +205,13 @@ def test_an_unfinished_record_of_other_settings_is_not_overwritten(
         (["--model", "googlenet"], "Model googlenet has several outputs in training"),
         (["--dataset", "mnist"], "cannot be trained on mnist, whose images are 28x28x1"),
         (["--limit_train", "25"], "--limit_train is 25, but toys has 24 training images"),
-        (["--attack", "lf", "--trigger_file", "gone.npy"], "gone.npy cannot be read"),
+        (["--attack", "lf", "--trigger_file", "gone.npy"], "Trigger file gone.npy does not exist"),
         (["--dataset", "gone"], "gone does not exist"),
+        (["--dataset", "elsewhere/gone"], "Dataset folder elsewhere/gone does not exist"),
+        (["--dataset", ".."], "--dataset .. is no name that a record can hold"),
         (["--dataset", "gtsrb"], "Dataset gtsrb must have images labelled 0..42, but has 1 images labelled 43..43"),
         (["--attack", "lf", "--trigger_file", "several.npy"], "several.npy cannot be read as a .npy array (it holds several)"),
-        (["--device", "tpu"], "--device tpu is not a device"),
+        (["--device", "tpu"], "--device is 'tpu', but must be auto, cpu"),
         (["--unknown", "1"], "unrecognized arguments"),
         (["--model", "preactresnet18", "--lr", "1e30", "--epochs", "2"], "Training diverged"),
     ],
@@ -237,16 +239,21 @@ def test_a_model_that_cannot_be_trained_is_refused_before_anything_is_read(tmp_p
     assert "mnist" not in RECIPES
 
 
-def test_a_dataset_may_be_named_as_its_archive_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "named", [["--dataset", "GTSRB", "--dataset_path", "."], ["--dataset", "./GTSRB"]], ids=["name", "path"]
+)
+def test_a_dataset_may_be_named_as_its_archive_is_or_by_its_path(
+    named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
         for label in range(43):
             save_image(tmp_path / "GTSRB" / split / f"{label:05d}" / "a.png", label)
-    words = ["--dataset", "GTSRB", "--dataset_path", str(tmp_path), "--device", "cpu", "--quiet"]
-    words += ["--record_root", str(tmp_path / "record"), "--model", "squeezenet1_0", "--epochs", "1", "--amp", "False"]
+    words = [*named, "--device", "cpu", "--quiet", "--model", "squeezenet1_0", "--epochs", "1", "--amp", "False"]
     assert make_record.main([*words, "--lr", "0.001"]) == 0
     record = tmp_path / "record" / "badnet_gtsrb"
     assert load_torch_file(record / "info.pickle")["dataset"] == "gtsrb"
-    assert load_torch_file(record / "attack_result.pt")["clean_data"] == "gtsrb"
+    assert read_attack_record(record).dataset == "gtsrb"
 
 
 def test_a_record_that_appeared_meanwhile_is_not_made_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sys
 from collections import OrderedDict
@@ -19,7 +20,16 @@ from torch import Tensor, nn
 from fmp_core.attacks.poisoning import Poison, limit_train, poison
 from fmp_core.attacks.settings import AttackSettings, RecordSettings
 from fmp_core.attacks.train_model import AttackEpoch, History, clean_metrics, recipe, train_attacked_model, training_set
-from fmp_core.data.datasets import FACTS, DatasetFacts, Split, check_labels, dataset_facts, known_name, open_split
+from fmp_core.data.datasets import (
+    DATASET_NAME,
+    FACTS,
+    DatasetFacts,
+    Split,
+    check_labels,
+    dataset_facts,
+    known_name,
+    open_split,
+)
 from fmp_core.data.digits import make_digits
 from fmp_core.data.images import Size
 from fmp_core.data.write_record import write_attack_record
@@ -104,7 +114,7 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
 
     Raises UserError if the record exists already, or the model, a setting, the dataset or a trigger file is not usable.
     """
-    record = replace(record, dataset=known_name(record.dataset) or record.dataset)
+    record = _with_dataset_name(record)
     folder = Path(record.record_root) / (record.save_folder_name or f"{attack.attack}_{record.dataset}")
     _refuse_existing(folder)
     if training.get("epochs") == 0:
@@ -129,6 +139,16 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
     used = limit_train(len(train_set), record.limit_train, seed)
     poisoned = None if attack.attack == "none" else poison(train_set, test_set, attack, size, num_classes, seed, used)
     return Plan(record, attack, folder, settings, facts, num_classes, train_set, test_set, used, poisoned)
+
+
+def _with_dataset_name(record: RecordSettings) -> RecordSettings:
+    """``record`` with its dataset as a record calls it. A path given as ``--dataset`` is split: a record holds a name only."""
+    path = Path(record.dataset)
+    if path.name != record.dataset:
+        record = replace(record, dataset_path=str(path.parent), dataset=path.name)
+    if not re.fullmatch(DATASET_NAME, record.dataset):
+        raise UserError(f"--dataset {path} is no name that a record can hold: letters, digits, '.', '_', '-' and spaces.")
+    return replace(record, dataset=known_name(record.dataset) or record.dataset)
 
 
 def _refuse_existing(folder: Path) -> None:

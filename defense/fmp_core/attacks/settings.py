@@ -17,7 +17,11 @@ class RecordSettings:
     save_folder_name: str | None = setting(None, NAME, "the record's name (default <attack>_<dataset>)")
     record_root: str = setting("./record", text("FOLDER"), "the folder of attack records")
     dataset_path: str = setting("./data", text("FOLDER"), "the folder of datasets")
-    dataset: str = setting("digits", text("NAME"), "digits, cifar10, cifar100, gtsrb, tiny, or a folder train|test/<class>/*")
+    dataset: str = setting(
+        "digits",
+        text("NAME"),
+        "digits, cifar10, cifar100, gtsrb, tiny, or a folder train|test/<class>/*, here or below --dataset_path",
+    )
     image_size: int = setting(32, integer(8, 1024, metavar="PIXELS"), "height and width of the images of a folder")
     limit_train: int | None = setting(
         None, integer(2), "train on N of the training images, drawn by --random_seed; --pratio is a share of these"

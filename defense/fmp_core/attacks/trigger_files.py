@@ -31,6 +31,8 @@ def read_trigger(path: Path, size: Size) -> Tensor:
     up to 1 is taken as shares of 255: a third of BB's LF patterns are stored so (0 to 0.2), and BB adds them as they are,
     which changes no pixel. Raises UserError if the file cannot be read, does not fit, or changes nothing.
     """
+    if not path.is_file():
+        raise UserError(f"Trigger file {path} does not exist; check --trigger_file.")
     if path.suffix != ".npy":
         trigger = read_images([path], size)[0]
     else:

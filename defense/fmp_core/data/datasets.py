@@ -18,7 +18,7 @@ from fmp_core.errors import UserError
 from fmp_core.storage.placeholders import RefusedError
 from fmp_core.storage.unpickler import read_pickle
 
-__all__ = ["FACTS", "DatasetFacts", "Split", "check_labels", "dataset_facts", "known_name", "open_split"]
+__all__ = ["DATASET_NAME", "FACTS", "DatasetFacts", "Split", "check_labels", "dataset_facts", "known_name", "open_split"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ FACTS = {
 }
 FOLDER_CROP_PADDING = 2  # for image folders BB does not know; 4 would cut a corner trigger out of half the images
 ALIASES = {"tinyimagenet": "tiny", "tinyimagenet200": "tiny", "imagenet1k": "imagenet", "ilsvrc2012": "imagenet"}
+DATASET_NAME = r"\w[\w. -]*"  # what a record may call its dataset, which is also the name of a folder
 
 
 def known_name(name: str) -> str | None:
