@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fmp_core.sweeps.jobs import Job
+from fmp_core.sweeps.jobs import Job, Outcome
+from fmp_core.sweeps.local import run_local
 from fmp_core.sweeps.plan import Sweep, make_sweep
 
 # Stands for a defense: says when it began, takes a while, and leaves whole results.
@@ -36,3 +38,10 @@ def working(name: str, seconds: float = 0, code: str = WORK, **keys: Any) -> Job
 
 def order() -> list[str]:
     return Path("order.txt").read_text().splitlines()
+
+
+def run_all(jobs: list[Job], workers: int = 2, timeout: float | None = None) -> dict[str, Outcome]:
+    ended: dict[str, Outcome] = {}
+    slots: list[Mapping[str, str]] = [{} for _ in range(workers)]
+    run_local(jobs, Path("sweeps/s"), slots, lambda job, outcome: ended.update({job.folder.name: outcome}), timeout)
+    return ended

@@ -128,6 +128,7 @@ _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 BOOLEAN = Kind(lambda value: _BOOLEANS[str(value).lower()], "True or False", "BOOL", boolean=True)
 ANYTHING = Kind(lambda value: value, "anything")
 NAME = pattern(r"[A-Za-z0-9_][A-Za-z0-9._=-]{0,99}", "a folder name of letters, digits, '.', '_', '=' and '-'")
+DEVICE = pattern(r"auto|cpu|cuda(:\d+(,\d+)*)?", "auto, cpu, cuda, cuda:0 or cuda:0,1", "DEVICE")
 
 
 def setting(default: Any, kind: Kind, help: str, short: str | None = None, **tags: Any) -> Any:
@@ -199,7 +200,9 @@ def read_yaml_mapping(path: Path, what: str) -> Mapping[Any, Any]:
         if path.stat().st_size > LARGEST_YAML:
             raise OSError(f"it is larger than {LARGEST_YAML >> 10} KiB")
         content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({error.strerror or error}).") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{what} {path} cannot be read as YAML: {detail}.") from None
     if content is None:

@@ -144,6 +144,8 @@ def test_few_test_images_are_for_backdoorbench_and_decide(place: Path) -> None:
         ({"slurm": {"time": "02:00:00"}}, "slurm: time is '02:00:00', but must be a whole number of at least 1"),
         ({"slurm": {"memory_gb": "16GB"}}, "slurm: memory_gb is '16GB', but must be a number above 0"),
         ({"slurm": {"setup": "module load cuda"}}, "but must be a list of shell lines"),
+        ({"records": [{"dataset": "a/b"}]}, "the folder it is in is the sweep's dataset_path"),
+        ({"device": "tpu"}, "device is 'tpu', but must be auto, cpu"),
         ({"records": [{"epoch": 3}]}, "'epoch' is not a flag of make_record.py"),
         ({"records": [{"pratio": 2}]}, "records: pratio of badnet_digits is 2, but must be a number"),
         ({"seeds": [-1]}, "whole numbers"),

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sweep as script
 from conftest import RECORD
 from fmp_core.errors import UserError
-from fmp_core.results.read import SWEEP_MARK
 from fmp_core.storage.lock import locked
-from fmp_core.sweeps.jobs import Job, Outcome, finished, run, stop_leftovers
+from fmp_core.sweeps.jobs import Job, Outcome, finished, run
 from fmp_core.sweeps.local import Board, local_slots, may_start, readable, run_local
 from fmp_core.sweeps.plan import plan
 from fmp_core.sweeps.slurm import run_submitit, waves
-from sweep_jobs import WORK, order, sweep_of, working
+from sweep_jobs import WORK, order, run_all, sweep_of, working
 
 DEFENSE = Path(__file__).resolve().parents[2] / "defense"
-
-
-def run_all(jobs: list[Job], workers: int = 2, timeout: float | None = None) -> dict[str, Outcome]:
-    ended: dict[str, Outcome] = {}
-    slots: list[Mapping[str, str]] = [{} for _ in range(workers)]
-    run_local(jobs, Path("sweeps/s"), slots, lambda job, outcome: ended.update({job.folder.name: outcome}), timeout)
-    return ended
 
 
 def test_a_record_made_with_other_settings_stops_the_sweep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +28,12 @@ def test_a_record_made_with_other_settings_stops_the_sweep(place: Path, capsys: 
     (place / "record" / "r" / "sweep.json").write_text('{"hash": "other"}')
     assert script.main(["s.yaml"]) == 2
     assert "was made with other settings" in capsys.readouterr().err
+
+
+def test_a_record_that_is_missing_stops_the_sweep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "s.yaml").write_text("records: [r, rr]\ndefenses: [fmp]\n")
+    assert script.main(["s.yaml", "--dry-run"]) == 2
+    assert "record/rr holds no attack record; check the name, and record_root" in capsys.readouterr().err
 
 
 def test_a_failed_job_stops_no_other(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,79 +158,6 @@ def test_a_killed_run_of_backdoorbench_is_cleared_away(place: Path) -> None:
     outcome = run(Job("r", "backdoorbench", "ft", 1, writes.with_name("ft-s1"), command, {}, writes=writes), Path("s"), {})
     assert outcome.problem is None and not aside.exists()
     assert (writes / "mine.txt").exists() and not (writes / "half.txt").exists()
-
-
-KILLED = """
-import json, sys
-from pathlib import Path
-from fmp_core.sweeps.jobs import Job
-from fmp_core.sweeps.plan import plan
-from fmp_core.sweeps.local import run_local
-jobs = [Job(**{**job, "folder": Path(job["folder"])}) for job in json.loads(sys.argv[1])]
-run_local(jobs, Path("sweeps/s"), [{}], lambda job, outcome: print(job.name, flush=True))
-"""
-
-
-def test_kill_in_the_middle_and_run_again(place: Path) -> None:
-    jobs = [working("a"), working("b", 60), working("c")]
-    sent = json.dumps([vars(job) for job in jobs], default=str)
-    environment = {**os.environ, "PYTHONPATH": str(DEFENSE)}
-    with subprocess.Popen([sys.executable, "-c", KILLED, sent], env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "r.a\n"
-        wait_for(lambda: "b begins" in order())
-        process.send_signal(signal.SIGKILL)
-    assert stop_leftovers(Path("sweeps/s")) == 1  # b, which nobody waits for any more
-    again = [working("a"), replace(working("b"), settings=jobs[1].settings), working("c")]  # the same jobs, b now quick
-    board = Board(again, 1)
-    assert [job.method for job in board.left] == ["b", "c"] and board.skipped == 1
-    run_local(board.left, Path("sweeps/s"), [{}], board.report)
-    assert board.summary() == 0 and order().count("a begins") == 1 and order().count("b ends") == 1
-
-
-# Stands for a defense of BackdoorBench, which has a temporary folder to remove, and for one that hangs.
-TIDY = """
-import pathlib, signal, sys, time
-def leave(*_): sys.exit(pathlib.Path("temporary").rmdir())
-signal.signal(signal.SIGTERM, leave)
-pathlib.Path("temporary").mkdir()
-time.sleep(60)
-"""
-STUBBORN = TIDY.replace("SIGTERM, leave", "SIGTERM, signal.SIG_IGN")
-CTRL_C = """
-import os, pathlib, signal, sys, time
-while not pathlib.Path("temporary").exists(): time.sleep(0.05)
-os.kill(int(sys.argv[1]), signal.SIGINT)
-"""
-
-
-@pytest.mark.parametrize(("code", "left"), [(TIDY, False), (STUBBORN, True)], ids=["tidy", "stubborn"])
-def test_a_job_may_tidy_up_when_the_sweep_is_interrupted(
-    place: Path, code: str, left: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if left:  # after the time it has, a job is killed
-        monkeypatch.setattr("fmp_core.sweeps.jobs.GRACE", 0.1)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may be told to ignore it
-    try:
-        with subprocess.Popen([sys.executable, "-c", CTRL_C, str(os.getpid())]), pytest.raises(KeyboardInterrupt):
-            run_all([working("a", code=code)], workers=1)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert Path("temporary").exists() == left
-
-
-def test_what_a_killed_sweep_left_may_tidy_up(place: Path) -> None:
-    environment = {**os.environ, SWEEP_MARK: str(Path("sweeps/s").resolve())}
-    with subprocess.Popen([sys.executable, "-c", TIDY], env=environment):
-        wait_for(Path("temporary").exists)
-        assert stop_leftovers(Path("sweeps/s")) == 1
-    assert not Path("temporary").exists()
-
-
-def wait_for(condition: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_one_sweep_at_a_time(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from fmp_core import fields
 from fmp_core.attacks.settings import AttackSettings, RecordSettings
 from fmp_core.errors import UserError
-from fmp_core.fields import ANYTHING, REQUIRED, integer, list_of, mapping, number, pattern, setting, text
+from fmp_core.fields import ANYTHING, DEVICE, REQUIRED, integer, list_of, mapping, number, pattern, setting, text
 from fmp_core.results.read import BB_DATASETS, NO_FINAL_TEST
 from fmp_core.settings import (
     FIELDS,
@@ -66,7 +66,7 @@ class Sweep:
     ratio: float | None = setting(None, number(0, 1, above=True), "share of clean data, ours and BackdoorBench's")
     record_root: str = setting("./record", text("FOLDER"), "the folder of attack records")
     dataset_path: str = setting("./data", text("FOLDER"), "the folder of datasets")
-    device: str = setting("auto", text("DEVICE"), "cpu, cuda, or the GPUs to use: cuda:0,1; a job gets one")
+    device: str = setting("auto", DEVICE, "cpu, cuda, or the GPUs to use: cuda:0,1; a job gets one")
     workers: int = setting(1, integer(1), "jobs at a time on each GPU, or on the CPU")
     processes: int = setting(1, integer(1), "processes of each of our runs, under torchrun")
     timeout: float | None = setting(None, number(0, above=True), "minutes after which a job counts as failed")
@@ -174,6 +174,10 @@ def _record_job(sweep: Sweep, flags: dict[str, Any], chosen: Mapping[str, Any]) 
     except (KeyError, ValueError, TypeError, AttributeError):
         usable = ", ".join(f"{{{key}}}" for key in known)
         raise UserError(f"records: name {template!r} must be a text, which may use {usable}.") from None
+    if Path(str(known["dataset"])).name != known["dataset"]:
+        raise UserError(
+            f"records: dataset {known['dataset']!r} must be a name; the folder it is in is the sweep's dataset_path."
+        )
     if known["attack"] == "none":
         raise UserError("records: attack none makes a model without poisoned tests, for no defense; a control has pratio: 0.")
     kinds = {key: cls for cls in (Settings, AttackSettings, RecordSettings) for key in fields.fields_of(cls)}

@@ -19,10 +19,15 @@ def run_sweep(sweep: Sweep, launcher: str = "local", dry_run: bool = False) -> i
     """Run all jobs of ``sweep``; the exit code is 1 if one failed. ``dry_run`` prints the commands and which of them are done.
 
     ``launcher`` is ``local``, ``slurm``, or ``submitit-local`` (submitit's own processes on this machine). Raises UserError: as
-    ``plan`` and the launchers do, a record was made with other settings, or the sweep is running already.
+    ``plan`` and the launchers do, a record is missing or was made with other settings, or the sweep is running already.
     """
     jobs = plan(sweep)
-    for job in (job for job in jobs if job.kind == "record"):
+    made = {job.record for job in jobs if job.kind == "record"}
+    for job in jobs:
+        if job.record not in made and not job.attack_file.is_file():
+            raise UserError(f"records: {job.attack_file.parent} holds no attack record; check the name, and record_root.")
+        if job.kind != "record":
+            continue
         if (stamp := read_stamp(job.folder)) and stamp.get("hash") != settings_hash(job):
             raise UserError(f"{job.folder} was made with other settings; remove it, or give the new record another name.")
     if dry_run:
