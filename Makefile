@@ -15,8 +15,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -e
 	touch $@
 
 demo: .venv/run
-	@test -d record/badnet_digits || $(BIN)/python record_scripts/make_record.py --image_size 16 --patch_size 3 --epochs 12 --batch_size 64
-	$(BIN)/python defense/fmp.py --result_file badnet_digits --yaml_path ./config/defense/fmp/digits.yaml
+	@test -d record/demo || $(BIN)/python record_scripts/make_record.py --save_folder_name demo --image_size 16 --patch_size 3 --epochs 12 --batch_size 64
+	$(BIN)/python defense/fmp.py --result_file demo --yaml_path ./config/defense/fmp/digits.yaml
 
 test: .venv/test
 	$(BIN)/python -m pytest
@@ -36,4 +36,4 @@ lint: .venv/lint
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv record/badnet_digits data/digits cuda_check
+	rm -rf .venv record/demo data/digits cuda_check

@@ -109,7 +109,7 @@ def test_make_demo_removes_the_backdoor_by_a_ranking_that_ranks(tmp_path: Path) 
     where = [*places(tmp_path), "--device", "cpu"]
     assert make_record.main([*demo_flags("record_scripts/make_record.py"), *where]) == 0
     assert fmp.main([*demo_flags("defense/fmp.py"), *where]) == 0
-    results = tmp_path / "record" / "badnet_digits" / "defense" / "fmp"
+    results = tmp_path / "record" / "demo" / "defense" / "fmp"
     metrics = json.loads((results / "metrics.json").read_text())
     before, after = metrics["before"], metrics["after"]
     assert before["test_asr"] > 0.9 and after["test_asr"] < 0.05 and after["test_acc"] > before["test_acc"] - 0.03
