@@ -102,7 +102,8 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Edit], None], str]] = {
     "labels beyond the model": (toys_with_too_few_classes, "labelled 0..11"),
 }
 BAD_FLAGS: dict[tuple[str, ...], str] = {
-    ("--result_file", "gone"): "Record folder record/gone does not exist",
+    ("--result_file", "gone"): "Record folder record/gone does not exist; check",
+    ("--result_file", "badnet_tny"): "Record folder record/badnet_tny does not exist (did you mean badnet_tiny?)",
     ("--eps", "0"): "--eps is '0'",
     ("--ratio", "1.5"): "--ratio is '1.5'",
     ("--ratio", "0.001"): "--ratio 0.001 of 50 clean training images",
@@ -110,17 +111,19 @@ BAD_FLAGS: dict[tuple[str, ...], str] = {
     ("--amp", "ture"): "--amp is 'ture'",
     ("--scope", "all"): "--scope is 'all'",
     ("--device", "cuda:9"): "--device cuda:9",
-    ("--device", "gpu"): "--device gpu is not a device",
+    ("--device", "gpu"): "--device is 'gpu', but must be auto, cpu",
     ("--dataset", "gtsrb"): "dataset is set to gtsrb, but the record in record/badnet_tiny has cifar10",
     ("--model", "resnet18"): f"model is set to resnet18, but the record in record/badnet_tiny has {MODEL}",
     ("--num_classes", "43"): "num_classes is set to 43, but the record in record/badnet_tiny has 10",
     ("--yaml_path", "config/defense/fmp/gtsrb.yaml"): "dataset is set to gtsrb",
     ("--yaml_path", "gone.yaml"): "--yaml_path gone.yaml does not exist",
+    ("--yaml_path", "record"): "--yaml_path record is a folder",
     ("--yaml_path", "unknown.yaml"): "unknown key 'epsilon'",
     ("--dataset_path", "elsewhere"): "Dataset folder elsewhere/cifar10 does not exist",
     ("--index", "gone.txt"): "--index gone.txt cannot be read",
     ("--index", "large.txt"): "names image 50",
     ("--epsilon", "1"): "unrecognized arguments: --epsilon 1",
+    ("--epoch", "3"): "unrecognized arguments: --epoch 3 (did you mean --epochs?)",
     ("--frg", "3"): "unrecognized arguments: --frg 3",
     ("--eps",): "argument --eps: expected one argument",
     ("stray",): "unrecognized arguments: stray",
@@ -163,7 +166,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(flags: tuple[str, ...], workpl
     if not flags:
         (workplace / "record" / RECORD / "defense").write_text("a file")
     before = listing(workplace)
-    refuses(run_fmp(*QUICK, *flags), "cannot be made")
+    refuses(run_fmp(*QUICK, *flags), "is a file; let results go elsewhere with --save_folder")
     assert listing(workplace) == before
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
+from pathlib import Path
 
-from fmp_core.settings import Settings, add_arguments, load_settings
+from fmp_core.settings import PROJECT, Settings, add_arguments, load_settings
 from fmp_core.system.cli import Parser, run_main
 
 
@@ -43,11 +46,14 @@ def _what_to_run(settings: Settings) -> str:
     from fmp_core.data.attack_record import find_records  # loads torch
 
     names, root = find_records(settings.record_root), settings.record_root
+    script, maker = Path(sys.argv[0]), PROJECT / "record_scripts" / "make_record.py"
+    maker = maker.relative_to(Path.cwd()) if maker.is_relative_to(Path.cwd()) else maker
+    started = f"python {shlex.quote(sys.argv[0])}" if script.suffix == ".py" else script.name
     found = f"Records in {root}:" if names else f"There are no attack records in {root}."
     return "\n".join(
         [
             f"fmp: --result_file is missing. {found}",
-            *(f"    python defense/fmp.py --result_file {name}" for name in names),
-            "To make the demo record: python record_scripts/make_record.py (or: make demo)",
+            *(f"    {started} --result_file {shlex.quote(name)}" for name in names),
+            f"To make one of scikit-learn's digits: python {shlex.quote(str(maker))}",
         ]
     )

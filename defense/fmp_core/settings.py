@@ -12,7 +12,7 @@ from typing import Any
 
 from fmp_core import fields
 from fmp_core.errors import UserError
-from fmp_core.fields import BOOLEAN, NAME, choice, integer, number, numbers, or_word, setting, text
+from fmp_core.fields import BOOLEAN, DEVICE, NAME, choice, integer, number, numbers, or_word, setting, text
 
 DEFAULT_YAML = "./config/defense/fmp/config.yaml"
 PROJECT = Path(__file__).resolve().parents[2]  # holds config/, in a BackdoorBench checkout too
@@ -79,7 +79,7 @@ class Settings:
 
     # Does not decide: what it sets, does.
     preset: str = _run("paper", choice("paper", "strong"), "strong: see docs/method.md; single flags override what it sets")
-    device: str = _device("auto", text("DEVICE"), "auto (CUDA where there is one), cpu, cuda, cuda:0 or cuda:0,1")
+    device: str = _device("auto", DEVICE, "auto (CUDA where there is one), cpu, cuda, cuda:0 or cuda:0,1")
     fresh: bool = _run(False, BOOLEAN, "use neither cached scores nor the state of an interrupted run")
     wait: bool = _run(False, BOOLEAN, "wait while another run works in the same result folder, instead of ending")
 
@@ -254,7 +254,9 @@ def find_config(path: str) -> Path | None:
             return candidate
     if path == DEFAULT_YAML:
         return None
-    raise UserError(f"--yaml_path {path} does not exist, neither in {Path.cwd()} nor in {PROJECT}.")
+    if Path(path).is_dir():
+        raise UserError(f"--yaml_path {path} is a folder; name a settings file.")
+    raise UserError(f"--yaml_path {path} does not exist; it was looked for in {Path.cwd()} and beside FMP, in {PROJECT}.")
 
 
 def load_settings(flags: Mapping[str, Any]) -> Settings:

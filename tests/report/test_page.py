@@ -20,9 +20,8 @@ from fmp_core.inversion.trigger import INVERTED_TRIGGER, InvertedTrigger, save_t
 from fmp_core.metrics import METRICS
 from fmp_core.report.data import read_summary
 from fmp_core.report.figures import training_curves
-from fmp_core.report.findings import HEADLINES
 from fmp_core.results.intervals import wilson
-from fmp_core.results.removal import attack_outcome
+from fmp_core.results.removal import OUTCOMES, attack_outcome
 from fmp_core.storage.files import file_digest
 
 SAMPLE = ("--test_images", "8")  # of 10 clean and 9 triggered images
@@ -87,7 +86,7 @@ def test_the_figures_are_those_of_the_run(finished: Path):
     assert "--p 16" in text and "--test_images 8" in text and "tested on a sample of 8 images" in text
     assert metrics["versions"]["torch"] in text and "ranking" in text
     outcome = attack_outcome(pd.read_csv(finished / RESULTS / "predictions.csv"))
-    assert metrics["removal"] == outcome and HEADLINES[outcome["outcome"], outcome["certain"]] in text
+    assert metrics["removal"] == outcome and OUTCOMES[outcome["outcome"], outcome["certain"]] in text
 
 
 def test_every_map_is_in_its_strip(finished: Path):

@@ -85,5 +85,5 @@ def test_an_unknown_format_is_refused_before_anything_is_written(root: Path, cap
 def test_without_an_attacked_model_there_is_nothing_to_draw(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = root / "badnet_cifar10" / "defense" / "fmp" / "metrics.json"
     path.write_text(json.dumps({"after": json.loads(path.read_text())["after"], "seed": 0}))
-    assert script.main([str(root), "--figure", str(root / "out.svg")]) == 2
-    assert "--figure needs" in capsys.readouterr().err and not (root / "out.svg").exists()
+    assert script.main([str(root), "--csv", str(root / "out.csv"), "--figure", str(root / "out.svg")]) == 2
+    assert "--figure needs" in capsys.readouterr().err and not list(root.glob("out.*"))

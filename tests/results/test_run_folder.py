@@ -171,15 +171,19 @@ def test_the_table_is_in_percent() -> None:
     assert "even sample of 500 images" in text
 
 
+STILL_WORKS = {"removal": {"outcome": "still works", "certain": True}}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({}, None),
-        ({"removal": {"outcome": "none before"}}, None),
-        ({"removal": {"outcome": "still works"}}, "The backdoor still works: try --preset strong."),
-        ({"removal": {"outcome": "weakened"}}, "The backdoor is weakened, not removed: try --preset strong."),
-        ({"removal": {"outcome": "still works"}, "settings": {"preset": "strong", "epochs": 10}}, "more clean data (--ratio)"),
-        ({"removal": {"outcome": "still works"}, "clean_images": 50}, "50 clean images only; more help"),
+        ({"removal": {"outcome": "none before", "certain": True}}, None),
+        (STILL_WORKS, "The backdoor still works: try --preset strong."),
+        ({"removal": {"outcome": "still works", "certain": False}}, "The backdoor may still work: try --preset strong."),
+        ({"removal": {"outcome": "weakened", "certain": True}}, "The backdoor is weakened, not removed: try --preset strong."),
+        ({**STILL_WORKS, "settings": {"preset": "strong", "epochs": 10}}, "more clean data (--ratio)"),
+        ({**STILL_WORKS, "clean_images": 50}, "50 clean images only: give it more (--ratio"),
         ({"after": {"test_acc": 0.8, "test_asr": 0.0, "test_ra": 0.5}}, "Accuracy fell by 11.2 points: try a smaller --lr"),
         (
             {"after": {"test_acc": 0.8, "test_asr": 0.0, "test_ra": 0.5}, "settings": {"preset": "paper", "epochs": 0}},

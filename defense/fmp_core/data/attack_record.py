@@ -5,6 +5,7 @@ Formats: BB ``utils/save_load_attack.py`` and ``utils/bd_dataset_v2.py``; record
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections import OrderedDict
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmp_core.data.datasets import DatasetFacts, Split, dataset_facts
+from fmp_core.data.datasets import DATASET_NAME, DatasetFacts, Split, dataset_facts
+from fmp_core.data.folders import visible
 from fmp_core.data.images import MOST_PIXELS, Size, read_images
 from fmp_core.data.pixel_range import pixels_of
 from fmp_core.errors import UserError
@@ -125,7 +127,9 @@ def read_attack_record(folder: str | Path) -> AttackRecord:
     folder = Path(folder)
     path = folder / ATTACK_FILE
     if not folder.is_dir():
-        raise UserError(f"Record folder {folder} does not exist; check --result_file and --record_root.")
+        near = difflib.get_close_matches(folder.name, [path.name for path in visible(folder.parent)])
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"Record folder {folder} does not exist{meant}; check --result_file and --record_root.")
     if not path.is_file():
         raise UserError(f"Record folder {folder} holds no {ATTACK_FILE}; the attack may not have ended, or this is no record.")
     content = load_torch_file(path)
@@ -152,7 +156,7 @@ def _refuse_placeholders(content: Mapping[str, Any]) -> None:
 def _attack_record(folder: Path, content: Mapping[str, Any]) -> AttackRecord:
     _refuse_placeholders(content)
     dataset, model_name = content["clean_data"], content["model_name"]
-    if not (isinstance(dataset, str) and re.fullmatch(r"\w[\w. -]*", dataset)):
+    if not (isinstance(dataset, str) and re.fullmatch(DATASET_NAME, dataset)):
         raise ValueError(f"clean_data is {brief(dataset)}, which names no dataset")
     if not isinstance(model_name, str):
         raise ValueError(f"model_name is {brief(model_name)}")

@@ -11,29 +11,20 @@ from fmp_core.models.activation_change import Precision
 from fmp_core.report.data import Run
 from fmp_core.report.strips import Pruning
 from fmp_core.results.intervals import Interval
+from fmp_core.results.removal import OUTCOMES
+from fmp_core.results.summary import MUCH_ACCURACY
 from fmp_core.selection.ablation import ROWS_SET
 from fmp_core.settings import changed
 
-MUCH_ACCURACY = 0.03
 FEW_FRG_IMAGES = 16
 FEW_CLEAN_IMAGES = 250
 FEW_TEST_IMAGES = 1000
 CHANCE = 0.05  # a random selection does as well at least this often: the ranking found nothing
 
-HEADLINES = {  # by (outcome, certain)
-    ("removed", True): "The backdoor is removed",
-    ("weakened", True): "The backdoor is weakened, not removed",
-    ("weakened", False): "The backdoor is weakened, perhaps removed",
-    ("still works", True): "The backdoor still works",
-    ("still works", False): "The backdoor may still work",
-    ("none before", True): "This record has no working backdoor to remove",
-    ("none before", False): "This record shows no working backdoor to remove",
-}
-
 
 def verdict(outcome: Mapping[str, Any], before: Mapping[str, Interval], after: Mapping[str, Interval]) -> tuple[str, str]:
     """A headline about the ``outcome`` (of ``attack_outcome``), and sentences with the figures behind it and the price."""
-    head = HEADLINES[outcome["outcome"], outcome["certain"]]
+    head = OUTCOMES[outcome["outcome"], outcome["certain"]]
     now, then, chance = 100 * outcome["asr_after"], 100 * outcome["asr_before"], outcome["chance"]
     sentences = [f"The trigger now succeeds on {now:.2f} % of triggered test images (before: {then:.2f} %)."]
     if chance is not None:
@@ -83,8 +74,8 @@ def warnings(run: Run, own: Pruning, precision: Precision | None) -> Iterator[tu
         )
         yield "The ranking is no better than random on this record.", why
     if run.scored and (samples := run.scores.samples) < FEW_FRG_IMAGES:
-        why = f"Scores are multiples of 1/{samples}, so many feature maps share one; raise --frg_samples."
-        yield f"Each feature map was scored on {samples} images only.", why
+        few = "one image" if samples == 1 else f"{samples} images"
+        yield f"Each feature map was scored on {few} only.", "So many feature maps share a score; raise --frg_samples."
     if summary.clean_images < FEW_CLEAN_IMAGES:
         why = "Fine-tuning on so few may overfit" if summary.settings["epochs"] else "So few say little of the feature maps"
         why += "; raise --ratio."

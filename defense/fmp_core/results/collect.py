@@ -118,7 +118,9 @@ def read_leaderboard(path: str | Path) -> pd.DataFrame:
     """BackdoorBench's leaderboard csv in our columns, origin ``published``; runs that failed there (-1, empty) are left out."""
     try:
         board = pd.read_csv(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"--leaderboard {path} cannot be read ({error.strerror or error}).") from None
+    except ValueError as error:
         raise UserError(f"--leaderboard {path} cannot be read as csv ({' '.join(str(error).split())[:120]}).") from None
     names = {"backbone": "model", "attack_name": "attack", "defense_name": "defense", "ratio": "pratio"}
     if absent := [name for name in ("dataset", *names, *METRICS) if name not in board]:

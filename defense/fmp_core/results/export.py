@@ -32,19 +32,21 @@ def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width
         if frame is ours:
             warn("no leaderboard row has the dataset, model, attack and poison rate of a record here")
     tables = build_tables(frame)
-    writers: dict[str, Callable[[Path], object]] = {
+    writers: dict[str, Callable[[Path], object]] = {  # those that may find nothing to draw come first, before a file is written
+        "figure": lambda path: write_figure(path, tables),
+        "roc": lambda path: write_roc(path, found),
         "csv": lambda path: frame.to_csv(path, index=False),
         "parquet": frame.to_parquet,
         "markdown": lambda path: path.write_text("\n".join(map(to_markdown, tables)), "utf-8"),
         "latex": lambda path: path.write_text("\n".join(map(to_latex, tables)), "utf-8"),
         "html": lambda path: path.write_text(to_html(tables), "utf-8"),
-        "figure": lambda path: write_figure(path, tables),
-        "roc": lambda path: write_roc(path, found),
     }
-    for kind, path in files.items():
+    for kind, write in writers.items():
+        if kind not in files:
+            continue
         try:
-            with replacing(path) as temporary:
-                writers[kind](temporary)
+            with replacing(files[kind]) as temporary:
+                write(temporary)
         except ImportError:
             raise UserError("--parquet needs pyarrow; run: pip install pyarrow") from None
     return "\n".join([*(to_text(table, width) for table in tables), *([detection_table(found)] if "roc" in files else [])])

@@ -34,7 +34,10 @@ def draw(tables: Sequence[Table]) -> Figure:
     """
     panels = [(table, attack) for table in tables for attack in table.attacks if _can_be_drawn(table, attack)]
     if not panels:
-        raise UserError("--figure needs records with the attacked model's figures and a defense of it; there are none.")
+        raise UserError(
+            "--figure needs an attacked model and a defense of it, both tested on all test images (runs with --test_images are "
+            "not drawn); there are none."
+        )
     names = [name for name in dict.fromkeys(itertools.chain(*(table.methods for table in tables))) if _is_drawn(name)]
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     looks = {name: (colours[number % 10], MARKERS[number % len(MARKERS)]) for number, name in enumerate(names)}

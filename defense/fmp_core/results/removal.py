@@ -11,6 +11,16 @@ from fmp_core.results.intervals import difference, share_of
 REMOVED = 0.10  # of triggered images above chance: less counts as no backdoor, as backdoor papers have it
 WEAKENED = 0.5  # of what the trigger reached above chance before the defense
 
+OUTCOMES = {  # in words, by (outcome, certain)
+    ("removed", True): "The backdoor is removed",
+    ("weakened", True): "The backdoor is weakened, not removed",
+    ("weakened", False): "The backdoor is weakened, perhaps removed",
+    ("still works", True): "The backdoor still works",
+    ("still works", False): "The backdoor may still work",
+    ("none before", True): "This record has no working backdoor to remove",
+    ("none before", False): "This record shows no working backdoor to remove",
+}
+
 
 def attack_outcome(predictions: pd.DataFrame) -> dict[str, Any]:
     """What became of the attack, from ``predictions.csv`` (:func:`~fmp_core.results.predictions.prediction_frame`).

@@ -68,7 +68,7 @@ class RunFolder:
 
     def check(self) -> None:
         """Raises UserError now rather than after an hour: a folder cannot be made, or TensorBoard is not installed."""
-        check_folders(self.path, self.log, self.checkpoints)
+        check_folders(self.path, self.log, self.checkpoints, remedy="let results go elsewhere with --save_folder")
         if self.settings.tensorboard:
             summary_writer()
 

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 from fmp_core.errors import UserError
 from fmp_core.metrics import HEADLINES, METRICS
+from fmp_core.results.removal import OUTCOMES
 from fmp_core.results.values import is_of_type, read_json
 from fmp_core.storage.files import write_text
 
@@ -100,14 +101,13 @@ def as_table(metrics: dict[str, Any], folder: Path) -> str:
 
 def advice(metrics: dict[str, Any]) -> list[str]:
     """At most one line: what to try if the backdoor is still there, or if accuracy was lost."""
-    outcome, clean = metrics["removal"]["outcome"], metrics["clean_images"]
+    removal, clean = metrics["removal"], metrics["clean_images"]
     drop = metrics["before"]["test_acc"] - metrics["after"]["test_acc"]
-    few = f" The defense had {clean} clean images only; more help (--ratio, --index)." if clean < FEW_CLEAN_IMAGES else ""
-    if outcome in ("weakened", "still works"):
-        state = "still works" if outcome == "still works" else "is weakened, not removed"
+    few = f" The defense had {clean} clean images only: give it more (--ratio, --index)." if clean < FEW_CLEAN_IMAGES else ""
+    if removal["outcome"] in ("weakened", "still works"):
         strong = metrics["settings"]["preset"] == "strong"
         attempt = "try more clean data (--ratio) or a higher --lr" if strong else "try --preset strong"
-        return [f"The backdoor {state}: {attempt}.{few}"]
+        return [f"{OUTCOMES[removal['outcome'], removal['certain']]}: {attempt}.{few}"]
     if drop > MUCH_ACCURACY:
         less = "a smaller --lr or fewer --epochs" if metrics["settings"]["epochs"] else "a larger --p, or some --epochs"
         return [f"Accuracy fell by {100 * drop:.1f} points: try {less}.{few}"]

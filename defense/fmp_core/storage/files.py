@@ -85,13 +85,16 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def check_folders(*folders: Path) -> None:
-    """Raise UserError unless ``folders`` exist or can be made: a name may be taken by a file, or a parent not writable."""
+def check_folders(*folders: Path, remedy: str = "choose another folder") -> None:
+    """Raise UserError unless ``folders`` exist or can be made: a name may be taken by a file, or a parent not writable.
+
+    ``remedy``: what the error says to do.
+    """
     for folder in folders:
         parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             reason = "is not writable" if parent.is_dir() else "is a file"
-            raise UserError(f"Folder {folder} cannot be made, because {parent} {reason}; choose another or free the name.")
+            raise UserError(f"{folder} cannot be written, because {parent} {reason}; {remedy}.")
 
 
 def make_folders(*folders: Path) -> None:
