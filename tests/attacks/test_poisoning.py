@@ -224,3 +224,8 @@ def test_a_test_set_of_the_target_class_alone_is_refused():
     assert choose_test(torch.zeros(3, dtype=torch.int64), attack()) == []
     with pytest.raises(UserError, match="no attack could be measured"):
         poison(split(), split(1), attack(), SIZE, 4, 0, ALL)
+
+
+def test_flags_of_another_attack_are_known_as_such() -> None:
+    assert attack("wanet", s=0.7).unused == ["patch_size"]
+    assert attack("badnet").unused == [] and AttackSettings(blend_alpha=0.2, sig_f=3.0).unused == ["sig_f"]

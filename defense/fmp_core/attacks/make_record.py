@@ -98,6 +98,8 @@ def _make(plan: Plan, device: Device) -> None:
     logs.set_up(plan.unfinished, plan.training, {**checkpoint.made_with, "device": device.name})
     try:
         poisoned = len(plan.poison.train.indices) if plan.poison else 0
+        for name in plan.attack.unused:
+            LOGGER.warning("--%s changes nothing of --attack %s", name, plan.attack.attack)
         LOGGER.info("%d of %d training images get the trigger", poisoned, len(plan.used))
         LOGGER.info("%s is trained for %d epochs on %s", record.model, plan.training.epochs, device.name)
         measure = _measurement(plan, model, device.device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from fmp_core.errors import UserError
-from fmp_core.fields import BOOLEAN, NAME, choice, integer, number, setting, text
+from fmp_core.fields import BOOLEAN, NAME, Kind, choice, integer, number, setting, text
 
 ATTACKS = ("badnet", "blended", "lf", "sig", "wanet", "ssba", "none")
 
@@ -30,6 +31,11 @@ class RecordSettings:
     fresh: bool = setting(False, BOOLEAN, "start again instead of going on with an unfinished record")
 
 
+def _of(attack: str, default: Any, kind: Kind, help: str) -> Any:
+    """A setting that only ``attack`` uses."""
+    return setting(default, kind, f"{attack}: {help}", attack=attack)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttackSettings:
     """A field is a flag of the same name; names are BackdoorBench's where BB has the flag (``config/attack/*``)."""
@@ -48,30 +54,35 @@ class AttackSettings:
     trigger_file: str | None = setting(
         None, text("FILE"), "badnet: mask image; blended: picture; lf: .npy pattern (BackdoorBench's or yours)"
     )
-    patch_size: int | None = setting(
+    patch_size: int | None = _of(
+        "badnet",
         None,
         integer(1, 4096, metavar="PIXELS"),
-        "badnet: side of the white corner patch (default as BackdoorBench: 3 at 32x32, its mask resized elsewhere)",
+        "side of the white corner patch (default as BackdoorBench: 3 at 32x32, its mask resized elsewhere)",
     )
-    blend_alpha: float = setting(0.2, number(0, 1, metavar="SHARE"), "blended: share of the picture")
-    lf_amplitude: float = setting(
-        51.0, number(1, 255, metavar="LEVELS"), "lf: largest change by our own pattern, in grey levels"
+    blend_alpha: float = _of("blended", 0.2, number(0, 1, metavar="SHARE"), "share of the picture")
+    lf_amplitude: float = _of("lf", 51.0, number(1, 255, metavar="LEVELS"), "largest change by our own pattern, in grey levels")
+    sig_delta: float = _of("sig", 40.0, number(0, 255, metavar="LEVELS"), "amplitude in grey levels")
+    sig_f: float = _of("sig", 6.0, number(0, 4096), "periods across the image")
+    s: float = _of("wanet", 0.5, number(0, 100), "strength of the warp")
+    k: int = _of("wanet", 4, integer(2, 4096), "control points along each axis")
+    grid_rescale: float = _of("wanet", 1.0, number(0, 10, metavar="FACTOR"), "factor on the warped positions")
+    cross_ratio: float = _of(
+        "wanet", 2.0, number(0, 100, metavar="RATIO"), "images with a noisy warp and their own label, per poisoned image"
     )
-    sig_delta: float = setting(40.0, number(0, 255, metavar="LEVELS"), "sig: amplitude in grey levels")
-    sig_f: float = setting(6.0, number(0, 4096), "sig: periods across the image")
-    s: float = setting(0.5, number(0, 100), "wanet: strength of the warp")
-    k: int = setting(4, integer(2, 4096), "wanet: control points along each axis")
-    grid_rescale: float = setting(1.0, number(0, 10, metavar="FACTOR"), "wanet: factor on the warped positions")
-    cross_ratio: float = setting(
-        2.0, number(0, 100, metavar="RATIO"), "wanet: images with a noisy warp and their own label, per poisoned image"
+    ssba_strength: float = _of(
+        "ssba", 8.0, number(0, 255, metavar="LEVELS"), "root mean square of the perturbation, in grey levels"
     )
-    ssba_strength: float = setting(
-        8.0, number(0, 255, metavar="LEVELS"), "ssba: root mean square of the perturbation, in grey levels"
+    attack_train_replace_imgs_path: str | None = _of(
+        "ssba", None, text("FILE"), ".npy of all training images, encoded (BackdoorBench's)"
     )
-    attack_train_replace_imgs_path: str | None = setting(
-        None, text("FILE"), "ssba: .npy of all training images, encoded (BackdoorBench's)"
-    )
-    attack_test_replace_imgs_path: str | None = setting(None, text("FILE"), "ssba: .npy of all test images, encoded")
+    attack_test_replace_imgs_path: str | None = _of("ssba", None, text("FILE"), ".npy of all test images, encoded")
+
+    @property
+    def unused(self) -> list[str]:
+        """Settings of another attack that were given; they change nothing."""
+        others = (f for f in dataclasses.fields(self) if f.metadata.get("attack", self.attack) != self.attack)
+        return [field.name for field in others if getattr(self, field.name) != field.default]
 
     @property
     def clean_label(self) -> bool:
