@@ -34,7 +34,8 @@ def test_flags_are_not_abbreviated_and_a_wrong_one_is_one_sentence(capsys: pytes
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--dev", "cpu"])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "tool: unrecognized arguments: --dev cpu (did you mean --device?); --help lists the flags.\n"
+    said = "tool: unrecognized arguments: --dev cpu (did you mean --device?); --help lists the flags.\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_function_that_returns_gives_its_exit_code():
