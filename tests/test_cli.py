@@ -22,7 +22,7 @@ from fmp_core.inversion import trigger as triggers
 from fmp_core.inversion import verdict as verdicts
 from fmp_core.inversion.trigger import FAMILIES
 from fmp_core.selection.choice import Selection
-from fmp_core.settings import Settings
+from fmp_core.settings import PROJECT, Settings
 from fmp_core.system.cli import Stages
 from narrow_resnet import NARROW_RESNET_MAPS
 
@@ -279,7 +279,7 @@ def test_without_a_record_the_command_lists_them(workplace: Path, run_fmp: Run):
     before = listing(workplace)
     ran = run_fmp()
     assert ran.code == 2 and ran.err == ""
-    for line in ("--result_file another", f"--result_file {RECORD}", "record_scripts/make_record.py"):
+    for line in ("--result_file another", f"--result_file {RECORD}", f"python {PROJECT / 'record_scripts' / 'make_record.py'}"):
         assert line in ran.out
     assert listing(workplace) == before
 

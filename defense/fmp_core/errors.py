@@ -1,4 +1,7 @@
-"""The exception whose message is for the user."""
+"""The exception whose message is for the user, and what such messages share."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -12,3 +15,9 @@ class UserError(Exception):
         if len(message) > 1500:
             message = f"{message[:1000]} ... {message[-300:]}"
         super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A suggestion that continues a sentence about ``word``, empty if none of the ``known`` words is like it."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -253,7 +253,7 @@ def test_a_dataset_may_be_named_as_its_archive_is_or_by_its_path(
     assert make_record.main([*words, "--lr", "0.001"]) == 0
     record = tmp_path / "record" / "badnet_gtsrb"
     assert load_torch_file(record / "info.pickle")["dataset"] == "gtsrb"
-    assert read_attack_record(record).dataset == "gtsrb"
+    assert load_torch_file(record / "attack_result.pt")["clean_data"] == read_attack_record(record).dataset == "gtsrb"
 
 
 def test_a_record_that_appeared_meanwhile_is_not_made_again(

@@ -23,7 +23,6 @@ DEFENSE = Path(__file__).resolve().parents[2] / "defense"
 KILLED = """
 import json, sys
 from pathlib import Path
-from fmp_core.results.read import SWEEP_MARK
 from fmp_core.sweeps.jobs import Job
 from fmp_core.sweeps.plan import plan
 from fmp_core.sweeps.local import run_local

@@ -5,7 +5,6 @@ Formats: BB ``utils/save_load_attack.py`` and ``utils/bd_dataset_v2.py``; record
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections import OrderedDict
@@ -23,7 +22,7 @@ from fmp_core.data.datasets import DATASET_NAME, DatasetFacts, Split, dataset_fa
 from fmp_core.data.folders import visible
 from fmp_core.data.images import MOST_PIXELS, Size, read_images
 from fmp_core.data.pixel_range import pixels_of
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, did_you_mean
 from fmp_core.storage.placeholders import Opaque
 from fmp_core.storage.torch_file import load_torch_file
 
@@ -127,8 +126,7 @@ def read_attack_record(folder: str | Path) -> AttackRecord:
     folder = Path(folder)
     path = folder / ATTACK_FILE
     if not folder.is_dir():
-        near = difflib.get_close_matches(folder.name, [path.name for path in visible(folder.parent)])
-        meant = f" (did you mean {near[0]}?)" if near else ""
+        meant = did_you_mean(folder.name, [path.name for path in visible(folder.parent)])
         raise UserError(f"Record folder {folder} does not exist{meant}; check --result_file and --record_root.")
     if not path.is_file():
         raise UserError(f"Record folder {folder} holds no {ATTACK_FILE}; the attack may not have ended, or this is no record.")

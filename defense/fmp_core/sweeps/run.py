@@ -24,12 +24,11 @@ def run_sweep(sweep: Sweep, launcher: str = "local", dry_run: bool = False) -> i
     jobs = plan(sweep)
     made = {job.record for job in jobs if job.kind == "record"}
     for job in jobs:
-        if job.record not in made and not job.attack_file.is_file():
+        if job.kind == "record":
+            if (stamp := read_stamp(job.folder)) and stamp.get("hash") != settings_hash(job):
+                raise UserError(f"{job.folder} was made with other settings; remove it, or give the new record another name.")
+        elif job.record not in made and not job.attack_file.is_file():
             raise UserError(f"records: {job.attack_file.parent} holds no attack record; check the name, and record_root.")
-        if job.kind != "record":
-            continue
-        if (stamp := read_stamp(job.folder)) and stamp.get("hash") != settings_hash(job):
-            raise UserError(f"{job.folder} was made with other settings; remove it, or give the new record another name.")
     if dry_run:
         for job in jobs:
             print(f"# {job.name}{' (done)' if finished(job) else ''}\n{shlex.join(job.command)}")

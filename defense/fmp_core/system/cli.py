@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, did_you_mean
 
 ADVICE = {  # when memory runs out in a stage
     "ranking": "lower --chunk or --memory",
@@ -35,8 +34,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions)
-            message += f" (did you mean {near[0]}?)" if near else ""
+            message += did_you_mean(unknown[1], self._option_string_actions)
         self.exit(2, f"{self.prog}: {message}; --help lists the flags.\n")
 
 
