@@ -46,6 +46,8 @@ from fmp_core.system.devices import Device, choose_device, make_deterministic
 
 LOGGER = logging.getLogger("fmp_core")
 LOCK = "making.lock"  # in the unfinished folder
+WEAK_ASR = 0.5
+STRONGER = "Make the record again with more --epochs or a higher --pratio (badnet: also a larger --patch_size)"
 ANOTHER = "Another make_record.py makes {record} now; wait for its end, or choose another --save_folder_name."
 
 
@@ -104,6 +106,8 @@ def _make(plan: Plan, device: Device) -> None:
         LOGGER.info("%s is trained for %d epochs on %s", record.model, plan.training.epochs, device.name)
         measure = _measurement(plan, model, device.device)
         history = train_attacked_model(model, data, measure, plan.training, device, plan.facts, checkpoint)
+        if poisoned and (asr := history[-1][1]["test_asr"]) < WEAK_ASR:
+            LOGGER.warning("the backdoor is weak: ASR is %.1f %%. %s", 100 * asr, STRONGER)
         write_record(plan, network.state_dict(), history)
     finally:
         logs.close()
