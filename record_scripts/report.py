@@ -21,11 +21,12 @@ from fmp_core.settings import Settings
 from fmp_core.system.cli import Parser, run_main
 
 FLAGS = ("result_file", "defense_name", "record_root", "save_folder", "dataset_path", "device")  # as fmp.py has them
+HELP = {"save_folder": "the run's --save_folder, where its results lie in <record>/defense/ of it instead of in the record"}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("report", __doc__)
-    add_flags(parser, Settings, FLAGS)
+    add_flags(parser, Settings, FLAGS, HELP)
     parser.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="other result folders beside it, for a table")
     args = parser.parse_args(argv)
     if args.result_file is None:
