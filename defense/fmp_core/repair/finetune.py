@@ -110,6 +110,7 @@ class FineTuning:
             ):
                 if self.attacked and epoch.epoch + 1 == settings.epochs:
                     self.attacked.apply(self.defender.model)
+                    on_batch()
                 if not math.isfinite(epoch.train_epoch_loss_avg_over_batch):
                     LOGGER.warning("the loss of epoch %d is not a number; try a smaller --lr", epoch.epoch + 1)
                 done.append(self._plan(epoch))

@@ -2,8 +2,8 @@
 
 Unlearning costs accuracy on clean images. Between the fine-tuned weights and those it began with lie models that have more of
 it, and a part of the way back the backdoor is still gone (docs/experiments/strong.md has the figures). Averaging the weights of
-a model before and after fine-tuning is WiSE-FT (Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022). Pruned
-maps are averaged like all others: what removes the backdoor is unlearning, and kept at zero they cost accuracy.
+a model before and after fine-tuning is WiSE-FT (Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022). Maps that
+fine-tuning kept at zero are set to zero again afterwards: averaged, too, they bring part of the backdoor back.
 """
 
 from __future__ import annotations
