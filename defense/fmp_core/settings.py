@@ -140,7 +140,7 @@ class Settings:
     interpolate: float = _tuning(
         0.0,
         number(0, 1, metavar="SHARE"),
-        "share of the attacked model's weights when they are averaged with the fine-tuned ones, pruned maps included",
+        "share of the attacked model's weights when they are averaged with the fine-tuned ones",
     )
     epochs: int = _training(10, integer(0), "fine-tuning epochs; 0 prunes and evaluates only")
     batch_size: int = _batch(256, integer(2), "batch size of fine-tuning and testing")
