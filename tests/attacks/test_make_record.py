@@ -78,11 +78,10 @@ def test_every_attack_leaves_a_record_we_read(attack: str, data: Path, tmp_path:
     assert (info["img_size"], info["input_width"], info["attack_target"], info["epochs"]) == ((32, 32, 3), 32, 1, 2)
     indicator = load_torch_file(folder / "train_poison_index_list.pickle")
     assert indicator.shape == (TRAIN,) and indicator.dtype == np.float64 and indicator.sum() == 6
-    pictures = 18 if attack == "wanet" else 6  # wanet: twice as many noise-mode images beside them
-    assert len(list((folder / "bd_train_dataset").rglob("*.png"))) == pictures
-    table, (log,) = pd.read_csv(folder / "attack_df.csv", index_col=0), folder.glob("*.log")
-    assert table.columns.tolist() == BADNET_COLUMNS and names(folder.parent) == {"mine"}
-    assert ("the backdoor is weak" in log.read_text()) == (table["test_asr"].iloc[-1] < 0.5)
+    pictures = list((folder / "bd_train_dataset").rglob("*.png"))
+    assert len(pictures) == (18 if attack == "wanet" else 6)  # wanet: twice as many noise-mode images beside them
+    assert pd.read_csv(folder / "attack_df.csv", index_col=0).columns.tolist() == BADNET_COLUMNS
+    assert len(list(folder.glob("*.log"))) == 1 and names(folder.parent) == {"mine"}
 
 
 def test_what_lies_in_the_record_is_what_the_model_was_trained_on(
@@ -112,7 +111,8 @@ def test_what_lies_in_the_record_is_what_the_model_was_trained_on(
 
 def test_training_accuracies_are_told_apart(data: Path, tmp_path: Path) -> None:
     table = pd.read_csv(make(data, tmp_path, "--pratio", "0.25") / "attack_df.csv", index_col=0)
-    np.testing.assert_allclose(24 * table["train_acc"], 18 * table["train_acc_clean_only"] + 6 * table["train_asr_bd_only"])
+    mixed = (18 * table["train_acc_clean_only"] + 6 * table["train_asr_bd_only"]) / 24
+    np.testing.assert_allclose(table["train_acc"], mixed, rtol=1e-9)
 
 
 def test_a_control_carries_a_trigger_its_model_never_saw(data: Path, tmp_path: Path) -> None:
@@ -123,8 +123,8 @@ def test_a_control_carries_a_trigger_its_model_never_saw(data: Path, tmp_path: P
     assert all(torch.equal(value, clean[key]) for key, value in state(folder).items())
     assert load_torch_file(folder / "train_poison_index_list.pickle").sum() == 0
     assert not (folder / "bd_train_dataset").exists()
-    columns = pd.read_csv(folder / "attack_df.csv", index_col=0).columns
-    assert columns.tolist() == [name for name in BADNET_COLUMNS if not name.endswith("_bd_only")]
+    expected = [name for name in BADNET_COLUMNS if not name.endswith("_bd_only")]
+    assert pd.read_csv(folder / "attack_df.csv", index_col=0).columns.tolist() == expected
 
 
 def test_no_attack_leaves_what_backdoorbenchs_prototype_leaves(data: Path, tmp_path: Path) -> None:

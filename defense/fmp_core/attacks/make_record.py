@@ -46,7 +46,7 @@ from fmp_core.system.devices import Device, choose_device, make_deterministic
 
 LOGGER = logging.getLogger("fmp_core")
 LOCK = "making.lock"  # in the unfinished folder
-WEAK_ASR = 0.5
+WEAK_ASR = 0.5  # share of triggered images that get the target
 STRONGER = "Make the record again with more --epochs or a higher --pratio (badnet: also a larger --patch_size)"
 ANOTHER = "Another make_record.py makes {record} now; wait for its end, or choose another --save_folder_name."
 

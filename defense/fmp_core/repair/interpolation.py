@@ -3,7 +3,7 @@
 Unlearning costs accuracy on clean images. Between the fine-tuned weights and those it began with lie models that have more of
 it, and a part of the way back the backdoor is still gone (docs/experiments/strong.md has the figures). Averaging the weights of
 a model before and after fine-tuning is WiSE-FT (Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022). Maps that
-fine-tuning kept at zero are set to zero again afterwards: averaged, too, they bring part of the backdoor back.
+fine-tuning kept at zero are set to zero again afterwards: averaged, too, they can bring part of the backdoor back.
 """
 
 from __future__ import annotations
