@@ -4,12 +4,12 @@
     python record_scripts/ablate.py --result_file badnet_cifar10 blended_cifar10 --frequency_test 0
     python record_scripts/ablate.py --result_file badnet_cifar10 --rows ft layer oracle --epochs 3 --test_images 2000
 
-Rows: ``ft`` fine-tuning only; ``random-1..3`` as many maps per layer as ``layer``, at random; ``layer`` FMP as released;
-``global`` FMP as in the paper's text; ``layer-pruned`` without fine-tuning; ``oracle`` the maps whose activation the real
-trigger changes most (it looks at the poisoned test set, so it is no defense); ``oracle-pruned``.
+The paper's method: ``ft`` fine-tuning only; ``random-1..3`` as many maps per layer as ``layer``, at random; ``layer`` FMP as
+released; ``global`` FMP as in the paper's text; ``oracle`` prunes the maps whose activation the real trigger changes most (it
+uses the poisoned test set, so it is no defense); ``layer-pruned``, ``oracle-pruned`` the same without fine-tuning.
 
-``strong`` is our preset; ``strong-pruned`` is it without fine-tuning, ``strong-moved`` that with N/p of each layer instead of
-the budget. And the preset but for one part: ``strong-unpruned``, ``strong-random`` (N/p of each layer at random),
+Our preset: ``strong``; ``strong-pruned`` without fine-tuning; ``strong-moved`` without fine-tuning and with N/p of each layer
+instead of the budget. ``strong`` without one part: ``strong-unpruned``, ``strong-random`` (N/p of each layer at random),
 ``strong-unmasked``, ``strong-clean`` (no unlearning), ``strong-undistilled``, ``strong-uninterpolated``.
 
 Other flags are FMP's. Each row is a run in ``record/<name>/defense/ablate-<row>``; rows finished with the same settings and

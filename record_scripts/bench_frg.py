@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure FRG ranking against its bound and against the released scheme, all in one run.
+"""Compare the speed of FRG ranking with the least it can cost and with the released code's scheme, in one run.
 
     python record_scripts/bench_frg.py --against released                        # random PreActResNet18 weights, random images
     python record_scripts/bench_frg.py --result_file badnet_cifar10 --against released --csv frg.csv
@@ -8,10 +8,10 @@ Figures (images/s unless named otherwise):
 
 * ceiling_forward, ceiling_input_grad: a plain forward pass, and forward + input gradient, of the same model in the same dtype
   at the best of several batch sizes;
-* engine_map: (map, image) pairs per second of ``FeatureMapScorer`` on an even sample of maps over all layers; the forward
-  passes that all maps share are timed apart and charged in the proportion of a full ranking;
-* efficiency: time the bound N*M*(VJP_l + F) takes at those ceilings, over the time measured. VJP_l is the input gradient's cost
-  times the share of multiplications up to layer l;
+* engine_map: (map, image) pairs ranked per second, on an even sample of maps over all layers; shared forward passes are timed
+  apart and count in the proportion of a full ranking;
+* efficiency: least time over time measured. The least is, per map and image, one forward pass and one backward pass from the
+  map's layer to the pixels, at the speeds of the ceilings (the input gradient times the share of multiplications up to there);
 * released_map: the released scheme, written anew: per map two full forward passes, one backward, one inference, batch 32, fp32;
 * ours_operations_per_map, released_operations_per_map: operations on the device (about as many kernel launches on a GPU) to
   rank all maps on ``--images`` images, per map. Counted without a GPU, on tensors without data: 512 images take minutes.
@@ -40,11 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("bench_frg", __doc__)
     parser.add_argument("--result_file", metavar="RECORD", help="take the weights of this attack record")
     parser.add_argument("--record_root", metavar="FOLDER", default="./record", help="default ./record")
-    parser.add_argument("--model", metavar="NAME", default="preactresnet18", help="else: random weights of this model")
+    parser.add_argument(
+        "--model", metavar="NAME", default="preactresnet18", help="without --result_file: random weights of this model"
+    )
     parser.add_argument("--device", metavar="DEVICE", default="auto", help="as for fmp.py")
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"], help="default: both")
     parser.add_argument("--images", metavar="N", type=int, default=64, help="default 64")
-    parser.add_argument("--maps", metavar="N", type=int, default=240, help="size of the even sample of feature maps")
+    parser.add_argument("--maps", metavar="N", type=int, default=240, help="an even sample of so many feature maps (240)")
     parser.add_argument("--chunk", metavar="N", type=int, help="images per batch (default: what suits the device)")
     parser.add_argument("--memory", metavar="MIB", type=int, help="MiB that ranking may keep")
     parser.add_argument("--against", choices=["released"], help="also time the released scheme")

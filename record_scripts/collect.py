@@ -26,7 +26,7 @@ FILES = {
     "latex": "booktabs tables, percent",
     "html": "a page with sortable tables",
     "figure": "ASR against lost accuracy, a panel per attack (.svg, .pdf or .png)",
-    "roc": "found backdoors against false alarms of FMP's verdict and Neural Cleanse (.svg, .pdf or .png)",
+    "roc": "ROC curves of the verdict of --preset strong and of Neural Cleanse (.svg, .pdf or .png)",
 }
 
 

@@ -29,11 +29,11 @@ A flag overrides the preset (`--preset`), which overrides the YAML file (`--yaml
 `{DEFAULT_YAML}`; every flag is a key of it), which overrides the defaults below.
 A flag that is on or off needs no value: `--fresh` is `--fresh True`.
 """
-UNTOUCHED = """### What may change without a result changing
+UNTOUCHED = """### Flags that change no result
 
-Sweeps, caches and interrupted runs do not compare these flags. (What they name is compared where it matters: the
-content of the record and the dataset, what a preset sets, the type of the device.) `--chunk` and `--memory` have
-exceptions ([performance](performance.md#memory)):
+Sweeps, caches and interrupted runs do not compare these flags, only what they refer to where it matters: the content of
+the record and the dataset, what a preset sets, the type of the device. `--chunk` and `--memory` have exceptions
+([performance](performance.md#memory)):
 """
 RECORD = """## make_record.py
 

@@ -71,7 +71,9 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
         layers = trace_conv_layers(network, to_unit(images[:1]))
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{record.model_name} cannot take the record's {record.image_size} images ({detail}).") from None
+        raise UserError(
+            f"{record.model_name} cannot take the record's {record.image_size} images ({detail}); check its img_size."
+        ) from None
     return Inputs(record, subset, DefenderInputs(model, layers, images, labels, record.num_classes, facts), test)
 
 

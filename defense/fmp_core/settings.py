@@ -71,14 +71,18 @@ class Settings:
     record_root: str = _place("./record", _FOLDER, "the folder of attack records")
     dataset_path: str = _place("./data", _FOLDER, "the folder of datasets; the dataset's name is appended")
     save_folder: str | None = _place(
-        None, _FOLDER, "results go to <record>/defense/ in it, not in the record (which may be read-only)"
+        None, _FOLDER, "results go to FOLDER/<record>/defense/, not into the record (which may be read-only)"
     )
     defense_name: str = _place("fmp", NAME, "the result folder's name, in <record>/defense/ (see --save_folder)")
     log: str | None = _place(None, _FOLDER, "folder of the log (default: log/ in the result folder)")
     checkpoint_save: str | None = _place(None, _FOLDER, "folder of saved epochs (default: checkpoint/ in the result folder)")
 
     # Does not decide: what it sets, does.
-    preset: str = _run("paper", choice("paper", "strong"), "strong: see docs/method.md; single flags override what it sets")
+    preset: str = _run(
+        "paper",
+        choice("paper", "strong"),
+        "paper: as published; strong: our extension (docs/method.md); flags override what it sets",
+    )
     device: str = _device("auto", DEVICE, "auto (CUDA where there is one), cpu, cuda, cuda:0 or cuda:0,1")
     fresh: bool = _run(False, BOOLEAN, "use neither cached scores nor the state of an interrupted run")
     wait: bool = _run(False, BOOLEAN, "wait while another run works in the same result folder, instead of ending")
@@ -94,13 +98,13 @@ class Settings:
     std: tuple[float, ...] | None = _loading(
         None,
         numbers(number(0, above=True), _STATISTIC.format(" above 0"), "STD", lengths=(1, 3)),
-        "standard deviation that it divides by; goes with --mean (default: the dataset's)",
+        "standard deviation that the model's preprocessing divides by; goes with --mean (default: the dataset's)",
     )
     ratio: float = _loading(0.1, number(0, 1, above=True), "share of the clean training set the defender owns")
     index: str | None = _loading(
         None,
         text("FILE"),
-        "text file of clean-training-set indices to use instead of --ratio; class by class, they are mixed by the seed",
+        "text file of clean-training-set indices to use instead of --ratio; if class by class, the seed mixes them",
     )
     random_seed: int = _seeded(0, integer(0, 2**32 - 1, "SEED"), "seed of the clean subset, the FRG noise and fine-tuning")
 
@@ -111,7 +115,7 @@ class Settings:
     ranking: str = _ranking(
         "exact",
         choice("exact", "racing"),
-        "score every feature map on every image, or drop early those that will not be chosen",
+        "exact: score every feature map on every image; racing: drop early those that will not be pruned",
     )
     dtype: str = _rank_or_invert(
         "fp32",
@@ -124,10 +128,10 @@ class Settings:
     selection: str = _choosing(
         "frg",
         choice("frg", "trigger", "random", "none"),
-        "by FRG's scores, or by how far an inverted trigger changes activations (strong); ablations: at random, or none",
+        "frg: lowest FRG scores; trigger: largest activation change by an inverted trigger; random, none: ablations",
     )
     p: int = _choosing(64, integer(1, metavar="P"), "the N/p lowest-scored of N feature maps are pruned")
-    scope: str = _choosing("layer", choice("layer", "global"), "N/p in each layer, or of all layers together")
+    scope: str = _choosing("layer", choice("layer", "global"), "layer: N/p of each layer; global: N/p of all layers together")
     budget: float = _choosing(
         0.05, number(0, 1, metavar="SHARE"), "with --selection trigger: accuracy on clean images that pruning may cost"
     )
@@ -136,7 +140,9 @@ class Settings:
     unlearn: float = _tuning(
         0.0, number(0, 1, metavar="SHARE"), "with --selection trigger: share of images that carry inverted triggers"
     )
-    distill: float = _tuning(0.0, number(0, metavar="WEIGHT"), "weight of keeping the attacked model's outputs on clean images")
+    distill: float = _tuning(
+        0.0, number(0, metavar="WEIGHT"), "weight of the distillation loss towards the attacked model's outputs"
+    )
     interpolate: float = _tuning(
         0.0,
         number(0, 1, metavar="SHARE"),

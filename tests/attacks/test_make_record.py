@@ -205,7 +205,7 @@ def test_an_unfinished_record_of_other_settings_is_not_overwritten(
         (["--model", "googlenet"], "Model googlenet has several outputs in training"),
         (["--dataset", "mnist"], "cannot be trained on mnist, whose images are 28x28x1"),
         (["--limit_train", "25"], "--limit_train is 25, but toys has 24 training images"),
-        (["--attack", "lf", "--trigger_file", "gone.npy"], "Trigger file gone.npy does not exist"),
+        (["--attack", "lf", "--trigger_file", "gone.npy"], "--trigger_file gone.npy does not exist"),
         (["--dataset", "gone"], "gone does not exist"),
         (["--dataset", "elsewhere/gone"], "Dataset folder elsewhere/gone does not exist"),
         (["--dataset", ".."], "--dataset .. is no name that a record can hold"),

@@ -105,7 +105,7 @@ def test_rows_of_strong_lack_one_part_each(workplace: Path, monkeypatch: pytest.
         (["--result_file", RECORD, "--rows", "nothing"], "--rows"),
         (["--result_file", RECORD, "--eps", "x"], "eps"),
         (["--result_file", RECORD, "--test_images", "0"], "--test_images"),
-        (["--result_file", RECORD, "--scope", "global"], "--scope is what the rows differ in"),
+        (["--result_file", RECORD, "--scope", "global"], "--scope is set by each row of the ablation"),
     ],
 )
 def test_bad_input_is_one_sentence(workplace: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:

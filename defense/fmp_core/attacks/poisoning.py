@@ -36,7 +36,7 @@ def make_stamp(settings: AttackSettings, size: Size, train: bool, total: int) ->
         own = triggers.bb_patch(size) if side is None else triggers.corner_patch(size, side)
         mask = own if given is None else given.clamp(0, 255).to(torch.uint8)
         if not mask.any():
-            raise UserError(f"Trigger file {settings.trigger_file} has no value above 0, so badnet would change no image.")
+            raise UserError(f"--trigger_file {settings.trigger_file} has no value above 0, so badnet would change no image.")
         return lambda images, _: triggers.badnet(images, mask)
     if settings.attack == "blended":
         picture = triggers.plaid(size, seed) if given is None else given

@@ -27,7 +27,7 @@ class RecordSettings:
     limit_train: int | None = setting(
         None, integer(2), "train on N of the training images, drawn by --random_seed; --pratio is a share of these"
     )
-    model: str = setting("resnet18", text("NAME"), "BackdoorBench's name of the model; a wrong one lists them all")
+    model: str = setting("resnet18", text("NAME"), "BackdoorBench's name of the model; an unknown one prints the list")
     fresh: bool = setting(False, BOOLEAN, "start again instead of going on with an unfinished record")
 
 

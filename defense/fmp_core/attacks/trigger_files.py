@@ -21,7 +21,7 @@ def _load_array(path: Path) -> np.ndarray:
             raise ValueError("it holds several")
         return array
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"Trigger file {path} cannot be read as a .npy array ({error}).") from None
+        raise UserError(f"{path} cannot be read as a .npy array ({error}); give another file.") from None
 
 
 def read_trigger(path: Path, size: Size) -> Tensor:
@@ -32,7 +32,7 @@ def read_trigger(path: Path, size: Size) -> Tensor:
     which changes no pixel. Raises UserError if the file cannot be read, does not fit, or changes nothing.
     """
     if not path.is_file():
-        raise UserError(f"Trigger file {path} does not exist; check --trigger_file.")
+        raise UserError(f"--trigger_file {path} does not exist; check the path.")
     if path.suffix != ".npy":
         trigger = read_images([path], size)[0]
     else:
@@ -40,11 +40,11 @@ def read_trigger(path: Path, size: Size) -> Tensor:
         array = array[0] if array.ndim == 4 and len(array) == 1 else array
         array = np.stack([array] * size[2], -1) if array.ndim == 2 else array
         if array.shape != size or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-            raise UserError(f"Trigger file {path} holds {array.dtype} {array.shape}, but numbers of shape {size} are needed.")
+            raise UserError(f"--trigger_file {path} holds {array.dtype} {array.shape}, but needs numbers of shape {size}.")
         scale = 255 if array.dtype.kind == "f" and np.abs(array).max() <= 1 else 1
         trigger = torch.from_numpy(array.astype(np.float64) * scale).permute(2, 0, 1)
     if not trigger.any():
-        raise UserError(f"Trigger file {path} is 0 everywhere, so it would change no image.")
+        raise UserError(f"--trigger_file {path} is 0 everywhere, so it would change no image; give another one.")
     return trigger
 
 

@@ -155,7 +155,9 @@ def in_own_process(function: Callable[Given, Answer], *args: Given.args, **kwarg
         try:
             return pool.submit(function, *args, **kwargs).result()
         except BrokenProcessPool:
-            raise UserError("The process that reads the record was killed, perhaps because memory ran out.") from None
+            raise UserError(
+                "The process that reads the record was killed, perhaps because memory ran out; free some."
+            ) from None
         except BaseException:
             for child in active_children():
                 child.terminate()

@@ -35,7 +35,9 @@ def run_on_record(
     sample = test_images if analysis is None else None  # after which the final model is tested on all images
     chooses = method == "anp" and "--pruning_number" in extra  # anp then tests one model and saves another
     if sample and (chooses or method in NO_FINAL_TEST):
-        raise UserError(f"--test_images cannot be used with {method} here: what it saves is not what it tests; leave it out.")
+        raise UserError(
+            f"--test_images cannot be used with {method}, which saves another model than the one it tests; leave it out."
+        )
     results, flags = job.folder / "defense" / method, job.flags
     if analysis is None:
         script, log = find_script(job.checkout, "defense", "", method), results / "run_defense.log"

@@ -150,7 +150,8 @@ def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
                 _link(folder, stored, real / stored.name)
         if "data" not in job.data_path:
             raise UserError(
-                f"The record's data_path {job.data_path!r} has no 'data' in it, so BackdoorBench cannot find the dataset."
+                f"The record's data_path {job.data_path!r} has no 'data' in it, so BackdoorBench cannot find the "
+                f"dataset; it is usually ./data/{job.dataset_folder.name}."
             )
         place = PurePosixPath(job.data_path[job.data_path.index("data") :])  # what BackdoorBench keeps of it
         _link(folder, place, job.dataset_folder)
@@ -175,5 +176,7 @@ def _link(folder: Path, place: PurePosixPath, target: Path) -> None:
             raise OSError
         link.parent.mkdir(parents=True, exist_ok=True)
     except OSError:
-        raise UserError(f"BackdoorBench would look for {target} at {place}, where nothing can be put.") from None
+        raise UserError(
+            f"BackdoorBench would look for {target} at {place}, where no link can be made; check the record's paths."
+        ) from None
     link.symlink_to(target)

@@ -66,7 +66,9 @@ class PoisonedSet:
         """
         if self.indices is None:
             if self.original is None:
-                raise UserError("The record names neither the true labels nor the test images it poisoned, so RA is undefined.")
+                raise UserError(
+                    "The record's bd_test names neither the true labels nor the poisoned test images; make the record again."
+                )
             return self.original
         if not ((self.indices >= 0) & (self.indices < len(clean_test))).all():
             raise UserError(
@@ -133,7 +135,7 @@ def read_attack_record(folder: str | Path) -> AttackRecord:
     content = load_torch_file(path)
     missing = [key for key in ATTACK_KEYS if not isinstance(content, Mapping) or key not in content]
     if missing:
-        raise UserError(f"{path} is not an attack record: it lacks {', '.join(missing)}.")
+        raise UserError(f"{path} is not an attack record (check --result_file): it lacks {', '.join(missing)}.")
     try:
         return _attack_record(folder, content)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, OSError) as error:

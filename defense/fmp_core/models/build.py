@@ -67,7 +67,7 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
             continue
         wrong_kind = wanted is not None and wanted.is_floating_point() and not value.is_floating_point()
         if wrong_kind or (wanted is not None and not value.to(wanted.dtype).isfinite().all()):  # float64 may be beyond float32
-            raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; it is damaged.")
+            raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; copy it again.")
         given[names[key]] = value.to(torch.float32 if value.is_floating_point() else torch.int64, copy=True)
     given._metadata = _metadata(state, network)  # type: ignore[attr-defined]
     try:

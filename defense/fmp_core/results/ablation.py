@@ -50,7 +50,7 @@ def ablate(inputs: Inputs, rows: Sequence[str], flags: dict[str, Any], make: Cal
     """
     given = next((name for name in ROWS_SET if name in flags), None)
     if given is not None:
-        raise UserError(f"--{given} is what the rows differ in; leave it out.")
+        raise UserError(f"--{given} is set by each row of the ablation; leave it out.")
     tac = activation_change(inputs)
     table: list[dict[str, Any]] = []
     for row in rows:

@@ -80,8 +80,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror or error}); what was there is unchanged. Make room or choose another "
-            "folder, and run the same command again."
+            f"{path} cannot be written ({error.strerror or error}); what was there is unchanged. Free disk space or choose "
+            "another folder, and run the same command again."
         ) from None
 
 

@@ -179,7 +179,9 @@ def _record_job(sweep: Sweep, flags: dict[str, Any], chosen: Mapping[str, Any]) 
             f"records: dataset {known['dataset']!r} must be a name; the folder it is in is the sweep's dataset_path."
         )
     if known["attack"] == "none":
-        raise UserError("records: attack none makes a model without poisoned tests, for no defense; a control has pratio: 0.")
+        raise UserError(
+            "records: attack none makes no poisoned test images, which defenses need; a clean control has pratio: 0."
+        )
     kinds = {key: cls for cls in (Settings, AttackSettings, RecordSettings) for key in fields.fields_of(cls)}
     given = {*fields.fields_of(RecordSettings), *fields.fields_of(AttackSettings), *training_settings()}
     for key, value in flags.items():

@@ -60,7 +60,9 @@ def set_up(folder: Path, settings: Settings, about: Mapping[str, Any] | None = N
         folder.mkdir(parents=True, exist_ok=True)
         file = LogFile(path, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"The log {path} cannot be written ({error.strerror or error}); make room or give --log.") from None
+        raise UserError(
+            f"The log {path} cannot be written ({error.strerror or error}); free disk space or give --log."
+        ) from None
     file.setFormatter(FILE_FORMAT)
     LOGGER.addHandler(file)
     LOGGER.addHandler(Terminal("WARNING" if settings.quiet else settings.log_level.upper()))
