@@ -149,7 +149,7 @@ class Settings:
         "share of the attacked model's weights when they are averaged with the fine-tuned ones",
     )
     epochs: int = _training(10, integer(0), "fine-tuning epochs; 0 prunes and evaluates only")
-    batch_size: int = _batch(256, integer(2), "batch size of fine-tuning and testing")
+    batch_size: int = _batch(256, integer(2), "batch size of fine-tuning, and of the mean loss of tests")
     lr: float = _training(0.01, number(0, above=True), "learning rate")
     lr_scheduler: str = _training(
         "CosineAnnealingLR",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fmp_core.data.attack_record import ATTACK_KEYS, find_records, read_attack_record
+from fmp_core.data.images import Split
 from fmp_core.data.write_record import write_defense_result
 from fmp_core.errors import UserError
 from fmp_core.models.build import load_model
@@ -223,3 +224,10 @@ def test_a_real_record_loads(tmp_path: Path):
     found = _attack_record(tmp_path, content)
     assert len(found.bd_test) == 9000 and set(found.bd_test.targets.tolist()) == {0}
     load_model(found.model_name, found.num_classes, found.state)
+
+
+def test_a_test_set_of_another_length_is_refused(record: Path):
+    """One file too many, and every position after it names another image."""
+    longer = Split(torch.cat([clean_test().labels, torch.tensor([0])]), lambda rows: torch.zeros(len(rows), 3, 8, 8))
+    with pytest.raises(UserError, match=r"was made of 8 clean test images, but the test set has 9"):
+        read_attack_record(record).bd_test.true_labels(longer)

@@ -156,3 +156,18 @@ def test_grey_images_become_three_channels_and_coloured_ones_one(tmp_path: Path)
     Image.new("L", (32, 32), 77).save(folder / "a.png")
     assert open_split(tmp_path, "toys", True, CIFAR).read([0])[0, :, 0, 0].tolist() == [77, 77, 77]
     assert open_split(tmp_path, "toys", True, (32, 32, 1)).read([0]).shape == (1, 1, 32, 32)
+
+
+def test_imagenet_is_tested_on_val_as_backdoorbench_does(tmp_path: Path):
+    for part, colour in (("train", 1), ("val", 2), ("test", 3)):
+        save_image(tmp_path / "imagenet" / part / "ant" / "a.png", colour)
+    assert open_split(tmp_path, "imagenet", False, CIFAR).read([0])[0, 0, 0, 0] == 2
+
+
+def test_a_class_whose_images_are_linked_is_a_class(tmp_path: Path):
+    for number, name in enumerate(["ant", "bee", "cat"]):
+        save_image(tmp_path / "toys" / "train" / name / "images" / "a.png", 10 * number)
+    (tmp_path / "toys" / "train" / "ant" / "images").rename(tmp_path / "other disk")
+    (tmp_path / "toys" / "train" / "ant" / "images").symlink_to(tmp_path / "other disk")
+    split = open_split(tmp_path, "toys", True, CIFAR)
+    assert split.labels.tolist() == [0, 1, 2] and split.read([0, 1, 2])[:, 0, 0, 0].tolist() == [0, 10, 20]

@@ -43,3 +43,8 @@ def test_all_to_all_hides_no_class() -> None:
     assert verdict.backdoored and verdict.target == 0 and verdict.margin == 1
     mutual = Verdict("sparse", torch.tensor([0.9, 0.85, 0.5, 0.98], dtype=torch.float64), 100)
     assert mutual.target == ALL_TO_ALL and mutual.margin == pytest.approx(0.08) and not mutual.backdoored
+
+
+def test_a_margin_of_exactly_thirty_points_counts_however_it_rounds() -> None:
+    verdict = Verdict("sparse", torch.tensor([35 / 50, 20 / 50, 0.0], dtype=torch.float64), 50)
+    assert verdict.margin < 0.3 and verdict.backdoored

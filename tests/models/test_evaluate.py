@@ -103,3 +103,28 @@ def test_a_sample_is_even_over_the_classes(count: int) -> None:
     assert len(rows) == min(count, 12) and rows.tolist() == sorted(set(rows.tolist()))
     counts = torch.bincount(labels[rows], minlength=4)
     assert int(counts.max() - counts.min()) <= 1
+
+
+class Crowded(Plain):
+    """Out of memory with more than ``room`` images."""
+
+    room = 5
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if len(pixels) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(pixels)
+
+
+def test_a_batch_that_memory_runs_out_in_is_halved() -> None:
+    images, labels = torch.randint(256, (70, 3, 8, 8), dtype=torch.uint8), torch.zeros(70, dtype=torch.int64)
+    torch.manual_seed(0)
+    crowded = Crowded()
+    counts: list[int] = []
+    predicted, _ = predict(crowded, images, labels, 256, counts.append)
+    assert max(counts) <= crowded.room and sum(counts) == 70
+    crowded.room = 70
+    assert torch.equal(predicted, predict(crowded, images, labels, 256)[0])
+    crowded.room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(crowded, images, labels, 256)

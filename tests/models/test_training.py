@@ -277,3 +277,10 @@ def test_no_weight_no_teacher() -> None:
 def test_fewer_than_two_images_are_refused() -> None:
     with pytest.raises(UserError, match="at least 2 clean images, not 1"):
         run(toy_case(Plain)[0], count=1)
+
+
+def test_a_batch_size_of_which_some_gpu_always_gets_one_image_is_refused() -> None:
+    images, labels = torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
+    trainer = Trainer(Settings(epochs=1, batch_size=5, amp=False), Device(CPU.device, (0, 1, 2, 3)), STILL)
+    with pytest.raises(UserError, match=r"Batches of 5 images leave one image to one of 4 GPUs.*--batch_size"):
+        next(trainer.epochs(Plain(), images, labels))

@@ -246,3 +246,9 @@ def test_the_last_run_of_backdoorbench_says_seed_and_ratio(tmp_path: Path) -> No
 def test_a_number_no_table_can_hold_is_no_seed(tmp_path: Path) -> None:
     write(tmp_path / "metrics.json", metrics_json(0.9, 0.1, 0.8, seed=10**30, test_images=10**30))
     assert read_result(tmp_path).seed is None and read_result(tmp_path).test_images is None
+
+
+def test_a_record_whose_name_is_not_unicode_stops_no_table(tmp_path: Path) -> None:
+    write(tmp_path / "record" / os.fsdecode(b"caf\xe9") / "defense" / "fmp" / "metrics.json", metrics_json(0.8, 0.1, 0.7))
+    assert script.main([str(tmp_path / "record"), "--csv", str(tmp_path / "all.csv")]) == 0
+    assert "caf\\udce9,fmp" in (tmp_path / "all.csv").read_text("utf-8")

@@ -40,13 +40,15 @@ class PoisonedSet:
 
     ``images`` are files, or uint8 ``[N, C, H, W]`` where the record held them in memory. ``targets`` are the attacker's
     labels and ``original`` the true ones (both int64 ``[N]``); ``original`` is None where a v1 record does not say and
-    ``indices`` (positions in the clean test set, int64 ``[N]``) has to answer.
+    ``indices`` (positions in the clean test set, int64 ``[N]``) has to answer. ``total``: how many images that set has, where
+    the record says so.
     """
 
     images: list[Path] | Tensor
     targets: Tensor
     original: Tensor | None
     indices: Tensor | None
+    total: int | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -64,6 +66,11 @@ class PoisonedSet:
         Raises UserError if the record does not determine them, or if they are not those of ``clean_test`` (another order,
         other data).
         """
+        if self.total not in (None, len(clean_test)):  # BB refuses it, too: from the first image amiss all others are shifted
+            raise UserError(
+                f"The record was made of {self.total} clean test images, but the test set has {len(clean_test)}; check "
+                "--dataset_path, and that no file was added or lost."
+            )
         if self.indices is None:
             if self.original is None:
                 raise UserError(
@@ -216,7 +223,7 @@ def _poisoned_set(folder: Path, state: Mapping[str, Any], size: Size, facts: Dat
     else:
         labels = [items[i][1:] for i in chosen]
         images = pixels_of([items[i][0] for i in chosen], size, facts.mean, facts.std)
-    return PoisonedSet(images, _int64([x[0] for x in labels]), _int64([x[1] for x in labels]), _int64(chosen))
+    return PoisonedSet(images, _int64([x[0] for x in labels]), _int64([x[1] for x in labels]), _int64(chosen), len(indicator))
 
 
 def _v1_poisoned_set(state: Mapping[str, Any], size: Size, facts: DatasetFacts) -> PoisonedSet:

@@ -84,7 +84,7 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _has_image(folder: Path) -> bool:
-    for _, inside, files in os.walk(folder):
+    for _, inside, files in os.walk(folder, followlinks=True):
         if any(name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".") for name in files):
             return True
         inside[:] = [name for name in inside if not name.startswith(".")]

@@ -59,7 +59,7 @@ class Verdict:
 
     @property
     def backdoored(self) -> bool:
-        return self.margin >= LEAST_MARGIN and not self.too_few
+        return self.margin >= LEAST_MARGIN - 1e-9 and not self.too_few
 
     def __str__(self) -> str:
         first, second = (f"{100 * self.flip_rates[target]:.1f} % to {self._named(target)}" for target in self._best[:2])

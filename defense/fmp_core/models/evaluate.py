@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fmp_core.metrics import METRICS
 from fmp_core.models.fast_ops import FastOps
 from fmp_core.models.feature_maps import frozen
-from fmp_core.system.devices import rows_per_batch
+from fmp_core.system.devices import fewest_rows, is_out_of_memory, rows_per_batch
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,22 @@ def predict(
 
     Args:
         images: uint8 ``[N, C, H, W]``, N > 0.
-        batch_size: shapes the loss only; forward passes have the size that suits the device.
+        batch_size: shapes the loss only; forward passes have the size that suits the device, less if memory runs out.
         on_images: called after each forward pass with the number of its images.
     """
     with frozen(model), torch.inference_mode(), FastOps():
-        outputs = []
-        for part in images.split(rows_per_batch(images.device)):
-            outputs.append(model(to_unit(part).contiguous(memory_format=torch.channels_last)))
+        outputs: list[Tensor] = []
+        rows, done = rows_per_batch(images.device), 0
+        while done < len(images):
+            part = images[done : done + rows]
+            try:
+                outputs.append(model(to_unit(part).contiguous(memory_format=torch.channels_last)))
+            except (RuntimeError, MemoryError) as error:
+                if rows == fewest_rows(images.device) or not is_out_of_memory(error):
+                    raise
+                rows = max(fewest_rows(images.device), rows // 2)
+                continue
+            done += len(part)
             if on_images is not None:
                 on_images(len(part))
         logits = torch.cat(outputs)

@@ -130,6 +130,12 @@ class Trainer:
         if len(images) < 2:
             raise UserError(f"Fine-tuning needs at least 2 clean images, not {len(images)}; raise --ratio.")
         training = _Training(self, model)
+        usual = torch.arange(min(self.settings.batch_size, len(images)))
+        if not batches_of(len(usual), len(usual), torch.Generator(), training.parts):
+            raise UserError(
+                f"Batches of {len(usual)} images leave one image to one of {training.parts} GPUs, on which batch norm cannot "
+                "train; use another --batch_size or fewer GPUs."
+            )
         saved = self.checkpoint.load() if self.checkpoint else None
         for number in range(training.restore(saved) if saved else 0, self.settings.epochs):
             with training.global_generators():

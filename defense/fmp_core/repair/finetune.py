@@ -136,7 +136,9 @@ class FineTuning:
         """The state of fine-tuning after its last whole epoch."""
         defender = self.defender
         made_with = {name: str(getattr(self.settings, name)) for name in deciding_result()}
-        pruned = content_key(defender.model.state_dict(), defender.images, defender.labels, {"by": str(self.device)})
+        pruned = content_key(
+            defender.model.state_dict(), defender.images, defender.labels, {"GPUs": max(1, len(self.device.device_ids))}
+        )
         checkpoint = Checkpoint(self._path, {**made_with, "digest of model, images and versions": pruned[:16]})
         if self.settings.fresh:
             checkpoint.remove()

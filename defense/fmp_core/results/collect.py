@@ -49,7 +49,13 @@ def collect(root: str | Path, warn: Warn) -> pd.DataFrame:
 
 def _tidy(rows: list[dict[Any, Any]]) -> pd.DataFrame:
     whole = dict.fromkeys(("seed", "test_images", "record_seed"), "Int64")
-    return pd.DataFrame(rows, columns=COLUMNS).astype({**whole, "flagged": "boolean"})
+    texts = [{key: _unicode(value) for key, value in row.items()} for row in rows]
+    return pd.DataFrame(texts, columns=COLUMNS).astype({**whole, "flagged": "boolean"})
+
+
+def _unicode(value: Any) -> Any:
+    """Names of files need not be Unicode; what is written into tables must be."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _record_folders(root: Path) -> Iterator[Path]:

@@ -90,7 +90,8 @@ def in_equal_shares(values: Tensor, layers: Sequence[ConvLayer]) -> Tensor:
 
 
 def most_within_budget(order: Tensor, budget: float, accuracy_without: Callable[[Tensor], float]) -> Tensor:
-    """As many maps, first in ``order`` first, as cost at most ``budget`` of accuracy; bool ``[N]``, found by bisection.
+    """As many maps, first in ``order`` first, as cost at most ``budget`` of accuracy, but no more than a quarter of all; bool
+    ``[N]``, found by bisection.
 
     Args:
         order: int64 ``[N]``, positions of all maps.
@@ -104,7 +105,7 @@ def most_within_budget(order: Tensor, budget: float, accuracy_without: Callable[
         return mask
 
     floor = accuracy_without(first(0)) - budget - 1e-9  # a loss of exactly the budget is allowed, whatever rounding does
-    within, beyond = 0, len(order) // 4  # pruning a quarter of all maps always costs more
+    within, beyond = 0, len(order) // 4  # a quarter of all maps is the most
     while beyond - within > max(1, len(order) // 1000):
         middle = (within + beyond) // 2
         if accuracy_without(first(middle)) >= floor:

@@ -19,7 +19,6 @@ from fmp_core.errors import UserError, did_you_mean
 ADVICE = {  # when memory runs out in a stage
     "ranking": "lower --chunk or --memory",
     "fine-tuning": "lower --batch_size",
-    "testing": "lower --batch_size",
 }
 
 
