@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_the_command_runs_a_defense_in_a_small_process_and_leaves_only_its_resul
     log = (results / "run_defense.log").read_text()
     assert "ran with cifar10 squeezenet1_0 a name" in log and log.endswith(" s\n") and "exit code 0" in log
     assert "ran with cifar10" in ran.stdout and "echo ended after" in ran.stdout
-    assert {path.name for path in results.iterdir()} == {"run_defense.log", "defense_result.pt"}
+    assert {path.name for path in results.iterdir()} == {"run_defense.log", "run_defense.json", "defense_result.pt"}
     message, ended = run_on_record(job(checkout, "renamed"), "echo", "names", sys.executable, [])
     assert ended == 0 and "results are below" in message
     assert "--result_file_defense renamed/defense/echo" in (results / "visual_names.log").read_text()
@@ -98,13 +99,21 @@ def test_with_few_test_images_the_final_model_is_tested_on_all(checkout: Path, t
     assert read_result(tiny_record / "defense" / "counter").metrics["test_acc"] == 0.5
     with pytest.raises(UserError, match=r"defense_result.pt holds no model; run the defense without --test_images"):
         run(checkout, defense="counter", test_images=4)
+    assert read_result(tiny_record / "defense" / "counter").metrics["test_acc"] == 0.5  # what was there is there again
+    assert run(checkout, "--keep", "yes", "--nosuch", defense="counter")[0].endswith(
+        "see record/badnet_tiny/defense/counter.failed.log"
+    )
+    assert read_result(tiny_record / "defense" / "counter").metrics["test_acc"] == 0.5
+    shutil.rmtree(tiny_record / "defense" / "counter")
+    with pytest.raises(UserError, match="holds no model"):
+        run(checkout, defense="counter", test_images=4)
     with pytest.raises(UserError, match="tested on 4 images only; its test on all did not end, run it again"):
         read_result(tiny_record / "defense" / "counter")
 
 
 def test_a_defense_that_saves_other_weights_than_it_tests_takes_no_test_images(checkout: Path, tiny_record: Path) -> None:
     for defense, extra in (("npd", []), ("nab", []), ("anp", ["--pruning_number", "0.1"])):
-        with pytest.raises(UserError, match=f"--test_images cannot be used with {defense} here"):
+        with pytest.raises(UserError, match=f"--test_images cannot be used with {defense}, which saves"):
             run(checkout, *extra, defense=defense, test_images=4)
 
 

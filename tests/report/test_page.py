@@ -124,6 +124,18 @@ def test_other_defenses_stand_in_a_table(place: Path):
         assert re.search(row, text, re.DOTALL)
 
 
+def test_results_of_another_record_or_on_a_sample_are_not_compared(place: Path, capsys: pytest.CaptureFixture[str]):
+    metrics = json.loads((place / RESULTS / "metrics.json").read_text())
+    for name, changes, says in (
+        ("old", {"attack_result": "0" * 64}, "is of another attack_result.pt"),
+        ("quick", {"test_images": 20}, "was tested on 20 images only"),
+    ):
+        (place / RESULTS.parent / name).mkdir()
+        (place / RESULTS.parent / name / "metrics.json").write_text(json.dumps({**metrics, **changes}))
+        assert make("--compare", name) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_what_is_missing_damaged_or_outside_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[str]):
     def fails(says: str, *flags: str) -> None:
         assert make(*flags) == 2

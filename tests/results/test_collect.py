@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -252,3 +254,41 @@ def test_a_record_whose_name_is_not_unicode_stops_no_table(tmp_path: Path) -> No
     write(tmp_path / "record" / os.fsdecode(b"caf\xe9") / "defense" / "fmp" / "metrics.json", metrics_json(0.8, 0.1, 0.7))
     assert script.main([str(tmp_path / "record"), "--csv", str(tmp_path / "all.csv")]) == 0
     assert "caf\\udce9,fmp" in (tmp_path / "all.csv").read_text("utf-8")
+
+
+def test_settings_of_backdoorbench_come_from_its_log(tmp_path: Path) -> None:
+    """... stamped by a sweep or not, so that runs by hand and other learning rates are no seeds of one method."""
+
+    def digest(name: str, seed: int, rate: float) -> str | None:
+        write(tmp_path / name / "ft_df_summary.csv", three_rows(0.9, 0.1, 0.8))
+        head = f"[INFO] {{'index': None,\n 'lr': {rate},\n 'random_seed': {seed},\n 'save_path': '{name}',\n 'wd': 0.0005}}\n"
+        write(tmp_path / name / "log" / "2026.log", f"2026-11-27 {head}2026-11-27 [INFO] {{'test_acc': 0.{seed}}}\n")
+        assert read_result(tmp_path / name).seed == seed
+        return read_result(tmp_path / name).settings_digest
+
+    first = digest("a", 0, 0.1)
+    assert first is not None and first == digest("b", 1, 0.1) != digest("c", 1, 0.2)
+
+
+def test_a_result_on_a_record_that_was_replaced_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = tmp_path / "badnet_cifar10"
+    write(record / "attack_result.pt", "the model of today")
+    for name, attacked in (("fmp", "of today"), ("fmp-p4", "of yesterday")):
+        digest = hashlib.sha256(f"the model {attacked}".encode()).hexdigest()
+        write(record / "defense" / name / "metrics.json", metrics_json(0.8, 0.1, 0.7, attack_result=digest))
+        write(record / "defense" / f"ft{name}" / "ft_df_summary.csv", three_rows(0.9, 0.1, 0.8))
+        write(record / "defense" / f"ft{name}" / "defense_result.pt", "repaired")
+        note = {"attack_result": digest, "defense_result": hashlib.sha256(b"repaired").hexdigest()}
+        write(record / "defense" / f"ft{name}" / "run_defense.json", json.dumps(note))
+    problems: list[str] = []
+    frame = collect(tmp_path, problems.append)
+    assert list(frame["defense"]) == ["no defense", "fmp", "ftfmp"]
+    assert len(problems) == 2 and "fmp-p4 is a result on another attack_result.pt" in problems[0]
+    write(record / "defense" / "ftfmp-p4" / "defense_result.pt", "by BackdoorBench's script, run directly")
+    assert "ftfmp-p4" in list(collect(tmp_path, problems.append)["defense"])
+
+
+def test_what_is_left_of_our_run_is_no_result_of_backdoorbench(tmp_path: Path) -> None:
+    write(tmp_path / "fmp_df_summary.csv", three_rows(0.9, 0.1, 0.8))
+    with pytest.raises(UserError, match=r"has no metrics\.json, though FMP wrote there"):
+        read_result(tmp_path)

@@ -21,7 +21,7 @@ def frame_of(**attacks: dict[str, tuple[float, float]]) -> pd.DataFrame:
         for name, (acc, asr) in found.items()
     ]
     frame = pd.DataFrame(rows).assign(dataset="gtsrb", model="resnet18", pratio=0.1, origin="ours")
-    frame = frame.assign(record=frame["attack"], defense=frame["method"], test_images=pd.NA, ratio=0.1)
+    frame = frame.assign(record=frame["attack"], defense=frame["method"], test_images=pd.NA, seed=pd.NA, ratio=0.1)
     frame = frame.assign(record_seed=0, record_digest="d", settings_digest="s")
     return frame.assign(test_ra=0.5, der=0.5, rir=0.5, baseline="attack")
 

@@ -47,6 +47,12 @@ def test_results_of_other_settings_are_no_seeds_of_one_method() -> None:
     assert table.means["badnet", "test_acc"].to_dict() == {"fmp": pytest.approx(70)}
     (table,) = build_tables(frame.assign(settings_digest=["10 epochs", "3 epochs"]))
     assert table.means["badnet", "test_acc"].to_dict() == {"fmp": pytest.approx(80), "fmp-s1": pytest.approx(60)}
+    (table,) = build_tables(frame.assign(settings_digest=["10 epochs", None]))  # nor those that nobody knows the settings of
+    assert table.methods == ["fmp", "fmp-s1"]
+    (table,) = build_tables(frame.assign(seed=[0, 0]))  # nor a copy of a folder
+    assert table.methods == ["fmp", "fmp-s1"]
+    (table,) = build_tables(frame.assign(seed=[0, 1]))
+    assert table.methods == ["fmp"]
 
 
 def test_methods_are_ordered_as_people_count() -> None:

@@ -137,7 +137,7 @@ def test_few_test_images_are_for_backdoorbench_and_decide(place: Path) -> None:
         ({"records": [{"name": 2024}]}, "name 2024 must be a text"),
         ({"records": [{"name": "{attack"}]}, "name '{attack' must be a text"),
         ({"records": [{"name": "{epochs:d}", "epochs": "x"}]}, "must be a text"),
-        ({"records": [{"attack": "none"}]}, "a control has pratio: 0"),
+        ({"records": [{"attack": "none"}]}, "a clean control has pratio: 0"),
         ({"defenses": [{"defense": "fmp", "random_seed": [1, 2]}]}, "what the key seeds of the sweep gives"),
         ({"ours": {"random_seed": 7}}, "what the key seeds of the sweep gives"),
         ({"defenses": ["ft-only"], "ours": {"selection": "frg"}}, "ft-only has a selection of its own"),

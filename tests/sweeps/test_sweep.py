@@ -30,6 +30,18 @@ def test_a_record_made_with_other_settings_stops_the_sweep(place: Path, capsys: 
     assert "was made with other settings" in capsys.readouterr().err
 
 
+def test_a_record_that_another_sweep_made_meanwhile_is_not_taken(place: Path) -> None:
+    """Both began before there was one; this one waited for the other."""
+    (job, *_) = plan(sweep_of(records=[{"name": "r", "dataset": "digits"}]))
+    (place / "record" / "r" / "sweep.json").write_text('{"hash": "other"}')
+    assert "was made with other settings" in str(run(job, place / "sweeps", {}).problem)
+
+
+def test_an_empty_list_is_an_error() -> None:
+    with pytest.raises(UserError, match="p is an empty list"):
+        plan(sweep_of(defenses=[{"defense": "fmp", "p": []}]))
+
+
 def test_a_record_that_is_missing_stops_the_sweep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "s.yaml").write_text("records: [r, rr]\ndefenses: [fmp]\n")
     assert script.main(["s.yaml", "--dry-run"]) == 2

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from fmp_core.backdoorbench.process import Ended, in_own_process, run_script
-from fmp_core.backdoorbench.workspace import Job, workspace
+from fmp_core.backdoorbench.workspace import ATTACK_FILE, Job, workspace
 from fmp_core.errors import UserError
-from fmp_core.results.read import NO_FINAL_TEST, SAMPLE_ONLY, STAMP, SWEEP_MARK, WHOLE_TEST
-from fmp_core.storage.files import make_folders, refuse_links_out_of, write_text
+from fmp_core.results.read import ATTACK_DIGEST, MODEL_DIGEST, NO_FINAL_TEST, RUN_NOTE, SAMPLE_ONLY, SWEEP_MARK, WHOLE_TEST
+from fmp_core.storage.files import file_digest, make_folders, refuse_links_out_of, write_text
 from fmp_core.storage.lock import locked, result_lock
 
 NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
 RESULT = "defense_result.pt"
-OF_OTHERS = (WHOLE_TEST, STAMP, "metrics.json")  # would be read instead of what BB writes now
 
 
 def run_on_record(
@@ -51,10 +53,8 @@ def run_on_record(
             raise UserError(f"There is no {results / RESULT} to analyse; run the defense {method} first.")
     refuse_links_out_of(job.folder, results, log)
     started = time.time() - 1  # file systems with coarse clocks
-    with _alone(results, method):
+    with _alone(results, method), contextlib.nullcontext() if analysis else _old_result_kept(results, log) as outcome:
         make_folders(results)
-        for name in OF_OTHERS if analysis is None else ():
-            (results / name).unlink(missing_ok=True)
         if sample:
             write_text(results / WHOLE_TEST, json.dumps({SAMPLE_ONLY: sample}))
         with workspace(job) as folder:
@@ -63,7 +63,45 @@ def run_on_record(
         said, code = verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
         if sample and not code:
             in_own_process(_final_test, job, results)
-    return said, code
+        if outcome and not code:
+            outcome.ended = True
+            digests = {MODEL_DIGEST: results / RESULT, ATTACK_DIGEST: job.folder / ATTACK_FILE}
+            write_text(results / RUN_NOTE, json.dumps({key: file_digest(path) for key, path in digests.items()}) + "\n")
+    return said.replace(str(log), str(outcome.log)) if outcome else said, code
+
+
+@dataclass
+class _Outcome:
+    """Where the log of a run lies, and whether the run came to its end."""
+
+    log: Path
+    ended: bool = False
+
+
+@contextlib.contextmanager
+def _old_result_kept(results: Path, log: Path) -> Iterator[_Outcome]:
+    """Put an earlier result aside, since a mixture of two runs would be read as one; and back, if the new run fails. Of that
+    the log is kept beside the folder. A sweep does the same for itself."""
+    outcome, aside = _Outcome(log), results.with_name(f".{results.name}.before")
+    if SWEEP_MARK in os.environ:
+        yield outcome
+        return
+    if aside.exists():  # of a run that was killed
+        shutil.rmtree(results, ignore_errors=True)
+        aside.rename(results)
+    if results.exists():
+        results.rename(aside)
+    try:
+        yield outcome
+    finally:
+        if outcome.ended:
+            shutil.rmtree(aside, ignore_errors=True)
+        elif aside.exists():
+            outcome.log = results.with_name(f"{results.name}.failed.log")
+            if log.is_file():
+                log.replace(outcome.log)
+            shutil.rmtree(results, ignore_errors=True)
+            aside.rename(results)
 
 
 def _alone(results: Path, method: str) -> contextlib.AbstractContextManager[None]:

@@ -61,9 +61,10 @@ def write_report(record: AttackRecord, folder: Path, data: TestData, compare: Se
     ``compare`` names other result folders beside ``folder``, whose figures stand in a table. Raises UserError: a file is
     missing or damaged; nothing is written.
     """
-    others = {name: _other(folder.parent / name) for name in compare}
+    attacked = file_digest(record.folder / ATTACK_FILE)
+    others = {name: _other(folder.parent / name, attacked) for name in compare}
     summary = read_summary(folder)
-    if summary.attack_result != file_digest(record.folder / ATTACK_FILE):
+    if summary.attack_result != attacked:
         raise UserError(
             f"{record.folder / ATTACK_FILE} is not the model that the run in {folder} repaired; run the defense again."
         )
@@ -78,13 +79,21 @@ def write_report(record: AttackRecord, folder: Path, data: TestData, compare: Se
     return path
 
 
-def _other(folder: Path) -> Mapping[str, float]:
+def _other(folder: Path, attacked: str) -> Mapping[str, float]:
     if not folder.is_dir():
         raise UserError(f"--compare {folder.name}: {folder} does not exist; run that defense first.")
     try:
-        return read_result(folder).metrics
+        result = read_result(folder)
     except UserError as error:
         raise UserError(f"--compare {folder.name}: {error}; that defense may not have ended.") from None
+    if result.attack_result not in (None, attacked):
+        raise UserError(f"--compare {folder.name}: {folder} is of another attack_result.pt; run that defense again.")
+    if result.test_images:
+        raise UserError(
+            f"--compare {folder.name}: {folder} was tested on {result.test_images} images only; run that defense without "
+            "--test_images."
+        )
+    return result.metrics
 
 
 def page(run: Run, num_classes: int, trigger: Trigger | None, unknown: str, others: Mapping[str, Mapping[str, float]]) -> str:

@@ -13,6 +13,7 @@ import pandas as pd
 from fmp_core.errors import UserError
 from fmp_core.metrics import HEADLINES, METRICS, ratings
 from fmp_core.results.read import Result, read_attack_metrics, read_record, read_result
+from fmp_core.storage.files import file_digest
 
 T = TypeVar("T")
 Warn = Callable[[str], None]
@@ -75,7 +76,7 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
     about |= _or_warn(read_record, folder, warn) or {}
     places = sorted(path for path in (folder / "defense").iterdir() if path.is_dir() and not path.name.startswith("."))
     found = {place.name: _or_warn(_result_in, place, warn) for place in places}
-    results = {name: result for name, result in found.items() if result}
+    results = {name: result for name, result in found.items() if result and not _is_of_another(folder, name, result, warn)}
     for key in ("dataset", "model"):
         about[key] = about.get(key) or next(filter(None, (getattr(result, key) for result in results.values())), None)
     tested: Mapping[str, float] = next((r.before for r in results.values() if r.before and not r.test_images), {})
@@ -108,6 +109,15 @@ def _or_warn(read: Callable[[Path], T], folder: Path, warn: Warn) -> T | None:
     except (UserError, OSError) as problem:
         warn(str(problem))
         return None
+
+
+def _is_of_another(folder: Path, name: str, result: Result, warn: Warn) -> bool:
+    """Whether the result is of another attacked model than the record holds now; then that is warned of."""
+    attacked = folder / "attack_result.pt"
+    other = bool(result.attack_result) and attacked.is_file() and file_digest(attacked) != result.attack_result
+    if other:
+        warn(f"{folder / 'defense' / name} is a result on another attack_result.pt than {folder} has now; run it again")
+    return other
 
 
 def _result_in(folder: Path) -> Result | None:

@@ -26,6 +26,8 @@ SWEEP_MARK = "FMP_SWEEP"  # environment variable of every process a sweep starts
 WHOLE_TEST = "whole_test.json"  # of a BB defense that tested on few images while it ran (run_defense.py --test_images)
 SAMPLE_ONLY = "test_images"  # key of a run that has not come to that test
 MODEL_DIGEST = "defense_result"  # key of the SHA-256 of the defense_result.pt that was tested
+RUN_NOTE = "run_defense.json"  # of a BB defense: which attack_result.pt it defended, and which defense_result.pt came of it
+ATTACK_DIGEST = "attack_result"  # key of the SHA-256 of the record's attack_result.pt
 ATTACK_NAMES = {"lowfrequency": "lf", "label_consistent": "lc"}  # info.pickle's names -> those of files and leaderboard
 ATTACK_TITLES = {
     "badnet": "BadNets",
@@ -68,6 +70,7 @@ class Result:
     seconds: float | None = None  # elapsed
     cpu_seconds: float | None = None  # of all its processes and threads
     detection: Detection | None = None  # what it says about the attacked model
+    attack_result: str | None = None  # SHA-256 of the attacked model's file, where the run noted it
 
 
 def read_result(folder: Path) -> Result:
@@ -78,22 +81,25 @@ def read_result(folder: Path) -> Result:
 
 def _bb_result(folder: Path) -> Result:
     tested, logged = _whole_test(folder), _logged_settings(folder)
+    if (folder / "fmp_df_summary.csv").is_file():
+        raise UserError(f"{folder} has no metrics.json, though FMP wrote there; the run did not end, run it again")
     path = _summary_file(folder) if tested is None else folder / WHOLE_TEST
     metrics = _read_summary(path) if tested is None else _fractions(tested, path)
     stamp = _own_stamp(folder, path)
-    settings = value_of(stamp, "settings", dict) or {}
+    settings = logged or {key: str(value) for key, value in (value_of(stamp, "settings", dict) or {}).items()}
     seconds, cpu = _seconds_of_bb(folder)
     return Result(
         metrics,
         str(path),
         stamped=bool(stamp),
-        seed=whole_number({**logged, **stamp}, "seed"),
+        seed=whole_number({"seed": int(logged["random_seed"]) if logged else None, **stamp}, "seed"),
         method=value_of(stamp, "method", str),
-        settings_digest=_digest({key: value for key, value in settings.items() if key != "random_seed"}),
-        ratio=finite_number(logged.get("ratio", settings.get("ratio"))),
+        settings_digest=_digest({key: value for key, value in settings.items() if not re.search(NOT_DECIDING, key)}),
+        ratio=None if logged.get("index", "None") != "None" else finite_number(settings.get("ratio")),
         seconds=seconds,
         cpu_seconds=cpu,
         detection=detection_of_neural_cleanse(folder) if (folder / "nc_df_summary.csv").is_file() else None,
+        attack_result=_attack_of_bb(folder),
     )
 
 
@@ -118,6 +124,7 @@ def _our_result(path: Path) -> Result:
         seconds=sum(filter(None, map(finite_number, (value_of(content, "seconds", dict) or {}).values()))) or None,
         cpu_seconds=finite_number(content.get("cpu_seconds")),
         detection=detection_of_verdict(value_of(content, "verdict", dict) or {}),
+        attack_result=value_of(content, "attack_result", str),
     )
 
 
@@ -246,15 +253,25 @@ def _fractions(values: Mapping[str, Any], path: Path, whole: int = 1) -> dict[st
     return result
 
 
-def _logged_settings(folder: Path) -> dict[str, Any]:
-    """Seed and share of clean data of the last BB run: its log begins with all settings, and its name is the time."""
+def _attack_of_bb(folder: Path) -> str | None:
+    """What ``run_defense.py`` noted, unless BB's script was run without it since."""
+    note, model = folder / RUN_NOTE, folder / "defense_result.pt"
+    if not (note.is_file() and model.is_file()):
+        return None
+    content = read_json(note)
+    return value_of(content, ATTACK_DIGEST, str) if content.get(MODEL_DIGEST) == file_digest(model) else None
+
+
+def _logged_settings(folder: Path) -> dict[str, str]:
+    """All settings of the last BB run, as it printed them: its log begins with them, and the log's name is the time."""
     logs = [path for place in ("log/*.log", "*.log") for path in sorted(folder.glob(place), reverse=True)]
     for path in filter(Path.is_file, logs):
         with open(path, encoding="utf-8", errors="replace") as file:
             head = file.read(2**16)
-        if seed := re.search(r"'random_seed': (\d{1,10})\b", head):
-            ratio = re.search(r"'ratio': ([\d.e-]{1,20})[,}]", head)
-            return {"seed": int(seed[1])} | ({"ratio": ratio[1]} if ratio else {})
+        for printed in re.findall(r"\{'\w+': .*(?:\n .*)*", head):
+            if seed := re.search(r"'random_seed': (\d{1,10})\b", printed):
+                found = dict(re.findall(r"'(\w+)': (\([^)\n]*\)|'[^'\n]*'|[^,}\n]+)", printed))
+                return {**found, "random_seed": seed[1]}
     return {}
 
 

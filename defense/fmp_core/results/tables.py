@@ -90,9 +90,10 @@ def build_tables(frame: pd.DataFrame) -> list[Table]:
 
 
 def _differ(frame: pd.DataFrame) -> pd.Series:
-    """Whether results that would be averaged as seeds of one method were made with other settings."""
+    """Whether results that would be averaged as seeds of one method were made with other settings, or the seed is the same."""
     settings = frame.groupby([*SETTING, "column", "method"], dropna=False)["settings_digest"]
-    return settings.transform("nunique") > 1
+    twice = frame.duplicated(["record", "method", "seed", "test_images"], keep=False) & frame["seed"].notna()
+    return (settings.transform(lambda digests: digests.nunique(dropna=False)) > 1) | twice
 
 
 def _columns(frame: pd.DataFrame) -> pd.Series:

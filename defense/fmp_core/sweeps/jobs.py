@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,13 @@ def finished(job: Job) -> Outcome | None:
     return Outcome(float(stamp["seconds"]), result=result) if result.stamped else None
 
 
+def made_otherwise(job: Job) -> str | None:
+    """A sentence, if the record of ``job`` is there and a sweep made it with other settings."""
+    if not (stamp := read_stamp(job.folder)) or stamp.get("hash") == settings_hash(job):
+        return None
+    return f"{job.folder} was made with other settings; remove it, or give the new record another name."
+
+
 def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | None = None) -> Outcome:
     """Run ``job`` unless it is done; what it prints goes to ``<sweep>/logs/<name>.log``. Never raises for a failing job.
 
@@ -115,7 +122,8 @@ def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | 
     with locked(job.output.parent, wait=True, name=result_lock(job.output)):  # other sweeps may write there, too
         _bring_back(job)
         if done := finished(job):
-            return done
+            problem = made_otherwise(job) if job.kind == "record" else None  # by a sweep that we have waited for
+            return replace(done, problem=problem)
         stamp: dict[str, Any] = {"hash": settings_hash(job), "method": job.method, "seed": job.seed}
         started = time.monotonic()
         log, failed = sweep / "logs" / f"{job.name}.log", sweep / "failed" / job.name

@@ -154,6 +154,8 @@ def _all_jobs(sweep: Sweep, datasets: dict[str, str]) -> Iterator[Job]:
 def _expand(entry: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Every combination of the keys that hold a list, with the part of it that varies."""
     varied = {key: value for key, value in entry.items() if isinstance(value, list)}
+    if empty := [key for key, value in varied.items() if not value]:
+        raise UserError(f"{empty[0]} is an empty list, with which nothing would run; give it values, or leave it out.")
     for values in itertools.product(*varied.values()):
         chosen = dict(zip(varied, values, strict=True))
         yield {**entry, **chosen}, chosen

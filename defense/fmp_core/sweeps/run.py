@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 
 from fmp_core.errors import UserError
-from fmp_core.results.read import read_stamp
 from fmp_core.storage.lock import locked
-from fmp_core.sweeps.jobs import finished, settings_hash, stop_leftovers
+from fmp_core.sweeps.jobs import finished, made_otherwise, stop_leftovers
 from fmp_core.sweeps.local import Board, local_slots, run_local
 from fmp_core.sweeps.plan import Sweep, plan
 from fmp_core.sweeps.slurm import run_submitit
@@ -25,8 +24,8 @@ def run_sweep(sweep: Sweep, launcher: str = "local", dry_run: bool = False) -> i
     made = {job.record for job in jobs if job.kind == "record"}
     for job in jobs:
         if job.kind == "record":
-            if (stamp := read_stamp(job.folder)) and stamp.get("hash") != settings_hash(job):
-                raise UserError(f"{job.folder} was made with other settings; remove it, or give the new record another name.")
+            if problem := made_otherwise(job):
+                raise UserError(problem)
         elif job.record not in made and not job.attack_file.is_file():
             raise UserError(f"records: {job.attack_file.parent} holds no attack record; check the name, and record_root.")
     if dry_run:
