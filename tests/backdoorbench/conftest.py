@@ -24,7 +24,7 @@ import numpy as np, torch
 from settings import NAME  # beside config/, found through the current folder
 from tabulate import tabulate
 parser = argparse.ArgumentParser()
-for flag in ("dataset", "model", "result_file", "device", "fail"):
+for flag in ("dataset", "model", "result_file", "device", "index", "fail"):
     parser.add_argument("--" + flag)
 parser.add_argument("--num_workers", type=float)
 args = parser.parse_args()
@@ -42,6 +42,7 @@ assert torch.zeros_like(torch.ones(2), device="cuda").to("cuda:0").cuda().device
 assert "0.5" in tabulate([{"loss": 0.5}], headers="keys", tablefmt="github", floatfmt=".5f").split("\\n")[2]
 assert iter(torch.utils.data.DataLoader([1, 2])).next() == 1
 assert open("./config/defense/echo.yaml").read() == "x"
+assert not args.index or os.path.isfile(args.index)
 open("stray.txt", "w").close()  # into the temporary folder
 print("ran with", args.dataset, args.model, NAME)
 if args.fail:

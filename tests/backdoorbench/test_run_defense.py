@@ -74,9 +74,9 @@ def test_the_command_runs_a_defense_in_a_small_process_and_leaves_only_its_resul
 
 
 def test_a_failure_is_reported_with_its_exit_code_and_last_error(checkout: Path, tiny_record: Path) -> None:
-    message, code = run(
-        checkout, "--num_workers", "1", "--fail", "no such luck"
-    )  # a bare Exception, of which BackdoorBench raises many
+    Path("mine.txt").write_text("0\n")  # named from here, though the script runs elsewhere
+    extra = ("--index", "mine.txt", "--num_workers", "1", "--fail", "no such luck")
+    message, code = run(checkout, *extra)  # a bare Exception, of which BackdoorBench raises many
     assert code == 1
     assert "echo did not run to its end: exit code 1 (Exception: no such luck); see record" in message
     assert "exit code 1 after" in (tiny_record / "defense" / "echo" / "run_defense.log").read_text()

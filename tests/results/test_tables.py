@@ -97,3 +97,22 @@ def test_published_rows_do_not_compete(root: Path) -> None:
     (table,) = build_tables(rows.assign(origin=["ours", "backdoorbench", "published"]))
     assert ("fmp", "test_acc") in marked(table) and not any(method == "ft (published)" for method, _ in marked(table))
     assert "font-style: italic" in to_html([table])
+
+
+def test_a_mean_that_lacks_a_record_is_not_the_best_and_a_note_says_so() -> None:
+    rows = [("a", "badnet", "fmp", 0.8), ("b", "badnet", "fmp", 0.6), ("b", "badnet", "ft", 0.9)]
+    (table,) = build_tables(frame_of(*rows).assign(record_seed=[0, 1, 1]))
+    assert table.notes == ["Means over fewer records than others, so not to be compared with them: ft on badnet lacks a."]
+    assert {method for method, _ in marked(table)} <= {"fmp"}
+    assert table.partial == {("badnet", "ft")}
+
+
+def test_an_attack_that_was_only_published_does_not_take_our_average() -> None:
+    rows = [("a", "badnet", "fmp", 0.8), ("b", "blended", "fmp", 0.9), ("", "wanet", "ft (published)", 0.7)]
+    (table,) = build_tables(frame_of(*rows).assign(origin=["ours", "ours", "published"]))
+    assert table.texts()["AVG", "test_acc"].to_dict() == {"fmp": "85.00", "ft (published)": "-"}
+
+
+def test_an_oracle_is_not_the_best() -> None:
+    (table,) = build_tables(frame_of(("a", "badnet", "ablate-oracle", 0.9), ("a", "badnet", "fmp", 0.8)))
+    assert ("ablate-oracle", "test_acc") not in marked(table)

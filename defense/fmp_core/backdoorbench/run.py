@@ -58,7 +58,7 @@ def run_on_record(
         if sample:
             write_text(results / WHOLE_TEST, json.dumps({SAMPLE_ONLY: sample}))
         with workspace(job) as folder:
-            flags += extra
+            flags += _with_found_index(extra)
             ended = run_script(folder, script, flags, device=job.device, python=python, log=log, test_images=test_images)
         said, code = verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
         if sample and not code:
@@ -68,6 +68,12 @@ def run_on_record(
             digests = {MODEL_DIGEST: results / RESULT, ATTACK_DIGEST: job.folder / ATTACK_FILE}
             write_text(results / RUN_NOTE, json.dumps({key: file_digest(path) for key, path in digests.items()}) + "\n")
     return said.replace(str(log), str(outcome.log)) if outcome else said, code
+
+
+def _with_found_index(flags: list[str]) -> list[str]:
+    """``--index`` names a file from where we were started, and BB runs elsewhere."""
+    pairs = zip(["", *flags], flags, strict=False)
+    return [os.path.abspath(text) if before == "--index" and os.path.isfile(text) else text for before, text in pairs]
 
 
 @dataclass

@@ -28,7 +28,8 @@ def write_figure(path: Path, tables: Sequence[Table]) -> None:
 
 
 def draw(tables: Sequence[Table]) -> Figure:
-    """Every attack of every table as a panel. Published rows are left out: they are of other models; so are tests on a sample.
+    """Every attack of every table as a panel. Published rows are left out: they are of other models; so are tests on a
+    sample, and means that lack some records.
 
     Raises UserError: there is no attacked model to compare with.
     """
@@ -74,7 +75,7 @@ def _draw(axes: Axes, table: Table, attack: str, looks: dict[str, tuple[Any, str
     axes.axhline(means.loc[BASELINE, "test_asr"], color="0.5", linestyle=":", linewidth=1)
     axes.axvline(0, color="0.85", linewidth=1, zorder=0)
     for name, (colour, marker) in looks.items():
-        if name in means.index and means.loc[name].notna()["test_asr"]:
+        if name in means.index and means.loc[name].notna()["test_asr"] and (attack, name) not in table.partial:
             own = (attack, name) in table.own_baseline and MEASURED in means.index and means.loc[MEASURED].notna().all()
             lost = means.loc[MEASURED if own else BASELINE, "test_acc"] - means.loc[name, "test_acc"]
             bars = (stds.loc[name, "test_asr"], stds.loc[name, "test_acc"])

@@ -19,6 +19,7 @@ ASSETS = Path(__file__).parent / "assets"
 ITALIC = "font-style: italic; color: var(--soft);"
 RATIO = ("", "ratio")  # the column of clean shares
 PUBLISHED = "(published)"
+ORACLE = "ablate-oracle"  # begins rows of ablate.py that see the trigger
 SAMPLE = " test images)"  # ends the name of a method that was tested on a sample
 SETTING = ["dataset", "model", "pratio"]
 
@@ -30,6 +31,7 @@ class Table:
     ``means`` and ``stds`` are percent over seeds, a row per method and a column per (attack, metric); NaN where nothing was
     run, ``stds`` also where there is one seed. ``ratios`` is the share of clean data each method had, as text. ``notes`` are
     sentences that belong below the table. ``own_baseline``: the (attack, method) compared with our test of the attacked model.
+    ``partial``: the (attack, method) that lack one of the attack's records.
     """
 
     title: str
@@ -38,6 +40,7 @@ class Table:
     ratios: pd.Series
     notes: Sequence[str] = field(default=())
     own_baseline: frozenset[tuple[str, str]] = frozenset()
+    partial: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def methods(self) -> list[str]:
@@ -57,10 +60,13 @@ class Table:
     def best(self) -> pd.DataFrame:
         """Whether a cell is the best of its column, in the shape of :meth:`texts`.
 
-        Only what was run here on whole test sets competes: not the attacked model, and no published row (another model).
+        Only what was run here on whole test sets, and all records, competes: not the attacked model, no published row
+        (another model), no oracle.
         """
-        competes = [not (name.startswith(BASELINE) or name.endswith((PUBLISHED, SAMPLE))) for name in self.methods]
+        competes = [not (name.startswith((BASELINE, ORACLE)) or name.endswith((PUBLISHED, SAMPLE))) for name in self.methods]
         rounded = self.means[competes].round(2)
+        for attack, method in self.partial & {(attack, method) for attack in self.attacks for method in rounded.index}:
+            rounded.loc[method, [attack, *({AVERAGE} & {*self.attacks})]] = float("nan")
         low = [metric in LOW_IS_GOOD for _, metric in rounded.columns]
         target = rounded.min().where(low, rounded.max()).where(rounded.count() > 1)
         best = rounded.eq(target).reindex(self.means.index, fill_value=False)
@@ -117,13 +123,36 @@ def _table(title: str, part: pd.DataFrame) -> Table:
         for values in (over_seeds.mean(), over_seeds.std())
     )
     if len(attacks) > 1:
+        run_here = sorted(set(part.loc[part["origin"] != "published", "column"]))
+        published = means.index.str.endswith(PUBLISHED)
         for metric in HEADLINES:
-            means[AVERAGE, metric] = means.xs(metric, axis=1, level=1).mean(axis=1, skipna=False)
+            by_attack = means.xs(metric, axis=1, level=1)
+            average = by_attack[run_here].mean(
+                axis=1, skipna=False
+            )  # a published attack that was not run here counts there only
+            means[AVERAGE, metric] = average.mask(published, by_attack.mean(axis=1, skipna=False))
         stds = stds.reindex(columns=means.columns)
     shares = {method: sorted(set(part.loc[part["method"] == method, "ratio"].dropna())) for method in methods}
     shown = pd.Series({method: ", ".join(f"{share:g}" for share in shares[method]) or "-" for method in methods})
     own = part.loc[part["baseline"].eq("our test"), ["column", "method"]].itertuples(index=False, name=None)
-    return Table(title, means, stds, shown, list(_notes(shares)), frozenset(own))
+    partial = _partial(part)
+    return Table(title, means, stds, shown, [*_notes(shares), *_notes_of_partial(partial)], frozenset(own), frozenset(partial))
+
+
+def _partial(part: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
+    """Methods whose mean over an attack's records lacks some of them -> the records that are missing."""
+    run = part[
+        (part["origin"] != "published") & ~part["method"].str.startswith(BASELINE) & ~part["method"].str.endswith(SAMPLE)
+    ]
+    records = run.groupby("column")["record"].agg(set)
+    owned = run.groupby(["column", "method"])["record"].agg(set)
+    return {place: sorted(absent) for place, own in owned.items() if (absent := records[place[0]] - own)}
+
+
+def _notes_of_partial(partial: dict[tuple[str, str], list[str]]) -> Iterator[str]:
+    if partial:
+        listed = "; ".join(f"{method} on {column} lacks {', '.join(absent)}" for (column, method), absent in partial.items())
+        yield f"Means over fewer records than others, so not to be compared with them: {listed}."
 
 
 def _notes(shares: dict[str, list[float]]) -> Iterator[str]:
