@@ -185,7 +185,10 @@ def test_an_unusable_pattern_is_one_sentence(array: np.ndarray, says: str, tmp_p
 
 @pytest.mark.parametrize(
     ("array", "says"),
-    [(np.full((8, 8, 3), -3.0), "has no value above 0"), (np.zeros((0, 8, 8, 3)), r"\(0, 8, 8, 3\), but needs numbers of shape")],
+    [
+        (np.full((8, 8, 3), -3.0), "has no value above 0"),
+        (np.zeros((0, 8, 8, 3)), r"\(0, 8, 8, 3\), but needs numbers of shape"),
+    ],
 )
 def test_a_patch_that_changes_nothing_is_refused(array: np.ndarray, says: str, tmp_path: Path):
     np.save(tmp_path / "t.npy", array)
