@@ -116,3 +116,11 @@ def test_an_attack_that_was_only_published_does_not_take_our_average() -> None:
 def test_an_oracle_is_not_the_best() -> None:
     (table,) = build_tables(frame_of(("a", "badnet", "ablate-oracle", 0.9), ("a", "badnet", "fmp", 0.8)))
     assert ("ablate-oracle", "test_acc") not in marked(table)
+
+
+def test_one_row_of_several_settings_has_a_note() -> None:
+    frame = frame_of(("a", "badnet", "fmp", 0.8), ("b", "blended", "fmp", 0.9))
+    (table,) = build_tables(frame)
+    assert not table.notes
+    (table,) = build_tables(frame.assign(settings_digest=["3 epochs", "10 epochs"]))
+    assert table.notes == ["Settings differ between attacks, so AVG mixes them: fmp."]

@@ -89,6 +89,7 @@ def _old_result_kept(results: Path, log: Path) -> Iterator[_Outcome]:
     """Put an earlier result aside, since a mixture of two runs would be read as one; and back, if the new run fails. Of that
     the log is kept beside the folder. A sweep does the same for itself."""
     outcome, aside = _Outcome(log), results.with_name(f".{results.name}.before")
+    failed = results.with_name(f"{results.name}.failed.log")
     if SWEEP_MARK in os.environ:
         yield outcome
         return
@@ -102,8 +103,9 @@ def _old_result_kept(results: Path, log: Path) -> Iterator[_Outcome]:
     finally:
         if outcome.ended:
             shutil.rmtree(aside, ignore_errors=True)
+            failed.unlink(missing_ok=True)
         elif aside.exists():
-            outcome.log = results.with_name(f"{results.name}.failed.log")
+            outcome.log = failed
             if log.is_file():
                 log.replace(outcome.log)
             shutil.rmtree(results, ignore_errors=True)

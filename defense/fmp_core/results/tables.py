@@ -136,7 +136,15 @@ def _table(title: str, part: pd.DataFrame) -> Table:
     shown = pd.Series({method: ", ".join(f"{share:g}" for share in shares[method]) or "-" for method in methods})
     own = part.loc[part["baseline"].eq("our test"), ["column", "method"]].itertuples(index=False, name=None)
     partial = _partial(part)
-    return Table(title, means, stds, shown, [*_notes(shares), *_notes_of_partial(partial)], frozenset(own), frozenset(partial))
+    return Table(
+        title,
+        means,
+        stds,
+        shown,
+        [*_notes(shares), *_notes_of_partial(partial), *_note_of_settings(part)],
+        frozenset(own),
+        frozenset(partial),
+    )
 
 
 def _partial(part: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
@@ -147,6 +155,13 @@ def _partial(part: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
     records = run.groupby("column")["record"].agg(set)
     owned = run.groupby(["column", "method"])["record"].agg(set)
     return {place: sorted(absent) for place, own in owned.items() if (absent := records[place[0]] - own)}
+
+
+def _note_of_settings(part: pd.DataFrame) -> Iterator[str]:
+    """On methods of ours whose settings differ between attacks. (BackdoorBench's logs name the attack among the settings.)"""
+    several = part[part["origin"] == "ours"].groupby("method")["settings_digest"].nunique() > 1
+    if several.any():
+        yield f"Settings differ between attacks, so AVG mixes them: {', '.join(several.index[several])}."
 
 
 def _notes_of_partial(partial: dict[tuple[str, str], list[str]]) -> Iterator[str]:
