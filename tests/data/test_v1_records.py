@@ -99,7 +99,7 @@ def test_a_dataset_may_have_a_blank_in_its_name(record: Path, edit_record: Edit)
 def test_v1_without_true_labels_is_refused(record: Path, edit_record: Edit):
     edit_record(record, v1(pil_images()))
     found = read_attack_record(record).bd_test
-    with pytest.raises(UserError, match="make the record again"):
+    with pytest.raises(UserError, match="RA is undefined"):
         found.true_labels(clean_test())
 
 

@@ -15,7 +15,7 @@ from fmp_core.backdoorbench.process import Ended, in_own_process, run_script
 from fmp_core.backdoorbench.workspace import ATTACK_FILE, Job, workspace
 from fmp_core.errors import UserError
 from fmp_core.results.read import ATTACK_DIGEST, MODEL_DIGEST, NO_FINAL_TEST, RUN_NOTE, SAMPLE_ONLY, SWEEP_MARK, WHOLE_TEST
-from fmp_core.storage.files import file_digest, make_folders, refuse_links_out_of, write_text
+from fmp_core.storage.files import file_digest, make_folders, put_aside, refuse_links_out_of, write_text
 from fmp_core.storage.lock import locked, result_lock
 
 NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
@@ -93,23 +93,17 @@ def _old_result_kept(results: Path, log: Path) -> Iterator[_Outcome]:
     if SWEEP_MARK in os.environ:
         yield outcome
         return
-    if aside.exists():  # of a run that was killed
-        shutil.rmtree(results, ignore_errors=True)
-        aside.rename(results)
-    if results.exists():
-        results.rename(aside)
-    try:
-        yield outcome
-    finally:
-        if outcome.ended:
-            shutil.rmtree(aside, ignore_errors=True)
-            failed.unlink(missing_ok=True)
-        elif aside.exists():
-            outcome.log = failed
-            if log.is_file():
-                log.replace(outcome.log)
-            shutil.rmtree(results, ignore_errors=True)
-            aside.rename(results)
+    with put_aside(results, aside):
+        try:
+            yield outcome
+        finally:
+            if outcome.ended:
+                shutil.rmtree(aside, ignore_errors=True)
+                failed.unlink(missing_ok=True)
+            elif aside.exists():
+                outcome.log = failed
+                if log.is_file():
+                    log.replace(failed)
 
 
 def _alone(results: Path, method: str) -> contextlib.AbstractContextManager[None]:

@@ -74,7 +74,8 @@ class PoisonedSet:
         if self.indices is None:
             if self.original is None:
                 raise UserError(
-                    "The record's bd_test names neither the true labels nor the poisoned test images; make the record again."
+                    "The record's bd_test holds neither true labels nor positions of the poisoned images in the test set, so "
+                    "RA is undefined; make the record again."
                 )
             return self.original
         if not ((self.indices >= 0) & (self.indices < len(clean_test))).all():

@@ -76,7 +76,10 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
     about |= _or_warn(read_record, folder, warn) or {}
     places = sorted(path for path in (folder / "defense").iterdir() if path.is_dir() and not path.name.startswith("."))
     found = {place.name: _or_warn(_result_in, place, warn) for place in places}
-    results = {name: result for name, result in found.items() if result and not _is_of_another(folder, name, result, warn)}
+    results = {name: result for name, result in found.items() if result}
+    for name in _of_another(folder, results):
+        warn(f"{folder / 'defense' / name} is a result on another attack_result.pt than {folder} has now; run it again")
+        del results[name]
     for key in ("dataset", "model"):
         about[key] = about.get(key) or next(filter(None, (getattr(result, key) for result in results.values())), None)
     tested: Mapping[str, float] = next((r.before for r in results.values() if r.before and not r.test_images), {})
@@ -111,13 +114,16 @@ def _or_warn(read: Callable[[Path], T], folder: Path, warn: Warn) -> T | None:
         return None
 
 
-def _is_of_another(folder: Path, name: str, result: Result, warn: Warn) -> bool:
-    """Whether the result is of another attacked model than the record holds now; then that is warned of."""
-    attacked = folder / "attack_result.pt"
-    other = bool(result.attack_result) and attacked.is_file() and file_digest(attacked) != result.attack_result
-    if other:
-        warn(f"{folder / 'defense' / name} is a result on another attack_result.pt than {folder} has now; run it again")
-    return other
+def _of_another(folder: Path, results: Mapping[str, Result]) -> list[str]:
+    """Names of the results that are of another attacked model than the record holds now, as far as they say."""
+    attacked, noted = (
+        folder / "attack_result.pt",
+        {name: of for name, result in results.items() if (of := result.attack_result)},
+    )
+    if not noted or not attacked.is_file():
+        return []
+    today = file_digest(attacked)  # once: the file is large
+    return [name for name, digest in noted.items() if digest != today]
 
 
 def _result_in(folder: Path) -> Result | None:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,25 @@ def make_folders(*folders: Path) -> None:
     for folder in folders:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+
+
+def bring_back(folder: Path, aside: Path) -> None:
+    """Undo :func:`put_aside` of a process that was killed, if there is something to undo."""
+    if aside.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+
+
+@contextlib.contextmanager
+def put_aside(folder: Path, aside: Path) -> Iterator[None]:
+    """Within the block ``folder`` is called ``aside``; then it takes its place again, unless the block removed it."""
+    bring_back(folder, aside)
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        yield
+    finally:
+        bring_back(folder, aside)
 
 
 def refuse_links_out_of(root: Path, *folders: Path) -> None:

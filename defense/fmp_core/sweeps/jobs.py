@@ -19,7 +19,7 @@ from typing import Any
 
 from fmp_core.errors import UserError
 from fmp_core.results.read import STAMP, SWEEP_MARK, Result, read_result, read_stamp
-from fmp_core.storage.files import file_digest, write_text
+from fmp_core.storage.files import bring_back, file_digest, put_aside, write_text
 from fmp_core.storage.lock import locked, result_lock
 from fmp_core.system import processes
 
@@ -153,9 +153,8 @@ def _aside(job: Job) -> Path:
 
 def _bring_back(job: Job) -> None:
     """Put back what a run that was killed had put aside."""
-    if job.writes and _aside(job).exists():
-        shutil.rmtree(job.writes, ignore_errors=True)
-        _aside(job).rename(job.writes)
+    if job.writes:
+        bring_back(job.writes, _aside(job))
 
 
 @contextlib.contextmanager
@@ -168,25 +167,20 @@ def _kept_apart(job: Job, failed: Path) -> Iterator[None]:
     if job.writes is None:
         yield
         return
-    aside = _aside(job)
-    if job.writes.exists():
-        job.writes.rename(aside)
-    try:
-        yield
-        if job.writes != job.folder:
-            shutil.rmtree(job.folder, ignore_errors=True)
-            job.writes.rename(job.folder)
-        else:
-            shutil.rmtree(aside, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(failed, ignore_errors=True)
-        if job.writes.exists():
-            failed.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(job.writes, failed)
-        raise
-    finally:
-        if aside.exists():
-            aside.rename(job.writes)
+    with put_aside(job.writes, _aside(job)):
+        try:
+            yield
+            if job.writes != job.folder:
+                shutil.rmtree(job.folder, ignore_errors=True)
+                job.writes.rename(job.folder)
+            else:
+                shutil.rmtree(_aside(job), ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(failed, ignore_errors=True)
+            if job.writes.exists():
+                failed.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(job.writes, failed)
+            raise
 
 
 def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: float | None) -> Result | None:
