@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -22,8 +23,10 @@ from fmp_core.results.paper import (
     sweep_content,
 )
 from fmp_core.results.paper_comparison import compare, comparison_text, draw_figure
+from fmp_core.settings import load_settings
 from fmp_core.sweeps.plan import make_sweep, plan
 from PIL import Image
+from result_files import metrics_json, three_rows, write
 
 FULL, DEMO = SCALES["full"], SCALES["demo"]
 
@@ -178,3 +181,28 @@ def test_digits_for_backdoorbench_are_refused_before_anything_runs(empty: Path, 
     error = capsys.readouterr().err
     assert "uses digits, which BackdoorBench cannot read (it knows cifar10, " in error
     assert list(empty.iterdir()) == []
+
+
+def test_results_of_other_settings_are_left_out(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A result under the right name is shown only if it was made as the table says."""
+    record = empty / "record" / "badnet_cifar10_small" / "defense"
+    for name, ranked in (("fmp", 8), ("fmp-p2", 64)):
+        settings = dataclasses.asdict(load_settings({"epochs": 3, "frg_samples": ranked, "frequency_test": 0}))
+        write(
+            record / name / "metrics.json",
+            metrics_json(0.93, 0.02, 0.9, settings={**settings, "p": 64}, model="preactresnet18"),
+        )
+    for name, lr in (("ft", "0.01"), ("fp", "0.1")):
+        write(record / name / f"{name}_df_summary.csv", three_rows(0.91, 0.5, 0.4))
+        logged = f"{{'epochs': 3, 'batch_size': 256.0, 'lr': {lr}, 'ratio': 0.1, 'random_seed': 0}}"
+        write(record / name / "x.log", f"INFO\n{logged}\n")
+    command = ["--table", "1a", "5", "--scale", "small", "--no-run", "--csv", "o.csv"]
+    assert paper_tables.main(command) == 0
+    said = capsys.readouterr().err
+    assert "table 1a: badnet_cifar10_small/defense/fp is left out: lr 0.1 instead of 0.01" in said
+    assert "table 5: badnet_cifar10_small/defense/fmp-p2 is left out: frg_samples 64 instead of 8, p 64 instead of 2" in said
+    shown = (
+        pd.read_csv("o.csv", dtype={"table": str}).query("attack == 'badnet'").set_index(["table", "value"])["ours_test_acc"]
+    )
+    assert shown["1a", "fmp"] == 93 and shown["1a", "ft"] == 91 and shown["5", "64"] == 93
+    assert pd.isna(shown["1a", "fp"]) and pd.isna(shown["5", "2"])

@@ -124,8 +124,10 @@ def _defense_entry(row: Any, scale: Scale, backdoorbench: str | None) -> dict[st
         return {"defense": "fmp", "name": defense_folder(row), **{key: getattr(row, key) for key in USUAL}}
     if backdoorbench is None:
         return {"defense": "ft-only", "name": "ft"} if row.defense == "ft" else None
-    if row.defense not in BASELINES:
-        return None
+    return {"defense": row.defense, **baseline_flags(row.defense, scale)} if row.defense in BASELINES else None
+
+
+def baseline_flags(defense: str, scale: Scale) -> dict[str, Any]:
+    """Flags of BackdoorBench's script for one of ``BASELINES``."""
     epochs = scale.baseline_epochs
-    flags = {key: epochs if epochs and key.endswith("epochs") else value for key, value in BASELINES[row.defense].items()}
-    return {"defense": row.defense, **flags}
+    return {key: epochs if epochs and key.endswith("epochs") else value for key, value in BASELINES[defense].items()}

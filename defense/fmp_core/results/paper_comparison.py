@@ -24,7 +24,7 @@ def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
 
     ``ours_*``, ``published_*`` and ``difference_*`` are percent; ours is the mean over seeds, empty for what was not run.
     ``origin`` says who ran it: ``ours`` or ``backdoorbench``. Left out are results on a sample of the test images, and those of
-    records with another model or poison rate than the row's.
+    records with another model or poison rate than the row's. ``fmp_core.sweeps.paper`` has left out those of other settings.
     """
     frame = frame[frame["test_images"].isna() & (frame["model"].isna() | (frame["model"] == scale.record["model"]))]
     rows = []

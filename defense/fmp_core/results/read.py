@@ -128,6 +128,14 @@ def _our_result(path: Path) -> Result:
     )
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """All settings of the result in ``folder``, as far as they are known; those of BackdoorBench are text."""
+    path = folder / "metrics.json"
+    if path.is_file():
+        return value_of(read_json(path), "settings", dict) or {}
+    return _logged_settings(folder) or value_of(read_stamp(folder), "settings", dict) or {}
+
+
 def read_stamp(folder: Path) -> dict[str, Any]:
     """What a sweep noted beside a result or record; empty if there is no such file or it is unreadable."""
     try:

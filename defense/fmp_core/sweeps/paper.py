@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fmp_core.results.paper import FIGURES, SCALES, sweep_content
-from fmp_core.results.read import read_stamp
+from fmp_core.fields import as_text
+from fmp_core.results.paper import BASELINES, FIGURES, SCALES, Scale, baseline_flags, record_name, scaled_rows, sweep_content
+from fmp_core.results.read import read_settings, read_stamp
 from fmp_core.storage.files import replacing, write_text
 from fmp_core.sweeps.jobs import ATTACK_FILE
-from fmp_core.sweeps.plan import make_sweep
+from fmp_core.sweeps.plan import make_sweep, plan
 from fmp_core.sweeps.run import run_sweep
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SWEEP_KEYS = ("record_root", "dataset_path", "device", "workers", "seeds", "backdoorbench")  # flags that are keys of a sweep
 
@@ -34,6 +39,35 @@ def make(args: Namespace, warn: Callable[[str], None]) -> int:
     return code
 
 
+def made_otherwise(table: str, scale: Scale, frame: DataFrame, record_root: Path) -> dict[Any, str]:
+    """Results in ``frame`` under the names of a table's rows, made with other settings than it has: index -> a sentence."""
+    ours = plan(make_sweep(sweep_content(table, scale, None, []), "paper_tables"))
+    wanted: dict[tuple[str, str, str], Mapping[str, Any]]
+    wanted = {("ours", job.record, job.method): job.settings for job in ours if job.kind == "ours"}
+    for row in scaled_rows(table, scale).itertuples():
+        if (defense := str(row.defense)) in BASELINES:
+            wanted["backdoorbench", record_name(row, scale), defense] = baseline_flags(defense, scale)
+    found = {}
+    for index, origin, record, method, defense in frame[["origin", "record", "method", "defense"]].itertuples(name=None):
+        settings = wanted.get((origin, record, method), {})
+        used = read_settings(record_root / record / "defense" / defense) if settings else {}
+        both = [(key, as_text(used[key]), as_text(value)) for key, value in settings.items() if key in used]
+        differ = [
+            f"{key} {own} instead of {value}" for key, own, value in both if key != "random_seed" and not _equal(own, value)
+        ]
+        if differ:
+            found[index] = f"{record}/defense/{defense} is left out: {', '.join(differ)}"
+    return found
+
+
+def _equal(text: str, other: str) -> bool:
+    """Whether two values, as text, are the same; BackdoorBench prints 3 as 3.0 where it takes any number."""
+    try:
+        return text == other or float(text) == float(other)
+    except ValueError:
+        return False
+
+
 def _show(tables: list[str], args: Namespace, warn: Callable[[str], None]) -> None:
     import pandas as pd  # takes a second, which --help and --dry-run do without
 
@@ -44,7 +78,12 @@ def _show(tables: list[str], args: Namespace, warn: Callable[[str], None]) -> No
     scale = SCALES[args.scale]
     frame = collect(args.record_root, lambda line: warn(printable(line)))
     frame = frame[frame["seed"].isna() | frame["seed"].isin(args.seeds)]
-    compared = {table: compare(table, scale, frame) for table in tables}
+    compared = {}
+    for table in tables:
+        other = made_otherwise(table, scale, frame, Path(args.record_root))
+        for line in other.values():
+            warn(printable(f"table {table}: {line}"))
+        compared[table] = compare(table, scale, frame.drop(list(other)))
     text, markdown = (
         [comparison_text(table, scale, part, kind, bool(args.backdoorbench)) for table, part in compared.items()]
         for kind in (False, True)
