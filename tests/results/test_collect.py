@@ -145,6 +145,8 @@ def test_the_leaderboard_is_joined_and_labelled(root: Path) -> None:
     assert published["der"].tolist()[1] == pytest.approx((0.75 - 0.01 + 1) / 2)
     frame = join_leaderboard(collect(root, pytest.fail), read_leaderboard(file))
     assert "ft (published)" in build_tables(frame)[0].methods
+    all_to_all = collect(root, pytest.fail).assign(target="all-to-all")
+    assert "published" not in set(join_leaderboard(all_to_all, read_leaderboard(file))["origin"])
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "", "\0\0"])

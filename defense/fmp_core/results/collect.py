@@ -161,7 +161,10 @@ def read_leaderboard(path: str | Path) -> pd.DataFrame:
 
 
 def join_leaderboard(frame: pd.DataFrame, board: pd.DataFrame) -> pd.DataFrame:
-    """``frame`` with the published rows that have a dataset, model, attack and poison rate of one of its records."""
-    ours = set(frame[SETTING].dropna().itertuples(index=False, name=None))
+    """``frame`` with the published rows that have a dataset, model, attack and poison rate of one of its records.
+
+    All-to-all records do not count: the leaderboard's attacks are all-to-one.
+    """
+    ours = set(frame.loc[frame["target"].ne("all-to-all"), SETTING].dropna().itertuples(index=False, name=None))
     shared = [row in ours for row in board[SETTING].itertuples(index=False, name=None)]
     return pd.concat([frame, board[shared]], ignore_index=True) if any(shared) else frame

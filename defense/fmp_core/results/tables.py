@@ -79,7 +79,7 @@ def build_tables(frame: pd.DataFrame) -> list[Table]:
 
     A column is an attack; records of one attack that differ in their seed are averaged, other records of the same attack keep
     their own column, named after the record. Results of one method that differ in more than their seed keep rows of their own,
-    named after their folders. AVG is there for methods that were run on every attack. What was tested on a sample of the test
+    named after their folders. AVG is over the columns, for methods that have them all. What was tested on a sample of the test
     images has a row of its own, which says so.
     """
     frame = frame.assign(column=_columns(frame))
