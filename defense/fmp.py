@@ -76,7 +76,7 @@ class FMP(defense):
         self.stages = Stages()  # an FMP may defend several records
         with self.stages("load"):
             self.inputs = load_inputs(self.settings, result_file, self.device.device)
-        self.folder = RunFolder.of(self.settings, self.inputs.record)
+        self.folder = RunFolder.of(self.settings, self.inputs.record.folder)
         self.evaluations: list[Evaluation] = []  # before, and the latest
 
     def set_logger(self) -> None:

@@ -50,7 +50,7 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
 
     Raises UserError if the record, the dataset, the index file or a flag that contradicts them is not usable.
     """
-    record = read_attack_record(Path(settings.record_root) / result_file)
+    record = read_attack_record(Path(settings.record_root) / result_file, settings.mean, settings.std)
     _check_flags(settings, record)
     facts = preprocessing(settings, record)
     train_set, test_set = (

@@ -177,6 +177,15 @@ def test_normalised_v1_images_are_recognised_by_the_datasets_mean_and_std(record
     assert torch.equal(images_in(record), PIXELS)
 
 
+def test_images_normalised_otherwise_are_recognised_by_the_mean_and_std_given(record: Path, edit_record: Edit):
+    edit_record(record, v1(normalised(PIXELS, 0.5, 0.25), original_targets=TRUE))
+    with pytest.raises(UserError, match="--mean and --std name others"):
+        read_attack_record(record)
+    assert torch.equal(read_attack_record(record, (0.5,), (0.25,)).bd_test.images, PIXELS)
+    edit_record(record, v1(PIXELS, original_targets=TRUE))
+    assert torch.equal(read_attack_record(record, (0.5,), (0.25,)).bd_test.images, PIXELS)
+
+
 UNCERTAIN: dict[str, Callable[[], Any]] = {
     "normalised otherwise": lambda: normalised(PIXELS, 0.5, 0.5),
     "above one": lambda: PIXELS.float() / 100,

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import report as report_script
 import torch
+from command import Edit
 from conftest import RECORD, call_fmp
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.errors import UserError
@@ -251,6 +252,20 @@ def test_maps_selected_by_an_inverted_trigger_have_no_cut(place: Path):
     edit_metrics(place, settings={}, verdict={**VERDICT, "target": "all-to-all", "success_all_to_all": 0.95})
     assert make() == 0
     assert "backdoored, all-to-all. An inverted trigger (sparse) flips the predictions of 95 % of images" in page(place)
+
+
+def test_images_held_in_the_record_are_read_with_the_normalisation_of_the_run(
+    place: Path, edit_record: Edit, capsys: pytest.CaptureFixture[str]
+):
+    home = place / "record" / RECORD
+    poisoned = read_attack_record(home).bd_test
+    x = (poisoned.pixels(read_attack_record(home).image_size).float() / 255 - 0.5) / 0.25
+    held = {"x": x, "y": poisoned.targets, "original_index": poisoned.indices, "original_targets": poisoned.original}
+    edit_record(home, lambda content: content.update(bd_test=held))
+    edit_metrics(place, settings={}, attack_result=file_digest(home / "attack_result.pt"))
+    assert make() == 2 and "--mean and --std name others" in capsys.readouterr().err
+    edit_metrics(place, settings={"mean": [0.5], "std": [0.25]})
+    assert make() == 0
 
 
 def edit_metrics(root: Path, settings: dict[str, Any], **more: Any) -> None:

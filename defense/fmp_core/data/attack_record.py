@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmp_core.data.datasets import DATASET_NAME, DatasetFacts, Split, dataset_facts
+from fmp_core.data.datasets import DATASET_NAME, Split, dataset_facts
 from fmp_core.data.folders import visible
 from fmp_core.data.images import MOST_PIXELS, Size, read_images
-from fmp_core.data.pixel_range import pixels_of
+from fmp_core.data.pixel_range import Normalisation, pixels_of
 from fmp_core.errors import UserError, did_you_mean
 from fmp_core.storage.placeholders import Opaque
 from fmp_core.storage.torch_file import load_torch_file
@@ -128,8 +128,13 @@ def find_records(root: str | Path) -> list[str]:
     return sorted(found)
 
 
-def read_attack_record(folder: str | Path) -> AttackRecord:
+def read_attack_record(
+    folder: str | Path, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> AttackRecord:
     """Read ``folder/attack_result.pt`` as BB v1 or v2 wrote it. Poisoned images are located, not yet decoded.
+
+    Images that are held in the record as normalised numbers are recognised by ``mean`` and ``std`` (``--mean`` and ``--std``),
+    and by the dataset's.
 
     Raises UserError, naming the file and the part, if anything is missing, damaged, refused or impossible.
     """
@@ -145,7 +150,7 @@ def read_attack_record(folder: str | Path) -> AttackRecord:
     if missing:
         raise UserError(f"{path} is not an attack record (check --result_file): it lacks {', '.join(missing)}.")
     try:
-        return _attack_record(folder, content)
+        return _attack_record(folder, content, mean, std)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, OSError) as error:
         raise UserError(f"{path} is not as BackdoorBench writes it ({type(error).__name__}: {error}).") from None
 
@@ -161,7 +166,9 @@ def _refuse_placeholders(content: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} is a {value.name}, which holds no data that could be read")
 
 
-def _attack_record(folder: Path, content: Mapping[str, Any]) -> AttackRecord:
+def _attack_record(
+    folder: Path, content: Mapping[str, Any], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> AttackRecord:
     _refuse_placeholders(content)
     dataset, model_name = content["clean_data"], content["model_name"]
     if not (isinstance(dataset, str) and re.fullmatch(DATASET_NAME, dataset)):
@@ -176,8 +183,9 @@ def _attack_record(folder: Path, content: Mapping[str, Any]) -> AttackRecord:
     bd_test = content["bd_test"]
     if not isinstance(bd_test, Mapping):
         raise ValueError(f"bd_test is a {type(bd_test).__name__}")
-    facts = dataset_facts(dataset, size)
-    poisoned = _v1_poisoned_set(bd_test, size, facts) if "x" in bd_test else _poisoned_set(folder, bd_test, size, facts)
+    known = [dataset_facts(dataset, size, mean, std), dataset_facts(dataset, size)]
+    scales = [(facts.mean, facts.std) for facts in known]
+    poisoned = _v1_poisoned_set(bd_test, size, scales) if "x" in bd_test else _poisoned_set(folder, bd_test, size, scales)
     for name, labels in (("attack", poisoned.targets), ("original", poisoned.original)):
         if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(f"an {name} label of bd_test is outside 0..{num_classes - 1}")
@@ -205,7 +213,7 @@ def _unwrapped(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod"))
 
 
-def _poisoned_set(folder: Path, state: Mapping[str, Any], size: Size, facts: DatasetFacts) -> PoisonedSet:
+def _poisoned_set(folder: Path, state: Mapping[str, Any], size: Size, scales: Sequence[Normalisation]) -> PoisonedSet:
     """The state of BB's ``prepro_cls_DatasetBD_v2``; positions whose indicator is 0 are clean and left out."""
     container = state["bd_data_container"]
     indicator, order = _integers(state["poison_indicator"]), _integers(state["original_index_array"])
@@ -223,14 +231,14 @@ def _poisoned_set(folder: Path, state: Mapping[str, Any], size: Size, facts: Dat
         images = _locate([items[i]["path"] for i in chosen], container.get("save_folder_path"), folder)
     else:
         labels = [items[i][1:] for i in chosen]
-        images = pixels_of([items[i][0] for i in chosen], size, facts.mean, facts.std)
+        images = pixels_of([items[i][0] for i in chosen], size, scales)
     return PoisonedSet(images, _int64([x[0] for x in labels]), _int64([x[1] for x in labels]), _int64(chosen), len(indicator))
 
 
-def _v1_poisoned_set(state: Mapping[str, Any], size: Size, facts: DatasetFacts) -> PoisonedSet:
+def _v1_poisoned_set(state: Mapping[str, Any], size: Size, scales: Sequence[Normalisation]) -> PoisonedSet:
     if len(state["x"]) != len(state["y"]) or not len(state["y"]):
         raise ValueError(f"bd_test has {len(state['x'])} images and {len(state['y'])} labels")
-    images = pixels_of(state["x"], size, facts.mean, facts.std)
+    images = pixels_of(state["x"], size, scales)
 
     original, order = state.get("original_targets"), state.get("original_index")
     if original is not None and order is not None and len(original) > len(images) == len(order):  # early v1: of all test images

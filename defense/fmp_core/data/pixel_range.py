@@ -7,6 +7,7 @@ BackdoorBench v1 and its forks store images as PIL images, as arrays ``[H, W, C]
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,19 @@ from fmp_core.data.images import Size, resized, room_for, to_pixels
 from fmp_core.storage.placeholders import PickledImage
 
 ROWS = 1024  # of a stacked tensor that are looked at together
+Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and std per channel, of pixels in [0,1]
 NEAR = 0.05  # grey levels: float32 is that exact after normalisation; float16 is not, and its images are refused
 BEYOND = 1e-3  # that rounding may leave [0,1]
 BYTES_FROM = 16  # a float image in 0..255 that is at least somewhere this bright; normalised pixels are below
 
 
-def pixels_of(images: Any, size: Size, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def pixels_of(images: Any, size: Size, normalisations: Sequence[Normalisation]) -> Tensor:
     """Images held in a record as uint8 ``[N, C, H, W]``.
 
     Args:
         images: a tensor or array ``[N, C, H, W]`` or ``[N, H, W, C]``, or a list of PIL images (as the unpickler gives them),
             tensors or arrays ``[C, H, W]``, ``[H, W, C]`` or, of one channel, ``[H, W]``.
-        mean, std: per channel, of the dataset's normalisation: what normalised images are recognised by.
+        normalisations: what normalised images are recognised by.
 
     Raises:
         ValueError: the shape is not ``size``, or the range of the numbers is uncertain.
@@ -36,7 +38,7 @@ def pixels_of(images: Any, size: Size, mean: Sequence[float], std: Sequence[floa
     stacked = isinstance(images, (Tensor, np.ndarray))
     parts = list(torch.as_tensor(images).split(ROWS)) if stacked else list(images)
     numbers = (_channels_first(part, size, stacked) for part in parts if not isinstance(part, PickledImage))
-    to_levels = _to_levels(numbers, mean, std)
+    to_levels = _to_levels(numbers, normalisations)
     pixels, row = room_for(len(images), size), 0
     for part in parts:
         if isinstance(part, PickledImage):
@@ -68,14 +70,15 @@ def _channels_first(part: Any, size: Size, stacked: bool) -> Tensor:
     return batch if layout == "first" else batch.permute(0, 3, 1, 2)
 
 
-def _to_levels(batches: Iterable[Tensor], mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
-    """The function that takes each batch ``[n, C, h, w]`` to grey levels 0..255, found from all of their numbers."""
+def _denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     middle, spread = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
-    scales: dict[str, Callable[[Tensor], Tensor]] = {
-        "unit": lambda x: x.float() * 255,
-        "bytes": lambda x: x.float(),
-        "normalised": lambda x: (x.float() * spread + middle) * 255,
-    }
+    return (images.float() * spread + middle) * 255
+
+
+def _to_levels(batches: Iterable[Tensor], normalisations: Sequence[Normalisation]) -> Callable[[Tensor], Tensor]:
+    """The function that takes each batch ``[n, C, h, w]`` to grey levels 0..255, found from all of their numbers."""
+    scales: dict[Any, Callable[[Tensor], Tensor]] = {"unit": lambda x: x.float() * 255, "bytes": lambda x: x.float()}
+    scales |= {(*mean, *std): partial(_denormalise, mean=mean, std=std) for mean, std in normalisations}
     low, high, kinds, whole = float("inf"), float("-inf"), set(), dict.fromkeys(scales, True)
     for batch in batches:
         if batch.is_complex() or not batch.numel():
@@ -90,15 +93,16 @@ def _to_levels(batches: Iterable[Tensor], mean: Sequence[float], std: Sequence[f
         raise ValueError("bd_test x holds whole numbers and floats side by side")
     if not kinds or (kinds == {"whole numbers"} and low >= 0 and high <= 255):
         return scales["bytes"]
-    if low >= -BEYOND and high <= 1 + BEYOND and (whole["unit"] or not whole["normalised"]):
+    normalised = [scales[name] for name in whole if whole[name] and name not in ("unit", "bytes")]
+    if low >= -BEYOND and high <= 1 + BEYOND and (whole["unit"] or not normalised):
         return scales["unit"]
-    if whole["normalised"]:
-        return scales["normalised"]
+    if normalised:
+        return normalised[0]
     if low >= 0 and 1 < high <= 255 and (whole["bytes"] or high >= BYTES_FROM):
         return scales["bytes"]
     raise ValueError(
         f"bd_test x holds {kinds.pop()} from {low:.4g} to {high:.4g}, which are neither pixels (0..255 or 0..1) nor "
-        "pixels normalised with the dataset's mean and std"
+        "pixels normalised with the dataset's mean and std; --mean and --std name others"
     )
 
 

@@ -43,8 +43,10 @@ MEANS = {
 
 def report_on(settings: Settings, compare: Sequence[str]) -> Path:
     """:func:`write_report` about the finished run that ``settings`` (of record, folders and device) names."""
-    record = read_attack_record(Path(settings.record_root) / str(settings.result_file))
-    folder = RunFolder.of(settings, record).path
+    home = Path(settings.record_root) / str(settings.result_file)
+    folder = RunFolder.of(settings, home).path
+    used = read_summary(folder).settings if folder.is_dir() else {}
+    record = read_attack_record(home, used.get("mean"), used.get("std"))
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; run the defense first, or check --defense_name.")
     if not settings.save_folder:

@@ -55,7 +55,7 @@ def ablate(inputs: Inputs, rows: Sequence[str], flags: dict[str, Any], make: Cal
     table: list[dict[str, Any]] = []
     for row in rows:
         run = _run_of(row, tac, flags, make)
-        folder = RunFolder.of(run.settings, inputs.record).path
+        folder = RunFolder.of(run.settings, inputs.record.folder).path
         metrics = _finished(folder, run, row, inputs) or run.defense(flags["result_file"])["metrics"]
         if not table:
             table.append({"row": "(attacked)", **_percent(metrics["before"])})

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fmp_core.data.attack_record import ATTACK_FILE, AttackRecord
+from fmp_core.data.attack_record import ATTACK_FILE
 from fmp_core.data.write_record import write_defense_result
 from fmp_core.errors import UserError
 from fmp_core.inputs import Inputs
@@ -51,16 +51,16 @@ class RunFolder:
     shared: Path
 
     @staticmethod
-    def of(settings: Settings, record: AttackRecord) -> RunFolder:
-        """Below the record, or below ``--save_folder`` as the record lies below ``--record_root``.
+    def of(settings: Settings, record: Path) -> RunFolder:
+        """Below the folder of the record, or below ``--save_folder`` as that lies below ``--record_root``.
 
         Raises UserError: a link in the record leads out of it.
         """
-        home = record.folder
+        home = record
         if settings.save_folder:
             root = Path(settings.record_root)
-            name = record.folder.relative_to(root) if record.folder.is_relative_to(root) else Path(record.folder.name)
-            home = Path(settings.save_folder) / (record.folder.name if ".." in name.parts else name)
+            name = record.relative_to(root) if record.is_relative_to(root) else Path(record.name)
+            home = Path(settings.save_folder) / (record.name if ".." in name.parts else name)
         path, shared = home / "defense" / settings.defense_name, home / "defense" / "fmp"
         log, checkpoints = settings.log or path / "log", settings.checkpoint_save or path / "checkpoint"
         refuse_links_out_of(home, *(path / name for name in ("log", "checkpoint", "tensorboard")), shared / "cache")
