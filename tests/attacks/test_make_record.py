@@ -20,41 +20,14 @@ from fmp_core.attacks.recipes import RECIPES
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import open_split
 from fmp_core.storage.torch_file import load_torch_file
+from made_records import CLASSES, TEST, TRAIN, flags, make
 from PIL import Image
 
-CLASSES, TRAIN, TEST = 3, 24, 9
 T5 = ["clean_test_loss_avg_over_batch", "bd_test_loss_avg_over_batch", "test_acc", "test_asr", "test_ra"]
 BADNET_COLUMNS = [
     "epoch", "batch", "train_epoch_loss_avg_over_batch", "train_acc", "train_acc_clean_only", "train_asr_bd_only",
     "train_ra_bd_only", *T5,
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``data/toys``: an image folder of 24 + 9 random 32x32 images in 3 classes."""
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", TRAIN), ("test", TEST)):
-        for index in range(count):
-            file = root / "toys" / split / f"class{index % CLASSES}" / f"{index:02d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
-    for split in ("Train", "Test"):
-        save_image(root / "gtsrb" / split / "43" / "a.png", 0)
-    with open(root / "several.npy", "wb") as archive:
-        np.savez(archive, a=np.ones(2), b=np.ones(2))
-    return root
-
-
-def flags(data: Path, root: Path, *more: str) -> list[str]:
-    where = ["--dataset_path", str(data), "--record_root", str(root / "record"), "--dataset", "toys", "--device", "cpu"]
-    return [*where, "--model", "squeezenet1_0", "--epochs", "2", "--batch_size", "8", "--amp", "False", *more]
-
-
-def make(data: Path, root: Path, *more: str) -> Path:
-    assert make_record.main(flags(data, root, "--save_folder_name", "mine", *more)) == 0
-    return root / "record" / "mine"
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:

@@ -107,7 +107,7 @@ def test_with_few_test_images_the_final_model_is_tested_on_all(checkout: Path, t
     shutil.rmtree(tiny_record / "defense" / "counter")
     with pytest.raises(UserError, match="holds no model"):
         run(checkout, defense="counter", test_images=4)
-    with pytest.raises(UserError, match="tested on 4 images only; its test on all did not end, run it again"):
+    with pytest.raises(UserError, match="of a run with --test_images 4 that did not end; run it again"):
         read_result(tiny_record / "defense" / "counter")
 
 

@@ -96,7 +96,8 @@ def _make(plan: Plan, device: Device) -> None:
     network = build_model(record.model, plan.num_classes)
     model = PixelModel(network, plan.facts).on(device.device)
     data = training_set(plan.train_set, plan.used, plan.poison)
-    checkpoint = _prepare_folder(plan, content_key({}, data.images, data.labels, {}))
+    tested = _test_images(plan)
+    checkpoint = _prepare_folder(plan, content_key(tested, data.images, data.labels, {}))
     logs.set_up(plan.unfinished, plan.training, {**checkpoint.made_with, "device": device.name})
     try:
         poisoned = len(plan.poison.train.indices) if plan.poison else 0
@@ -104,7 +105,7 @@ def _make(plan: Plan, device: Device) -> None:
             LOGGER.warning("--%s changes nothing of --attack %s", name, plan.attack.attack)
         LOGGER.info("%d of %d training images get the trigger", poisoned, len(plan.used))
         LOGGER.info("%s is trained for %d epochs on %s", record.model, plan.training.epochs, device.name)
-        measure = _measurement(plan, model, device.device)
+        measure = _measurement(plan, model, {name: part.to(device.device) for name, part in tested.items()})
         history = train_attacked_model(model, data, measure, plan.training, device, plan.facts, checkpoint)
         if poisoned and (asr := history[-1][1]["test_asr"]) < WEAK_ASR:
             LOGGER.warning("the backdoor is weak: ASR is %.1f %%. %s", 100 * asr, STRONGER)
@@ -126,7 +127,13 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
     if training.get("epochs") == 0:
         raise UserError("--epochs is 0, but a model must be trained for at least one epoch.")
     known = FACTS.get(record.dataset)
-    size = known.size if known else (record.image_size, record.image_size, 3)
+    side = record.image_size or 32
+    size = known.size if known else (side, side, 3)
+    if record.image_size and size[:2] != (side, side):
+        raise UserError(
+            f"--image_size is {side}, but BackdoorBench has {record.dataset} at {size[0]}x{size[1]}; leave it out, or "
+            "give the dataset's folder another name."
+        )
     facts = dataset_facts(record.dataset, size)
     network = check_model(record.model, facts.num_classes or 2, record.dataset, size)
     settings = Settings(**{**recipe(record.dataset, network), **training})
@@ -150,8 +157,9 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
 def _with_dataset_name(record: RecordSettings) -> RecordSettings:
     """``record`` with its dataset as a record calls it. A path given as ``--dataset`` is split: a record holds a name only."""
     path = Path(record.dataset)
-    if path.name != record.dataset:
-        record = replace(record, dataset_path=str(path.parent), dataset=path.name)
+    if path.name != record.dataset.rstrip("/"):  # "cifar10/" is a name
+        record = replace(record, dataset_path=str(path.parent))
+    record = replace(record, dataset=path.name)
     if not re.fullmatch(DATASET_NAME, record.dataset):
         raise UserError(f"--dataset {path} is no name that a record can hold: letters, digits, '.', '_', '-' and spaces.")
     return replace(record, dataset=known_name(record.dataset) or record.dataset)
@@ -184,27 +192,37 @@ def check_model(name: str, num_classes: int, dataset: str, size: Size) -> nn.Mod
 
 
 def _prepare_folder(plan: Plan, images: str) -> Checkpoint:
-    """Make the unfinished folder, or clear the one that is there; ``images`` is a digest of the training images."""
+    """Make the unfinished folder, or clear the one that is there; ``images`` is a digest of training and test images."""
     record, folder = plan.record, plan.unfinished
     make_folders(folder)
     for leftover in folder.iterdir():
-        if leftover.name.startswith("."):  # of a run that was killed while it wrote a file
-            leftover.unlink()
-        elif record.fresh and leftover.name != LOCK:
+        partial = leftover.name.startswith(".")  # of a run that was killed while it wrote a file
+        if partial or (record.fresh and leftover.name != LOCK):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     made_with = {"model": record.model, "dataset": record.dataset, "limit_train": record.limit_train, **asdict(plan.attack)}
     made_with |= {name: getattr(plan.training, name) for name in training_settings() if name != "device"}
-    return Checkpoint(folder / "training.pt", {**made_with, "training images": images[:16]})
+    return Checkpoint(folder / "training.pt", {**made_with, "images": images[:16]})
 
 
-def _measurement(plan: Plan, model: PixelModel, device: torch.device) -> Callable[[], dict[str, float]]:
-    images, labels = plan.test_set.read(range(len(plan.test_set))).to(device), plan.test_set.labels.to(device)
+def _test_images(plan: Plan) -> dict[str, Tensor]:
+    """What the model is tested on, under the names of :class:`~fmp_core.models.evaluate.TestData`."""
+    clean = {"clean_images": plan.test_set.read(range(len(plan.test_set))), "clean_labels": plan.test_set.labels}
+    if plan.poison is None:
+        return clean
+    bad = plan.poison.test
+    return {
+        **clean,
+        "poisoned_images": bad.images,
+        "targets": torch.tensor(bad.targets),
+        "originals": torch.tensor(bad.original),
+    }
+
+
+def _measurement(plan: Plan, model: PixelModel, tested: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
     batch_size = plan.training.batch_size
     if plan.poison is None:
-        return lambda: clean_metrics(model, images, labels, batch_size)
-    bad = plan.poison.test
-    targets, original = (torch.tensor(part, device=device) for part in (bad.targets, bad.original))
-    data = TestData(images, labels, bad.images.to(device), targets, original)
+        return lambda: clean_metrics(model, tested["clean_images"], tested["clean_labels"], batch_size)
+    data = TestData(**tested)
     return lambda: asdict(evaluate(model, data, batch_size).metrics)
 
 
@@ -246,7 +264,7 @@ def write_record(plan: Plan, state: dict[str, Tensor], history: History) -> None
 def _info(plan: Plan) -> dict[str, Any]:
     """``info.pickle``: the settings under BB's names, and what follows from the dataset."""
     record, size, name = plan.record, plan.facts.size, plan.folder.name
-    info = {**asdict(record), **asdict(plan.attack), "attack": plan.attack.bb_name}
+    info = {**asdict(record), "image_size": size[0], **asdict(plan.attack), "attack": plan.attack.bb_name}
     info |= {setting: getattr(plan.training, setting) for setting in training_settings()}
     info |= {"num_classes": plan.num_classes, "img_size": size, "terminal_info": sys.argv}
     info |= dict(zip(("input_height", "input_width", "input_channel"), size, strict=True))

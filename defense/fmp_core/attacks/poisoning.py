@@ -59,8 +59,8 @@ def make_stamp(settings: AttackSettings, size: Size, train: bool, total: int) ->
 def make_noise_stamp(settings: AttackSettings, size: Size) -> Stamp:
     """WaNet's noise mode: the warp plus noise that depends on ``trigger_seed`` and the image's position."""
     field = triggers.warp_field(size, settings.trigger_seed, settings.s, settings.k)
-    offset = (settings.trigger_seed + 1) << 32
-    return lambda images, positions: triggers.wanet(images, field, positions + offset, settings.grid_rescale)
+    start = (settings.trigger_seed + 1) * 0x9E3779B1  # far apart; torch's generator takes 32 bits of a seed
+    return lambda images, positions: triggers.wanet(images, field, (positions + start) % 2**32, settings.grid_rescale)
 
 
 def attack_labels(labels: Tensor, settings: AttackSettings, num_classes: int) -> Tensor:
@@ -79,8 +79,9 @@ def choose_train(labels: Tensor, settings: AttackSettings, seed: int, used: Sequ
     """Those of the positions ``used`` to poison, sorted: ``round(pratio * len(used))`` of them.
 
     Clean-label attacks draw from the target class only, but the ratio is of all ``used`` in both cases (BB
-    ``backdoor_generate_poison_index.py``). Unlike BB's, our draw is Python's. Raises UserError if that is not one image, or
-    more than there are.
+    ``backdoor_generate_poison_index.py``). The draw is not BB's, nor that of a clean subset (``choose_index.py``): with equal
+    seeds a defender would own the poisoned images and no other. Raises UserError if that is not one image, or more than there
+    are.
     """
     count, total = round(settings.pratio * len(used)), len(used)
     pool = [at for at in used if labels[at] == settings.attack_target] if settings.clean_label else used
@@ -91,7 +92,7 @@ def choose_train(labels: Tensor, settings: AttackSettings, seed: int, used: Sequ
             f"--attack {settings.attack} poisons images of class {settings.attack_target} only, and --pratio "
             f"{settings.pratio:g} asks for {count} of {len(pool)}; at most {len(pool) / total:.4g} is possible."
         )
-    return sorted(random.Random(seed).sample(pool, count))
+    return sorted(random.Random(f"poison {seed}").sample(pool, count))
 
 
 def choose_test(labels: Tensor, settings: AttackSettings) -> list[int]:

@@ -23,7 +23,9 @@ class RecordSettings:
         text("NAME"),
         "digits, cifar10, cifar100, gtsrb, tiny, or a folder train|test/<class>/*, here or below --dataset_path",
     )
-    image_size: int = setting(32, integer(8, 1024, metavar="PIXELS"), "height and width of the images of a folder")
+    image_size: int | None = setting(
+        None, integer(8, 1024, metavar="PIXELS"), "height and width of the images of a folder (default 32)"
+    )
     limit_train: int | None = setting(
         None, integer(2), "train on N of the training images, drawn by --random_seed; --pratio is a share of these"
     )
@@ -80,9 +82,19 @@ class AttackSettings:
 
     @property
     def unused(self) -> list[str]:
-        """Settings of another attack that were given; they change nothing."""
-        others = (f for f in dataclasses.fields(self) if f.metadata.get("attack", self.attack) != self.attack)
-        return [field.name for field in others if getattr(self, field.name) != field.default]
+        """Settings that were given and change nothing: of another attack, or a file or another setting takes their place."""
+        replaced = {"patch_size", "lf_amplitude"} if self.trigger_file else set()
+        replaced |= {"ssba_strength"} if self.attack_train_replace_imgs_path else set()
+        replaced |= {"trigger_seed"} if not self.draws_trigger else set()
+        replaced |= {"attack_target"} if self.attack_label_trans == "all2all" else set()
+        given = (field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default)
+        return [f.name for f in given if f.name in replaced or f.metadata.get("attack", self.attack) != self.attack]
+
+    @property
+    def draws_trigger(self) -> bool:
+        """Whether the trigger depends on ``trigger_seed``."""
+        drawn = self.attack in ("blended", "lf", "wanet", "ssba")
+        return drawn and not self.trigger_file and not self.attack_train_replace_imgs_path
 
     @property
     def clean_label(self) -> bool:
@@ -97,7 +109,7 @@ class AttackSettings:
 
     def check(self, num_classes: int) -> None:
         """Raises UserError: no attack on a dataset of ``num_classes`` classes, or two values do not go together."""
-        if self.attack_target >= num_classes:
+        if self.attack_target >= num_classes and self.attack != "none" and self.attack_label_trans == "all2one":
             raise UserError(
                 f"--attack_target {self.attack_target} is not one of the {num_classes} classes 0..{num_classes - 1}."
             )

@@ -40,10 +40,10 @@ class AttackEpoch(Epoch):
     """An epoch as BB's attacks report it (``trainer_cls.py``): accuracies of the clean, and of the poisoned, training images.
 
     ``train_asr_bd_only`` and ``train_ra_bd_only`` compare predictions on poisoned images with the attacker's and the true
-    labels; both are None where nothing is poisoned.
+    labels. None where there is no such image.
     """
 
-    train_acc_clean_only: float
+    train_acc_clean_only: float | None
     train_asr_bd_only: float | None
     train_ra_bd_only: float | None
 
@@ -123,7 +123,7 @@ def train_attacked_model(
             counts.zero_()
             epoch = AttackEpoch(
                 **vars(plain),
-                train_acc_clean_only=right / max(1, clean),
+                train_acc_clean_only=right / clean if clean else None,
                 train_asr_bd_only=hit / bad if bad else None,
                 train_ra_bd_only=true / bad if bad else None,
             )

@@ -27,9 +27,10 @@ def _load_array(path: Path) -> np.ndarray:
 def read_trigger(path: Path, size: Size) -> Tensor:
     """An image, or a ``.npy`` of ``[H, W]``, ``[H, W, C]`` or ``[1, H, W, C]``, as ``[C, H, W]`` in grey levels.
 
-    Images become uint8 and are resized as BB does; arrays must have the dataset's size and become float64. An array of floats
-    up to 1 is taken as shares of 255: a third of BB's LF patterns are stored so (0 to 0.2), and BB adds them as they are,
-    which changes no pixel. Raises UserError if the file cannot be read, does not fit, or changes nothing.
+    Images become uint8 and are resized as BB does; arrays must have the dataset's size and become float64. An array of values
+    up to 1, such as a mask of 0 and 1, is taken as shares of 255: a third of BB's LF patterns are stored so (0 to 0.2), and BB
+    adds them as they are, which changes no pixel. Raises UserError if the file cannot be read, does not fit, or changes
+    nothing.
     """
     if not path.is_file():
         raise UserError(f"--trigger_file {path} does not exist; check the path.")
@@ -39,10 +40,11 @@ def read_trigger(path: Path, size: Size) -> Tensor:
         array = np.array(_load_array(path))
         array = array[0] if array.ndim == 4 and len(array) == 1 else array
         array = np.stack([array] * size[2], -1) if array.ndim == 2 else array
-        if array.shape != size or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        if array.shape != size or array.dtype.kind not in "fiub" or not np.isfinite(array).all():
             raise UserError(f"--trigger_file {path} holds {array.dtype} {array.shape}, but needs numbers of shape {size}.")
-        scale = 255 if array.dtype.kind == "f" and np.abs(array).max() <= 1 else 1
-        trigger = torch.from_numpy(array.astype(np.float64) * scale).permute(2, 0, 1)
+        levels = array.astype(np.float64)
+        levels *= 255 if np.abs(levels).max() <= 1 else 1
+        trigger = torch.from_numpy(levels).permute(2, 0, 1)
     if not trigger.any():
         raise UserError(f"--trigger_file {path} is 0 everywhere, so it would change no image; give another one.")
     return trigger

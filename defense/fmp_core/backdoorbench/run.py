@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -34,9 +35,9 @@ def run_on_record(
     Raises UserError if there is no such script or no result to analyse, BackdoorBench cannot be given the record, or another
     run writes there.
     """
-    sample = test_images if analysis is None else None  # after which the final model is tested on all images
-    chooses = method == "anp" and "--pruning_number" in extra  # anp then tests one model and saves another
-    if sample and (chooses or method in NO_FINAL_TEST):
+    if analysis and test_images:
+        raise UserError("--test_images is for defenses; leave it out with --analysis.")
+    if test_images and (method in NO_FINAL_TEST or (method == "anp" and _sets_pruning_number(extra))):
         raise UserError(
             f"--test_images cannot be used with {method}, which saves another model than the one it tests; leave it out."
         )
@@ -55,13 +56,13 @@ def run_on_record(
     started = time.time() - 1  # file systems with coarse clocks
     with _alone(results, method), contextlib.nullcontext() if analysis else _old_result_kept(results, log) as outcome:
         make_folders(results)
-        if sample:
-            write_text(results / WHOLE_TEST, json.dumps({SAMPLE_ONLY: sample}))
+        if test_images:
+            write_text(results / WHOLE_TEST, json.dumps({SAMPLE_ONLY: test_images}))
         with workspace(job) as folder:
-            flags += _with_found_index(extra)
+            flags += [_with_found_file(word) for word in extra]
             ended = run_script(folder, script, flags, device=job.device, python=python, log=log, test_images=test_images)
         said, code = verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
-        if sample and not code:
+        if test_images and not code:
             in_own_process(_final_test, job, results)
         if outcome and not code:
             outcome.ended = True
@@ -70,10 +71,19 @@ def run_on_record(
     return said.replace(str(log), str(outcome.log)) if outcome else said, code
 
 
-def _with_found_index(flags: list[str]) -> list[str]:
-    """``--index`` names a file from where we were started, and BB runs elsewhere."""
-    pairs = zip(["", *flags], flags, strict=False)
-    return [os.path.abspath(text) if before == "--index" and os.path.isfile(text) else text for before, text in pairs]
+def _with_found_file(word: str) -> str:
+    """A flag or value; a file in it is named from where we were started, and BB runs elsewhere."""
+    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return f"{flag}{equals}{os.path.abspath(value)}" if os.path.isfile(value) else word
+
+
+def _sets_pruning_number(flags: list[str]) -> bool:
+    """Whether ``flags`` of anp, or YAML files among them, say ``pruning_number``: it then tests one model and saves another."""
+    names = [word.partition("=")[0] for word in flags]
+    files = [Path(word.rpartition("=")[2]) for word in flags if re.search(r"\.ya?ml$", word)]
+    said = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    abbreviated = any(len(name) > 4 and "--pruning_number".startswith(name) for name in names)
+    return abbreviated or any("pruning_number" in text for text in said)
 
 
 @dataclass
@@ -93,7 +103,7 @@ def _old_result_kept(results: Path, log: Path) -> Iterator[_Outcome]:
     if SWEEP_MARK in os.environ:
         yield outcome
         return
-    with put_aside(results, aside):
+    with put_aside(results, aside, RESULT):
         try:
             yield outcome
         finally:

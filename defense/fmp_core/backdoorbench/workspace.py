@@ -91,8 +91,9 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
     from fmp_core.system.devices import choose_device
 
     root = find_checkout(checkout)
-    name = PurePosixPath(name).as_posix()  # without a slash at its end
     record = read_attack_record(Path(record_root) / name)
+    path = PurePosixPath(name)
+    name = record.folder.resolve().name if path.is_absolute() or ".." in path.parts else path.as_posix()
     code = (root / DATASET_CODE).read_text(encoding="utf-8", errors="replace")
     known = set(re.findall(r"""dataset_name == ["'](\w+)["']""", code))  # also of a fork with datasets of its own
     if record.dataset not in known:

@@ -77,6 +77,8 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
     places = sorted(path for path in (folder / "defense").iterdir() if path.is_dir() and not path.name.startswith("."))
     found = {place.name: _or_warn(_result_in, place, warn) for place in places}
     results = {name: result for name, result in found.items() if result}
+    for aside in sorted((folder / "defense").glob(".*.before")):
+        warn(f"{aside} is an earlier result; a run_defense.py that runs or was killed put it aside, and another brings it back")
     for name in _of_another(folder, results):
         warn(f"{folder / 'defense' / name} is a result on another attack_result.pt than {folder} has now; run it again")
         del results[name]

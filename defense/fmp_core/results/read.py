@@ -158,7 +158,7 @@ def _whole_test(folder: Path) -> dict[str, Any] | None:
     path, model = folder / WHOLE_TEST, folder / "defense_result.pt"
     content = read_json(path) if path.is_file() else None
     if content and SAMPLE_ONLY in content:
-        raise UserError(f"{folder} was tested on {content[SAMPLE_ONLY]} images only; its test on all did not end, run it again")
+        raise UserError(f"{folder} is of a run with --test_images {content[SAMPLE_ONLY]} that did not end; run it again")
     digest = content and content.get(MODEL_DIGEST)
     return content if not digest or not model.is_file() or digest == file_digest(model) else None
 
@@ -244,6 +244,8 @@ def _read_summary(path: Path) -> dict[str, float]:
     if not rows:
         raise UserError(f"{path} has no rows")
     row = next((row for row in rows if row.get("") == "last"), rows[-1])
+    if _stage(path) == "rnp" and row.get("") == "last":  # of its unlearning or recovering; the final file has another form
+        raise UserError(f"{path} is of a stage before rnp's last; the defense did not end, run it again")
     if absent := [name for name in METRICS if row.get(name) in (None, "")]:
         raise UserError(f"{path} has no {', '.join(absent)}")
     if _stage(path) == "mcr":  # BB's mcr stores them the other way round

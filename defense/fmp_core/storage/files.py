@@ -106,17 +106,26 @@ def make_folders(*folders: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
 
 
-def bring_back(folder: Path, aside: Path) -> None:
-    """Undo :func:`put_aside` of a process that was killed, if there is something to undo."""
-    if aside.exists():
-        shutil.rmtree(folder, ignore_errors=True)
+def bring_back(folder: Path, aside: Path, last_file: str | None = None) -> None:
+    """Undo :func:`put_aside` of a process that was killed, if there is something to undo.
+
+    If ``folder`` has a file called ``last_file``, what was written there since is whole, and stays.
+    """
+    if not aside.exists():
+        return
+    replaced = last_file is not None and (folder / last_file).exists()
+    shutil.rmtree(aside if replaced else folder, ignore_errors=True)
+    if not replaced:
         aside.rename(folder)
 
 
 @contextlib.contextmanager
-def put_aside(folder: Path, aside: Path) -> Iterator[None]:
-    """Within the block ``folder`` is called ``aside``; then it takes its place again, unless the block removed it."""
-    bring_back(folder, aside)
+def put_aside(folder: Path, aside: Path, last_file: str | None = None) -> Iterator[None]:
+    """Within the block ``folder`` is called ``aside``; then it takes its place again, unless the block removed it.
+
+    First undoes what a killed process put aside: :func:`bring_back`.
+    """
+    bring_back(folder, aside, last_file)
     if folder.exists():
         folder.rename(aside)
     try:

@@ -154,7 +154,7 @@ def _aside(job: Job) -> Path:
 def _bring_back(job: Job) -> None:
     """Put back what a run that was killed had put aside."""
     if job.writes:
-        bring_back(job.writes, _aside(job))
+        bring_back(job.writes, _aside(job), STAMP if job.writes == job.folder else None)
 
 
 @contextlib.contextmanager

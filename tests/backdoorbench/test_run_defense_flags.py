@@ -1,0 +1,89 @@
+"""What users give to run_defense.py: records by path, files, and flags that do not go together; what a kill leaves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import RECORD
+from fmp_core.backdoorbench.run import run_on_record
+from fmp_core.backdoorbench.workspace import open_job
+from fmp_core.errors import UserError
+from fmp_core.results.collect import collect
+from fmp_core.results.read import read_result
+from fmp_core.storage.files import bring_back
+from result_files import one_row, three_rows, write
+
+
+def run(
+    checkout: Path,
+    *extra: str,
+    record: str = RECORD,
+    defense: str = "echo",
+    analysis: str | None = None,
+    few: int | None = None,
+) -> int:
+    job = open_job(checkout, "record", record, "data", "cpu")
+    return run_on_record(job, defense, analysis, sys.executable, list(extra), few)[1]
+
+
+@pytest.mark.parametrize("where", ["{root}/record/badnet_tiny", "../record/badnet_tiny", "../{name}/record/badnet_tiny/"])
+def test_a_record_may_be_named_by_its_path(
+    where: str, checkout: Path, tiny_record: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "temporary" / "deeper").mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary" / "deeper"))
+    named = where.format(root=Path.cwd(), name=f"../{Path.cwd().name}")
+    for _ in range(2):
+        assert run(checkout, record=named) == 0
+    assert (tiny_record / "defense" / "echo" / "defense_result.pt").is_file()
+    assert [path.name for path in (tmp_path / "temporary").rglob("*")] == ["deeper"]
+
+
+def test_files_are_named_from_here_however_they_are_given(checkout: Path, tiny_record: Path) -> None:
+    Path("mine.txt").write_text("0\n")
+    for extra in (("--index=mine.txt",), ("--index", "mine.txt")):
+        assert run(checkout, *extra) == 0
+    assert run(checkout, "--index=gone.txt") == 1
+
+
+@pytest.mark.parametrize("flag", ["--pruning_number=0.1", "--pruning_num", "--yaml_path=mine.yaml", "mine.yaml"])
+def test_anp_at_a_number_takes_no_test_images_however_it_is_given(flag: str, checkout: Path, tiny_record: Path) -> None:
+    Path("mine.yaml").write_text("pruning_number: 0.1\n")
+    with pytest.raises(UserError, match="--test_images cannot be used with anp"):
+        run(checkout, flag, defense="anp", few=4)
+
+
+def test_an_analysis_takes_no_test_images(checkout: Path, tiny_record: Path) -> None:
+    with pytest.raises(UserError, match="--test_images is for defenses"):
+        run(checkout, analysis="names", few=4)
+
+
+def test_what_a_killed_run_put_aside_does_not_replace_a_newer_result(tmp_path: Path) -> None:
+    folder, aside = tmp_path / "ft", tmp_path / ".ft.before"
+    for place in (folder, aside):
+        write(place / "who", place.name)
+        write(place / "defense_result.pt", "")
+    bring_back(folder, aside, "defense_result.pt")
+    assert (folder / "who").read_text() == "ft" and not aside.exists()
+    write(aside / "who", "before")
+    (folder / "defense_result.pt").unlink()
+    bring_back(folder, aside, "defense_result.pt")
+    assert (folder / "who").read_text() == "before" and not aside.exists()
+
+
+def test_an_earlier_result_that_a_killed_run_put_aside_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "r" / "defense" / ".ft.before" / "ft_df_summary.csv", three_rows(0.9, 0.1, 0.8))
+    said: list[str] = []
+    assert collect(tmp_path, said.append).empty
+    assert "defense/.ft.before is an earlier result" in said[0]
+
+
+def test_the_first_stages_of_rnp_are_no_result(tmp_path: Path) -> None:
+    """It writes a summary of each into one file."""
+    write(tmp_path / "rnp" / "rnp_df_summary.csv", three_rows(0.4, 0.2, 0.2))
+    with pytest.raises(UserError, match="of a stage before rnp's last"):
+        read_result(tmp_path / "rnp")
+    write(tmp_path / "rnp" / "rnp_df_summary.csv", one_row(0.9, 0.1, 0.8))
+    assert read_result(tmp_path / "rnp").metrics["test_acc"] == 0.9
