@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fmp_core.data.datasets import DATASET_NAME, Split, dataset_facts
 from fmp_core.data.folders import visible
-from fmp_core.data.images import MOST_PIXELS, Size, read_images
+from fmp_core.data.images import Size, most_pixels, read_images
 from fmp_core.data.pixel_range import Normalisation, pixels_of
 from fmp_core.errors import UserError, did_you_mean
 from fmp_core.storage.placeholders import Opaque
@@ -29,7 +29,6 @@ from fmp_core.storage.torch_file import load_torch_file
 ATTACK_FILE = "attack_result.pt"
 MOST_CLASSES = 1_000_000
 DIFFERENT_LABELS = 0.05  # share of labels in which re-encoded data may differ from the record; another order differs in most
-LARGER = 16  # times as many pixels as the record's size may its image files have on average; BB writes them at that size
 DEPTH = 4  # folders between a record root and its records
 ATTACK_KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
 
@@ -57,8 +56,7 @@ class PoisonedSet:
         """uint8 ``[N, C, H, W]``. Raises UserError if a file cannot be decoded."""
         if isinstance(self.images, Tensor):
             return self.images
-        most = MOST_PIXELS + LARGER * len(self.images) * size[0] * size[1]  # a small file can take seconds
-        return read_images(self.images, size, most)
+        return read_images(self.images, size, most_pixels(len(self.images), size))
 
     def true_labels(self, clean_test: Split) -> Tensor:
         """The true labels, int64 ``[N]``, compared with those of the clean test set where the record names its images.

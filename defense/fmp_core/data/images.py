@@ -20,6 +20,7 @@ Size = tuple[int, int, int]  # height, width, channels
 # What datasets come in. Pillow knows formats that start programs (EPS) or that few have ever attacked.
 FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP")
 MOST_PIXELS = 50_000_000  # of one file; a small PNG can claim 16 times that, which takes seconds and gigabytes
+LARGER = 16  # times as many pixels as the record's size may its images have on average; BB writes them at that size
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ def room_for(count: int, size: Size) -> Tensor:
     if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise UserError(f"{count} images of {height}x{width} take {needed / 2**30:.0f} GiB, more than this machine's memory.")
     return torch.empty(count, channels, height, width, dtype=torch.uint8)
+
+
+def most_pixels(count: int, size: Size) -> int:
+    """How many pixels ``count`` poisoned images of a record, which are shown at ``size``, may have: small ones take seconds."""
+    return MOST_PIXELS + LARGER * count * size[0] * size[1]
 
 
 def to_pixels(image: Image.Image, size: Size) -> Tensor:

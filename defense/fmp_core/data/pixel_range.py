@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmp_core.data.images import Size, resized, room_for, to_pixels
+from fmp_core.data.images import Size, most_pixels, resized, room_for, to_pixels
 from fmp_core.storage.placeholders import PickledImage
 
 ROWS = 1024  # of a stacked tensor that are looked at together
@@ -36,7 +36,11 @@ def pixels_of(images: Any, size: Size, normalisations: Sequence[Normalisation]) 
         ValueError: the shape is not ``size``, or the range of the numbers is uncertain.
     """
     stacked = isinstance(images, (Tensor, np.ndarray))
+    if stacked and not torch.as_tensor(images).numel():
+        raise ValueError("bd_test x holds no numbers")
     parts = list(torch.as_tensor(images).split(ROWS)) if stacked else list(images)
+    if not stacked and sum(map(_size_of, parts)) > 3 * most_pixels(len(parts), size):  # one image may be there many times
+        raise ValueError(f"bd_test x holds {len(parts)} images that are far larger than {size[0]}x{size[1]}")
     numbers = (_channels_first(part, size, stacked) for part in parts if not isinstance(part, PickledImage))
     to_levels = _to_levels(numbers, normalisations)
     pixels, row = room_for(len(images), size), 0
@@ -49,6 +53,11 @@ def pixels_of(images: Any, size: Size, normalisations: Sequence[Normalisation]) 
         pixels[row : row + len(batch)] = batch
         row += len(batch)
     return pixels
+
+
+def _size_of(part: Any) -> int:
+    """How many numbers an image has."""
+    return part.bytes_held if isinstance(part, PickledImage) else getattr(part, "nbytes", 0) // getattr(part, "itemsize", 1)
 
 
 def _channels_first(part: Any, size: Size, stacked: bool) -> Tensor:

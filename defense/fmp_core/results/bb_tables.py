@@ -70,6 +70,8 @@ def write_csv(path: Path, frame: pd.DataFrame, index: bool = True) -> None:
 def read_table(path: Path, columns: Sequence[str], **how: Any) -> pd.DataFrame:
     """What :func:`write_csv` wrote, which has ``columns``; ``how`` as of pandas. Raises UserError: missing or damaged."""
     try:
+        if not path.is_file():  # a pipe would never end
+            raise OSError("no such file")
         frame = pd.read_csv(path, **how)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:120]}); run the defense again.") from None

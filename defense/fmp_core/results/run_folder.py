@@ -101,6 +101,7 @@ class RunFolder:
         for warning in warnings:
             LOGGER.warning("%s", warning)
         epochs, maps = history_frame(history), feature_map_frame(inputs.defender.layers, selection, self.settings.scope)
+        (self.path / "metrics.json").unlink(missing_ok=True)  # of an earlier run: a mixture of two would be read as one
         write_csv(self.path / "fmp_df.csv", epochs)
         write_csv(self.path / "fmp_df_summary.csv", summary_frame(epochs))
         write_plots(self.path, epochs)
@@ -140,7 +141,7 @@ class RunFolder:
             attack_figures=attack_figures,
             warnings=warnings,
         )
-        summary.write(self.path / "metrics.json")
+        summary.write(self.path / "metrics.json")  # last: without it the folder holds no result
         return summary
 
 

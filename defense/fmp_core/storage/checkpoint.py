@@ -20,6 +20,8 @@ from fmp_core.storage.files import write_torch
 from fmp_core.storage.torch_file import load_torch_file
 from fmp_core.system.devices import to_host
 
+MOST_VALUES = 1000  # of one setting
+
 
 @dataclass
 class Checkpoint:
@@ -42,10 +44,12 @@ class Checkpoint:
         except UserError as error:
             raise UserError(f"{str(error).rstrip('.')}, or remove it to start again.") from None
         parts = {"made_with", "notes", "state"}
-        if not (isinstance(content, dict) and set(content) == parts and all(isinstance(content[p], dict) for p in parts)):
+        whole = isinstance(content, dict) and set(content) == parts and all(isinstance(content[part], dict) for part in parts)
+        if not (whole and all(map(_is_plain, content["made_with"].values()))):
             raise UserError(f"{self.path} is not a training checkpoint; remove it to start again.")
         then, now = content["made_with"], self.made_with
-        other = [f"{key} {then.get(key)} (now {now.get(key)})" for key in {**then, **now} if then.get(key) != now.get(key)]
+        both = [(key, then.get(key), now.get(key)) for key in {**then, **now}]
+        other = [f"{key} {str(old)[:200]} (now {new})" for key, old, new in both if old != new]
         if other:
             raise UserError(
                 f"{self.path} was made with {', '.join(other)}; give those settings again, or start again with --fresh."
@@ -59,6 +63,14 @@ class Checkpoint:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value of a setting is what settings are: a stranger's file may hold what takes hours to compare or to print."""
+    single = (str, int, float, type(None))
+    return isinstance(value, single) or (
+        type(value) in (list, tuple) and len(value) <= MOST_VALUES and all(isinstance(part, single) for part in value)
+    )
 
 
 def content_key(state: Mapping[str, Tensor], images: Tensor, labels: Tensor, settings: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from fmp_core.errors import UserError
 
+LARGEST_FILE = 16 * 2**30  # bytes of a model or record; sparse files may claim more at no cost
 HOST = re.sub(r"\W", "_", platform.node())  # part of temporary names, since folders are shared between machines
 
 
@@ -41,7 +42,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """SHA-256 of a file's content, in hexadecimal. Raises UserError: it is no regular file, or larger than any record."""
+    if not path.is_file() or path.stat().st_size > LARGEST_FILE:
+        raise UserError(f"{path} is no file of at most {LARGEST_FILE >> 30} GiB, as models and records are; look at it.")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -61,8 +64,8 @@ def _remove_leftovers(path: Path) -> None:
 def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # it may be somebody else's
+    except (OSError, OverflowError) as error:
+        return isinstance(error, OSError) and not isinstance(error, ProcessLookupError)  # it may be somebody else's
     return True
 
 

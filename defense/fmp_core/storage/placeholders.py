@@ -55,6 +55,11 @@ class PickledImage:
     def build(self, state: Any) -> None:
         self.state = state
 
+    @property
+    def bytes_held(self) -> int:
+        data = self.state[4] if isinstance(self.state, (list, tuple)) and len(self.state) > 4 else b""
+        return len(data) if isinstance(data, bytes) else 0
+
     def decode(self) -> Image.Image:
         """The image. Raises ValueError if the state is not that of a whole RGB or grey image."""
         if not isinstance(self.state, (list, tuple)) or len(self.state) < 5:
@@ -106,7 +111,15 @@ def _scalar(dtype: PickledDtype | Opaque, data: bytes) -> Any:
 
 
 def _bytes(data: Any) -> bytes:
-    return data.encode("latin1") if isinstance(data, str) else bytes(memoryview(data))  # Python 2's bytes are read as texts
+    if type(data) not in (bytes, bytearray, str):
+        raise ValueError("a numpy array of no bytes")
+    return data.encode("latin1") if isinstance(data, str) else bytes(data)  # Python 2's bytes are read as texts
+
+
+def _ordered(pairs: Any = ()) -> OrderedDict[Any, Any]:
+    if type(pairs) not in (list, tuple):
+        raise ValueError("an OrderedDict of no pairs")
+    return OrderedDict((hashable(key), value) for key, value in pairs)
 
 
 def _from_buffer(data: Any, dtype: PickledDtype, shape: tuple[int, ...], order: str) -> np.ndarray:
@@ -136,7 +149,7 @@ def hashable(key: Any) -> Any:
 
 
 PLAIN: dict[str, Any] = {
-    "collections.OrderedDict": Callee(lambda pairs=(): OrderedDict((hashable(key), value) for key, value in pairs)),
+    "collections.OrderedDict": Callee(_ordered),
     "builtins.bytes": Callee(lambda: b""),  # so is b"" written in protocol 2; with an argument it could claim any memory
     "_codecs.encode": Callee(_encode),
     "numpy.ndarray": None,  # only ever an argument of _reconstruct

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from fmp_core.errors import UserError
+from fmp_core.storage.files import LARGEST_FILE
 from fmp_core.storage.placeholders import PLAIN, Callee, PickledImage, RefusedError
 from fmp_core.storage.unpickler import read_pickle
 
 __all__ = ["PickledImage", "load_torch_file"]
 
-LARGEST_FILE = 16 * 2**30  # bytes; sparse files may claim more at no cost
+MOST_DIMENSIONS = 64  # torch's own limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,18 @@ _STORAGES = {"Char": torch.int8, "Byte": torch.uint8, **{name: getattr(torch, na
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_grad_hooks_metadata: Any) -> Tensor:
     """A view of a storage. One that repeats elements, and so claims memory the file does not hold, is refused."""
-    if not isinstance(storage, Tensor) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
+    shaped = all(type(part) in (tuple, list) and len(part) <= MOST_DIMENSIONS for part in (size, stride))
+    if not (shaped and isinstance(storage, Tensor) and all(type(n) is int and n >= 0 for n in (offset, *size, *stride))):
         raise ValueError("a tensor without numbers")
     if math.prod(size) > len(storage):
         raise ValueError(f"a tensor of shape {tuple(size)[:8]} claims more numbers than the {len(storage)} that are stored")
     return torch.empty(0, dtype=storage.dtype).set_(storage.untyped_storage(), offset, size, stride)  # torch checks bounds
+
+
+def _size(numbers: Any = ()) -> tuple[Any, ...]:
+    if type(numbers) not in (tuple, list) or len(numbers) > MOST_DIMENSIONS:
+        raise ValueError("a torch.Size of no numbers")
+    return tuple(numbers)
 
 
 NAMES: dict[str, Any] = {
@@ -47,7 +55,7 @@ NAMES: dict[str, Any] = {
     "torch._utils._rebuild_tensor": Callee(_tensor),
     "torch._utils._rebuild_tensor_v2": Callee(_tensor),
     "torch._utils._rebuild_parameter": Callee(lambda data, *_grad_and_hooks: data),
-    "torch.Size": Callee(lambda sizes=(): tuple(sizes)),
+    "torch.Size": Callee(_size),
 }
 
 

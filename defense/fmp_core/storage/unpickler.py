@@ -32,6 +32,8 @@ from fmp_core.storage.placeholders import (
 MOST_INSTRUCTIONS = 20_000_000  # of one pickle; a record of CIFAR-10 has 0.4 million. Each may make an object of 64 bytes.
 MOST_COPIES = 4  # of each byte read so far, in arguments of calls: a pickle can name one large text again and again
 LARGE = 64  # length of an argument that counts
+LONGEST_NAME = 1000  # letters of a class and its module
+WORD = 64  # bits; of larger numbers, arithmetic takes time without end
 
 
 def read_pickle(
@@ -96,6 +98,9 @@ class _Machine:
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
+    def push_number(self, value: int) -> None:
+        self.stack.append(value if value.bit_length() <= WORD else Opaque("builtins.int"))
+
     def put(self, arg: int) -> None:
         self.memo[arg] = self.stack[-1]
 
@@ -128,6 +133,8 @@ class _Machine:
     def name(self, module: Any, name: Any) -> Any:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise RefusedError("a name that is no text")
+        if len(module) + len(name) > LONGEST_NAME:  # each use of it would be a copy
+            raise RefusedError(f"a name of {len(module) + len(name)} letters", runs_code=False)
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # those of Python 2
         full = f"{module}.{name}"
         value = self.names[full] if full in self.names else harmless(full)
@@ -178,12 +185,13 @@ class _Machine:
 
 
 _VALUES = (
-    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING BINBYTES "
+    "BININT BININT1 BININT2 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING BINBYTES "
     "SHORT_BINBYTES BINBYTES8 BYTEARRAY8"
 )
 _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(_VALUES.split(), _Machine.push),
     **dict.fromkeys(("PROTO", "FRAME"), lambda machine, arg: None),
+    **dict.fromkeys(("LONG1", "LONG4"), _Machine.push_number),
     "NONE": lambda machine, arg: machine.push(None),
     "NEWTRUE": lambda machine, arg: machine.push(True),
     "NEWFALSE": lambda machine, arg: machine.push(False),

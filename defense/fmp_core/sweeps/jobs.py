@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from fmp_core.system import processes
 ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch: a sweep and its nodes start at once
 GRACE = 2 * processes.GRACE  # seconds that a job has to leave its files in order, and to stop what it has started itself
 _running: set[subprocess.Popen[bytes]] = set()
+_stopping = threading.Event()  # between stop_all() and the end of the sweep: jobs that wait do not start any more
 
 
 @dataclass(frozen=True)
@@ -119,31 +121,38 @@ def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | 
     """
     if job.kind != "record" and not job.attack_file.is_file():
         return Outcome(0, f"there is no attack record in {job.attack_file.parent}")
-    with locked(job.output.parent, wait=True, name=result_lock(job.output)):  # other sweeps may write there, too
-        _bring_back(job)
-        if done := finished(job):
-            problem = made_otherwise(job) if job.kind == "record" else None  # by a sweep that we have waited for
-            return replace(done, problem=problem)
-        stamp: dict[str, Any] = {"hash": settings_hash(job), "method": job.method, "seed": job.seed}
-        started = time.monotonic()
-        log, failed = sweep / "logs" / f"{job.name}.log", sweep / "failed" / job.name
-        try:
-            with _kept_apart(job, failed):
-                result = _run_to_end(job, log, {SWEEP_MARK: str(sweep.resolve()), **environment}, timeout)
-                seconds = time.monotonic() - started
-                stamp |= {"source": file_digest(Path(result.source))} if result else {}
-                stamp |= {"seconds": round(seconds, 1), "command": list(job.command), "settings": dict(job.settings)}
-                write_text(job.output / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
-        except (UserError, OSError) as error:
-            problem = str(error)
-            if job.writes and failed.exists():  # the problem, and the log, name what the run left as it is now
-                with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
-                    file.write(f"sweep: what {job.writes} held is now in {failed}\n")
-                for moved in (job.writes.resolve(), job.writes):
-                    problem = re.sub(rf"{re.escape(str(moved))}(?![\w.-])", str(failed), problem)
-                problem += f" (what it left: {failed})"
-            return Outcome(time.monotonic() - started, problem)
-        return Outcome(seconds, result=result)
+    try:
+        with locked(job.output.parent, True, name=result_lock(job.output), give_up=_stopping.is_set):  # other sweeps write, too
+            return _run_alone(job, sweep, environment, timeout)
+    except UserError as error:
+        return Outcome(0, str(error))
+
+
+def _run_alone(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | None) -> Outcome:
+    _bring_back(job)
+    if done := finished(job):
+        problem = made_otherwise(job) if job.kind == "record" else None  # by a sweep that we have waited for
+        return replace(done, problem=problem)
+    stamp: dict[str, Any] = {"hash": settings_hash(job), "method": job.method, "seed": job.seed}
+    started = time.monotonic()
+    log, failed = sweep / "logs" / f"{job.name}.log", sweep / "failed" / job.name
+    try:
+        with _kept_apart(job, failed):
+            result = _run_to_end(job, log, {SWEEP_MARK: str(sweep.resolve()), **environment}, timeout)
+            seconds = time.monotonic() - started
+            stamp |= {"source": file_digest(Path(result.source))} if result else {}
+            stamp |= {"seconds": round(seconds, 1), "command": list(job.command), "settings": dict(job.settings)}
+            write_text(job.output / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
+    except (UserError, OSError) as error:
+        problem = str(error)
+        if job.writes and failed.exists():  # the problem, and the log, name what the run left as it is now
+            with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
+                file.write(f"sweep: what {job.writes} held is now in {failed}\n")
+            for moved in (job.writes.resolve(), job.writes):
+                problem = re.sub(rf"{re.escape(str(moved))}(?![\w.-])", str(failed), problem)
+            problem += f" (what it left: {failed})"
+        return Outcome(time.monotonic() - started, problem)
+    return Outcome(seconds, result=result)
 
 
 def _aside(job: Job) -> Path:
@@ -185,6 +194,8 @@ def _kept_apart(job: Job, failed: Path) -> Iterator[None]:
 
 def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: float | None) -> Result | None:
     """The result, None of a record. Raises UserError: the command failed, or left no result."""
+    if _stopping.is_set():
+        raise UserError("interrupted")
     write_text(log, f"$ {' '.join(job.command)}\n")
     with open(log, "ab") as file:
         process = subprocess.Popen(
@@ -197,6 +208,8 @@ def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: fl
         )
     _running.add(process)
     try:
+        if _stopping.is_set():  # since the check before the start
+            raise UserError("interrupted")
         code = process.wait(timeout)
         problem = f"exit code {code}" if code else None
     except subprocess.TimeoutExpired:
@@ -212,8 +225,16 @@ def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: fl
 
 
 def stop_all() -> None:
-    """Stop every job that this process runs."""
+    """Stop every job that this process runs, and start no other of :func:`stoppable`."""
+    _stopping.set()
     processes.stop(list(_running), GRACE)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Within the block, :func:`stop_all` also ends the jobs that wait for a lock."""
+    _stopping.clear()
+    yield
 
 
 def stop_leftovers(sweep: Path) -> int:

@@ -13,7 +13,7 @@ from statistics import mean
 
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
-from fmp_core.sweeps.jobs import Job, Outcome, finished, run, stop_all
+from fmp_core.sweeps.jobs import Job, Outcome, finished, run, stop_all, stoppable
 
 Report = Callable[[Job, Outcome], None]
 
@@ -33,6 +33,8 @@ def local_slots(device: str, workers: int, processes: int = 1) -> list[dict[str,
         raise UserError(f"device is {device}, but no CUDA device is visible; set device: cpu.")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible and gpus else [str(number) for number in range(gpus)]
+    if not (visible or "").startswith("MIG"):  # of such parts of a GPU a process sees one, however many are named
+        names = names[:gpus]  # CUDA stops at the first that does not exist
     if named := re.fullmatch(r"cuda:(\d+(?:,\d+)*)", device):
         numbers = [int(number) for number in named[1].split(",")]
         if max(numbers) >= len(names):
@@ -43,7 +45,8 @@ def local_slots(device: str, workers: int, processes: int = 1) -> list[dict[str,
         raise UserError(f"processes is {processes}, one for each GPU of a job, but device {device} has {len(names)}.")
     places = [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups] or [{}]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, min(cores // (workers * len(places)), int(os.environ.get("OMP_NUM_THREADS") or cores))))
+    asked = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))  # "4,2": of nested regions
+    threads = str(max(1, min(cores // (workers * len(places)), int(asked[0]) if asked else cores)))
     return [{**place, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} for place in places] * workers
 
 
@@ -69,7 +72,7 @@ def run_local(
     waiting, free = list(jobs), list(slots)
     shared: set[str] = set()
     running: dict[Future[Outcome], tuple[Job, Mapping[str, str]]] = {}
-    with ThreadPoolExecutor(len(slots)) as pool:
+    with ThreadPoolExecutor(len(slots)) as pool, stoppable():
         try:
             while waiting or running:
                 for job in list(waiting):

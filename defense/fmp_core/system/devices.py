@@ -47,6 +47,8 @@ def choose_device(text: str) -> Device:
     if match is None:
         raise UserError(f"--device {text} is not a device; give cpu, cuda, cuda:0 or cuda:0,1.")
     ids = tuple(int(part) for part in (match[1] or "0").split(","))
+    if len(set(ids)) < len(ids):
+        raise UserError(f"--device {text} names a GPU twice.")
     count = torch.cuda.device_count()
     absent = next((i for i in ids if i >= count), None)
     if absent is not None:

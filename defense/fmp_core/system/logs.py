@@ -58,7 +58,9 @@ def set_up(folder: Path, settings: Settings, about: Mapping[str, Any] | None = N
     path = folder / f"{time.strftime('%Y_%m_%d_%H_%M_%S')}.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = LogFile(path, encoding="utf-8", errors="backslashreplace")
+        while path.exists() or path.is_symlink():  # a stranger may have laid a link there
+            path = path.with_name(f"{path.stem}_.log")
+        file = LogFile(path, "x", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(
             f"The log {path} cannot be written ({error.strerror or error}); free disk space or give --log."
