@@ -50,6 +50,7 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
 
     Raises UserError if the record, the dataset, the index file or a flag that contradicts them is not usable.
     """
+    _hint_at_name(Path(settings.record_root), Path(result_file))
     record = read_attack_record(Path(settings.record_root) / result_file, settings.mean, settings.std)
     _check_flags(settings, record)
     facts = preprocessing(settings, record)
@@ -75,6 +76,14 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
             f"{record.model_name} cannot take the record's {record.image_size} images ({detail}); check its img_size."
         ) from None
     return Inputs(record, subset, DefenderInputs(model, layers, images, labels, record.num_classes, facts), test)
+
+
+def _hint_at_name(root: Path, given: Path) -> None:
+    """Raises UserError if ``--result_file`` is the path of a record, as shells complete it, and not its name."""
+    if not (root / given).exists() and given.is_dir() and given.is_relative_to(root):
+        raise UserError(
+            f"--result_file names a record below --record_root {root}: give --result_file {given.relative_to(root)}."
+        )
 
 
 def read_test_data(record: AttackRecord, test_set: Split, device: torch.device, test_images: int | None = None) -> TestData:

@@ -6,8 +6,10 @@ import io
 import pickle
 import struct
 
+import numpy as np
 import pytest
-from fmp_core.storage.placeholders import RefusedError
+from fmp_core.storage.placeholders import Opaque, RefusedError
+from fmp_core.storage.torch_file import NAMES
 from fmp_core.storage.unpickler import read_pickle
 
 
@@ -40,7 +42,7 @@ def test_protocol_2_may_hold_many_large_bytes() -> None:
     assert read(pickle.dumps(content, protocol=2)) == content
 
 
-@pytest.mark.parametrize("key", [2**61 - 1, -(2**61) + 1, 2**61, 10**40])
+@pytest.mark.parametrize("key", [2**61 - 1, -(2**61) + 1, 2**61, 2**63])
 def test_a_key_that_could_be_made_to_collide_is_refused(key: int) -> None:
     with pytest.raises(RefusedError, match="a huge number as the key of a dict"):
         read(pickle.dumps({key: 0}))
@@ -49,3 +51,40 @@ def test_a_key_that_could_be_made_to_collide_is_refused(key: int) -> None:
 def test_usual_whole_numbers_are_keys() -> None:
     content = {0: 1, -5: 2, 2**60: 3, True: 4}
     assert read(pickle.dumps(content)) == content
+
+
+def test_a_number_beyond_64_bits_is_not_read() -> None:
+    """Arithmetic with large numbers takes time without end, and no record holds one."""
+    assert read(pickle.dumps([2**64 - 1, -(2**63)])) == [2**64 - 1, -(2**63)]
+    (number,) = read(pickle.dumps([10**5000]))  # type: ignore[misc]
+    assert isinstance(number, Opaque)
+
+
+def test_a_long_name_is_refused() -> None:
+    with pytest.raises(RefusedError, match="a name of 5001 letters"):
+        read(b"\x80\x04" + text("m" * 5000) + text("n") + b"\x93.")
+
+
+CALLED = {
+    "a torch.Size of a dict": ("torch", "Size", ({},)),
+    "a torch.Size of many": ("torch", "Size", (tuple(range(65)),)),
+    "an OrderedDict of a dict": ("collections", "OrderedDict", ({"ab": 1},)),
+    "a shape of many": ("torch._utils", "_rebuild_tensor_v2", (None, 0, (1,) * 65, (1,) * 65)),
+    "an array of an array": ("numpy._core.numeric", "_frombuffer", (np.zeros(1000), np.dtype("u1"), (8000,), "C")),
+}
+
+
+@pytest.mark.parametrize(("module", "name", "arguments"), CALLED.values(), ids=CALLED.keys())
+def test_a_call_with_what_could_be_copied_without_end_is_refused(module: str, name: str, arguments: tuple[object, ...]) -> None:
+    given = pickle.dumps(arguments, protocol=4)[2:-1]
+    content = b"\x80\x04c" + f"{module}\n{name}\n".encode() + given.lstrip(b"\x80") + b"R."
+    with pytest.raises((RefusedError, ValueError)) as caught:
+        read_pickle(io.BytesIO(content), NAMES)
+    assert not isinstance(caught.value, UnicodeDecodeError)
+
+
+def test_a_shape_that_is_usual_is_read() -> None:
+    assert read_pickle(io.BytesIO(b"\x80\x04ctorch\nSize\n" + pickle.dumps(((2, 3),), protocol=4)[2:-1] + b"R."), NAMES) == (
+        2,
+        3,
+    )

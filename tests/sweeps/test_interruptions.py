@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from fmp_core.results.read import SWEEP_MARK
+from fmp_core.storage.lock import locked, result_lock
 from fmp_core.sweeps.jobs import stop_leftovers
 from fmp_core.sweeps.local import Board, run_local
 from sweep_jobs import order, run_all, working
@@ -91,3 +92,24 @@ def wait_for(condition: Any, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a_job_that_waits_for_a_lock_ends_with_the_sweep(place: Path) -> None:
+    job = working("a")
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with locked(job.folder.parent, wait=False, name=result_lock(job.folder)), pytest.raises(KeyboardInterrupt):
+        run_local([job, working("b", code="raise SystemExit(3)")], Path("sweeps/s"), [{}, {}], interrupted)
+    assert not Path("order.txt").exists()
+    assert run_all([job])["a"].problem is None  # the next sweep runs it
+
+
+def test_a_lock_that_cannot_be_had_fails_its_job_alone(place: Path) -> None:
+    job = working("a")
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    (job.folder.parent / result_lock(job.folder)).symlink_to("elsewhere")
+    ended = run_all([job, working("b")])
+    assert "is a link, and was refused" in str(ended["a"].problem) and ended["b"].problem is None

@@ -31,6 +31,7 @@ MOST_CLASSES = 1_000_000
 DIFFERENT_LABELS = 0.05  # share of labels in which re-encoded data may differ from the record; another order differs in most
 DEPTH = 4  # folders between a record root and its records
 ATTACK_KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
+READ_KEYS = tuple(key for key in ATTACK_KEYS if key not in ("data_path", "bd_train"))  # BB alone reads these
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,19 @@ def read_attack_record(
     """
     folder = Path(folder)
     path = folder / ATTACK_FILE
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, but a record is a folder; docs/records.md says how to make one of a model.")
     if not folder.is_dir():
         meant = did_you_mean(folder.name, [path.name for path in visible(folder.parent)])
         raise UserError(f"Record folder {folder} does not exist{meant}; check --result_file and --record_root.")
     if not path.is_file():
         raise UserError(f"Record folder {folder} holds no {ATTACK_FILE}; the attack may not have ended, or this is no record.")
     content = load_torch_file(path)
-    missing = [key for key in ATTACK_KEYS if not isinstance(content, Mapping) or key not in content]
+    missing = [key for key in READ_KEYS if not isinstance(content, Mapping) or key not in content]
     if missing:
-        raise UserError(f"{path} is not an attack record (check --result_file): it lacks {', '.join(missing)}.")
+        bare = isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values())
+        what = "holds weights alone; docs/records.md says how to make a record of a model" if bare else "check --result_file"
+        raise UserError(f"{path} is not an attack record ({what}): it lacks {', '.join(missing)}.")
     try:
         return _attack_record(folder, content, mean, std)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, OSError) as error:
@@ -155,7 +160,7 @@ def read_attack_record(
 
 def _refuse_placeholders(content: Mapping[str, Any]) -> None:
     """An object of a class that this program does not know may stand where nobody looks, but not where data is needed."""
-    needed = {key: content[key] for key in ATTACK_KEYS if key not in ("bd_train", "data_path")}  # these are never read
+    needed = {key: content[key] for key in READ_KEYS}
     if isinstance(needed["bd_test"], Mapping):
         parts = ("bd_data_container", "poison_indicator", "original_index_array")
         needed |= {f"bd_test {key}": needed["bd_test"].get(key) for key in parts}

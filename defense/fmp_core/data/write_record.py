@@ -39,12 +39,13 @@ def write_attack_record(
     num_classes: int,
     state: Mapping[str, Tensor],
     dataset: str,
-    bd_train: PoisonedImages,
+    bd_train: PoisonedImages | None,
     bd_test: PoisonedImages,
 ) -> None:
     """Write record ``name`` into ``folder`` as BB does: PNGs ``bd_*_dataset/<label>/<index>.png``, ``attack_result.pt`` last.
 
-    ``name`` is what the stored paths say (``./record/<name>/...``), since ``folder`` may be a temporary one.
+    ``name`` is what the stored paths say (``./record/<name>/...``), since ``folder`` may be a temporary one. ``bd_train`` is
+    for BB defenses that read the training set; None if it is not known.
     """
     channels, height, width = bd_test.images.shape[1:]
     content = {
@@ -54,7 +55,7 @@ def write_attack_record(
         "data_path": f"./data/{dataset}",
         "img_size": (height, width, channels),
         "clean_data": dataset,
-        "bd_train": _backdoor_state(folder, name, "bd_train_dataset", bd_train, keep_all=True),
+        "bd_train": bd_train and _backdoor_state(folder, name, "bd_train_dataset", bd_train, keep_all=True),
         "bd_test": _backdoor_state(folder, name, "bd_test_dataset", bd_test, keep_all=False),
     }
     if hasattr(os, "sync"):  # once for all images, which are many: attack_result.pt may not outlive them in a power cut

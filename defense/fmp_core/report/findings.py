@@ -19,6 +19,7 @@ from fmp_core.settings import changed
 FEW_FRG_IMAGES = 16
 FEW_CLEAN_IMAGES = 250
 FEW_TEST_IMAGES = 1000
+FEW_PAIRS = 64
 CHANCE = 0.05  # a random selection does as well at least this often: the ranking found nothing
 
 
@@ -36,14 +37,14 @@ def verdict(outcome: Mapping[str, Any], before: Mapping[str, Interval], after: M
     if not outcome["certain"]:
         sentences.append("The test set is too small to say more.")
     accuracy, change = 100 * after["test_acc"].value, 100 * (after["test_acc"].value - before["test_acc"].value)
-    price = "did not change" if abs(change) < 0.005 else f"{'rose' if change > 0 else 'fell'} by {abs(change):.2f} points"
-    return head, " ".join([*sentences, f"Accuracy on clean images {price}, to {accuracy:.2f} %."])
+    moved = f"{'rose' if change > 0 else 'fell'} by {abs(change):.2f} points, to" if abs(change) >= 0.005 else "stayed at"
+    return head, " ".join([*sentences, f"Accuracy on clean images {moved} {accuracy:.2f} %."])
 
 
-def warnings(run: Run, own: Pruning, precision: Precision | None) -> Iterator[tuple[str, str]]:
+def warnings(run: Run, own: Pruning, precision: Precision | None, pairs: int) -> Iterator[tuple[str, str]]:
     """What a reader should know before trusting the numbers: (what, why it matters) pairs.
 
-    ``own`` is the run's pruning, ``precision`` that of it against TAC if it is known.
+    ``own`` is the run's pruning, ``precision`` that of it against TAC if it is known, measured on so many ``pairs``.
     """
     summary, pruned, tied = run.summary, int(own.mask.sum()), int(own.tied.sum())
     for sentence in summary.warnings:
@@ -66,13 +67,18 @@ def warnings(run: Run, own: Pruning, precision: Precision | None) -> Iterator[tu
     if tied:
         why = f"{pruned} were pruned. Among equal scores the mean margin decided; more --frg_samples tell them apart."
         yield f"{tied} feature maps are tied where the cut falls.", why
-    if run.scored and precision and precision.chosen and precision.chance > CHANCE:
+    if run.scored and precision and precision.chosen and precision.chance > CHANCE and pairs >= FEW_PAIRS:
         why = (
             f"{precision.hits} of {precision.chosen} pruned maps are among those whose activation the trigger changes most; "
             f"a random selection does at least as well with probability {precision.chance:.2f}. Do not credit the ranking with "
             "the change in ASR."
         )
         yield "The ranking is no better than random on this record.", why
+    if 0 < pairs < FEW_PAIRS:
+        why = (
+            "Few poisoned images tested have their clean counterpart among those tested; leave --test_images out, or raise it."
+        )
+        yield f"What the trigger changes was measured on {pairs} pairs of images only.", why
     if run.scored and (samples := run.scores.samples) < FEW_FRG_IMAGES:
         few = "one image" if samples == 1 else f"{samples} images"
         yield f"Each feature map was scored on {few} only.", "So many feature maps share a score; raise --frg_samples."

@@ -72,7 +72,7 @@ def _draw(axes: Axes, table: Table, attack: str, looks: dict[str, tuple[Any, str
     Lost accuracy is counted from the test of the attacked model that DER compares with.
     """
     means, stds = table.means[attack], table.stds[attack].fillna(0)
-    axes.axhline(means.loc[BASELINE, "test_asr"], color="0.5", linestyle=":", linewidth=1)
+    axes.axhline(means.loc[BASELINE, "test_asr"], color="0.5", linestyle=":", linewidth=1, label="attacked model")
     axes.axvline(0, color="0.85", linewidth=1, zorder=0)
     for name, (colour, marker) in looks.items():
         if name in means.index and means.loc[name].notna()["test_asr"] and (attack, name) not in table.partial:

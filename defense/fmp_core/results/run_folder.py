@@ -68,7 +68,8 @@ class RunFolder:
 
     def check(self) -> None:
         """Raises UserError now rather than after an hour: a folder cannot be made, or TensorBoard is not installed."""
-        check_folders(self.path, self.log, self.checkpoints, remedy="let results go elsewhere with --save_folder")
+        another = "choose another --save_folder" if self.settings.save_folder else "let results go elsewhere with --save_folder"
+        check_folders(self.path, self.log, self.checkpoints, remedy=another)
         if self.settings.tensorboard:
             summary_writer()
 

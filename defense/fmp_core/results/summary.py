@@ -106,7 +106,8 @@ def advice(metrics: dict[str, Any]) -> list[str]:
     few = f" The defense had {clean} clean images only: give it more (--ratio, --index)." if clean < FEW_CLEAN_IMAGES else ""
     if removal["outcome"] in ("weakened", "still works"):
         strong = metrics["settings"]["preset"] == "strong"
-        attempt = "try more clean data (--ratio) or a higher --lr" if strong else "try --preset strong"
+        tuned = "try more clean data (--ratio) or a higher --lr" if metrics["settings"]["epochs"] else "leave out --epochs 0"
+        attempt = tuned if strong else "try --preset strong"
         return [f"{OUTCOMES[removal['outcome'], removal['certain']]}: {attempt}.{few}"]
     if drop > MUCH_ACCURACY:
         less = "a smaller --lr or fewer --epochs" if metrics["settings"]["epochs"] else "a larger --p, or some --epochs"

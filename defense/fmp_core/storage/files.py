@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
@@ -83,9 +84,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise UserError(
-            f"{path} cannot be written ({error.strerror or error}); what was there is unchanged. Free disk space or choose "
-            "another folder, and run the same command again."
+            f"{path} cannot be written ({error.strerror or error}); what was there is unchanged. "
+            f"{'Free disk space or choose' if full else 'Choose'} another folder, and run the same command again."
         ) from None
 
 
