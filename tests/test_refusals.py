@@ -104,6 +104,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Edit], None], str]] = {
 BAD_FLAGS: dict[tuple[str, ...], str] = {
     ("--result_file", "gone"): "Record folder record/gone does not exist; check",
     ("--result_file", "badnet_tny"): "Record folder record/badnet_tny does not exist (did you mean badnet_tiny?)",
+    ("--result_file", "record/badnet_tiny"): "names a record below --record_root record: give --result_file badnet_tiny.",
     ("--eps", "0"): "--eps is '0'",
     ("--ratio", "1.5"): "--ratio is '1.5'",
     ("--ratio", "0.001"): "--ratio 0.001 of 50 clean training images",

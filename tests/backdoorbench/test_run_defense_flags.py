@@ -29,7 +29,7 @@ def run(
 
 
 @pytest.mark.parametrize("where", ["{root}/record/badnet_tiny", "../record/badnet_tiny", "../{name}/record/badnet_tiny/"])
-def test_a_record_may_be_named_by_its_path(
+def test_a_path_may_name_what_is_defended(
     where: str, checkout: Path, tiny_record: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "temporary" / "deeper").mkdir(parents=True)

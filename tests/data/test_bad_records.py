@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fmp_core.data.attack_record import ATTACK_KEYS, read_attack_record
+from fmp_core.data.attack_record import READ_KEYS, read_attack_record
 from fmp_core.data.write_record import write_defense_result
 from fmp_core.errors import UserError
 from fmp_core.models.build import load_model
@@ -64,7 +64,21 @@ def test_anything_but_a_dict_is_refused(content: Any, record: Path):
         read_attack_record(record)
 
 
-@pytest.mark.parametrize("key", ATTACK_KEYS)
+def test_a_model_file_in_place_of_a_record_is_called_so(record: Path):
+    torch.save(STATE, record.parent / "model.pth")
+    with pytest.raises(UserError, match=r"model\.pth is a file, but a record is a folder; docs/records\.md says how"):
+        read_attack_record(record.parent / "model.pth")
+    torch.save(STATE, record / "attack_result.pt")
+    with pytest.raises(UserError, match=r"holds weights alone; docs/records\.md says how .* it lacks model_name"):
+        read_attack_record(record)
+
+
+def test_what_only_backdoorbench_reads_may_be_missing(record: Path, edit_record: Edit):
+    edit_record(record, lambda content: [content.pop(key) for key in ("bd_train", "data_path")])
+    assert len(read_attack_record(record).bd_test)
+
+
+@pytest.mark.parametrize("key", READ_KEYS)
 def test_a_missing_key_is_named(key: str, record: Path, edit_record: Edit):
     edit_record(record, lambda content: content.pop(key))
     with pytest.raises(UserError, match=f"it lacks {key}"):
@@ -73,7 +87,7 @@ def test_a_missing_key_is_named(key: str, record: Path, edit_record: Edit):
 
 def test_a_defense_result_is_no_attack_record(record: Path):
     write_defense_result(record / "attack_result.pt", "resnet18", 4, STATE)
-    with pytest.raises(UserError, match="it lacks data_path, img_size, clean_data, bd_train, bd_test"):
+    with pytest.raises(UserError, match="it lacks img_size, clean_data, bd_test"):
         read_attack_record(record)
 
 

@@ -40,9 +40,11 @@ def test_the_verdict_is_about_what_the_trigger_adds(before: float, after: float,
     assert "0.00 % of clean images of other classes" in sentence and ("too small" in sentence) != found["certain"]
 
 
-def said(correct: list[int], rows: Any = None, precision: Precision | None = GOOD, samples: int = 32, **more: Any) -> str:
+def said(
+    correct: list[int], rows: Any = None, precision: Precision | None = GOOD, samples: int = 32, pairs: int = 256, **more: Any
+) -> str:
     run = made_run(scored_maps({"a": correct}, samples), rows, **{"settings": {"p": 2}, **more})
-    return " ".join(" ".join(pair) for pair in warnings(run, own_pruning(run), precision))
+    return " ".join(" ".join(pair) for pair in warnings(run, own_pruning(run), precision, pairs))
 
 
 def test_a_good_run_has_no_warning() -> None:
@@ -53,6 +55,8 @@ def test_each_warning_has_its_cause() -> None:
     assert "3 feature maps are tied" in said(TIED)
     assert "no better than random" in said(APART, precision=GOOD._replace(chance=0.3))
     assert "Accuracy fell by 4.0 points" in said(APART, predictions((0.86, 0.02)))
+    few = said(APART, precision=GOOD._replace(chance=0.3), pairs=6)
+    assert "measured on 6 pairs of images only" in few and "no better than random" not in few
     assert "on 8 images only" in said(APART, samples=8)
     assert "has 100 images only" in said(APART, clean_images=100)
     assert "test sets are small" in said(APART, predictions((0.9, 0.02), images=50))
@@ -65,7 +69,7 @@ def test_each_warning_has_its_cause() -> None:
 def test_a_budget_that_allows_nothing_is_named() -> None:
     maps = scored_maps({"a": APART}).drop(columns=["correct", "samples", "margin", "rank"]).assign(moved=0.0)
     run = made_run(maps, settings={"selection": "trigger", "budget": 0.02})
-    assert "--budget 0.02" in dict(warnings(run, own_pruning(run), None))["Nothing was pruned."]
+    assert "--budget 0.02" in dict(warnings(run, own_pruning(run), None, 0))["Nothing was pruned."]
 
 
 def test_the_page_shows_the_attacks_own_figures_the_quick_look_and_names_as_text() -> None:

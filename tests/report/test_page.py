@@ -254,6 +254,14 @@ def test_maps_selected_by_an_inverted_trigger_have_no_cut(place: Path):
     assert "backdoored, all-to-all. An inverted trigger (sparse) flips the predictions of 95 % of images" in page(place)
 
 
+def test_a_verdict_that_finds_nothing_says_how_close_it_was(place: Path):
+    edit_metrics(place, settings={}, verdict={**VERDICT, "backdoored": False, "success": [0.1, 0.2, 0.0, 0.4], "lead": 0.2})
+    assert make() == 0
+    text = " ".join(page(place).split())
+    assert "not shown to be backdoored, which does not mean clean" in text
+    assert "flips 40 % of images of other classes to class 3, 20 points more than the runner-up; 30 are needed" in text
+
+
 def test_images_held_in_the_record_are_read_with_the_normalisation_of_the_run(
     place: Path, edit_record: Edit, capsys: pytest.CaptureFixture[str]
 ):

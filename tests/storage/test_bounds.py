@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from fmp_core.errors import UserError
 from fmp_core.results.bb_tables import read_table
 from fmp_core.settings import load_settings
 from fmp_core.storage.checkpoint import Checkpoint
-from fmp_core.storage.files import HOST, file_digest, write_text
+from fmp_core.storage.files import HOST, file_digest, hidden, write_text
 from fmp_core.system import logs
 
 SCALES = [((0.0,), (1.0,))]
@@ -41,6 +42,18 @@ def test_a_sparse_file_is_not_hashed(tmp_path: Path) -> None:
         file.truncate(2**40)
     with pytest.raises(UserError, match="no file of at most 16 GiB"):
         file_digest(tmp_path / "defense_result.pt")
+
+
+@pytest.mark.parametrize("how", [OSError, KeyboardInterrupt, None])
+def test_a_file_is_hidden_while_it_is_replaced(how: type[BaseException] | None, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.json"
+    file.write_text("old")
+    with contextlib.suppress(OSError, KeyboardInterrupt), hidden(file):
+        assert not file.exists()  # as a kill would leave it
+        if how:
+            raise how
+        file.write_text("new")
+    assert file.read_text() == ("old" if how else "new") and [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
 
 
 def test_a_pipe_is_no_table(tmp_path: Path) -> None:

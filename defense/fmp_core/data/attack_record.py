@@ -170,7 +170,7 @@ def _refuse_placeholders(content: Mapping[str, Any]) -> None:
 
 
 def _attack_record(
-    folder: Path, content: Mapping[str, Any], mean: Sequence[float] | None, std: Sequence[float] | None
+    folder: Path, content: Mapping[str, Any], mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> AttackRecord:
     _refuse_placeholders(content)
     dataset, model_name = content["clean_data"], content["model_name"]

@@ -31,7 +31,7 @@ from fmp_core.results.removal import attack_outcome
 from fmp_core.results.summary import RunSummary
 from fmp_core.selection.choice import Selection
 from fmp_core.settings import Settings
-from fmp_core.storage.files import check_folders, file_digest, make_folders, refuse_links_out_of, write_text
+from fmp_core.storage.files import check_folders, file_digest, hidden, make_folders, refuse_links_out_of, write_text
 from fmp_core.system.devices import Device
 from fmp_core.system.versions import versions
 
@@ -102,47 +102,47 @@ class RunFolder:
         for warning in warnings:
             LOGGER.warning("%s", warning)
         epochs, maps = history_frame(history), feature_map_frame(inputs.defender.layers, selection, self.settings.scope)
-        (self.path / "metrics.json").unlink(missing_ok=True)  # of an earlier run: a mixture of two would be read as one
-        write_csv(self.path / "fmp_df.csv", epochs)
-        write_csv(self.path / "fmp_df_summary.csv", summary_frame(epochs))
-        write_plots(self.path, epochs)
-        if self.settings.tensorboard:
-            write_events(self.path / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), epochs)
-        write_csv(self.path / "feature_maps.csv", maps, index=False)
-        write_csv(self.path / "predictions.csv", predictions, index=False)
-        write_text(self.path / "index.txt", _index_text(inputs.subset))  # where BB's fp keeps it
-        if selection.triggers:
-            save_trigger(self.path / INVERTED_TRIGGER, selection.triggers[0])
-        else:
-            (self.path / INVERTED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
-        write_defense_result(self.path / "defense_result.pt", *_weights(inputs))
-        summary = RunSummary(
-            before=before,
-            after=after,
-            der=ratings(before, after)["der"],
-            record=inputs.record.folder.name,
-            dataset=inputs.record.dataset,
-            model=inputs.record.model_name,
-            clean_images=len(inputs.subset),
-            frg_images=selection.scores.samples if selection.scores else 0,
-            feature_maps=len(selection.mask),
-            pruned=selection.pruned,
-            tied_at_cut=selection.ties,
-            verdict=selection.verdict.as_dict() if selection.verdict else None,
-            chosen_by=selection.selected_by,
-            seconds=seconds,
-            cpu_seconds=time.process_time(),
-            seed=self.settings.random_seed,
-            device=f"{device.device} ({device.name})",
-            settings=dataclasses.asdict(self.settings),
-            versions=versions(),
-            removal=attack_outcome(predictions),
-            test_images=self.settings.test_images,
-            attack_result=file_digest(inputs.record.folder / ATTACK_FILE),
-            attack_figures=attack_figures,
-            warnings=warnings,
-        )
-        summary.write(self.path / "metrics.json")  # last: without it the folder holds no result
+        with hidden(self.path / "metrics.json"):  # of an earlier run: a mixture of two would be read as one
+            write_csv(self.path / "fmp_df.csv", epochs)
+            write_csv(self.path / "fmp_df_summary.csv", summary_frame(epochs))
+            write_plots(self.path, epochs)
+            if self.settings.tensorboard:
+                write_events(self.path / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), epochs)
+            write_csv(self.path / "feature_maps.csv", maps, index=False)
+            write_csv(self.path / "predictions.csv", predictions, index=False)
+            write_text(self.path / "index.txt", _index_text(inputs.subset))  # where BB's fp keeps it
+            if selection.triggers:
+                save_trigger(self.path / INVERTED_TRIGGER, selection.triggers[0])
+            else:
+                (self.path / INVERTED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
+            write_defense_result(self.path / "defense_result.pt", *_weights(inputs))
+            summary = RunSummary(
+                before=before,
+                after=after,
+                der=ratings(before, after)["der"],
+                record=inputs.record.folder.name,
+                dataset=inputs.record.dataset,
+                model=inputs.record.model_name,
+                clean_images=len(inputs.subset),
+                frg_images=selection.scores.samples if selection.scores else 0,
+                feature_maps=len(selection.mask),
+                pruned=selection.pruned,
+                tied_at_cut=selection.ties,
+                verdict=selection.verdict.as_dict() if selection.verdict else None,
+                chosen_by=selection.selected_by,
+                seconds=seconds,
+                cpu_seconds=time.process_time(),
+                seed=self.settings.random_seed,
+                device=f"{device.device} ({device.name})",
+                settings=dataclasses.asdict(self.settings),
+                versions=versions(),
+                removal=attack_outcome(predictions),
+                test_images=self.settings.test_images,
+                attack_result=file_digest(inputs.record.folder / ATTACK_FILE),
+                attack_figures=attack_figures,
+                warnings=warnings,
+            )
+            summary.write(self.path / "metrics.json")
         return summary
 
 

@@ -139,6 +139,21 @@ def put_aside(folder: Path, aside: Path, last_file: str | None = None) -> Iterat
         bring_back(folder, aside)
 
 
+@contextlib.contextmanager
+def hidden(file: Path) -> Iterator[None]:
+    """Within the block there is no ``file`` until the block writes it; an exception brings the old one back, a kill does not."""
+    aside, moved = file.with_name(f".{file.name}.before"), file.exists()
+    if moved:
+        file.replace(aside)
+    try:
+        yield
+    except BaseException:
+        if moved:
+            aside.replace(file)
+        raise
+    aside.unlink(missing_ok=True)
+
+
 def refuse_links_out_of(root: Path, *folders: Path) -> None:
     """Raise UserError if one of ``folders`` below ``root`` (existing or not) really lies elsewhere.
 
