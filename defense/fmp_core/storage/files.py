@@ -141,7 +141,7 @@ def put_aside(folder: Path, aside: Path, last_file: str | None = None) -> Iterat
 
 @contextlib.contextmanager
 def hidden(file: Path) -> Iterator[None]:
-    """Within the block there is no ``file`` until the block writes it; an exception brings the old one back, a kill does not."""
+    """Within the block there is no ``file`` until the block writes it; an exception brings the old one back, a kill not."""
     aside, moved = file.with_name(f".{file.name}.before"), file.exists()
     if moved:
         file.replace(aside)
