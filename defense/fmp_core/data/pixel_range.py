@@ -36,9 +36,9 @@ def pixels_of(images: Any, size: Size, normalisations: Sequence[Normalisation]) 
         ValueError: the shape is not ``size``, or the range of the numbers is uncertain.
     """
     stacked = isinstance(images, (Tensor, np.ndarray))
-    if stacked and not torch.as_tensor(images).numel():
+    if stacked and not (images := torch.as_tensor(images)).numel():
         raise ValueError("bd_test x holds no numbers")
-    parts = list(torch.as_tensor(images).split(ROWS)) if stacked else list(images)
+    parts = list(images.split(ROWS)) if stacked else list(images)
     if not stacked and sum(map(_size_of, parts)) > 3 * most_pixels(len(parts), size):  # one image may be there many times
         raise ValueError(f"bd_test x holds {len(parts)} images that are far larger than {size[0]}x{size[1]}")
     numbers = (_channels_first(part, size, stacked) for part in parts if not isinstance(part, PickledImage))

@@ -46,14 +46,15 @@ def report_on(settings: Settings, compare: Sequence[str]) -> Path:
     """:func:`write_report` about the finished run that ``settings`` (of record, folders and device) names."""
     home = Path(settings.record_root) / str(settings.result_file)
     folder = RunFolder.of(settings, home).path
-    used = read_summary(folder).settings if folder.is_dir() else {}
-    record = read_attack_record(home, used.get("mean"), used.get("std"))
-    if not folder.is_dir():
-        raise UserError(f"{folder} does not exist; run the defense first, or check --defense_name.")
     if not settings.save_folder:
-        refuse_links_out_of(record.folder, folder)
+        refuse_links_out_of(home, folder)
+    summary = read_summary(folder) if folder.is_dir() else None
+    used = summary.settings if summary else {}
+    record = read_attack_record(home, used.get("mean"), used.get("std"))
+    if summary is None:
+        raise UserError(f"{folder} does not exist; run the defense first, or check --defense_name.")
     test_set = open_split(settings.dataset_path, record.dataset, False, record.image_size)
-    data = read_test_data(record, test_set, choose_device(settings.device).device, read_summary(folder).test_images)
+    data = read_test_data(record, test_set, choose_device(settings.device).device, summary.test_images)
     return write_report(record, folder, data, compare)
 
 

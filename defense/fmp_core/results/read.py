@@ -61,6 +61,7 @@ class Result:
     stamped: bool = False  # a sweep made it, and nothing has written there since
     seed: int | None = None
     method: str | None = None  # the sweep's label, equal over seeds
+    settings: Mapping[str, Any] = field(default_factory=dict)  # as far as they are known; those of BackdoorBench are text
     settings_digest: str | None = None  # differs between results of other settings than the seed
     before: Mapping[str, float] = field(default_factory=dict)  # the attacked model, as this run tested it
     dataset: str | None = None
@@ -94,6 +95,7 @@ def _bb_result(folder: Path) -> Result:
         stamped=bool(stamp),
         seed=whole_number({"seed": int(logged["random_seed"]) if logged else None, **stamp}, "seed"),
         method=value_of(stamp, "method", str),
+        settings=settings,
         settings_digest=_digest({key: value for key, value in settings.items() if not re.search(NOT_DECIDING, key)}),
         ratio=None if logged.get("index", "None") != "None" else finite_number(settings.get("ratio")),
         seconds=seconds,
@@ -115,6 +117,7 @@ def _our_result(path: Path) -> Result:
         stamped=bool(stamp),
         seed=whole_number({**content, **stamp}, "seed"),
         method=value_of(stamp, "method", str),
+        settings=settings,
         settings_digest=_digest({key: settings.get(key) for key in deciding_result() if settings and key != "random_seed"}),
         before=_fractions(before, path) if before else {},
         dataset=value_of(content, "dataset", str),
@@ -126,14 +129,6 @@ def _our_result(path: Path) -> Result:
         detection=detection_of_verdict(value_of(content, "verdict", dict) or {}),
         attack_result=value_of(content, "attack_result", str),
     )
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """All settings of the result in ``folder``, as far as they are known; those of BackdoorBench are text."""
-    path = folder / "metrics.json"
-    if path.is_file():
-        return value_of(read_json(path), "settings", dict) or {}
-    return _logged_settings(folder) or value_of(read_stamp(folder), "settings", dict) or {}
 
 
 def read_stamp(folder: Path) -> dict[str, Any]:

@@ -101,21 +101,8 @@ class RunFolder:
         attack_figures, warnings = _compare_with_attack(inputs.record.folder, before, self.settings.test_images)
         for warning in warnings:
             LOGGER.warning("%s", warning)
-        epochs, maps = history_frame(history), feature_map_frame(inputs.defender.layers, selection, self.settings.scope)
         with hidden(self.path / "metrics.json"):  # of an earlier run: a mixture of two would be read as one
-            write_csv(self.path / "fmp_df.csv", epochs)
-            write_csv(self.path / "fmp_df_summary.csv", summary_frame(epochs))
-            write_plots(self.path, epochs)
-            if self.settings.tensorboard:
-                write_events(self.path / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), epochs)
-            write_csv(self.path / "feature_maps.csv", maps, index=False)
-            write_csv(self.path / "predictions.csv", predictions, index=False)
-            write_text(self.path / "index.txt", _index_text(inputs.subset))  # where BB's fp keeps it
-            if selection.triggers:
-                save_trigger(self.path / INVERTED_TRIGGER, selection.triggers[0])
-            else:
-                (self.path / INVERTED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
-            write_defense_result(self.path / "defense_result.pt", *_weights(inputs))
+            self._write_tables_and_model(inputs, selection, history, predictions)
             summary = RunSummary(
                 before=before,
                 after=after,
@@ -144,6 +131,24 @@ class RunFolder:
             )
             summary.write(self.path / "metrics.json")
         return summary
+
+    def _write_tables_and_model(
+        self, inputs: Inputs, selection: Selection, history: History, predictions: pd.DataFrame
+    ) -> None:
+        epochs, maps = history_frame(history), feature_map_frame(inputs.defender.layers, selection, self.settings.scope)
+        write_csv(self.path / "fmp_df.csv", epochs)
+        write_csv(self.path / "fmp_df_summary.csv", summary_frame(epochs))
+        write_plots(self.path, epochs)
+        if self.settings.tensorboard:
+            write_events(self.path / "tensorboard" / time.strftime("%Y_%m_%d_%H_%M_%S"), epochs)
+        write_csv(self.path / "feature_maps.csv", maps, index=False)
+        write_csv(self.path / "predictions.csv", predictions, index=False)
+        write_text(self.path / "index.txt", _index_text(inputs.subset))  # where BB's fp keeps it
+        if selection.triggers:
+            save_trigger(self.path / INVERTED_TRIGGER, selection.triggers[0])
+        else:
+            (self.path / INVERTED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
+        write_defense_result(self.path / "defense_result.pt", *_weights(inputs))
 
 
 def _compare_with_attack(

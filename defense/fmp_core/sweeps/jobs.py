@@ -27,7 +27,7 @@ from fmp_core.system import processes
 ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch: a sweep and its nodes start at once
 GRACE = 2 * processes.GRACE  # seconds that a job has to leave its files in order, and to stop what it has started itself
 _running: set[subprocess.Popen[bytes]] = set()
-_stopping = threading.Event()  # between stop_all() and the end of the sweep: jobs that wait do not start any more
+_stopping = threading.Event()  # since stop_all(): jobs that wait for a lock do not start any more
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ def run(job: Job, sweep: Path, environment: Mapping[str, str], timeout: float | 
         return Outcome(0, f"there is no attack record in {job.attack_file.parent}")
     try:
         with locked(job.output.parent, True, name=result_lock(job.output), give_up=_stopping.is_set):  # other sweeps write, too
+            if _stopping.is_set():
+                return Outcome(0, "interrupted")
             return _run_alone(job, sweep, environment, timeout)
     except UserError as error:
         return Outcome(0, str(error))
@@ -194,8 +196,6 @@ def _kept_apart(job: Job, failed: Path) -> Iterator[None]:
 
 def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: float | None) -> Result | None:
     """The result, None of a record. Raises UserError: the command failed, or left no result."""
-    if _stopping.is_set():
-        raise UserError("interrupted")
     write_text(log, f"$ {' '.join(job.command)}\n")
     with open(log, "ab") as file:
         process = subprocess.Popen(
@@ -208,7 +208,7 @@ def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: fl
         )
     _running.add(process)
     try:
-        if _stopping.is_set():  # since the check before the start
+        if _stopping.is_set():  # by a stop_all() that did not see this process yet
             raise UserError("interrupted")
         code = process.wait(timeout)
         problem = f"exit code {code}" if code else None
@@ -225,16 +225,14 @@ def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: fl
 
 
 def stop_all() -> None:
-    """Stop every job that this process runs, and start no other of :func:`stoppable`."""
+    """Stop every job that this process runs, and start no other until :func:`allow_jobs`."""
     _stopping.set()
     processes.stop(list(_running), GRACE)
 
 
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Within the block, :func:`stop_all` also ends the jobs that wait for a lock."""
+def allow_jobs() -> None:
+    """Undo what :func:`stop_all` does to jobs that start later."""
     _stopping.clear()
-    yield
 
 
 def stop_leftovers(sweep: Path) -> int:

@@ -13,7 +13,7 @@ from statistics import mean
 
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
-from fmp_core.sweeps.jobs import Job, Outcome, finished, run, stop_all, stoppable
+from fmp_core.sweeps.jobs import Job, Outcome, allow_jobs, finished, run, stop_all
 
 Report = Callable[[Job, Outcome], None]
 
@@ -72,7 +72,8 @@ def run_local(
     waiting, free = list(jobs), list(slots)
     shared: set[str] = set()
     running: dict[Future[Outcome], tuple[Job, Mapping[str, str]]] = {}
-    with ThreadPoolExecutor(len(slots)) as pool, stoppable():
+    allow_jobs()
+    with ThreadPoolExecutor(len(slots)) as pool:
         try:
             while waiting or running:
                 for job in list(waiting):

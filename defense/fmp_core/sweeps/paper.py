@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmp_core.fields import as_text
 from fmp_core.results.paper import BASELINES, FIGURES, SCALES, Scale, baseline_flags, record_name, scaled_rows, sweep_content
-from fmp_core.results.read import read_settings, read_stamp
+from fmp_core.results.read import read_result, read_stamp
 from fmp_core.storage.files import replacing, write_text
 from fmp_core.sweeps.jobs import ATTACK_FILE
 from fmp_core.sweeps.plan import make_sweep, plan
@@ -39,7 +39,7 @@ def make(args: Namespace, warn: Callable[[str], None]) -> int:
     return code
 
 
-def made_otherwise(table: str, scale: Scale, frame: DataFrame, record_root: Path) -> dict[Any, str]:
+def of_other_settings(table: str, scale: Scale, frame: DataFrame, record_root: Path) -> dict[Any, str]:
     """Results in ``frame`` under the names of a table's rows, made with other settings than it has: index -> a sentence."""
     ours = plan(make_sweep(sweep_content(table, scale, None, []), "paper_tables"))
     wanted: dict[tuple[str, str, str], Mapping[str, Any]]
@@ -50,7 +50,7 @@ def made_otherwise(table: str, scale: Scale, frame: DataFrame, record_root: Path
     found = {}
     for index, origin, record, method, defense in frame[["origin", "record", "method", "defense"]].itertuples(name=None):
         settings = wanted.get((origin, record, method), {})
-        used = read_settings(record_root / record / "defense" / defense) if settings else {}
+        used = read_result(record_root / record / "defense" / defense).settings if settings else {}
         both = [(key, as_text(used[key]), as_text(value)) for key, value in settings.items() if key in used]
         differ = [
             f"{key} {own} instead of {value}" for key, own, value in both if key != "random_seed" and not _equal(own, value)
@@ -80,7 +80,7 @@ def _show(tables: list[str], args: Namespace, warn: Callable[[str], None]) -> No
     frame = frame[frame["seed"].isna() | frame["seed"].isin(args.seeds)]
     compared = {}
     for table in tables:
-        other = made_otherwise(table, scale, frame, Path(args.record_root))
+        other = of_other_settings(table, scale, frame, Path(args.record_root))
         for line in other.values():
             warn(printable(f"table {table}: {line}"))
         compared[table] = compare(table, scale, frame.drop(list(other)))
