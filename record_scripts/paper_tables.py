@@ -3,7 +3,7 @@
 
     python record_scripts/paper_tables.py --table 5 --scale demo --device cpu          # minutes on two cores
     python record_scripts/paper_tables.py --table 1a --backdoorbench ~/BackdoorBench   # the paper's size, and its baselines
-    python record_scripts/paper_tables.py --figure 4 --no-run                          # only from results that are there
+    python record_scripts/paper_tables.py --figure 4 --no_run                          # only from results that are there
 
 Missing records are made by make_record.py, missing defenses run as a sweep; running it again goes on where it stopped.
 """
@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="jobs at a time on each GPU, or on the CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of every defense")
     parser.add_argument("--launcher", choices=["local", "slurm"], default="local", help="where jobs run")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands of what would run")
-    parser.add_argument("--no-run", action="store_true", help="show the results that are there")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands of what would run")
+    parser.add_argument("--no_run", action="store_true", help="show the results that are there")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the tables there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
     parser.add_argument("--output", default=".", metavar="FOLDER", help="folder of the figures")

@@ -2,7 +2,7 @@
 """Run a matrix of records x defenses x settings x seeds.
 
     python record_scripts/sweep.py SWEEP.yaml                      # on this machine: `workers` at a time on each GPU, or CPU
-    python record_scripts/sweep.py SWEEP.yaml --dry-run            # print the commands
+    python record_scripts/sweep.py SWEEP.yaml --dry_run            # print the commands
     python record_scripts/sweep.py SWEEP.yaml --launcher slurm     # on a cluster
 
 Running it again skips what is done. docs/sweeps.md describes the sweep file.
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("sweep", __doc__)
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     parser.add_argument("--launcher", choices=["local", "slurm", "submitit-local"], default="local", help="default: local")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and what is done, run nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands and what is done, run nothing")
     args = parser.parse_args(argv)
 
     def run() -> int:

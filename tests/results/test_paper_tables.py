@@ -160,14 +160,14 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_command_on_an_empty_folder(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert paper_tables.main(["--table", "5", "--scale", "demo", "--dry-run"]) == 0
+    assert paper_tables.main(["--table", "5", "--scale", "demo", "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "--save_folder_name badnet_digits_demo" in printed and printed.count("defense/fmp.py") == 3
-    assert paper_tables.main(["--table", "5", "--no-run"]) == 2  # nothing is there
+    assert paper_tables.main(["--table", "5", "--no_run"]) == 2  # nothing is there
     assert "There is no folder record" in capsys.readouterr().err
     (empty / "record").mkdir()
     files = [f"--csv={empty / 'o.csv'}", f"--markdown={empty / 'o.md'}", f"--output={empty}"]
-    assert paper_tables.main(["--table", "7", "--figure", "4", "--no-run", *files]) == 0
+    assert paper_tables.main(["--table", "7", "--figure", "4", "--no_run", *files]) == 0
     printed = capsys.readouterr().out
     assert (
         "deepinspect (published only)" in printed and "87.65" in printed and "Without a result: the attacked model" in printed
@@ -196,7 +196,7 @@ def test_results_of_other_settings_are_left_out(empty: Path, capsys: pytest.Capt
         write(record / name / f"{name}_df_summary.csv", three_rows(0.91, 0.5, 0.4))
         logged = f"{{'epochs': 3, 'batch_size': 256.0, 'lr': {lr}, 'ratio': 0.1, 'random_seed': 0}}"
         write(record / name / "x.log", f"INFO\n{logged}\n")
-    command = ["--table", "1a", "5", "--scale", "small", "--no-run", "--csv", "o.csv"]
+    command = ["--table", "1a", "5", "--scale", "small", "--no_run", "--csv", "o.csv"]
     assert paper_tables.main(command) == 0
     said = capsys.readouterr().err
     assert "table 1a: badnet_cifar10_small/defense/fp is left out: lr 0.1 instead of 0.01" in said

@@ -189,7 +189,7 @@ def test_not_a_sweep_file(place: Path, text: str) -> None:
 
 def test_a_dry_run_runs_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "s.yaml").write_text("records: [r]\ndefenses: [fmp, ft-only]\n")
-    assert script.main(["s.yaml", "--dry-run"]) == 0
+    assert script.main(["s.yaml", "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "# r.ft-only\n" in printed and "--selection none" in printed and "# 2 jobs" in printed
     assert not (place / "sweeps").exists() and not (place / "record" / "r" / "defense").exists()

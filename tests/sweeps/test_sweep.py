@@ -44,7 +44,7 @@ def test_an_empty_list_is_an_error() -> None:
 
 def test_a_record_that_is_missing_stops_the_sweep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "s.yaml").write_text("records: [r, rr]\ndefenses: [fmp]\n")
-    assert script.main(["s.yaml", "--dry-run"]) == 2
+    assert script.main(["s.yaml", "--dry_run"]) == 2
     assert "record/rr holds no attack record; check the name, and record_root" in capsys.readouterr().err
 
 

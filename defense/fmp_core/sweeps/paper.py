@@ -69,7 +69,7 @@ def _equal(text: str, other: str) -> bool:
 
 
 def _show(tables: list[str], args: Namespace, warn: Callable[[str], None]) -> None:
-    import pandas as pd  # takes a second, which --help and --dry-run do without
+    import pandas as pd  # takes a second, which --help and --dry_run do without
 
     from fmp_core.results.collect import collect
     from fmp_core.results.paper_comparison import compare, comparison_text, draw_figure
