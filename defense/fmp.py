@@ -27,6 +27,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from fmp_core.inputs import describe, load_inputs
+from fmp_core.metrics import in_percent
 from fmp_core.models.evaluate import Evaluation, Metrics, evaluate
 from fmp_core.models.pruning import prune_feature_maps
 from fmp_core.repair.finetune import FineTuning
@@ -128,8 +129,7 @@ class FMP(defense):
         with self.stages("testing"), Progress("Testing", len(test), "images", LOGGER) as bar:
             evaluation = evaluate(self.inputs.defender.model, test, self.settings.batch_size, bar.add)
         self.evaluations = [*self.evaluations[:1], evaluation]
-        percent = (100 * value for value in evaluation.metrics.headline().values())
-        LOGGER.info("%s: Acc %.2f %%  ASR %.2f %%  RA %.2f %%", when, *percent)
+        LOGGER.info("%s: %s", when, in_percent(evaluation.metrics.headline()))
         return evaluation.metrics
 
     def write(self, selection: Selection, history: History) -> dict[str, Any]:

@@ -114,6 +114,8 @@ def paired_images(test: TestData, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """At most ``count`` pairs, evenly over the poisoned test set: clean images, the poisoned ones made from them (uint8
     ``[n, C, H, W]``), and their true classes (int64 ``[n]``). Raises UserError if it is not known which belong together.
     """
+    if not len(test.targets):
+        raise UserError("The record holds no triggered test image.")
     if test.counterparts is None:
         raise UserError("The record does not say which clean test image each poisoned one was made from.")
     labels = test.clean_labels[test.counterparts.clamp(min=0)]
@@ -149,7 +151,7 @@ def describe(inputs: Inputs, settings: Settings, device: Device) -> list[str]:
     """About ten lines for the terminal: what the run works on, where, and how."""
     record, defender, test = inputs.record, inputs.defender, inputs.test
     height, width, channels = record.image_size
-    tested = f"{len(test.clean_labels)} clean and {len(test.targets)} poisoned"
+    tested = f"{len(test.clean_labels)} clean and {len(test.targets) or 'no'} poisoned"
     if settings.test_images:
         tested += f" (--test_images {settings.test_images}: an even sample)"
     maps = sum(layer.channels for layer in defender.layers)

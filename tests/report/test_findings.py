@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fmp_core.metrics import METRICS
 from fmp_core.models.activation_change import Precision
-from fmp_core.report.findings import command, verdict, warnings
+from fmp_core.report.findings import command, headline, warnings
 from fmp_core.report.page import page
 from fmp_core.report.strips import own_pruning
 from fmp_core.results.intervals import Interval
@@ -35,7 +35,7 @@ GOOD = Precision(hits=2, chosen=2, random=0.5, chance=0.01, percentile=0.9)
 )
 def test_the_verdict_is_about_what_the_trigger_adds(before: float, after: float, images: int, says: str) -> None:
     found = attack_outcome(predictions((0.88, after), (0.9, before), images))
-    head, sentence = verdict(found, *({"test_acc": Interval(acc, acc, acc)} for acc in (0.9, 0.88)))
+    head, sentence = headline(found, *({"test_acc": Interval(acc, acc, acc)} for acc in (0.9, 0.88)))
     assert says in head and "fell by 2.00 points" in sentence and f"(before: {100 * before:.2f} %)" in sentence
     assert "0.00 % of clean images of other classes" in sentence and ("too small" in sentence) != found["certain"]
 

@@ -121,7 +121,7 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
 
     Raises UserError if the record exists already, or the model, a setting, the dataset or a trigger file is not usable.
     """
-    record = _with_dataset_name(record)
+    record = with_dataset_name(record)
     folder = Path(record.record_root) / (record.save_folder_name or f"{attack.attack}_{record.dataset}")
     _refuse_existing(folder)
     if training.get("epochs") == 0:
@@ -154,7 +154,7 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
     return Plan(record, attack, folder, settings, facts, num_classes, train_set, test_set, used, poisoned)
 
 
-def _with_dataset_name(record: RecordSettings) -> RecordSettings:
+def with_dataset_name(record: RecordSettings) -> RecordSettings:
     """``record`` with its dataset as a record calls it. A path given as ``--dataset`` is split: a record holds a name only."""
     path = Path(record.dataset)
     if path.name != record.dataset.rstrip("/"):  # "cifar10/" is a name

@@ -94,6 +94,10 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
     record = read_attack_record(Path(record_root) / name)
     path = PurePosixPath(name)
     name = record.folder.resolve().name if path.is_absolute() or ".." in path.parts else path.as_posix()
+    if not record.bd_test:
+        raise UserError(
+            f"BackdoorBench cannot use the record {name}: it holds no triggered test images, which its defenses are tested on."
+        )
     code = (root / DATASET_CODE).read_text(encoding="utf-8", errors="replace")
     known = set(re.findall(r"""dataset_name == ["'](\w+)["']""", code))  # also of a fork with datasets of its own
     if record.dataset not in known:

@@ -36,7 +36,7 @@ class AttackRecord:
     """An attack record: the suspicious model and what is needed to judge it.
 
     ``state`` keys lack the parts ``module`` and ``_orig_mod``, with which DataParallel and ``torch.compile`` wrap modules; the
-    dict may have torch's ``_metadata``.
+    dict may have torch's ``_metadata``. ``bd_test`` is empty where no triggered image is known.
     """
 
     folder: Path
@@ -120,7 +120,7 @@ def _attack_record(
         raise ValueError(f"num_classes is {brief(num_classes)} and img_size {brief(content['img_size'])}")
     size = (height, width, channels)
     bd_test = content["bd_test"]
-    if not isinstance(bd_test, Mapping):
+    if not (bd_test is None or isinstance(bd_test, Mapping)):
         raise ValueError(f"bd_test is a {type(bd_test).__name__}")
     known = [dataset_facts(dataset, size, mean, std), dataset_facts(dataset, size)]
     scales = [(facts.mean, facts.std) for facts in known]
@@ -128,7 +128,7 @@ def _attack_record(
     for name, labels in (("attack", poisoned.targets), ("original", poisoned.original)):
         if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(f"an {name} label of bd_test is outside 0..{num_classes - 1}")
-    if not len(poisoned):
+    if bd_test is not None and not len(poisoned):
         raise ValueError("bd_test holds no poisoned image")
     return AttackRecord(folder, model_name, num_classes, _state(content["model"]), dataset, size, poisoned)
 

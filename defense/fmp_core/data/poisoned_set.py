@@ -80,12 +80,18 @@ class PoisonedSet:
         return self.original
 
 
-def read_poisoned_set(folder: Path, bd_test: Mapping[str, Any], size: Size, scales: Sequence[Normalisation]) -> PoisonedSet:
+def read_poisoned_set(
+    folder: Path, bd_test: Mapping[str, Any] | None, size: Size, scales: Sequence[Normalisation]
+) -> PoisonedSet:
     """``bd_test`` of the record in ``folder``, whose images have ``size``; images are located, not yet decoded.
 
-    ``scales``: what images that are held as normalised numbers are recognised by. Raises ValueError, or what else reading
-    damaged data can raise.
+    None, of a model that nobody has a triggered image for, gives an empty set. ``scales``: what images that are held as
+    normalised numbers are recognised by. Raises ValueError, or what else reading damaged data can raise.
     """
+    if bd_test is None:
+        height, width, channels = size
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return PoisonedSet(torch.zeros(0, channels, height, width, dtype=torch.uint8), nothing, nothing, nothing)
     return _v1_poisoned_set(bd_test, size, scales) if "x" in bd_test else _v2_poisoned_set(folder, bd_test, size, scales)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from fmp_core.data.attack_record import ATTACK_FILE
-from fmp_core.data.images import to_pil
+from fmp_core.data.images import Size, to_pil
 from fmp_core.storage.files import write_torch
 
 
@@ -40,23 +40,27 @@ def write_attack_record(
     state: Mapping[str, Tensor],
     dataset: str,
     bd_train: PoisonedImages | None,
-    bd_test: PoisonedImages,
+    bd_test: PoisonedImages | None,
+    image_size: Size | None = None,
 ) -> None:
     """Write record ``name`` into ``folder`` as BB does: PNGs ``bd_*_dataset/<label>/<index>.png``, ``attack_result.pt`` last.
 
     ``name`` is what the stored paths say (``./record/<name>/...``), since ``folder`` may be a temporary one. ``bd_train`` is
-    for BB defenses that read the training set; None if it is not known.
+    for BB defenses that read the training set; None if it is not known. ``bd_test`` is None if no triggered image is known:
+    FMP defends such a model without ASR and RA, BB's defenses cannot. ``image_size`` (height, width, channels) is needed then.
     """
-    channels, height, width = bd_test.images.shape[1:]
+    if bd_test is not None:
+        channels, height, width = bd_test.images.shape[1:]
+        image_size = (height, width, channels)
     content = {
         "model_name": model_name,
         "num_classes": num_classes,
         "model": OrderedDict((key, value.detach().cpu()) for key, value in state.items()),
         "data_path": f"./data/{dataset}",
-        "img_size": (height, width, channels),
+        "img_size": image_size,
         "clean_data": dataset,
         "bd_train": bd_train and _backdoor_state(folder, name, "bd_train_dataset", bd_train, keep_all=True),
-        "bd_test": _backdoor_state(folder, name, "bd_test_dataset", bd_test, keep_all=False),
+        "bd_test": bd_test and _backdoor_state(folder, name, "bd_test_dataset", bd_test, keep_all=False),
     }
     if hasattr(os, "sync"):  # once for all images, which are many: attack_result.pt may not outlive them in a power cut
         os.sync()

@@ -20,8 +20,9 @@ from fmp_core.system.devices import fewest_rows, is_out_of_memory, rows_per_batc
 class TestData:
     """Both test sets on the device: images uint8 ``[N, C, H, W]``, labels int64 ``[N]``.
 
-    ``targets`` are the attacker's labels of the poisoned images, ``originals`` their true ones. ``counterparts``: for each
-    poisoned image, the row of the clean image it was made from; -1 where that is not among them; None if nothing is known.
+    ``targets`` are the attacker's labels of the poisoned images, of which there may be none, ``originals`` their true ones.
+    ``counterparts``: for each poisoned image, the row of the clean image it was made from; -1 where that is not among them;
+    None if nothing is known.
     """
 
     clean_images: Tensor
@@ -38,15 +39,15 @@ class TestData:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Fractions in [0,1]; losses are unweighted means of batch means, as BB's are."""
+    """Fractions in [0,1]; losses are unweighted means of batch means, as BB's are. None: there is no triggered image."""
 
     test_acc: float
-    test_asr: float
-    test_ra: float
+    test_asr: float | None
+    test_ra: float | None
     clean_test_loss_avg_over_batch: float
-    bd_test_loss_avg_over_batch: float
+    bd_test_loss_avg_over_batch: float | None
 
-    def headline(self) -> dict[str, float]:
+    def headline(self) -> dict[str, float | None]:
         return {name: getattr(self, name) for name in METRICS}
 
 
@@ -120,6 +121,9 @@ def predict(
 def evaluate(model: nn.Module, data: TestData, batch_size: int, on_images: Callable[[int], None] | None = None) -> Evaluation:
     """Acc on the clean test set; ASR and RA on the poisoned one (the same predictions against both labels)."""
     clean, clean_loss = predict(model, data.clean_images, data.clean_labels, batch_size, on_images)
+    if not len(data.targets):
+        accuracy = float((clean == data.clean_labels).double().mean())
+        return Evaluation(Metrics(accuracy, None, None, float(clean_loss), None), Predictions(clean, data.targets))
     poisoned, poisoned_loss = predict(model, data.poisoned_images, data.targets, batch_size, on_images)
     hits = ((clean, data.clean_labels), (poisoned, data.targets), (poisoned, data.originals))
     counts = [(predicted == labels).sum().double() for predicted, labels in hits]

@@ -82,16 +82,23 @@ class Run:
         rows = self.predictions[self.predictions["poisoned"] != (metric == "test_acc")]
         return (rows[when] == rows["target" if metric == "test_asr" else "label"]).to_numpy()
 
+    @property
+    def tested(self) -> tuple[str, ...]:
+        """The METRICS that are known: Acc alone where there was no triggered image."""
+        return METRICS if self.predictions["poisoned"].any() else METRICS[:1]
+
     def shares(self, when: str) -> dict[str, Interval]:
-        """Acc, ASR and RA ``before`` or ``after`` the defense, with Wilson limits."""
-        return {name: share_of(self.hits(name, when)) for name in METRICS}
+        """The figures ``tested``, ``before`` or ``after`` the defense, with Wilson limits."""
+        return {name: share_of(self.hits(name, when)) for name in self.tested}
 
     def changes(self) -> dict[str, Interval]:
-        """Acc, ASR and RA after minus before, with limits for paired figures: both are of the same images."""
-        return {name: paired_difference(self.hits(name, "after"), self.hits(name, "before")) for name in METRICS}
+        """The figures ``tested`` after minus before, with limits for paired figures: both are of the same images."""
+        return {name: paired_difference(self.hits(name, "after"), self.hits(name, "before")) for name in self.tested}
 
-    def effectiveness(self) -> Interval:
-        """The defense effectiveness rating (DER)."""
+    def effectiveness(self) -> Interval | None:
+        """The defense effectiveness rating (DER), which needs triggered images."""
+        if self.tested != METRICS:
+            return None
         drops = (paired_difference(self.hits(name, "before"), self.hits(name, "after")) for name in ("test_asr", "test_acc"))
         return rating(*drops)
 
@@ -160,7 +167,9 @@ def read_run(folder: Path, summary: RunSummary, num_classes: int, layers: list[C
         raise UserError(f"{folder / 'feature_maps.csv'} is not about the record's model; run the defense again.")
     run = Run(folder, summary, maps, history, read_predictions(folder / "predictions.csv", num_classes), layers)
     for when, figures in (("before", summary.before), ("after", summary.after)):
-        if any(abs(figures.get(name, -1) - share.value) > 1e-6 for name, share in run.shares(when).items()):
+        shares = run.shares(when)
+        told = {name: figure for name in METRICS if (figure := figures[name]) is not None}
+        if told.keys() != shares.keys() or any(abs(told[name] - shares[name].value) > 1e-6 for name in told):
             raise UserError(f"{folder / 'predictions.csv'} and metrics.json are of different runs; run the defense again.")
     if run.by_trigger and not summary.verdict:
         raise UserError(f"{folder / 'feature_maps.csv'} and metrics.json are of different runs; run the defense again.")

@@ -71,11 +71,13 @@ def success_by_class(table: pd.DataFrame) -> str:
 
 @STYLE
 def training_curves(history: pd.DataFrame, columns: dict[str, tuple[str, str]], what: str, percent: bool) -> str:
-    """Lines over epochs; ``columns`` maps a column to its (label, colour). Untested epochs are passed over."""
+    """Lines over epochs; ``columns`` maps a column to its (label, colour). Untested epochs and columns are passed over."""
     figure, axes = _axes(2.9)
     for (name, (label, colour)), dash in zip(columns.items(), ("-", "--", "-.", ":"), strict=False):
         values = pd.to_numeric(history[name], errors="coerce").astype(float) * (100 if percent else 1)
         there = np.isfinite(values)
+        if not there.any():
+            continue
         axes.plot(history["epoch"][there] + 1, values[there], dash, marker="o", markersize=3.5, color=colour, label=label)
     axes.set_xlabel("epoch")
     highest = axes.dataLim.y1  # infinite if no value is finite

@@ -11,7 +11,7 @@ from fmp_core.models.activation_change import Precision
 from fmp_core.report.data import Run
 from fmp_core.report.strips import Pruning
 from fmp_core.results.intervals import Interval
-from fmp_core.results.removal import OUTCOMES
+from fmp_core.results.removal import NOT_TESTED, OUTCOMES
 from fmp_core.results.summary import MUCH_ACCURACY
 from fmp_core.selection.ablation import ROWS_SET
 from fmp_core.settings import changed
@@ -23,9 +23,30 @@ FEW_PAIRS = 64
 CHANCE = 0.05  # a random selection does as well at least this often: the ranking found nothing
 
 
-def verdict(outcome: Mapping[str, Any], before: Mapping[str, Interval], after: Mapping[str, Interval]) -> tuple[str, str]:
-    """A headline about the ``outcome`` (of ``attack_outcome``), and sentences with the figures behind it and the price."""
-    head = OUTCOMES[outcome["outcome"], outcome["certain"]]
+def headline(
+    outcome: Mapping[str, Any],
+    before: Mapping[str, Interval],
+    after: Mapping[str, Interval],
+    found: Mapping[str, Any] | None = None,
+) -> tuple[str, str]:
+    """A headline about the ``outcome`` (of ``attack_outcome``), and sentences with the figures behind it and the price.
+
+    Without a triggered image it is about ``found``, the verdict of trigger inversion in metrics.json.
+    """
+    head, sentences = OUTCOMES[outcome["outcome"], outcome["certain"]], []
+    if outcome["outcome"] != NOT_TESTED:
+        sentences = _success(outcome)
+    elif found:
+        to = "all-to-all" if found["target"] == "all-to-all" else f"target class {found['target']}"
+        head = f"This model is judged backdoored, {to}" if found["backdoored"] else "This model is not shown to be backdoored"
+        sentences = ["No triggered image is known, so attack success was not measured."]
+    accuracy, change = 100 * after["test_acc"].value, 100 * (after["test_acc"].value - before["test_acc"].value)
+    moved = f"{'rose' if change > 0 else 'fell'} by {abs(change):.2f} points, to" if abs(change) >= 0.005 else "stayed at"
+    return head, " ".join([*sentences, f"Accuracy on clean images {moved} {accuracy:.2f} %."])
+
+
+def _success(outcome: Mapping[str, Any]) -> list[str]:
+    """Sentences with the figures behind ``outcome`` (of ``attack_outcome``)."""
     now, then, chance = 100 * outcome["asr_after"], 100 * outcome["asr_before"], outcome["chance"]
     sentences = [f"The trigger now succeeds on {now:.2f} % of triggered test images (before: {then:.2f} %)."]
     if chance is not None:
@@ -36,9 +57,7 @@ def verdict(outcome: Mapping[str, Any], before: Mapping[str, Interval], after: M
         )
     if not outcome["certain"]:
         sentences.append("The test set is too small to say more.")
-    accuracy, change = 100 * after["test_acc"].value, 100 * (after["test_acc"].value - before["test_acc"].value)
-    moved = f"{'rose' if change > 0 else 'fell'} by {abs(change):.2f} points, to" if abs(change) >= 0.005 else "stayed at"
-    return head, " ".join([*sentences, f"Accuracy on clean images {moved} {accuracy:.2f} %."])
+    return sentences
 
 
 def warnings(run: Run, own: Pruning, precision: Precision | None, pairs: int) -> Iterator[tuple[str, str]]:
@@ -87,8 +106,8 @@ def warnings(run: Run, own: Pruning, precision: Precision | None, pairs: int) ->
         why += "; raise --ratio."
         yield f"The clean subset has {summary.clean_images} images only.", why
     tested, triggered = len(run.hits("test_acc", "after")), len(run.hits("test_asr", "after"))
-    if min(tested, triggered) < FEW_TEST_IMAGES:
-        why = f"{tested} clean and {triggered} triggered images: read the intervals, not the digits."
+    if tested < FEW_TEST_IMAGES or 0 < triggered < FEW_TEST_IMAGES:
+        why = f"{tested} clean and {triggered or 'no'} triggered images: read the intervals, not the digits."
         yield "The test sets are small.", why
 
 

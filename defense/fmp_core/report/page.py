@@ -18,11 +18,11 @@ from fmp_core.data.datasets import open_split
 from fmp_core.errors import UserError
 from fmp_core.inputs import read_test_data
 from fmp_core.inversion.verdict import LEAST_MARGIN
-from fmp_core.metrics import HEADLINES, METRICS
+from fmp_core.metrics import HEADLINES, Figures
 from fmp_core.models.evaluate import TestData
 from fmp_core.report import figures
 from fmp_core.report.data import Run, Trigger, load_attacked, measure_trigger, read_run, read_summary
-from fmp_core.report.findings import command, verdict, warnings
+from fmp_core.report.findings import command, headline, warnings
 from fmp_core.report.pictures import pictures
 from fmp_core.report.strips import own_pruning, p_table, strips
 from fmp_core.results.intervals import difference, rating, wilson
@@ -83,7 +83,7 @@ def write_report(record: AttackRecord, folder: Path, data: TestData, compare: Se
     return path
 
 
-def _other(folder: Path, attacked: str) -> Mapping[str, float]:
+def _other(folder: Path, attacked: str) -> Figures:
     if not folder.is_dir():
         raise UserError(f"--compare {folder.name}: {folder} does not exist; run that defense first.")
     try:
@@ -100,21 +100,22 @@ def _other(folder: Path, attacked: str) -> Mapping[str, float]:
     return result.metrics
 
 
-def page(run: Run, num_classes: int, trigger: Trigger | None, unknown: str, others: Mapping[str, Mapping[str, float]]) -> str:
+def page(run: Run, num_classes: int, trigger: Trigger | None, unknown: str, others: Mapping[str, Figures]) -> str:
     """The page's HTML. ``unknown`` says in a sentence why ``trigger`` is None; ``others``: METRICS by defense."""
     own = own_pruning(run)
     precision = trigger.precision(own.mask) if trigger else None
+    outcome, by_class = attack_outcome(run.predictions), success_by_class(run.predictions)
     facts = {
         "run": run,
         "summary": run.summary,
-        "verdict": verdict(attack_outcome(run.predictions), run.shares("before"), run.shares("after")),
+        "headline": headline(outcome, run.shares("before"), run.shares("after"), run.summary.verdict),
         "least_margin": round(100 * LEAST_MARGIN),
         "warnings": list(warnings(run, own, precision, len(trigger.labels) if trigger else 0)),
         "names": HEADLINES,
         "means": MEANS,
         "others": _others(run, others),
         "matrices": _matrices(run, num_classes),
-        "by_class": figures.success_by_class(success_by_class(run.predictions)),
+        "by_class": figures.success_by_class(by_class) if len(by_class) else None,
         "many_classes": num_classes > figures.MOST_CLASSES,
         "p_table": p_table(run, trigger),
         "strips": strips(run, trigger) if run.scored or run.by_trigger else None,
@@ -158,19 +159,22 @@ def _flags(text: str) -> markupsafe.Markup:
 
 def _matrices(run: Run, num_classes: int) -> list[dict[str, str]]:
     matrices = []
-    for kind, when in itertools.product(("clean", "triggered"), ("before", "after")):
+    kinds = ("clean", "triggered") if "test_asr" in run.tested else ("clean",)
+    for kind, when in itertools.product(kinds, ("before", "after")):
         counts = confusion(run.predictions, when, kind == "triggered", num_classes)
         svg = figures.confusion_matrix(counts, f"Confusion matrix of {kind} test images {when} the defense")
         matrices.append({"title": f"{kind.capitalize()} images, {when}", "svg": svg})
     return matrices
 
 
-def _others(run: Run, others: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def _others(run: Run, others: Mapping[str, Figures]) -> list[dict[str, Any]]:
     """Rows of the comparison: this run, then the others, all as if tested on this record's test sets."""
     before = run.shares("before")
     rows = [{"name": run.folder.name, "this": True, **run.shares("after"), "der": run.effectiveness()}]
     for name, shares in others.items():
-        limits = {metric: wilson(shares[metric], len(run.hits(metric, "after"))) for metric in METRICS}
-        asr_drop, acc_drop = (difference(before[metric], limits[metric]) for metric in ("test_asr", "test_acc"))
-        rows.append({"name": name, "this": False, **limits, "der": rating(asr_drop, acc_drop)})
+        known = {metric: share for metric in run.tested if (share := shares[metric]) is not None}
+        limits = {metric: wilson(share, len(run.hits(metric, "after"))) for metric, share in known.items()}
+        drops = {metric: difference(before[metric], limits[metric]) for metric in known}
+        der = rating(drops["test_asr"], drops["test_acc"]) if "test_asr" in drops else None
+        rows.append({"name": name, "this": False, **limits, "der": der})
     return rows if others else []

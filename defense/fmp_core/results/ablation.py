@@ -120,6 +120,8 @@ def ablate_records(
     for record in records:
         settings = load_settings({**flags, "result_file": record})
         inputs = load_inputs(settings, record, choose_device(settings.device).device)
+        if not inputs.record.bd_test:
+            raise UserError(f"{record}: what parts contribute is measured on triggered images, and the record holds none.")
         table = ablate(inputs, rows or list(ROWS), {**flags, "result_file": record}, make)
         table.insert(0, "record", record)
         tables.append(table)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from fmp_core.errors import UserError
-from fmp_core.metrics import HEADLINES, METRICS, ratings
+from fmp_core.metrics import HEADLINES, METRICS, Figures, in_percent, ratings
 from fmp_core.results.read import Result, read_attack_metrics, read_record, read_result
 from fmp_core.storage.files import file_digest
 
@@ -51,7 +51,7 @@ def collect(root: str | Path, warn: Warn) -> pd.DataFrame:
 def _tidy(rows: list[dict[Any, Any]]) -> pd.DataFrame:
     whole = dict.fromkeys(("seed", "test_images", "record_seed"), "Int64")
     texts = [{key: _unicode(value) for key, value in row.items()} for row in rows]
-    return pd.DataFrame(texts, columns=COLUMNS).astype({**whole, "flagged": "boolean"})
+    return pd.DataFrame(texts, columns=COLUMNS).astype({**whole, **dict.fromkeys(HEADLINES, "float64"), "flagged": "boolean"})
 
 
 def _unicode(value: Any) -> Any:
@@ -84,16 +84,15 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
         del results[name]
     for key in ("dataset", "model"):
         about[key] = about.get(key) or next(filter(None, (getattr(result, key) for result in results.values())), None)
-    tested: Mapping[str, float] = next((r.before for r in results.values() if r.before and not r.test_images), {})
+    tested: Figures = next((r.before for r in results.values() if r.before and not r.test_images), {})
     if logged or tested:
         yield {**about, "defense": BASELINE, "method": BASELINE, **(logged or tested), "origin": "attack"}
     if _contradicts(logged, tested):
         yield {**about, "defense": MEASURED, "method": MEASURED, **tested, "origin": "attack"}
-        theirs, ours = (", ".join(f"{HEADLINES[name]} {100 * at[name]:.2f}" for name in METRICS) for at in (logged, tested))
         warn(
-            f"{about['record']}: the attack logged {theirs} for its model, our test gave {ours}; DER and RIR of our rows "
-            f"compare with our test ({MEASURED!r}), those of BackdoorBench's with the attack's figures. Check dataset and "
-            "preprocessing."
+            f"{about['record']}: the attack logged {in_percent(logged)} for its model, our test gave {in_percent(tested)}; DER "
+            f"and RIR of our rows compare with our test ({MEASURED!r}), those of BackdoorBench's with the attack's figures. "
+            "Check dataset and preprocessing."
         )
     for defense, result in results.items():
         own_test = bool(result.before) and (not logged or bool(result.test_images) or _contradicts(logged, result.before))
@@ -133,9 +132,10 @@ def _result_in(folder: Path) -> Result | None:
     return None if {path.name for path in folder.iterdir()} <= {"cache"} else read_result(folder)
 
 
-def _contradicts(logged: Mapping[str, float], tested: Mapping[str, float]) -> bool:
+def _contradicts(logged: Figures, tested: Figures) -> bool:
     """Whether two tests of one model, METRICS in [0,1] or nothing, differ by more than a point."""
-    return bool(logged and tested) and any(abs(logged[name] - tested[name]) > POINT for name in METRICS)
+    pairs = [(logged[name], tested[name]) for name in METRICS] if logged and tested else []
+    return any(there is not None and here is not None and abs(there - here) > POINT for there, here in pairs)
 
 
 def read_leaderboard(path: str | Path) -> pd.DataFrame:

@@ -34,8 +34,8 @@ def read_predictions(path: Path, num_classes: int) -> pd.DataFrame:
     """The table at ``path``. Raises UserError: the file is missing or damaged."""
     frame = read_table(path, COLUMNS)
     poisoned, classes = frame["poisoned"], frame[COLUMNS[1:]].to_numpy()
-    if poisoned.dtype != bool or poisoned.nunique() != 2:
-        raise UserError(f"{path} must hold clean and poisoned images (True or False); run the defense again.")
+    if poisoned.dtype != bool or poisoned.all():
+        raise UserError(f"{path} must say which images are poisoned (True) and which clean; run the defense again.")
     if not np.issubdtype(classes.dtype, np.integer) or (classes < [0, -1, 0, 0]).any() or classes.max() >= num_classes:
         raise UserError(f"{path} names classes outside 0..{num_classes - 1}; run the defense again.")
     return frame

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fmp_core.errors import UserError
-from fmp_core.metrics import METRICS
+from fmp_core.metrics import METRICS, Figures
 from fmp_core.results.detection import Detection, detection_of_neural_cleanse, detection_of_verdict
 from fmp_core.results.values import finite_number, read_json, read_text, value_of, whole_number
 from fmp_core.settings import deciding_result
@@ -53,9 +53,12 @@ UNFINISHED_STAGES = {"nad_te", "pre_train", "unlearn", "self", "train"}
 
 @dataclass(frozen=True)
 class Result:
-    """What one defense left of a model (``metrics``: METRICS as fractions in [0,1]), and what is known about the run."""
+    """What one defense left of a model (``metrics``: METRICS as fractions in [0,1]), and what is known about the run.
 
-    metrics: Mapping[str, float]
+    ASR and RA are None where our run had no triggered image.
+    """
+
+    metrics: Figures
     source: str  # the file the numbers were read from
     ours: bool = False
     stamped: bool = False  # a sweep made it, and nothing has written there since
@@ -63,7 +66,7 @@ class Result:
     method: str | None = None  # the sweep's label, equal over seeds
     settings: Mapping[str, Any] = field(default_factory=dict)  # as far as they are known; those of BackdoorBench are text
     settings_digest: str | None = None  # differs between results of other settings than the seed
-    before: Mapping[str, float] = field(default_factory=dict)  # the attacked model, as this run tested it
+    before: Figures = field(default_factory=dict)  # the attacked model, as this run tested it
     dataset: str | None = None
     model: str | None = None
     ratio: float | None = None  # share of the clean training set it was given
@@ -111,7 +114,7 @@ def _our_result(path: Path) -> Result:
     if not after:
         raise UserError(f"{path} has no metrics after the defense")
     return Result(
-        _fractions(after, path),
+        _our_fractions(after, path),
         str(path),
         ours=True,
         stamped=bool(stamp),
@@ -119,7 +122,7 @@ def _our_result(path: Path) -> Result:
         method=value_of(stamp, "method", str),
         settings=settings,
         settings_digest=_digest({key: settings.get(key) for key in deciding_result() if settings and key != "random_seed"}),
-        before=_fractions(before, path) if before else {},
+        before=_our_fractions(before, path) if before else {},
         dataset=value_of(content, "dataset", str),
         model=value_of(content, "model", str),
         ratio=None if settings.get("index") else finite_number(settings.get("ratio")),
@@ -256,6 +259,14 @@ def _fractions(values: Mapping[str, Any], path: Path, whole: int = 1) -> dict[st
             raise UserError(f"{path} has {name} {str(values.get(name))[:40]!r}, which is no fraction of 1")
         result[name] = number / whole
     return result
+
+
+def _our_fractions(values: Mapping[str, Any], path: Path) -> Figures:
+    """Those of metrics.json, where ASR and RA are null if there was no triggered image."""
+    untested = [name for name in METRICS[1:] if name in values and values[name] is None]
+    if len(untested) < len(METRICS) - 1:
+        return _fractions(values, path)
+    return {**_fractions({**values, **dict.fromkeys(untested, 0)}, path), **dict.fromkeys(untested)}
 
 
 def _attack_of_bb(folder: Path) -> str | None:

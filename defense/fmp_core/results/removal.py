@@ -11,6 +11,7 @@ from fmp_core.results.intervals import difference, share_of
 REMOVED = 0.10  # of triggered images above chance: less counts as no backdoor, as backdoor papers have it
 WEAKENED = 0.5  # of what the trigger reached above chance before the defense
 
+NOT_TESTED = "not tested"
 OUTCOMES = {  # in words, by (outcome, certain)
     ("removed", True): "The backdoor is removed",
     ("weakened", True): "The backdoor is weakened, not removed",
@@ -19,6 +20,7 @@ OUTCOMES = {  # in words, by (outcome, certain)
     ("still works", False): "The backdoor may still work",
     ("none before", True): "This record has no working backdoor to remove",
     ("none before", False): "This record shows no working backdoor to remove",
+    (NOT_TESTED, True): "No triggered image is known, so attack success was not measured",
 }
 
 
@@ -31,12 +33,16 @@ def attack_outcome(predictions: pd.DataFrame) -> dict[str, Any]:
 
     Returns:
         ``outcome``: ``removed``, ``weakened`` or ``still works``; ``none before`` if the attacked model had no working
-        backdoor. ``certain``: whether the whole interval says so; if not, the test set is too small to rule out the next better
-        outcome. ``asr_before``, ``asr_after``: share of the triggered images that get the attacker's class. ``chance_before``,
-        ``chance``: share of the clean images of other classes that get it, before and after the defense; None if there are no
-        such images. ``excess``: ``asr_after`` above ``chance``; ``excess_low``, ``excess_high``: its limits.
+        backdoor; ``not tested`` if there is no triggered image, and then only ``certain`` goes with it. ``certain``: whether
+        the whole interval says so; if not, the test set is too small to rule out the next better outcome. ``asr_before``,
+        ``asr_after``: share of the triggered images that get the attacker's class. ``chance_before``, ``chance``: share of the
+        clean images of other classes that get it, before and after the defense; None if there are no such images.
+        ``excess``: ``asr_after`` above ``chance``; ``excess_low``, ``excess_high``: its limits.
     """
-    triggered, others = predictions[predictions["poisoned"]], _images_of_other_classes(predictions)
+    triggered = predictions[predictions["poisoned"]]
+    if triggered.empty:
+        return {"outcome": NOT_TESTED, "certain": True}
+    others = _images_of_other_classes(predictions)
     asr_before, asr_after = (share_of(triggered[when] == triggered["target"]) for when in ("before", "after"))
     chance_before, chance = (share_of(others[when] == others["target"]) for when in ("before", "after"))
     before, after = difference(asr_before, chance_before), difference(asr_after, chance)

@@ -19,7 +19,7 @@ from fmp_core.data.write_record import write_defense_result
 from fmp_core.errors import UserError
 from fmp_core.inputs import Inputs
 from fmp_core.inversion.trigger import INVERTED_TRIGGER, save_trigger
-from fmp_core.metrics import HEADLINES, METRICS, ratings
+from fmp_core.metrics import HEADLINES, METRICS, Figures, ratings
 from fmp_core.models.build import state_like
 from fmp_core.models.evaluate import Evaluation, Metrics
 from fmp_core.models.feature_maps import ConvLayer
@@ -151,9 +151,7 @@ class RunFolder:
         write_defense_result(self.path / "defense_result.pt", *_weights(inputs))
 
 
-def _compare_with_attack(
-    folder: Path, before: dict[str, float], sample: int | None
-) -> tuple[dict[str, float] | None, list[str]]:
+def _compare_with_attack(folder: Path, before: Figures, sample: int | None) -> tuple[dict[str, float] | None, list[str]]:
     """The attack's own figures of the attacked model, if the record has them, and a warning where ours differ much."""
     allowed = FIGURES_DIFFER + (1.5 / sample**0.5 if sample else 0)  # a sample may explain three standard deviations
     try:
@@ -161,9 +159,9 @@ def _compare_with_attack(
     except UserError as problem:
         return None, [str(problem)]
     differing = [
-        f"{HEADLINES[name]} {100 * before[name]:.1f} % here, {100 * figures[name]:.1f} % there"
+        f"{HEADLINES[name]} {100 * here:.1f} % here, {100 * figures[name]:.1f} % there"
         for name in METRICS
-        if figures and abs(before[name] - figures[name]) > allowed
+        if figures and (here := before[name]) is not None and abs(here - figures[name]) > allowed
     ]
     warning = (
         f"The attack reported other figures of this model in {folder / 'attack_df_summary.csv'}: {'; '.join(differing)}. "

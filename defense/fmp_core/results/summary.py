@@ -28,9 +28,9 @@ VERDICT = {  # Verdict.as_dict writes it
 class RunSummary:
     """What one run of FMP came to; a field is a key of ``metrics.json`` (docs/outputs.md). Metrics are fractions in [0,1]."""
 
-    before: dict[str, float]
-    after: dict[str, float]
-    der: float
+    before: dict[str, float | None]  # None, here and in DER: there is no triggered image
+    after: dict[str, float | None]
+    der: float | None
     record: str
     dataset: str
     model: str
@@ -92,10 +92,12 @@ def as_table(metrics: dict[str, Any], folder: Path) -> str:
     """
     lines = ["", f"{'percent':<16}" + "".join(f"{HEADLINES[name]:>8}" for name in METRICS)]
     for row in ("before", "after"):
-        lines += [f"{row + ' FMP':<16}" + "".join(f"{100 * metrics[row][name]:8.2f}" for name in METRICS)]
+        shares = (metrics[row][name] for name in METRICS)
+        lines += [f"{row + ' FMP':<16}" + "".join(f"{'-':>8}" if share is None else f"{100 * share:8.2f}" for share in shares)]
     if metrics["test_images"]:
         lines.append(f"on an even sample of {metrics['test_images']} images of each test set")
-    lines += ["", f"DER {100 * metrics['der']:.2f} %   results: {folder}"]
+    der = "" if metrics["der"] is None else f"DER {100 * metrics['der']:.2f} %   "
+    lines += ["", f"{der}results: {folder}"]
     return "\n".join([*lines, *advice(metrics)])
 
 

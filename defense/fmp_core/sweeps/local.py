@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 from fmp_core.errors import UserError
-from fmp_core.metrics import METRICS
+from fmp_core.metrics import in_percent
 from fmp_core.sweeps.jobs import Job, Outcome, allow_jobs, finished, run, stop_all
 
 Report = Callable[[Job, Outcome], None]
@@ -122,7 +122,7 @@ class Board:
             self.failed.append((job, outcome.problem))
             ended = f"FAILED {outcome.problem}"
         elif outcome.result:
-            ended = "Acc {:.2f}  ASR {:.2f}  RA {:.2f}".format(*(100 * outcome.result.metrics[name] for name in METRICS))
+            ended = in_percent(outcome.result.metrics)
         number = self.total - len(self.left)
         left = f"  ({len(self.left)} left, about {readable(self.eta())})" if self.left else ""
         print(f"[{number}/{self.total}] {job.name}  {readable(outcome.seconds)}  {ended}{left}", flush=True)
