@@ -37,12 +37,14 @@ class Kind:
         expects: what is possible, as it ends the sentence "--eps is 7, but must be ...".
         metavar: what stands for the value in ``--help``; default: the last word of the setting's name.
         boolean: a flag without a value means True.
+        several: a value consists of several, which a list may hold.
     """
 
     parse: Callable[[Any], Any]
     expects: str
     metavar: str = ""
     boolean: bool = False
+    several: bool = False
 
 
 def _checked(value: T, fits: bool) -> T:
@@ -102,7 +104,7 @@ def numbers(kind: Kind, expects: str, metavar: str, lengths: Sequence[int] = ())
         parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
         return tuple(kind.parse(part) for part in _checked(parts, not lengths or len(parts) in lengths))
 
-    return Kind(parse, expects, metavar)
+    return Kind(parse, expects, metavar, several=True)
 
 
 def list_of(kind: Kind, expects: str = "a list with at least one entry") -> Kind:

@@ -108,7 +108,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "size none": (("img_size",), None, "TypeError"),
     "model none": (("model",), None, "AttributeError"),
     "weights text": (("model", "b"), "abc", r"model\['b'\] is a str"),
-    "no test": (("bd_test",), None, "bd_test is a NoneType"),
+    "no test": (("bd_test",), 3, "bd_test is a int"),
     "empty test": (("bd_test",), {}, "bd_data_container"),
     "no container": (("bd_test", "bd_data_container"), None, "TypeError"),
     "no items": (("bd_test", "bd_data_container", "data_dict"), {}, "no entry for poisoned image 1"),

@@ -191,7 +191,8 @@ def test_our_rows_use_our_baseline_where_the_attacks_figures_are_not_ours(
     assert script.main([str(root), "--csv", str(root / "out.csv")]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert (
-        line.startswith("collect: badnet_cifar10: the attack logged Acc 90.00, ASR 98.00") and "our test gave Acc 12.00" in line
+        line.startswith("collect: badnet_cifar10: the attack logged Acc 90.00 %  ASR 98.00 %")
+        and "our test gave Acc 12.00" in line
     )
     rows = tidy(root).set_index(["record", "defense"])
     ours, theirs = (rows.loc[("badnet_cifar10", name)] for name in ("fmp", "clp"))

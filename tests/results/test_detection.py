@@ -75,14 +75,14 @@ def test_a_large_norm_is_no_alarm() -> None:
 )
 def test_a_log_without_the_norm_of_every_class_says_nothing(tmp_path: Path, log: str) -> None:
     write(tmp_path / "log" / "x.log", log)
-    assert detection_of_neural_cleanse(tmp_path) is None
+    assert detection_of_neural_cleanse([tmp_path / "log" / "x.log"]) is None
 
 
-def test_the_newest_log_counts(tmp_path: Path) -> None:
+def test_the_first_log_that_is_whole_counts(tmp_path: Path) -> None:
     write(tmp_path / "log" / "2025.log", nc_log(NORMS[::-1]))
     write(tmp_path / "log" / "2026.log", nc_log(NORMS))
     write(tmp_path / "log" / "2027.log", nc_log(NORMS[::-1])[:200])  # killed
-    found = detection_of_neural_cleanse(tmp_path)
+    found = detection_of_neural_cleanse([tmp_path / "log" / f"{year}.log" for year in (2027, 2026, 2025)])
     assert found is not None and found.named == ("2",)
 
 

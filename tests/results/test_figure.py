@@ -8,9 +8,11 @@ from pathlib import Path
 import collect as script
 import pandas as pd
 import pytest
+from fmp_core.results.collect import collect
 from fmp_core.results.figure import draw
 from fmp_core.results.tables import Table, build_tables
 from matplotlib.container import ErrorbarContainer
+from result_files import metrics_json, three_rows, write
 
 
 def frame_of(**attacks: dict[str, tuple[float, float]]) -> pd.DataFrame:
@@ -22,7 +24,7 @@ def frame_of(**attacks: dict[str, tuple[float, float]]) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(rows).assign(dataset="gtsrb", model="resnet18", pratio=0.1, origin="ours")
     frame = frame.assign(record=frame["attack"], defense=frame["method"], test_images=pd.NA, seed=pd.NA, ratio=0.1)
-    frame = frame.assign(record_seed=0, record_digest="d", settings_digest="s")
+    frame = frame.assign(record_seed=0, record_digest="d", settings_digest="s", code="c")
     return frame.assign(test_ra=0.5, der=0.5, rir=0.5, baseline="attack")
 
 
@@ -50,6 +52,16 @@ def test_accuracy_is_lost_from_the_test_that_der_compares_with() -> None:
     figures = {"attacked": (91.0, 95.0), "no defense (our test)": (50.0, 95.0), "fmp": (49.0, 3.0), "ft": (90.0, 60.0)}
     (both,) = build_tables(frame_of(badnet=figures).assign(baseline=lambda frame: frame["method"].map({"fmp": "our test"})))
     assert points([both]) == {"BadNets": {"fmp": (1.0, 3.0), "ft": (1.0, 60.0)}}
+
+
+def test_accuracy_lost_by_collected_results(tmp_path: Path) -> None:
+    """The attack logged Acc 90, our test gave 50: ours is compared with 50, BackdoorBench's with 90."""
+    write(tmp_path / "badnet_cifar10" / "attack_df_summary.csv", three_rows(0.9, 0.98, 0.01))
+    place = tmp_path / "badnet_cifar10" / "defense"
+    write(place / "fmp" / "metrics.json", metrics_json(0.48, 0.1, 0.7, before_acc=0.5))
+    write(place / "ft" / "ft_df_summary.csv", three_rows(0.88, 0.5, 0.4))
+    frame = collect(tmp_path, lambda _: None).assign(model="preactresnet18")
+    assert points(build_tables(frame)) == {"BadNets": {"fmp": (2.0, 10.0), "ft": (2.0, 50.0)}}
 
 
 def test_tests_on_a_sample_are_not_drawn() -> None:

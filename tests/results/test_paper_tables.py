@@ -71,7 +71,7 @@ def test_the_papers_size_of_each_table() -> None:
         ["badnet_cifar10.fmp", *(f"badnet_cifar10.fmp-p{p}" for p in (2, 4, 8, 16, 32))]
     )
     assert "badnet_cifar10.fmp-eps16_255" in jobs("4") and "wanet_cifar10.fmp-ratio1.0" in jobs("3")
-    assert {name.split(".")[1] for name in jobs("1b")} == {"record", "fmp", "ft"}
+    assert {name.split(".")[1] for name in jobs("1b")} == {"record", "fmp", "ft-only"}
 
 
 def test_a_table_about_p_costs_one_ranking() -> None:
@@ -95,7 +95,7 @@ def results(table: str, scale_name: str) -> pd.DataFrame:
     for row in scaled_rows(table, SCALES[scale_name]).itertuples():
         if row.defense in {"fmp", "no defense"}:
             about = {"record": record_name(row, SCALES[scale_name]), "method": defense_folder(row), "origin": "ours"}
-            about |= {"pratio": row.pratio, "model": SCALES[scale_name].record["model"]}
+            about |= {"pratio": row.pratio, "model": SCALES[scale_name].record["model"], "attack": row.attack, "target": "0"}
             rows.append(
                 {**about, "test_images": None, "seed": None, **{metric: getattr(row, metric) - 0.01 for metric in METRICS}}
             )
@@ -121,7 +121,7 @@ def test_ours_published_difference(table: str) -> None:
 def test_what_was_not_run_is_said_as_it_is() -> None:
     """Not asked for, failed, failed on one attack, or run by us in place of BackdoorBench: each is another sentence."""
     have = results("1a", "small")
-    ft = have[have["method"] == "fmp"].assign(method="ft")
+    ft = have[have["method"] == "fmp"].assign(method="ft-only")
     frame = pd.concat([have[(have["method"] != "fmp") | (have["record"] != "blended_cifar10_small")], ft])
     compared = compare("1a", SCALES["small"], frame)
     text = comparison_text("1a", SCALES["small"], compared)
@@ -134,6 +134,21 @@ def test_what_was_not_run_is_said_as_it_is() -> None:
     assert "Without a result: fmp at p 8;" in text and "BackdoorBench" not in text
     sample = comparison_text("5", DEMO, compare("5", DEMO, figures.assign(test_images=50)))
     assert "Without a result: fmp at p 2, fmp at p 8, fmp at p 64;" in sample
+
+
+def test_another_attack_is_not_shown_as_the_papers() -> None:
+    """A record of the row's name may hold another attack; our SSBA-like stands for SSBA, and a sentence says so."""
+    have = results("1a", "full")
+    ssba, blended = have["attack"] == "ssba", have["attack"] == "blended"
+    frame = have.assign(attack=have["attack"].mask(ssba, "ssba_like"), target=have["target"].mask(blended, "all-to-all"))
+    compared = compare("1a", FULL, frame)
+    own = compared[compared["defense"] == "fmp"].set_index("attack")["ours_test_acc"]
+    assert own[["badnet", "ssba"]].notna().all() and pd.isna(own["blended"])
+    assert "SSBA is this project's SSBA-like attack here" in comparison_text("1a", FULL, compared)
+    assert "SSBA-like" not in comparison_text("1a", FULL, compare("1a", FULL, have))
+    by_bb = pd.concat([have, have[have["method"] == "fmp"].assign(method="ft", origin="backdoorbench")])
+    by_both = pd.concat([by_bb, have[have["method"] == "fmp"].assign(method="ft-only", test_acc=0)])
+    assert compare("1a", FULL, by_both).set_index("defense").loc["ft", "ours_test_acc"].gt(50).all()
 
 
 def test_a_shrunken_table_says_so() -> None:

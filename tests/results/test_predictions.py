@@ -42,7 +42,7 @@ HEAD = "poisoned,label,target,before,after\n"
         (None, "cannot be read"),
         ("", "cannot be read"),
         ("a,b\n1,2\n", "has no column poisoned"),
-        (HEAD + "False,0,-1,0,0\n", "clean and poisoned"),
+        (HEAD + "True,0,1,0,0\n", "which images are poisoned"),
         (HEAD + "False,0,-1,x,0\nTrue,1,0,0,0\n", "outside"),
         (HEAD + "False,0,-1,0,0\nTrue,1,0,0,-1\n", "outside"),
         (HEAD + "False,0,-1,0,0\nTrue,1,0,0,3\n", "outside 0..2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import collect as script
@@ -124,3 +125,44 @@ def test_one_row_of_several_settings_has_a_note() -> None:
     assert not table.notes
     (table,) = build_tables(frame.assign(settings_digest=["3 epochs", "10 epochs"]))
     assert table.notes == ["Settings differ between attacks, so AVG mixes them: fmp."]
+
+
+def test_a_row_means_the_same_on_every_attack() -> None:
+    """Settings that differ on one attack make rows of their own on all."""
+    rows = [(record, record, "fmp", accuracy) for record in ("badnet", "blended") for accuracy in (0.8, 0.6)]
+    frame = frame_of(*rows).assign(defense=["fmp", "fmp-s1"] * 2, seed=[0, 1] * 2)
+    (table,) = build_tables(frame)
+    assert table.methods == ["fmp"]
+    (table,) = build_tables(frame.assign(settings_digest=["a", "b", "a", "a"]))
+    assert table.methods == ["fmp", "fmp-s1"] and table.means.loc["fmp", ("blended", "test_acc")] == pytest.approx(80)
+
+
+def test_a_mixture_in_one_row_has_a_note() -> None:
+    frame = frame_of(("a", "badnet", "ft", 0.8), ("b", "blended", "ft", 0.9))
+    (table,) = build_tables(frame.assign(origin=["ours", "backdoorbench"]))
+    assert table.notes == ["Results of this project and of BackdoorBench's script of that name are in one row: ft."]
+    (table,) = build_tables(frame.assign(code=["1111111", "2222222"]))
+    assert table.notes == ["Results of different commits of this project are in one row: ft."]
+
+
+def test_means_over_different_numbers_of_seeds_have_a_note() -> None:
+    rows = [("a", "badnet", "fmp", 0.8), ("a", "badnet", "fmp", 0.6), ("b", "blended", "fmp", 0.9)]
+    frame = frame_of(*rows).assign(seed=[0, 1, 0], defense=["fmp", "fmp-s1", "fmp"])
+    assert build_tables(frame)[0].notes == ["Means over different numbers of seeds: fmp (BadNets 2, Blended 1)."]
+    one_attack = frame.assign(attack="badnet", record_seed=[0, 0, 1])  # two records of it
+    assert build_tables(one_attack)[0].notes == ["Means over different numbers of seeds: fmp (BadNets 1 or 2)."]
+
+
+def test_a_record_itself_can_be_collected(root: Path) -> None:
+    (root / "badnet_cifar10" / "attack_result.pt").write_text("a model")
+    frame = collect(root / "badnet_cifar10", pytest.fail)
+    assert set(frame["record"]) == {"badnet_cifar10"} and "fmp" in set(frame["defense"])
+
+
+def test_without_pyarrow_nothing_is_written(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert script.main([str(root), "--csv", str(root / "out.csv"), "--parquet", str(root / "out.parquet")]) == 2
+    assert "needs pyarrow" in capsys.readouterr().err and not (root / "out.csv").exists()

@@ -36,10 +36,13 @@ def test_the_matrix_and_its_names(place: Path) -> None:
     assert len({rankings[name] for name in ("fmp-p4-eps1_255", "fmp-p4-eps4_255", "fmp-p4-eps1_255-s3")}) == 3
 
 
-def test_a_list_is_one_flag(place: Path) -> None:
-    """As a setting's value; as an entry of ``defenses`` it would be one run per item."""
+def test_numbers_that_belong_together_are_one_flag(place: Path) -> None:
+    """... of a setting that takes several; of others, a list in an entry of ``defenses`` is one run per item."""
     command = " ".join(plan(sweep_of(ours={"lr_scheduler": "MultiStepLR", "steplr_milestones": [5, 8]}))[0].command)
     assert "--steplr_milestones 5,8" in command
+    (one,) = plan(sweep_of(defenses=[{"defense": "fmp", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}]))
+    assert "--mean 0.5,0.4,0.3 --std 0.2,0.2,0.2" in " ".join(one.command)
+    assert len(plan(sweep_of(defenses=[{"defense": "fmp", "mean": ["0.5", "0.4"], "std": 0.2}]))) == 2
 
 
 def test_what_is_shared(place: Path) -> None:

@@ -24,7 +24,7 @@ POINT = 0.01  # figures of one model that differ by more were not measured alike
 SETTING = ["dataset", "model", "attack", "pratio"]
 COLUMNS = [
     *("record", "defense", *HEADLINES, "method", "seed", "ratio", "test_images", "seconds", "cpu_seconds"),
-    *(*SETTING, "record_seed", "record_digest", "settings_digest", "origin", "baseline", "source"),
+    *(*SETTING, "record_seed", "record_digest", "settings_digest", "code", "origin", "baseline", "source"),
     *("target", "detector", "detection_score", "flagged", "named"),
 ]
 
@@ -36,9 +36,10 @@ def collect(root: str | Path, warn: Warn) -> pd.DataFrame:
     ``method`` is ``defense`` without the seed, so rows that differ only in seeds share it. ``baseline`` says whose test of the
     attacked model DER and RIR compare with: ``attack`` (what the attack logged) or ``our test``. ``ratio`` is the share of
     clean data the defense had, ``test_images`` the size of the sample where it was not tested on all, ``seconds`` is elapsed
-    time, ``cpu_seconds`` that of all its threads and processes. ``target`` is the attack's; ``detector`` to ``named`` are what
-    the defense says about the attacked model (:class:`~fmp_core.results.detection.Detection`). ``warn`` gets one line for every
-    file that could not be read, and where the attack's figures contradict ours.
+    time, ``cpu_seconds`` that of all its threads and processes, ``code`` the commit of this project. ``target`` is the
+    attack's; ``detector`` to ``named`` are what the defense says about the attacked model
+    (:class:`~fmp_core.results.detection.Detection`). ``warn`` gets one line for every file that could not be read, and where
+    the attack's figures contradict ours.
 
     Raises UserError: no such folder.
     """
@@ -60,7 +61,13 @@ def _unicode(value: Any) -> Any:
 
 
 def _record_folders(root: Path) -> Iterator[Path]:
-    """The folders below ``root``, up to ``DEEPEST`` levels, that hold a folder ``defense``; nothing in a record is searched."""
+    """The folders below ``root``, up to ``DEEPEST`` levels, that hold a folder ``defense``; nothing in a record is searched.
+
+    ``root`` itself, if it is a record.
+    """
+    if (root / "attack_result.pt").is_file() and (root / "defense").is_dir():
+        yield root
+        return
     for place, folders, files in os.walk(root, followlinks=True):
         folder = Path(place)
         is_record = folder != root and ("defense" in folders or "attack_result.pt" in files)
@@ -72,7 +79,8 @@ def _record_folders(root: Path) -> Iterator[Path]:
 
 def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any]]:
     logged = _or_warn(read_attack_metrics, folder, warn) or {}
-    about: dict[str, Any] = {"record": folder.relative_to(root).as_posix(), "source": str(folder)}
+    name = folder.resolve().name if folder == root else folder.relative_to(root).as_posix()
+    about: dict[str, Any] = {"record": name, "source": str(folder)}
     about |= _or_warn(read_record, folder, warn) or {}
     places = sorted(path for path in (folder / "defense").iterdir() if path.is_dir() and not path.name.startswith("."))
     found = {place.name: _or_warn(_result_in, place, warn) for place in places}
@@ -100,7 +108,7 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
         row = {**about, "defense": defense, **result.metrics, **(ratings(before, result.metrics) if before else {})}
         row |= {"method": result.method or re.sub(rf"-s{result.seed}$", "", defense), "seed": result.seed}
         row |= {"ratio": result.ratio, "test_images": result.test_images, "source": result.source}
-        row |= {"settings_digest": result.settings_digest}
+        row |= {"settings_digest": result.settings_digest, "code": result.code}
         row |= {"seconds": result.seconds, "cpu_seconds": result.cpu_seconds}
         row |= {"origin": "ours" if result.ours else "backdoorbench"}
         row |= result.detection.as_row() if result.detection else {}

@@ -50,9 +50,9 @@ def detection_of_verdict(verdict: Mapping[str, Any]) -> Detection | None:
     return Detection(VERDICT, round(100 * lead, 2), flagged, (str(verdict.get("target")),) if flagged else ())
 
 
-def detection_of_neural_cleanse(folder: Path) -> Detection | None:
-    """From the newest log of ``nc`` in a result folder that holds the norms of all classes; None if none does."""
-    for path in sorted((folder / "log").glob("*.log"), reverse=True):
+def detection_of_neural_cleanse(logs: Sequence[Path]) -> Detection | None:
+    """From the first of the ``logs`` of ``nc`` that holds the norms of all classes; None if none does."""
+    for path in logs:
         if path.is_file() and path.stat().st_size <= MOST_LOG_BYTES:
             text = path.read_bytes()
             norms, said = {int(label): float(norm) for label, norm in NORM_LINE.findall(text)}, ALL_LABELS.findall(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from fmp_core.errors import UserError
 from fmp_core.results.collect import collect, join_leaderboard, read_leaderboard
 from fmp_core.results.figure import FORMATS, write_figure
 from fmp_core.results.roc import detection_table, detections, write_roc
-from fmp_core.results.tables import build_tables, printable, to_html, to_latex, to_markdown, to_text
+from fmp_core.results.tables import build_tables, to_html, to_latex, to_markdown, to_text
+from fmp_core.results.titles import printable
 from fmp_core.storage.files import replacing
 
 
@@ -23,6 +25,8 @@ def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width
     for kind in ("figure", "roc"):
         if kind in files and files[kind].suffix not in FORMATS:
             raise UserError(f"--{kind} {files[kind]} must end in {', '.join(FORMATS)}, which says what to write.")
+    if "parquet" in files and not importlib.util.find_spec("pyarrow"):
+        raise UserError("--parquet needs pyarrow; run: pip install pyarrow")
     frame = collect(root, lambda text: warn(printable(text)))
     if frame.empty:
         raise UserError(f"There are no defense results below {root}; run a defense first.")
@@ -42,11 +46,7 @@ def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width
         "html": lambda path: path.write_text(to_html(tables), "utf-8"),
     }
     for kind, write in writers.items():
-        if kind not in files:
-            continue
-        try:
+        if kind in files:
             with replacing(files[kind]) as temporary:
                 write(temporary)
-        except ImportError:
-            raise UserError("--parquet needs pyarrow; run: pip install pyarrow") from None
     return "\n".join([*(to_text(table, width) for table in tables), *([detection_table(found)] if "roc" in files else [])])

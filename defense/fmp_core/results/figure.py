@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fmp_core.errors import UserError
-from fmp_core.results.collect import BASELINE, MEASURED
-from fmp_core.results.read import AVERAGE
-from fmp_core.results.tables import PUBLISHED, SAMPLE, Table, attack_title, printable
+from fmp_core.results.collect import BASELINE
+from fmp_core.results.notes import PUBLISHED, SAMPLE
+from fmp_core.results.tables import Table
+from fmp_core.results.titles import AVERAGE, attack_title, printable
 
 FORMATS = (".svg", ".pdf", ".png")
 MARKERS = "osD^vP"
@@ -76,8 +77,7 @@ def _draw(axes: Axes, table: Table, attack: str, looks: dict[str, tuple[Any, str
     axes.axvline(0, color="0.85", linewidth=1, zorder=0)
     for name, (colour, marker) in looks.items():
         if name in means.index and means.loc[name].notna()["test_asr"] and (attack, name) not in table.partial:
-            own = (attack, name) in table.own_baseline and MEASURED in means.index and means.loc[MEASURED].notna().all()
-            lost = means.loc[MEASURED if own else BASELINE, "test_acc"] - means.loc[name, "test_acc"]
+            lost = table.lost[attack][name]
             bars = (stds.loc[name, "test_asr"], stds.loc[name, "test_acc"])
             point = axes.errorbar(lost, means.loc[name, "test_asr"], *bars, marker, color=colour, markersize=5)[0]
             point.set_label(name)  # the legend shows markers without bars, which would look alike

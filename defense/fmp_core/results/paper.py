@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fmp_core.errors import UserError
 from fmp_core.fields import read_yaml_mapping
-from fmp_core.results.read import AVERAGE, BB_DATASETS
+from fmp_core.results.read import BB_DATASETS
+from fmp_core.results.titles import AVERAGE
 from fmp_core.settings import PROJECT
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _defense_entry(row: Any, scale: Scale, backdoorbench: str | None) -> dict[st
     if row.defense == "fmp":
         return {"defense": "fmp", "name": defense_folder(row), **{key: getattr(row, key) for key in USUAL}}
     if backdoorbench is None:
-        return {"defense": "ft-only", "name": "ft"} if row.defense == "ft" else None
+        return {"defense": "ft-only"} if row.defense == "ft" else None
     return {"defense": row.defense, **baseline_flags(row.defense, scale)} if row.defense in BASELINES else None
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from fmp_core.metrics import HEADLINES, METRICS
 from fmp_core.results import paper
 from fmp_core.results.paper import FIGURES, NOT_RUNNABLE, VARIED, Scale
-from fmp_core.results.read import ATTACK_TITLES, AVERAGE
+from fmp_core.results.titles import ATTACK_TITLES, AVERAGE
 from fmp_core.storage.files import replacing
 
 BB_ONLY = set(paper.BASELINES) - {"ft"}  # fine-tuning alone is one of ours, too
@@ -23,16 +23,17 @@ def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
     """One row per attack and value, and AVG rows over the attacks shown.
 
     ``ours_*``, ``published_*`` and ``difference_*`` are percent; ours is the mean over seeds, empty for what was not run.
-    ``origin`` says who ran it: ``ours`` or ``backdoorbench``. Left out are results on a sample of the test images, and those of
-    records with another model or poison rate than the row's. ``fmp_core.sweeps.paper`` has left out those of other settings.
+    ``origin`` says who ran it: ``ours`` or ``backdoorbench``; ``own_attack``, which attack it is of. Left out are results on a
+    sample of the test images, and those of records with another model, attack or poison rate than the row's.
+    ``fmp_core.sweeps.paper`` has left out those of other settings.
     """
     frame = frame[frame["test_images"].isna() & (frame["model"].isna() | (frame["model"] == scale.record["model"]))]
     rows = []
     for row in paper.scaled_rows(table, scale).itertuples():
-        meant = (frame["record"] == paper.record_name(row, scale)) & (frame["method"] == paper.defense_folder(row))
-        results = frame[meant & (frame["pratio"].isna() | frame["pratio"].isin([row.pratio]))]
+        results = _results_of(frame, row, scale)
         line: dict[str, Any] = {"attack": row.attack, "value": row.value, "defense": row.defense}
         line["origin"] = ", ".join(sorted(set(results["origin"])))
+        line["own_attack"] = ", ".join(sorted(set(results["attack"].dropna()))) or row.attack
         for metric in METRICS:
             line[f"ours_{metric}"] = 100 * float(results[metric].mean())
             line[f"published_{metric}"] = 100 * getattr(row, metric)
@@ -45,6 +46,16 @@ def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
     for metric in METRICS:
         result[f"difference_{metric}"] = result[f"ours_{metric}"] - result[f"published_{metric}"]
     return result
+
+
+def _results_of(frame: pd.DataFrame, row: Any, scale: Scale) -> pd.DataFrame:
+    """Our results for a published row. BackdoorBench's ft comes before ours, and our SSBA-like attack may stand for SSBA."""
+    attacks = {row.attack, "ssba_like"} if row.attack == "ssba" else {row.attack}
+    meant = (frame["record"] == paper.record_name(row, scale)) & frame["target"].ne("all-to-all").fillna(True)
+    meant &= frame["attack"].isna() | frame["attack"].isin(attacks)
+    meant &= frame["pratio"].isna() | frame["pratio"].isin([row.pratio])
+    results = frame[meant & (frame["method"] == paper.defense_folder(row))]
+    return frame[meant & (frame["method"] == "ft-only")] if row.defense == "ft" and results.empty else results
 
 
 def comparison_text(
@@ -95,6 +106,8 @@ def _not_run(table: str, compared: pd.DataFrame, backdoorbench: bool) -> Iterato
         yield f"Without a result: {', '.join(missing)}; not run yet, or failed."
     if "ours" in set(own.loc[own["defense"] == "ft", "origin"]):
         yield "The row ft is this project's ft-only (fine-tuning without pruning), not BackdoorBench's."
+    if "ssba_like" in set(own["own_attack"]):
+        yield "SSBA is this project's SSBA-like attack here, not SSBA's trained encoder (docs/records.md)."
 
 
 def draw_figure(path: Path, number: str, scale: Scale, compared: pd.DataFrame) -> None:

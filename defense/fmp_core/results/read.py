@@ -5,7 +5,6 @@ Folders may come from anywhere: what cannot be read raises a UserError that name
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
@@ -16,8 +15,9 @@ from typing import Any
 
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS, Figures
+from fmp_core.results.bb_files import fractions, logged_settings, logs_until, read_summary, seconds_of_bb, summary_file
 from fmp_core.results.detection import Detection, detection_of_neural_cleanse, detection_of_verdict
-from fmp_core.results.values import finite_number, read_json, read_text, value_of, whole_number
+from fmp_core.results.values import finite_number, read_json, value_of, whole_number
 from fmp_core.settings import deciding_result
 from fmp_core.storage.files import file_digest
 
@@ -29,16 +29,6 @@ MODEL_DIGEST = "defense_result"  # key of the SHA-256 of the defense_result.pt t
 RUN_NOTE = "run_defense.json"  # of a BB defense: which attack_result.pt it defended, and which defense_result.pt came of it
 ATTACK_DIGEST = "attack_result"  # key of the SHA-256 of the record's attack_result.pt
 ATTACK_NAMES = {"lowfrequency": "lf", "label_consistent": "lc"}  # info.pickle's names -> those of files and leaderboard
-ATTACK_TITLES = {
-    "badnet": "BadNets",
-    "blended": "Blended",
-    "lf": "Low Frequency",
-    "ssba": "SSBA",
-    "ssba_like": "SSBA-like",
-    "wanet": "WaNet",
-    "sig": "SIG",
-}
-AVERAGE = "AVG"  # stands for an attack in the rows over all
 ATTACKS = "badnet|blended|blind|bpp|ctrl|inputaware|lc|lf|lira|refool|sig|ssba|trojannn|wanet"
 BB_DATASETS = ("cifar10", "cifar100", "gtsrb", "tiny", "mnist", "celeba", "imagenet")  # those BackdoorBench knows
 DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))
@@ -47,8 +37,8 @@ TRIGGER_FILES = re.compile(r"trigger_file|trigger_img_path|mask_path|pattern_?pa
 # BB's defenses of which defense_result.pt is not what they test: npd saves the attacked weights, nab tests images with a stamp.
 NO_FINAL_TEST = {"npd", "nab"}
 NOT_DECIDING = r"seed|path|folder|save|log|file|name|device|worker|terminal|time|frequency|memory|blocking|prefetch|fresh|quiet"
-# Summaries of a stage that is not the defense's last (nad's teacher, the first stages of abl and dbd).
-UNFINISHED_STAGES = {"nad_te", "pre_train", "unlearn", "self", "train"}
+# Neither do those that BB\'s logs tell of the attacked model.
+NOT_OF_DEFENSE = rf"{NOT_DECIDING}|^(attack|dataset|model$|num_classes|input_|img_size|pratio|result)"
 
 
 @dataclass(frozen=True)
@@ -66,6 +56,7 @@ class Result:
     method: str | None = None  # the sweep's label, equal over seeds
     settings: Mapping[str, Any] = field(default_factory=dict)  # as far as they are known; those of BackdoorBench are text
     settings_digest: str | None = None  # differs between results of other settings than the seed
+    code: str | None = None  # the commit of this project that ran
     before: Figures = field(default_factory=dict)  # the attacked model, as this run tested it
     dataset: str | None = None
     model: str | None = None
@@ -84,14 +75,15 @@ def read_result(folder: Path) -> Result:
 
 
 def _bb_result(folder: Path) -> Result:
-    tested, logged = _whole_test(folder), _logged_settings(folder)
+    tested = _whole_test(folder)
     if (folder / "fmp_df_summary.csv").is_file():
         raise UserError(f"{folder} has no metrics.json, though FMP wrote there; the run did not end, run it again")
-    path = _summary_file(folder) if tested is None else folder / WHOLE_TEST
-    metrics = _read_summary(path) if tested is None else _fractions(tested, path)
-    stamp = _own_stamp(folder, path)
+    path = summary_file(folder) if tested is None else folder / WHOLE_TEST
+    metrics = read_summary(path) if tested is None else fractions(tested, path)
+    stamp, logs = _own_stamp(folder, path), logs_until(folder, path.stat().st_mtime)
+    logged = logged_settings(logs)
     settings = logged or {key: str(value) for key, value in (value_of(stamp, "settings", dict) or {}).items()}
-    seconds, cpu = _seconds_of_bb(folder)
+    seconds, cpu = seconds_of_bb(folder)
     return Result(
         metrics,
         str(path),
@@ -99,11 +91,11 @@ def _bb_result(folder: Path) -> Result:
         seed=whole_number({"seed": int(logged["random_seed"]) if logged else None, **stamp}, "seed"),
         method=value_of(stamp, "method", str),
         settings=settings,
-        settings_digest=_digest({key: value for key, value in settings.items() if not re.search(NOT_DECIDING, key)}),
+        settings_digest=_digest({key: value for key, value in settings.items() if not re.search(NOT_OF_DEFENSE, key)}),
         ratio=None if logged.get("index", "None") != "None" else finite_number(settings.get("ratio")),
         seconds=seconds,
         cpu_seconds=cpu,
-        detection=detection_of_neural_cleanse(folder) if (folder / "nc_df_summary.csv").is_file() else None,
+        detection=detection_of_neural_cleanse(logs) if (folder / "nc_df_summary.csv").is_file() else None,
         attack_result=_attack_of_bb(folder),
     )
 
@@ -122,6 +114,7 @@ def _our_result(path: Path) -> Result:
         method=value_of(stamp, "method", str),
         settings=settings,
         settings_digest=_digest({key: settings.get(key) for key in deciding_result() if settings and key != "random_seed"}),
+        code=value_of(value_of(content, "versions", dict) or {}, "git", str),
         before=_our_fractions(before, path) if before else {},
         dataset=value_of(content, "dataset", str),
         model=value_of(content, "model", str),
@@ -164,7 +157,7 @@ def _whole_test(folder: Path) -> dict[str, Any] | None:
 def read_attack_metrics(folder: Path) -> dict[str, float]:
     """Acc, ASR and RA of the attacked model as the attack logged them, or nothing. Raises UserError: the file is damaged."""
     path = folder / "attack_df_summary.csv"
-    return _read_summary(path) if path.is_file() else {}
+    return read_summary(path) if path.is_file() else {}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -217,56 +210,12 @@ def _comparable(key: object, value: object) -> object:
     return Path(value).name if isinstance(value, str) and TRIGGER_FILES.search(str(key)) else value
 
 
-def _summary_file(folder: Path) -> Path:
-    """The csv that holds the defense's last word; ft-sam keeps it in ``log/``, fp calls it finetune."""
-    summaries = [path for place in (folder, folder / "log") for path in sorted(place.glob("*_df_summary.csv"))]
-    stages = [path for path in summaries if _stage(path) not in UNFINISHED_STAGES]
-    final = [path for path in stages if _stage(path) != "finetune"] or stages
-    if len(final) == 1:
-        return final[0]
-    if final:
-        raise UserError(f"{folder} holds several results ({', '.join(path.name for path in final)})")
-    raise UserError(f"{folder} holds no metrics.json and no *_df_summary.csv; the defense may not have ended")
-
-
-def _stage(path: Path) -> str:
-    return path.name.removesuffix("_df_summary.csv")
-
-
-def _read_summary(path: Path) -> dict[str, float]:
-    """The last METRICS in a summary: row ``last`` of the three-row form, or the one row of clp, anp, rnp, nc."""
-    try:
-        rows: list[dict[str, Any]] = list(csv.DictReader(read_text(path).splitlines()))
-    except csv.Error as error:
-        raise UserError(f"{path} is not a csv table ({error})") from None
-    if not rows:
-        raise UserError(f"{path} has no rows")
-    row = next((row for row in rows if row.get("") == "last"), rows[-1])
-    if _stage(path) == "rnp" and row.get("") == "last":  # of its unlearning or recovering; the final file has another form
-        raise UserError(f"{path} is of a stage before rnp's last; the defense did not end, run it again")
-    if absent := [name for name in METRICS if row.get(name) in (None, "")]:
-        raise UserError(f"{path} has no {', '.join(absent)}")
-    if _stage(path) == "mcr":  # BB's mcr stores them the other way round
-        row["test_acc"], row["test_asr"] = row["test_asr"], row["test_acc"]
-    return _fractions(row, path, whole=100 if _stage(path) == "npd" else 1)  # the one defense that writes percent
-
-
-def _fractions(values: Mapping[str, Any], path: Path, whole: int = 1) -> dict[str, float]:
-    result = {}
-    for name in METRICS:
-        number = finite_number(values.get(name))
-        if number is None or not 0 <= number / whole <= 1:
-            raise UserError(f"{path} has {name} {str(values.get(name))[:40]!r}, which is no fraction of 1")
-        result[name] = number / whole
-    return result
-
-
 def _our_fractions(values: Mapping[str, Any], path: Path) -> Figures:
     """Those of metrics.json, where ASR and RA are null if there was no triggered image."""
     untested = [name for name in METRICS[1:] if name in values and values[name] is None]
     if len(untested) < len(METRICS) - 1:
-        return _fractions(values, path)
-    return {**_fractions({**values, **dict.fromkeys(untested, 0)}, path), **dict.fromkeys(untested)}
+        return fractions(values, path)
+    return {**fractions({**values, **dict.fromkeys(untested, 0)}, path), **dict.fromkeys(untested)}
 
 
 def _attack_of_bb(folder: Path) -> str | None:
@@ -276,24 +225,3 @@ def _attack_of_bb(folder: Path) -> str | None:
         return None
     content = read_json(note)
     return value_of(content, ATTACK_DIGEST, str) if content.get(MODEL_DIGEST) == file_digest(model) else None
-
-
-def _logged_settings(folder: Path) -> dict[str, str]:
-    """All settings of the last BB run, as it printed them: its log begins with them, and the log's name is the time."""
-    logs = [path for place in ("log/*.log", "*.log") for path in sorted(folder.glob(place), reverse=True)]
-    for path in filter(Path.is_file, logs):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            head = file.read(2**16)
-        for printed in re.findall(r"\{'\w+': .*(?:\n .*)*", head):
-            if seed := re.search(r"'random_seed': (\d{1,10})\b", printed):
-                found = dict(re.findall(r"'(\w+)': (\([^)\n]*\)|'[^'\n]*'|[^,}\n]+)", printed))
-                return {**found, "random_seed": seed[1]}
-    return {}
-
-
-def _seconds_of_bb(folder: Path) -> tuple[float | None, float | None]:
-    """Elapsed and processor time, which ``run_defense.py`` noted at the end of its log."""
-    path = folder / "run_defense.log"
-    lines = read_text(path).splitlines() if path.is_file() else []
-    found = re.fullmatch(r"exit code 0 after (\d+) s; CPU (\d+) s", lines[-1]) if lines else None
-    return (float(found[1]), float(found[2])) if found else (None, None)

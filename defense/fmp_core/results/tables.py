@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -12,15 +12,14 @@ import jinja2
 import pandas as pd
 
 from fmp_core.metrics import HEADLINES, LOW_IS_GOOD
-from fmp_core.results.collect import BASELINE
-from fmp_core.results.read import ATTACK_TITLES, AVERAGE
+from fmp_core.results.collect import BASELINE, MEASURED
+from fmp_core.results.notes import PUBLISHED, SAMPLE, notes_of_mixtures, notes_of_partial, notes_of_shares, partial_means
+from fmp_core.results.titles import ATTACK_TITLES, AVERAGE, attack_title, printable
 
 ASSETS = Path(__file__).parent / "assets"
 ITALIC = "font-style: italic; color: var(--soft);"
 RATIO = ("", "ratio")  # the column of clean shares
-PUBLISHED = "(published)"
 ORACLE = "ablate-oracle"  # begins rows of ablate.py that see the trigger
-SAMPLE = " test images)"  # ends the name of a method that was tested on a sample
 SETTING = ["dataset", "model", "pratio"]
 
 
@@ -30,16 +29,17 @@ class Table:
 
     ``means`` and ``stds`` are percent over seeds, a row per method and a column per (attack, metric); NaN where nothing was
     run, ``stds`` also where there is one seed. ``ratios`` is the share of clean data each method had, as text. ``notes`` are
-    sentences that belong below the table. ``own_baseline``: the (attack, method) compared with our test of the attacked model.
-    ``partial``: the (attack, method) that lack one of the attack's records.
+    sentences that belong below the table. ``lost``: accuracy lost, in points, since the test of the attacked model that DER
+    compares with, a row per method and a column per attack. ``partial``: the (attack, method) that
+    lack one of the attack's records.
     """
 
     title: str
     means: pd.DataFrame
     stds: pd.DataFrame
     ratios: pd.Series
+    lost: pd.DataFrame
     notes: Sequence[str] = field(default=())
-    own_baseline: frozenset[tuple[str, str]] = frozenset()
     partial: frozenset[tuple[str, str]] = frozenset()
 
     @property
@@ -96,10 +96,14 @@ def build_tables(frame: pd.DataFrame) -> list[Table]:
 
 
 def _differ(frame: pd.DataFrame) -> pd.Series:
-    """Whether results that would be averaged as seeds of one method were made with other settings, or the seed is the same."""
+    """Whether results that would be averaged as seeds of one method were made with other settings, or the seed is the same.
+
+    On one attack is enough: a row must mean the same on all.
+    """
     settings = frame.groupby([*SETTING, "column", "method"], dropna=False)["settings_digest"]
     twice = frame.duplicated(["record", "method", "seed", "test_images"], keep=False) & frame["seed"].notna()
-    return (settings.transform(lambda digests: digests.nunique(dropna=False)) > 1) | twice
+    found = (settings.transform(lambda digests: digests.nunique(dropna=False)) > 1) | twice
+    return found.groupby([*(frame[key] for key in SETTING), frame["method"]], dropna=False).transform("any")
 
 
 def _columns(frame: pd.DataFrame) -> pd.Series:
@@ -134,67 +138,28 @@ def _table(title: str, part: pd.DataFrame) -> Table:
         stds = stds.reindex(columns=means.columns)
     shares = {method: sorted(set(part.loc[part["method"] == method, "ratio"].dropna())) for method in methods}
     shown = pd.Series({method: ", ".join(f"{share:g}" for share in shares[method]) or "-" for method in methods})
-    own = part.loc[part["baseline"].eq("our test"), ["column", "method"]].itertuples(index=False, name=None)
-    partial = _partial(part)
-    return Table(
-        title,
-        means,
-        stds,
-        shown,
-        [*_notes(shares), *_notes_of_partial(partial), *_note_of_settings(part)],
-        frozenset(own),
-        frozenset(partial),
+    partial = partial_means(part)
+    notes = [*notes_of_shares(shares), *notes_of_partial(partial), *notes_of_mixtures(part)]
+    return Table(title, means, stds, shown, _lost(part).reindex(methods), notes, frozenset(partial))
+
+
+def _lost(part: pd.DataFrame) -> pd.DataFrame:
+    """:attr:`Table.lost`."""
+    logged, ours = (
+        part[part["defense"] == name].drop_duplicates("record").set_index("record") for name in (BASELINE, MEASURED)
     )
-
-
-def _partial(part: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
-    """Methods whose mean over an attack's records lacks some of them -> the records that are missing."""
-    run = part[
-        (part["origin"] != "published") & ~part["method"].str.startswith(BASELINE) & ~part["method"].str.endswith(SAMPLE)
-    ]
-    records = run.groupby("column")["record"].agg(set)
-    owned = run.groupby(["column", "method"])["record"].agg(set)
-    return {place: sorted(absent) for place, own in owned.items() if (absent := records[place[0]] - own)}
-
-
-def _note_of_settings(part: pd.DataFrame) -> Iterator[str]:
-    """On methods of ours whose settings differ between attacks. (BackdoorBench's logs name the attack among the settings.)"""
-    several = part[part["origin"] == "ours"].groupby("method")["settings_digest"].nunique() > 1
-    if several.any():
-        yield f"Settings differ between attacks, so AVG mixes them: {', '.join(several.index[several])}."
-
-
-def _notes_of_partial(partial: dict[tuple[str, str], list[str]]) -> Iterator[str]:
-    if partial:
-        listed = "; ".join(f"{method} on {column} lacks {', '.join(absent)}" for (column, method), absent in partial.items())
-        yield f"Means over fewer records than others, so not to be compared with them: {listed}."
-
-
-def _notes(shares: dict[str, list[float]]) -> Iterator[str]:
-    """Sentences on the ``shares`` of clean data that each method had, and on methods tested on a sample."""
-    distinct = sorted({share for owned in shares.values() for share in owned})
-    by_share = {share: [method for method, owned in shares.items() if share in owned] for share in distinct}
-    if len(by_share) > 1:
-        listed = "; ".join(f"{share:g}: {', '.join(methods)}" for share, methods in by_share.items())
-        yield f"The methods had different shares of clean data ({listed}); `ratio` in a sweep file gives all of them the same."
-    if sampled := [method for method in shares if method.endswith(SAMPLE)]:
-        yield f"Tested on a sample of the test images, so not to be compared with the other rows: {', '.join(sampled)}."
+    before = part["record"].map(logged["test_acc"])
+    before = before.mask(
+        part["baseline"].eq("our test") & part["record"].isin(ours.index), part["record"].map(ours["test_acc"])
+    )
+    lost = 100 * (before - pd.to_numeric(part["test_acc"], errors="coerce"))
+    return lost.groupby([part["method"], part["column"]]).mean().unstack()
 
 
 def _method_order(name: str) -> tuple[bool, bool, list[tuple[int, str]]]:
     """The attacked model first, published rows last; fmp-p4 before fmp-p16."""
     parts = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
     return not name.startswith(BASELINE), name.endswith(PUBLISHED), parts
-
-
-def printable(text: object) -> str:
-    """``text`` without control characters: names come from folders that others made, and terminals obey escapes."""
-    return "".join(char if char.isprintable() else "?" for char in str(text))
-
-
-def attack_title(name: str) -> str:
-    """An attack's name as papers write it; an unknown one as it is, without control characters."""
-    return printable(ATTACK_TITLES.get(name, name))
 
 
 def to_text(table: Table, width: int = 128) -> str:

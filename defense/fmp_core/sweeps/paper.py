@@ -73,7 +73,7 @@ def _show(tables: list[str], args: Namespace, warn: Callable[[str], None]) -> No
 
     from fmp_core.results.collect import collect
     from fmp_core.results.paper_comparison import compare, comparison_text, draw_figure
-    from fmp_core.results.tables import printable
+    from fmp_core.results.titles import printable
 
     scale = SCALES[args.scale]
     frame = collect(args.record_root, lambda line: warn(printable(line)))
@@ -83,6 +83,10 @@ def _show(tables: list[str], args: Namespace, warn: Callable[[str], None]) -> No
         other = of_other_settings(table, scale, frame, Path(args.record_root))
         for line in other.values():
             warn(printable(f"table {table}: {line}"))
+        records = {record_name(row, scale) for row in scaled_rows(table, scale).itertuples()}
+        for record in sorted(records & set(frame["record"])):
+            if not read_stamp(Path(args.record_root) / record):
+                warn(printable(f"table {table}: {record} was not made by a sweep, so its training may not be the scale's"))
         compared[table] = compare(table, scale, frame.drop(list(other)))
     text, markdown = (
         [comparison_text(table, scale, part, kind, bool(args.backdoorbench)) for table, part in compared.items()]

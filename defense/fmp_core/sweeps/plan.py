@@ -152,8 +152,16 @@ def _all_jobs(sweep: Sweep, datasets: dict[str, str]) -> Iterator[Job]:
 
 
 def _expand(entry: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every combination of the keys that hold a list, with the part of it that varies."""
-    varied = {key: value for key, value in entry.items() if isinstance(value, list)}
+    """Every combination of the keys that hold a list, with the part of it that varies.
+
+    The list of a setting that takes several numbers (``mean: [0.5, 0.4, 0.3]``) is one value; lists in a list are several.
+    """
+
+    def is_one_value(key: str, value: list[Any]) -> bool:
+        several = key in FIELDS and FIELDS[key].metadata["kind"].several
+        return several and bool(value) and not any(isinstance(part, (list, str)) for part in value)
+
+    varied = {key: value for key, value in entry.items() if isinstance(value, list) and not is_one_value(key, value)}
     if empty := [key for key, value in varied.items() if not value]:
         raise UserError(f"{empty[0]} is an empty list, with which nothing would run; give it values, or leave it out.")
     for values in itertools.product(*varied.values()):
