@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import fmp_core.frg
-import fmp_core.inversion
 import pytest
 import torch
 from fmp_core.data.datasets import DatasetFacts
+from fmp_core.frg import racing, reverse
 from fmp_core.frg.scores import layer_slices
 from fmp_core.inputs import DefenderInputs
 from fmp_core.inversion import search, trigger, verdict
@@ -23,6 +21,7 @@ from fmp_core.selection.choice import Selection
 from fmp_core.selection.select import select_feature_maps
 from fmp_core.settings import Settings
 from fmp_core.storage.checkpoint import source_digest
+from fmp_core.system import devices
 from fmp_core.system.cli import Stages
 from toy import CLASSES, SmallPreActResNet
 from toy_cases import toy_images, toy_model
@@ -118,10 +117,10 @@ def test_scores_of_another_algorithm_are_not_believed(
         return "ranking" in caplog.text
 
     assert ranked() and not ranked()
-    for module, source, constant in (("frg", "reverse.py", "clamp(0, 1)"), ("frg", "racing.py", "CONTENDERS = 2")):
+    for module, constant in ((reverse, "clamp(0, 1)"), (racing, "CONTENDERS = 2"), (devices, "amx")):
         with monkeypatch.context() as patch:
-            change_source(getattr(fmp_core, module), source, constant, tmp_path / source, patch)
-            assert ranked(), source
+            change_source(module, constant, tmp_path, patch)
+            assert ranked(), module
     source_digest.cache_clear()
     assert not ranked()  # and what was believed before still is
 
@@ -146,17 +145,17 @@ def test_verdicts_of_another_algorithm_are_not_believed(
     selecting(selection="trigger")
     assert searched == []
     with monkeypatch.context() as patch:
-        change_source(fmp_core.inversion, "trigger.py", "STEPS = 16", tmp_path / "changed", patch)
+        change_source(trigger, "STEPS = 16", tmp_path, patch)
         selecting(selection="trigger")
     assert searched == list(trigger.FAMILIES)
     source_digest.cache_clear()
 
 
-def change_source(package: ModuleType, source: str, line: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Let ``package`` lie in ``folder``, where something is changed in ``line`` of ``source``; its code stays what it is."""
-    shutil.copytree(Path(str(package.__file__)).parent, folder)
-    text = (folder / source).read_text()
+def change_source(module: ModuleType, line: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let the file of ``module`` lie in ``folder``, with something changed in ``line``; its code stays what it is."""
+    file = Path(str(module.__file__))
+    text = file.read_text()
     assert line in text
-    (folder / source).write_text(text.replace(line, line[:-1] + "3"))
-    patch.setattr(package, "__file__", str(folder / "__init__.py"))
+    (folder / file.name).write_text(text.replace(line, line[:-1] + "3"))
+    patch.setattr(module, "__file__", str(folder / file.name))
     source_digest.cache_clear()

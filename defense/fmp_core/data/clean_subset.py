@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fmp_core.errors import UserError
 
+FIRST, LAST = 32, 256  # images that FRG scores by default, and that trigger inversion holds out
 LARGEST_FILE = 64 * 2**20  # bytes of an index file; ImageNet's 1.3 million indices take 10 MB
 
 
@@ -32,14 +33,15 @@ def choose_subset(total: int, ratio: float, seed: int, index_file: str | None) -
 def in_mixed_order(subset: list[int], labels: Sequence[int], seed: int) -> list[int]:
     """``subset`` as it is, or in an order drawn by ``seed`` if its images, of the classes ``labels``, come class by class.
 
-    FRG scores the first images and triggers are tested on the last ones; either should be of all classes. An order counts as
-    class by class if neighbours differ in class less than half as often as in a random order.
+    FRG scores the first images and triggers are tested on the last ones; either should be of all classes. Images come class by
+    class if, among the first or the last, neighbours differ in class less than half as often as in a random order.
     """
     shares = [count / len(labels) for count in Counter(labels).values()]
-    expected = (len(labels) - 1) * (1 - sum(share**2 for share in shares))
-    if sum(a != b for a, b in pairwise(labels)) >= expected / 2:
-        return subset
-    return random.Random(seed).sample(subset, len(subset))
+    differing = 1 - sum(share**2 for share in shares)
+    for part in (labels[:FIRST], labels[:LAST], labels[-LAST:]):
+        if sum(a != b for a, b in pairwise(part)) < (len(part) - 1) * differing / 2:
+            return random.Random(seed).sample(subset, len(subset))
+    return subset
 
 
 def _read_index(path: str, total: int) -> list[int]:

@@ -35,6 +35,7 @@ UNDECIDED = 4.0  # standard deviations over maps within which a margin of 0 make
 TRUSTED = 4.5  # standard deviations of its error that a predicted margin keeps from 0 to be trusted: all but 7e-6, if normal
 CONTENDERS = 2  # times the maps below the cut are scored in full at first
 CONFIDENCE = 4.0  # standard deviations of its margin's error that a dropped map keeps from the cut: all but 3e-5, if normal
+STUDENT = 6.25  # the same of Student's t with 11 degrees of freedom: the error is known from the CALIBRATION_MAPS of a layer
 
 
 def race(
@@ -107,7 +108,7 @@ def score_contenders(
     """Scores whose lowest N/p maps are ``scorer``'s; ``settled`` marks all maps that it scored.
 
     A map is dropped if its cheap score stays above the full score at the cut by more than cheap scores err, :data:`CONFIDENCE`
-    standard deviations: in the mean margin, and, for its count, in the smallest margin of a correct image.
+    or :data:`STUDENT` standard deviations: in the mean margin, and, for its count, in the smallest margin of a correct image.
 
     Args:
         cheap: scores of all maps; where they are not ``settled``, ``margin`` is the least it may be.
@@ -131,7 +132,7 @@ def score_contenders(
             slack = torch.full_like(margin, CONFIDENCE * float(wrong.square().mean().sqrt()))
             fragile = cheap.smallest_margin < slack * cheap.samples**0.5  # one image errs more than the mean of all
         else:
-            slack, fragile = CONFIDENCE * error, torch.zeros_like(settled)
+            slack, fragile = STUDENT * error, torch.zeros_like(settled)
         floor = torch.where(known, cheap.margin - slack, cheap.margin)
         scores = replace(cheap, correct=correct, margin=margin, settled=settled)
         contenders = _may_be_below_cut(scores, cheap.correct - fragile.long(), floor, p, scope)
@@ -213,9 +214,15 @@ def calibrate(scorer: FeatureMapScorer, taylor: MarginTaylor, maps: Tensor) -> t
     undecided, tolerance = mean.abs() < UNDECIDED * spread, TRUSTED * deviation * oddity.clamp_min(1)
     trusted = [(guess + b).abs() > limit for guess, b, limit in zip(first_order, bias, tolerance, strict=True)]
     decided = ((mean > 0) & ~undecided).sum(1).tolist()  # here and in the next line the host waits, once per layer
-    error = [(part * use).mean(1).square().mean().sqrt().item() for part, use in zip(wrong, trusted, strict=True)]
+    error = [_error_of_others((part * use).mean(1)) for part, use in zip(wrong, trusted, strict=True)]
     rows = zip(undecided, bias, tolerance, decided, error, strict=True)
     return counts, [LayerPredictor(taylor, *values) for values in rows]
+
+
+def _error_of_others(residuals: Tensor) -> float:
+    """Standard deviation with which a further map errs, from the ``residuals`` of ``[n]`` maps about their own mean."""
+    count = len(residuals)
+    return float(residuals.square().sum() / max(1, count - 1) * (1 + 1 / count)) ** 0.5
 
 
 def _evenly(layers: Sequence[ConvLayer], count: int) -> Tensor:

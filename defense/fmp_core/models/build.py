@@ -113,10 +113,14 @@ def _metadata(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, dict
 
 
 def state_like(network: nn.Module, original: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """The weights of what :func:`load_model` made from ``original``, as CPU tensors with its keys, order and dtypes."""
+    """The weights of what :func:`load_model` made from ``original``, as CPU tensors with its keys, order and dtypes.
+
+    Those in half precision become float32: rounded they would be another model than the one that was tested.
+    """
     current, keys = network.state_dict(), cast("dict[str, str]", network.record_keys)
     values = to_host(current[keys[key]] for key in original)
-    return OrderedDict((key, own.to(value.dtype)) for (key, value), own in zip(original.items(), values, strict=True))
+    kinds = (torch.promote_types(value.dtype, own.dtype) for value, own in zip(original.values(), values, strict=True))
+    return OrderedDict((key, own.to(kind)) for key, own, kind in zip(original, values, kinds, strict=True))
 
 
 class PixelModel(nn.Module):

@@ -70,11 +70,13 @@ class FastOps(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        args = [_current(arg) for arg in args]
+        args, kwargs = [_current(arg) for arg in args], {key: _current(value) for key, value in (kwargs or {}).items()}
         if func in _SMOOTH and args[0].device.type == "cpu" and args[0].numel() % VECTOR:
-            kwargs = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
-            return _padded(lambda whole: func(whole, *args[1:], **kwargs), args[0])
+            plain = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
+            out = _padded(lambda whole: func(whole, *args[1:], **plain), args[0])
+            if kwargs.get("inplace"):
+                args[0].fmp_current = out  # as an in-place ReLU does
+            return out
         if func in (torch.relu_, Tensor.relu_):
             return self._relu(args[0], inplace=True)
         cheaper = {torch.conv2d: self._conv2d, F.linear: _linear, F.batch_norm: _batch_norm}

@@ -56,8 +56,11 @@ def trace_conv_layers(network: nn.Module, example: Tensor) -> list[ConvLayer]:
     its channels are class scores, not feature maps (SqueezeNet ends so).
 
     Raises:
-        UserError: the model has no feature map, or calls a convolution more than once (its maps would be ambiguous).
+        UserError: the model has no feature map; its maps would be ambiguous (a convolution is called more than once, or shares
+            its weight with another); a convolution computes its weight, so that nothing could be pruned; or a batch norm has
+            no running statistics, so that predictions depend on the batch.
     """
+    _refuse_unusual(network)
     produced: list[tuple[nn.Conv2d, Tensor, int]] = []  # output kept alive, so identity holds; its version when returned
     consumed: dict[nn.Module, list[nn.Conv2d | None]] = {}
     origins: dict[Any, nn.Conv2d] = {}
@@ -95,6 +98,18 @@ def trace_conv_layers(network: nn.Module, example: Tensor) -> list[ConvLayer]:
         for conv in convs
         if conv not in last
     ]
+
+
+def _refuse_unusual(network: nn.Module) -> None:
+    weights: dict[int, str] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            if module._parameters.get("weight") is None:
+                raise UserError(f"The convolution {name} computes its weight (weight norm, say), so its maps cannot be pruned.")
+            if (other := weights.setdefault(id(module.weight), name)) != name:
+                raise UserError(f"The convolutions {other} and {name} share one weight; FMP needs one feature map per channel.")
+        elif isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise UserError(f"The batch norm {name} has no running statistics, so predictions depend on the batch.")
 
 
 def _output_layers(out: Tensor, origins: Mapping[Any, nn.Conv2d], image: Tensor) -> set[nn.Conv2d]:

@@ -13,24 +13,31 @@ from fmp_core.models.feature_maps import ConvLayer
 
 @torch.no_grad()
 def prune_feature_maps(layers: Sequence[ConvLayer], chosen: Mapping[str, Tensor]) -> None:
-    """Zero, in place, the filter and bias of every chosen map, and weight and bias of its own batch norms.
+    """Zero, in place, the filter and bias of every chosen map, and weight and bias of its own batch norms (of one without
+    these: its running mean).
 
     ``chosen`` maps a layer name to a bool tensor ``[channels]``. Afterwards the channel's output, and that of its batch norm,
     is exactly 0. A batch norm fed by anything else (a residual sum) is left alone.
     """
     for layer in layers:
         mask = chosen[layer.name]
-        for parameter in (p for module in (layer.module, *layer.batch_norms) for p in (module.weight, module.bias)):
-            if isinstance(parameter, Tensor):
-                parameter[mask.to(parameter.device)] = 0
+        for values in _values_of_maps(layer):
+            values[mask.to(values.device)] = 0
+
+
+def _values_of_maps(layer: ConvLayer) -> list[Tensor]:
+    """The tensors whose first dimension is the layer's maps, and which make a map and what its batch norms make of it."""
+    modules = (layer.module, *layer.batch_norms)
+    plain = [module.running_mean for module in layer.batch_norms if module.weight is None]
+    values = [*(part for module in modules for part in (module.weight, module.bias)), *plain]
+    return [part for part in values if isinstance(part, Tensor)]
 
 
 def accuracy_without(
     model: nn.Module, layers: Sequence[ConvLayer], chosen: Mapping[str, Tensor], images: Tensor, labels: Tensor
 ) -> float:
     """Accuracy in [0,1] on uint8 images with the chosen maps pruned; the model is left as it was found."""
-    modules = [module for layer in layers for module in (layer.module, *layer.batch_norms)]
-    kept = [(p, p.detach().clone()) for module in modules for p in (module.weight, module.bias) if isinstance(p, Tensor)]
+    kept = [(values, values.detach().clone()) for layer in layers for values in _values_of_maps(layer)]
     try:
         prune_feature_maps(layers, chosen)
         return float((predict(model, images, labels, len(images))[0] == labels).double().mean())

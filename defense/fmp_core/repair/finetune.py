@@ -73,8 +73,8 @@ class FineTuning:
             unlearning = Unlearning(trigger_search(defender, settings), selection.triggers)
         elif settings.unlearn and settings.selection != "trigger":
             LOGGER.warning("--unlearn has no effect without --selection trigger, which inverts the triggers to unlearn")
-        # Where there is nothing to unlearn, the attacked model's outputs and weights keep the backdoor.
-        if settings.epochs and (unlearning or not settings.unlearn):
+        # Where no target is named, the attacked model's outputs and weights keep the backdoor.
+        if settings.epochs and (selection.triggers or settings.selection != "trigger"):
             if settings.distill:
                 teacher = Teacher.copy_of(defender.model, settings.distill, selection.target)
             if settings.interpolate:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fmp_core.inputs import DefenderInputs
-from fmp_core.selection.choice import Selection, highest_in_each_layer, select_at_random, select_none
+from fmp_core.selection.choice import Selection, highest_in_each_layer, select_at_random, select_none, shuffled_in_each_layer
 from fmp_core.selection.select import select_by_trigger, test_for_backdoor
 from fmp_core.settings import Settings
 from fmp_core.system.cli import Stages
@@ -83,7 +83,7 @@ ROWS: dict[str, Ablation] = {
     "strong-pruned": Ablation({**STRONG, "epochs": 0}),
     "strong-unpruned": Ablation(STRONG, _strong_with(lambda _, defender, __: select_none(defender.layers).mask)),
     "strong-random": Ablation(
-        STRONG, _strong_with(lambda _, defender, s: select_at_random(defender.layers, s.p, s.scope, 1).mask)
+        STRONG, _strong_with(lambda selection, defender, _: shuffled_in_each_layer(selection.mask, defender.layers, 1))
     ),
     "strong-unmasked": Ablation({**STRONG, "masked": False}),
     "strong-clean": Ablation({**STRONG, "unlearn": 0.0}),

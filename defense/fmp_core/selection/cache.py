@@ -13,30 +13,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import fmp_core.frg
-import fmp_core.inversion
 from fmp_core.errors import UserError
+from fmp_core.frg import margin_taylor, racing, reverse, scorer, scores
 from fmp_core.frg.scores import Scores
+from fmp_core.inversion import search as search_code
+from fmp_core.inversion import trigger as trigger_code
+from fmp_core.inversion import verdict as verdict_code
 from fmp_core.inversion.search import TriggerSearch
 from fmp_core.inversion.trigger import FAMILIES
 from fmp_core.inversion.verdict import Verdict
-from fmp_core.models import fast_ops, feature_maps
+from fmp_core.models import build, fast_ops, feature_maps
 from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.storage.checkpoint import content_key, source_digest
 from fmp_core.storage.files import write_text, write_torch
 from fmp_core.storage.torch_file import load_torch_file
+from fmp_core.system import devices
+
+MODELS = (build, fast_ops, feature_maps, devices)  # code that scores and verdicts depend on
 
 
 def score_key(model: torch.nn.Module, images: Tensor, labels: Tensor, settings: dict[str, object]) -> str:
     """What FRG scores depend on; ``settings`` in plain values."""
-    code = source_digest(fmp_core.frg, fast_ops, feature_maps)
+    code = source_digest(margin_taylor, racing, reverse, scorer, scores, *MODELS)
     return content_key(_tensors(model), images, labels, {**settings, "code": code})
 
 
 def verdict_key(search: TriggerSearch, num_classes: int) -> str:
     """What the verdicts of ``search`` depend on."""
     about = {"seed": search.seed, "dtype": str(search.dtype), "classes": num_classes, "families": FAMILIES}
-    code = source_digest(fmp_core.inversion, fast_ops, feature_maps)
+    code = source_digest(search_code, trigger_code, verdict_code, *MODELS)
     return content_key(_tensors(search.model), search.images, search.labels, {**about, "code": code})
 
 

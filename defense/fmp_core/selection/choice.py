@@ -72,6 +72,13 @@ def select_at_random(layers: Sequence[ConvLayer], p: int, scope: str, seed: int)
     return Selection(mask)
 
 
+def shuffled_in_each_layer(mask: Tensor, layers: Sequence[ConvLayer], seed: int) -> Tensor:
+    """As many maps of each layer as ``mask`` (bool ``[N]``) has, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [mask[positions] for _, positions in layer_slices(layers)]
+    return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
+
+
 def highest_in_each_layer(values: Tensor, layers: Sequence[ConvLayer], p: int) -> Tensor:
     """The N/p maps of each layer with the highest of ``values`` ``[N]``; bool ``[N]``."""
     mask = torch.zeros(len(values), dtype=torch.bool)
