@@ -161,9 +161,18 @@ def describe(inputs: Inputs, settings: Settings, device: Device) -> list[str]:
         f"record    {record.folder}",
         f"model     {record.model_name}, {maps} feature maps in {len(defender.layers)} layers",
         f"dataset   {record.dataset}, {record.num_classes} classes, {height}x{width}x{channels}",
+        f"pixels    {_normalisation(defender.facts)}",
         f"clean     {len(inputs.subset)} training images" + (f" (--index {settings.index})" if settings.index else ""),
         f"test      {tested} images",
         f"device    {device.name}",
         f"preset    {settings.preset}",
         f"settings  {', '.join(f'{key} {value}' for key, value in differing.items()) or 'all as in the preset'}",
     ]
+
+
+def _normalisation(facts: DatasetFacts) -> str:
+    """How the model's preprocessing changes pixels in [0,1]."""
+    if set(facts.mean) == {0.0} and set(facts.std) == {1.0}:
+        return "in [0,1], not normalised (--mean and --std would)"
+    mean, std = (",".join(f"{value:g}" for value in values) for values in (facts.mean, facts.std))
+    return f"in [0,1], normalised with mean {mean} and standard deviation {std}"

@@ -178,8 +178,9 @@ def test_what_backdoorbench_cannot_be_given_is_refused_before_it_starts(
         job(checkout)
     edit_record(tiny_record, lambda content: content.update(clean_data="cifar10", extra=Stranger()))
     assert read_attack_record(tiny_record).dataset == "cifar10"  # we make no such object, but BackdoorBench would
-    with pytest.raises(UserError, match=r"Stranger \(under 'extra'\), and a record may hold data only"):
-        job(checkout)
+    with workspace(job(checkout)) as folder:  # so it gets a file without it
+        copied = torch.load(folder / "record" / RECORD / "attack_result.pt", weights_only=False)
+        assert "extra" not in copied and copied["data_path"] == "./data/cifar10"
 
 
 def test_flags_of_backdoorbench_without_two_dashes_get_a_hint(
@@ -212,15 +213,6 @@ def test_a_record_whose_paths_are_no_paths_is_refused(
     edit_record(tiny_record, lambda content: content["bd_test"]["bd_data_container"].update(data_dict={0: {"other_index": 1}}))
     with pytest.raises(UserError):
         job(checkout)
-
-
-@pytest.mark.parametrize("stored", ["./no/such/place", "./data/../../cifar10"])
-def test_stored_dataset_paths_stay_inside_the_workspace(
-    checkout: Path, tiny_record: Path, edit_record: Callable[..., None], stored: str
-) -> None:
-    edit_record(tiny_record, lambda content: content.update(data_path=stored))
-    with pytest.raises(UserError, match="BackdoorBench"), workspace(job(checkout)):
-        pass
 
 
 def test_a_log_that_is_a_link_out_of_the_record_is_refused(checkout: Path, tiny_record: Path, tmp_path: Path) -> None:

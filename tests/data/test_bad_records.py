@@ -113,7 +113,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "no container": (("bd_test", "bd_data_container"), None, "TypeError"),
     "no items": (("bd_test", "bd_data_container", "data_dict"), {}, "no entry for poisoned image 1"),
     "item lacks labels": (("bd_test", "bd_data_container", "data_dict", 4), {"path": "a/b/c.png"}, "other_info"),
-    "path none": (("bd_test", "bd_data_container", "data_dict", 4, "path"), None, "AttributeError"),
+    "path none": (("bd_test", "bd_data_container", "data_dict", 4, "path"), None, "an image path of bd_test is None"),
     "path with a zero byte": (("bd_test", "bd_data_container", "data_dict", 4, "path"), "a/b\0/c.png", "ValueError"),
     "attack label too large": (("bd_test", "bd_data_container", "data_dict", 4, "other_info"), [4, 2], "attack label"),
     "attack label negative": (("bd_test", "bd_data_container", "data_dict", 4, "other_info"), [-1, 2], "attack label"),

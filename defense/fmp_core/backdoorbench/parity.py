@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from fmp_core.backdoorbench.process import in_own_process, run_script
+from fmp_core.backdoorbench.run import refuse_more_than_data
 from fmp_core.backdoorbench.workspace import Job, workspace
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
@@ -139,6 +140,9 @@ def ask_backdoorbench(job: Job, question: dict[str, Any], python: str, scratch: 
     """Run the probe; its answer. Raises UserError, with BackdoorBench's last error, if it does not get to one."""
     (scratch / "question.json").write_text(json.dumps(question))
     files = [str(scratch / "question.json"), str(scratch / "answer.json")]
+    result = job.folder / "defense" / "fmp" / "defense_result.pt"
+    if result.is_file():
+        in_own_process(refuse_more_than_data, result)
     with workspace(job) as folder:
         (folder / PROBE.name).symlink_to(PROBE)
         log = scratch / "probe.log"

@@ -15,7 +15,16 @@ from pathlib import Path
 from fmp_core.backdoorbench.process import Ended, in_own_process, run_script
 from fmp_core.backdoorbench.workspace import ATTACK_FILE, Job, workspace
 from fmp_core.errors import UserError
-from fmp_core.results.read import ATTACK_DIGEST, MODEL_DIGEST, NO_FINAL_TEST, RUN_NOTE, SAMPLE_ONLY, SWEEP_MARK, WHOLE_TEST
+from fmp_core.results.read import (
+    ATTACK_DIGEST,
+    BB_DATASETS,
+    MODEL_DIGEST,
+    NO_FINAL_TEST,
+    RUN_NOTE,
+    SAMPLE_ONLY,
+    SWEEP_MARK,
+    WHOLE_TEST,
+)
 from fmp_core.storage.files import file_digest, make_folders, put_aside, refuse_links_out_of, write_text
 from fmp_core.storage.lock import locked, result_lock
 
@@ -37,6 +46,8 @@ def run_on_record(
     """
     if analysis and test_images:
         raise UserError("--test_images is for defenses; leave it out with --analysis.")
+    if test_images and job.dataset not in BB_DATASETS:
+        raise UserError(f"--test_images cannot be used with {job.dataset}, whose preprocessing only BackdoorBench knows.")
     if test_images and (method in NO_FINAL_TEST or (method == "anp" and _sets_pruning_number(extra))):
         raise UserError(
             f"--test_images cannot be used with {method}, which saves another model than the one it tests; leave it out."
@@ -52,6 +63,7 @@ def run_on_record(
         flags += ["--result_file_attack", job.name, "--result_file_defense", f"{job.name}/defense/{method}"]
         if not (results / RESULT).is_file():
             raise UserError(f"There is no {results / RESULT} to analyse; run the defense {method} first.")
+        in_own_process(refuse_more_than_data, results / RESULT)
     refuse_links_out_of(job.folder, results, log)
     started = time.time() - 1  # file systems with coarse clocks
     with _alone(results, method), contextlib.nullcontext() if analysis else _old_result_kept(results, log) as outcome:
@@ -122,6 +134,13 @@ def _alone(results: Path, method: str) -> contextlib.AbstractContextManager[None
         return contextlib.nullcontext()
     busy = f"Another run of {method} writes into the results of this record; wait for its end."
     return locked(results.parent, wait=False, busy=busy, name=result_lock(results))
+
+
+def refuse_more_than_data(path: Path) -> None:
+    """Raises UserError if a torch file, which BackdoorBench is going to unpickle, holds anything else."""
+    from fmp_core.storage.torch_file import load_torch_file  # imports torch
+
+    load_torch_file(path, known_only=True)
 
 
 def _final_test(job: Job, results: Path) -> None:

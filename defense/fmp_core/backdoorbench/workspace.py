@@ -1,23 +1,22 @@
 """A folder in which BackdoorBench's scripts find a record, a dataset and BackdoorBench itself, wherever these lie.
 
 BackdoorBench reads ``./record``, ``./config`` and the poisoned images' paths from the current folder, and takes the dataset
-from beside the record's real path (``utils/save_load_attack.py``). A temporary folder of links satisfies it, so that neither
-the checkout nor the record has to be moved or changed; only ``record/<name>/defense`` is written through.
+from beside the record's real path (``utils/save_load_attack.py``). A temporary folder of links satisfies it, with a copy of
+``attack_result.pt`` that we write, so that neither the checkout nor the record has to be moved or changed; only
+``record/<name>/defense`` is written through.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from fmp_core.backdoorbench.process import in_own_process
 from fmp_core.errors import UserError
@@ -27,6 +26,15 @@ DATASET_CODE = "utils/aggregate_block/dataset_and_transform_generate.py"
 LANDMARKS = ("defense/base.py", DATASET_CODE, "config/defense")
 OURS = (".git", "record", "data", "record_scripts")  # not linked into the workspace
 ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch
+MODEL_CODE = "utils/aggregate_block/model_trainer_generate.py"
+LAYOUTS = {  # what BackdoorBench reads of a dataset; FMP reads other layouts, too
+    "cifar10": ("cifar-10-batches-py",),
+    "cifar100": ("cifar-100-python",),
+    "gtsrb": ("Train/00000/GT-00000.csv", "Test/GT-final_test.csv"),
+    "mnist": ("MNIST/raw",),
+    "tiny": ("tiny-imagenet-200/train", "tiny-imagenet-200/val"),
+}
+PICKLES = (".pt", ".pth", ".pickle", ".pkl")
 
 
 def find_checkout(path: str | Path) -> Path:
@@ -42,7 +50,7 @@ def find_checkout(path: str | Path) -> Path:
 class Job:
     """What a script of BackdoorBench is to work on: facts of a record that was read safely, and where things lie.
 
-    ``data_path`` and ``image_folders`` are as stored in the record; ``image_size`` is (height, width, channels).
+    ``image_size`` is (height, width, channels).
     """
 
     checkout: Path
@@ -52,8 +60,6 @@ class Job:
     model_name: str
     num_classes: int
     image_size: tuple[int, int, int]
-    data_path: str
-    image_folders: tuple[PurePosixPath, ...]
     dataset_path: Path
     dataset_folder: Path  # below it; its name may be another that means the dataset
     device: str
@@ -80,14 +86,12 @@ def job_of(args: Namespace) -> Job:
 
 
 def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_path: str | Path, device: str = "auto") -> Job:
-    """Check everything BackdoorBench is going to need. It executes whatever a record's pickle says; a record that holds more
-    than data is refused here, before BackdoorBench sees it. Imports torch, so better called ``in_own_process``.
+    """Check everything BackdoorBench is going to need. Imports torch, so better called ``in_own_process``.
 
     Raises UserError if the record or the dataset is missing, damaged or refused, or BackdoorBench does not know it.
     """
     from fmp_core.data.attack_record import read_attack_record
     from fmp_core.data.datasets import dataset_facts, dataset_folder, open_split
-    from fmp_core.storage.torch_file import load_torch_file
     from fmp_core.system.devices import choose_device
 
     root = find_checkout(checkout)
@@ -98,36 +102,70 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
         raise UserError(
             f"BackdoorBench cannot use the record {name}: it holds no triggered test images, which its defenses are tested on."
         )
-    code = (root / DATASET_CODE).read_text(encoding="utf-8", errors="replace")
-    known = set(re.findall(r"""dataset_name == ["'](\w+)["']""", code))  # also of a fork with datasets of its own
-    if record.dataset not in known:
+    _refuse_unknown(root, name, record.dataset, record.model_name)
+    size = dataset_facts(record.dataset, record.image_size).size
+    if record.image_size != size:
+        shown, usual = ("x".join(map(str, sides[:2])) for sides in (record.image_size, size))
         raise UserError(
-            f"BackdoorBench cannot use the record {name}: its dataset is {record.dataset}, and BackdoorBench knows "
-            f"{', '.join(sorted(known))}. Make a record it can read: python record_scripts/make_record.py --dataset cifar10 "
-            "--limit_train 2000 (CIFAR-10 below --dataset_path)."
+            f"BackdoorBench cannot use the record {name}: its images are {shown}, and BackdoorBench's defenses take all of "
+            f"{record.dataset} as {usual}."
         )
     for train in (True, False):
-        open_split(dataset_path, record.dataset, train, dataset_facts(record.dataset, record.image_size).size)
-    state = load_torch_file(record.folder / ATTACK_FILE, known_only=True)  # BackdoorBench would run an unknown class
-    try:
-        folders = [_image_folder(state[part]) for part in ("bd_train", "bd_test")]
-        facts = record.dataset, record.model_name, record.num_classes, record.image_size, str(state["data_path"])
-    except (LookupError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"BackdoorBench cannot use the record {name}: its bd_train, bd_test or data_path is not as "
-            f"BackdoorBench writes them ({type(error).__name__}: {error}); make the record again."
-        ) from None
+        open_split(dataset_path, record.dataset, train, size)
+    _refuse_layout(record.dataset, dataset_folder(Path(dataset_path), record.dataset))
+    facts = record.dataset, record.model_name, record.num_classes, record.image_size
     chosen = choose_device(device)
     device = str(chosen.device) if device == "auto" else device
     places = (Path(dataset_path).resolve(), dataset_folder(Path(dataset_path), record.dataset).resolve())
-    return Job(root, record.folder, name, *facts, tuple(filter(None, folders)), *places, device)
+    return Job(root, record.folder, name, *facts, *places, device)
+
+
+def _refuse_unknown(checkout: Path, name: str, dataset: str, model: str) -> None:
+    """Raises UserError if the checkout, perhaps a fork with datasets and models of its own, does not know one of these."""
+
+    def named(file: str, variable: str) -> set[str]:
+        path = checkout / file
+        code = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        return set(re.findall(rf"""{variable} == ["'](\w+)["']""", code))
+
+    datasets, models = named(DATASET_CODE, "dataset_name"), named(MODEL_CODE, "model_name")
+    if dataset not in datasets:
+        raise UserError(
+            f"BackdoorBench cannot use the record {name}: its dataset is {dataset}, and BackdoorBench knows "
+            f"{', '.join(sorted(datasets))}. Make a record it can read: python record_scripts/make_record.py --dataset cifar10 "
+            "--limit_train 2000 (CIFAR-10 below --dataset_path)."
+        )
+    if models and model not in models:
+        raise UserError(
+            f"BackdoorBench cannot use the record {name}: its model is {model}, and BackdoorBench knows "
+            f"{', '.join(sorted(models))}."
+        )
+
+
+def _refuse_layout(dataset: str, folder: Path) -> None:
+    """Raises UserError if BackdoorBench does not read a known dataset as it lies in ``folder``.
+
+    It makes folders where it finds none, and takes the unsorted validation images of Tiny ImageNet for one class.
+    """
+    unsorted = folder / "tiny-imagenet-200" / "val" / "images"
+    if dataset == "tiny" and unsorted.is_dir():
+        raise UserError(
+            f"BackdoorBench reads the validation images of tiny as val/<class>/*, but {unsorted} has them unsorted; sort them "
+            "by val_annotations.txt, as BackdoorBench's download does."
+        )
+    absent = next((name for name in LAYOUTS.get(dataset, ()) if not (folder / name).exists()), None)
+    if absent:
+        raise UserError(
+            f"BackdoorBench reads {dataset} from {absent}, which {folder} does not have; lay it out so, or link it."
+        )
 
 
 @contextmanager
 def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
     """Yield a temporary current folder for BackdoorBench's scripts; without ``write_through`` their results vanish with it.
 
-    Raises UserError if the temporary folder's path or the record's stored paths are such that BackdoorBench cannot work.
+    Raises UserError if the temporary folder's path is such that BackdoorBench cannot work, or the record holds no poisoned sets
+    in its form.
     """
     folder = Path(tempfile.mkdtemp(prefix="fmp_bb_")).resolve()
     try:
@@ -142,46 +180,18 @@ def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
         if write_through:
             make_folders(real / "defense")
         seen.mkdir(parents=True)
-        for entry in real.iterdir():
-            if entry.name == ATTACK_FILE:  # a symbolic link would lead BackdoorBench to look for data/ beside the real record
-                try:
-                    os.link(entry.resolve(), seen / entry.name)  # link() does not follow links
-                except OSError:  # another file system
-                    shutil.copyfile(entry, seen / entry.name)
-            elif entry.name != "defense" or write_through:
+        in_own_process(_write_record, job, seen / ATTACK_FILE)
+        for entry in real.iterdir():  # files that BackdoorBench would unpickle stay away from it
+            if entry.suffix.lower() not in PICKLES and (entry.name != "defense" or write_through):
                 (seen / entry.name).symlink_to(entry)
-        for stored in job.image_folders:
-            if not stored.is_absolute() and (real / stored.name).is_dir():
-                _link(folder, stored, real / stored.name)
-        if "data" not in job.data_path:
-            raise UserError(
-                f"The record's data_path {job.data_path!r} has no 'data' in it, so BackdoorBench cannot find the "
-                f"dataset; it is usually ./data/{job.dataset_folder.name}."
-            )
-        place = PurePosixPath(job.data_path[job.data_path.index("data") :])  # what BackdoorBench keeps of it
-        _link(folder, place, job.dataset_folder)
+        (folder / "data").mkdir()
+        (folder / "data" / job.dataset).symlink_to(job.dataset_folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _image_folder(state: Any) -> PurePosixPath | None:
-    """Where a record says its images lie, e.g. ``record/badnet/bd_test_dataset``; None if it holds them itself."""
-    items = state["bd_data_container"]["data_dict"] if isinstance(state, Mapping) and "bd_data_container" in state else {}
-    first = next(iter(items.values()), None)
-    return PurePosixPath(first["path"]).parent.parent if isinstance(first, Mapping) else None
+def _write_record(job: Job, file: Path) -> None:
+    from fmp_core.backdoorbench.record_copy import write_record_copy  # imports torch
 
-
-def _link(folder: Path, place: PurePosixPath, target: Path) -> None:
-    link = folder / place
-    if link.exists():
-        return
-    try:
-        if ".." in place.parts or not link.parent.resolve().is_relative_to(folder):
-            raise OSError
-        link.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        raise UserError(
-            f"BackdoorBench would look for {target} at {place}, where no link can be made; check the record's paths."
-        ) from None
-    link.symlink_to(target)
+    write_record_copy(job, file)

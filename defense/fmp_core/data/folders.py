@@ -141,8 +141,11 @@ def gtsrb(folder: Path, train: bool, size: Size) -> Split:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The folders of classes in ``folder`` that are named by numbers, which are the labels whatever their order as text."""
-    classes = [path for path in visible(folder) if path.is_dir() and path.name.isdecimal()]
+    """The folders of classes in ``folder`` that are named by numbers, which are the labels whatever their order as text.
+
+    Empty ones do not count: BB's reader makes them where it finds none.
+    """
+    classes = [path for path in visible(folder) if path.is_dir() and path.name.isdecimal() and any(path.iterdir())]
     return sorted(classes, key=lambda path: int(path.name))
 
 

@@ -16,6 +16,7 @@ from fmp_core.data.images import Size, Split, most_pixels, read_images
 from fmp_core.data.pixel_range import Normalisation, pixels_of
 from fmp_core.errors import UserError
 
+LONGEST_PATH = 4096  # letters, as on Linux
 DIFFERENT_LABELS = 0.05  # share of labels in which re-encoded data may differ from the record; another order differs in most
 
 
@@ -103,6 +104,8 @@ def _v2_poisoned_set(folder: Path, state: Mapping[str, Any], size: Size, scales:
         raise ValueError(f"bd_test has an original index outside 0..{len(indicator) - 1}")
     items = {int(key): value for key, value in container["data_dict"].items()}
     chosen = [i for i in order if indicator[i]]
+    if len(set(chosen)) < len(chosen):
+        raise ValueError("bd_test names an image twice")
     absent = next((i for i in chosen if i not in items), None)
     if absent is not None:
         raise ValueError(f"bd_test has no entry for poisoned image {absent}")
@@ -151,6 +154,22 @@ def integer(value: Any) -> int:
     return int(value)
 
 
+def inside_record(stored: str, saved_below: str | None, folder: Path) -> PurePosixPath:
+    """The part of a ``stored`` path that lies inside the record in ``folder``: ``bd_test_dataset/<label>/<i>.png``.
+
+    Raises UserError: it leads out of the record's image folder.
+    """
+    if not isinstance(stored, str) or len(stored) > LONGEST_PATH:  # each of many images could have it
+        raise ValueError(f"an image path of bd_test is {brief(stored)}")
+    path, root = PurePosixPath(stored.replace("\\", "/")), folder.resolve()
+    base = PurePosixPath(saved_below.replace("\\", "/")) if saved_below else None
+    inside = base.name / path.relative_to(base) if base and path.is_relative_to(base) else PurePosixPath(*path.parts[-3:])
+    climbs = inside.is_absolute() or ".." in inside.parts or not inside.parts
+    if climbs or not (root / inside).resolve().is_relative_to((root / inside.parts[0]).resolve()):
+        raise UserError(f"The record in {folder} names an image outside its folder ({stored}), and was refused.")
+    return inside
+
+
 def _locate(stored: Sequence[str], saved_below: str | None, folder: Path) -> list[Path]:
     """Files of poisoned images, inside the record folder wherever that lies now.
 
@@ -158,17 +177,7 @@ def _locate(stored: Sequence[str], saved_below: str | None, folder: Path) -> lis
     break when the record is moved or renamed. Only the part from the image folder on is used. The image folder may be a link
     (to a larger disk, say); nothing in it may lead out of it, and no stored path may climb.
     """
-    root = folder.resolve()
-    base = PurePosixPath(saved_below.replace("\\", "/")) if saved_below else None
-    found = []
-    for text in stored:
-        path = PurePosixPath(text.replace("\\", "/"))
-        inside = base.name / path.relative_to(base) if base and path.is_relative_to(base) else PurePosixPath(*path.parts[-3:])
-        file, image_folder = root / inside, root / inside.parts[0]
-        climbs = inside.is_absolute() or ".." in inside.parts
-        if climbs or not file.resolve().is_relative_to(image_folder.resolve()):
-            raise UserError(f"The record in {folder} names an image outside its folder ({text}), and was refused.")
-        found.append(file)
+    found = [folder.resolve() / inside_record(text, saved_below, folder) for text in stored]
     missing = [file for file in found if not file.is_file()]
     if missing:
         raise UserError(

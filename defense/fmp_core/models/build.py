@@ -60,6 +60,9 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
     names = _without_prefix(list(state), list(own))
     given: OrderedDict[str, Tensor] = OrderedDict()
     misshapen: dict[str, torch.Size] = {}  # left out, since load_state_dict would not report what is missing besides
+    strangers = {key: value for key, value in state.items() if names[key] not in own}  # known ones of older versions among them
+    if sum(value.numel() for value in strangers.values()) > sum(value.numel() for value in own.values()):
+        raise UserError(f"The record's model has the weights {next(iter(strangers))}, which {name} does not have.")
     for key, value in state.items():
         wanted = own.get(names[key])
         if wanted is not None and value.shape != wanted.shape:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+LONGEST_KEY = 64  # parts of a tuple; it may be the key of many dicts
+
 
 class RefusedError(Exception):
     """The pickle asks for something that is not data; the message names it. ``runs_code``: elsewhere it could run code."""
@@ -143,7 +145,8 @@ def hashable(key: Any) -> Any:
         raise RefusedError("a huge number as the key of a dict", runs_code=False)
     if isinstance(key, (str, bytes, int, float, np.number, type(None), Opaque)):
         return key
-    if type(key) is tuple and all(isinstance(part, (str, bytes, int, float, np.number, type(None))) for part in key):
+    plain = (str, bytes, int, float, np.number, type(None))
+    if type(key) is tuple and len(key) <= LONGEST_KEY and all(isinstance(part, plain) for part in key):
         return Opaque("tuple")
     raise RefusedError(f"a {type(key).__name__} as the key of a dict", runs_code=False)
 

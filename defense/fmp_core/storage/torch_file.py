@@ -90,6 +90,8 @@ def load_torch_file(path: Path, known_only: bool = False) -> Any:
 
 def _read_zip(archive: zipfile.ZipFile, size: int, known_only: bool) -> Any:
     parts = {part.filename: part for part in archive.infolist()}
+    if len({name.lower() for name in parts}) < len(archive.infolist()):  # another reader may take another of them
+        raise ValueError("two of its parts have the same name")
     # torch stores uncompressed. So no part can be larger than the file: neither a bomb nor a claim.
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts.values()):
         raise ValueError("its parts are compressed")

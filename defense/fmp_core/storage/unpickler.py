@@ -138,14 +138,14 @@ class _Machine:
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # those of Python 2
         full = f"{module}.{name}"
         value = self.names[full] if full in self.names else harmless(full)
-        if self.known_only and isinstance(value, UnknownClass):
-            raise RefusedError(full)
+        if self.known_only and (isinstance(value, UnknownClass) or (module.startswith("PIL.") and full != "PIL.Image.Image")):
+            raise RefusedError(full)  # there are classes in Pillow that write files when they are made
         return value
 
     def count_copies(self, arguments: Any) -> None:
         """Calls copy their arguments, so these must not be more than the file can hold."""
         sized = (str, bytes, bytearray, list, tuple)
-        lengths = (len(part) for part in arguments if type(part) in sized) if type(arguments) is tuple else ()
+        lengths = (len(part) for part in (arguments, *arguments) if type(part) in sized) if type(arguments) is tuple else ()
         self.copied += sum(length for length in lengths if length > LARGE)
         if self.copied > MOST_COPIES * self.bytes_read():
             raise RefusedError("the same large value again and again", runs_code=False)
