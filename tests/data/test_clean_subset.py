@@ -95,3 +95,13 @@ def test_images_that_come_class_by_class_are_mixed() -> None:
     assert in_mixed_order(mixed, again, 1) == mixed
     assert in_mixed_order(ordered[::-1], labels[::-1], 0) != ordered[::-1]
     assert in_mixed_order([5, 3], [1, 1], 0) == [5, 3] and in_mixed_order([7], [0], 0) == [7]
+
+
+def test_a_part_that_comes_class_by_class_is_enough_to_mix() -> None:
+    """FRG scores the first images and triggers are tested on the last ones, whatever lies between."""
+    mixed, by_class = list(range(10)) * 60, [label for label in range(10) for _ in range(60)]
+    for labels in (mixed + by_class, by_class + mixed):
+        subset = in_mixed_order(list(range(1200)), labels, seed=0)
+        assert subset != list(range(1200)) and sorted(subset) == list(range(1200))
+        assert len({labels[place] for place in subset[:32]}) > 5 and len({labels[place] for place in subset[-256:]}) == 10
+    assert in_mixed_order(list(range(600)), mixed, seed=0) == list(range(600))

@@ -188,3 +188,14 @@ def test_most_margins_are_predicted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(type(scorer), "_logits", lambda self, pixels: answered.append(len(pixels)) or genuine(self, pixels))
     predicted, _ = predict_scores(scorer, 16, "layer")
     assert predicted.total == 224 and sum(answered) < 0.5 * 224 * 16
+
+
+def test_the_error_of_a_further_map_is_not_that_of_the_maps_it_was_fitted_to() -> None:
+    """The residuals are about their own mean: 12 of them are smaller than what a 13th map errs by."""
+    generator = torch.Generator().manual_seed(0)
+    errors = torch.randn(4000, 13, generator=generator, dtype=torch.float64)
+    fitted = errors[:, :12] - errors[:, :12].mean(1, keepdim=True)
+    told = torch.tensor([racing._error_of_others(row) for row in fitted])
+    real = (errors[:, 12] - errors[:, :12].mean(1)).abs()
+    assert float(told.square().mean()) == pytest.approx(float(real.square().mean()), rel=0.1)
+    assert int((real > racing.STUDENT * told).sum()) <= 2 < int((real > 3 * fitted.square().mean(1).sqrt()).sum())

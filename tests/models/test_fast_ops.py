@@ -138,3 +138,29 @@ def test_linear_layers_and_smooth_activations_do_not_depend_on_the_number_of_row
             ours, all_rows = function(few.clone()), function(many.clone())
         assert torch.equal(ours, all_rows[:5])
         torch.testing.assert_close(ours, function(few.clone()))
+
+
+class InPlace(nn.Module):
+    """Reads what was changed in place through a keyword, and through a statement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 5, 3), nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        torch.relu_(y)
+        z = torch.add(y, other=y, alpha=2)
+        self.act(z)
+        return z.mean((2, 3))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_an_operation_in_place_left_is_read_whoever_reads_it(gradients: bool) -> None:
+    torch.manual_seed(0)
+    network, images = InPlace(), torch.randn(3, 3, 9, 9)
+    with torch.set_grad_enabled(gradients):
+        expected = network(images.clone().requires_grad_(gradients))
+        with FastOps():
+            found = network(images.clone().requires_grad_(gradients))
+    assert torch.allclose(found, expected, atol=1e-6)

@@ -171,3 +171,24 @@ def test_frozen_evaluates_without_gradients_and_restores_mixed_flags() -> None:
     with pytest.raises(KeyError), frozen(network):
         raise KeyError
     assert footprint(network) == before
+
+
+def test_what_cannot_be_ranked_or_pruned_is_refused() -> None:
+    """Two convolutions with one weight, a weight that is computed, a batch norm whose predictions depend on the batch."""
+    images = toy_images(4)
+    tied = nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.Flatten(), nn.LazyLinear(2)
+    )
+    tied(images)
+    tied[2].weight = tied[0].weight
+    computed = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.Flatten(), nn.LazyLinear(2))
+    computed(images)
+    restless = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.LazyLinear(2))
+    restless(images)
+    for network, says in (
+        (tied, "0 and 2 share one weight"),
+        (computed, "computes its weight"),
+        (restless, "depend on the batch"),
+    ):
+        with pytest.raises(UserError, match=says):
+            trace_conv_layers(network, images[:1])

@@ -120,3 +120,19 @@ def test_accuracy_without_leaves_the_model_as_it_was():
     blind, seeing = (accuracy_without(model, layers, chosen, pixels, labels) for chosen in (everything, nothing))
     assert blind < seeing
     assert same(before, weights(model)) and footprint(model) == print_before
+
+
+def test_a_batch_norm_without_weights_is_silenced_too() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, affine=False)
+    norm.running_mean = torch.randn(4)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.LazyLinear(2)).eval()
+    images = torch.rand(2, 3, 8, 8)
+    network(images)
+    layers = trace_conv_layers(network, images)
+    before = norm.running_mean.clone()
+    accuracy_without(network, layers, {"0": torch.tensor([True, False, True, False])}, images.byte(), torch.zeros(2).long())
+    assert torch.equal(norm.running_mean, before)  # only tried
+    prune_feature_maps(layers, {"0": torch.tensor([True, False, True, False])})
+    out = network[:2](images)
+    assert (out[:, [0, 2]] == 0).all() and (out[:, [1, 3]] != 0).any()

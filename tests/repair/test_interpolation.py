@@ -55,8 +55,10 @@ def test_a_model_with_nothing_to_unlearn_is_not_led_back(
         monkeypatch.setattr(trigger, name, fewer)
     monkeypatch.setattr(verdict, "LEAST_MARGIN", 2.0)
     found = []
-    for more in ((), ("--interpolate", "0"), ("--distill", "0")):
-        assert run_fmp(*TUNED, "--preset", "strong", "--frg_samples", "1", *more).code == 0
-        found.append(weights(workplace))
+    for unlearn in ("0.5", "0"):
+        for more in ((), ("--interpolate", "0"), ("--distill", "0")):
+            strong = (*TUNED, "--preset", "strong", "--frg_samples", "1", "--unlearn", unlearn)
+            assert run_fmp(*strong, *more).code == 0
+            found.append(weights(workplace))
     first, *others = found
     assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
