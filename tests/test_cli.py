@@ -247,10 +247,10 @@ def test_the_class_runs_from_python_on_another_place(
     written = json.loads((tmp_path / "moved" / "renamed" / "defense" / "fmp" / "metrics.json").read_text())
     assert written["after"] == outcome["metrics"]["after"] and written["clean_images"] == 3
     result = torch.load(tmp_path / "moved" / "renamed" / "defense" / "fmp" / "defense_result.pt", weights_only=True)["model"]
-    assert {value.dtype for value in result.values()} == {torch.float16}
+    assert {value.dtype for value in result.values()} == {torch.float32}  # of a record in float16: not rounded
     assert not any(key.startswith("module.") for key in result)
     own = outcome["model"].state_dict()
-    assert all(torch.equal(own[key].half(), value) for key, value in result.items())
+    assert all(torch.equal(own[key], value) for key, value in result.items())
     assert sorted(path.name for path in (tmp_path / "logs").iterdir())[-1] == "index.txt"
     assert sorted(os.listdir(tmp_path)) == ["index.txt", "logs", "moved"]
 

@@ -59,7 +59,7 @@ def test_ten_plain_lines_come_first_then_the_first_figure(finished: Finished):
     first = next(number for number, line in enumerate(lines) if "Acc " in line)
     assert first <= 10 and lines[first].startswith("before: Acc ")
     words = [line.split()[0] for line in lines[:first]]
-    assert words[:7] == ["record", "model", "dataset", "clean", "test", "device", "preset"]
+    assert words[:8] == ["record", "model", "dataset", "pixels", "clean", "test", "device", "preset"]
     about = "\n".join(lines[:first])
     for part in (
         RECORD,

@@ -44,7 +44,8 @@ def pixels_of(images: Any, size: Size, normalisations: Sequence[Normalisation]) 
     parts = list(images.split(ROWS)) if stacked else list(images)
     if not stacked and sum(map(_size_of, parts)) > 3 * most_pixels(len(parts), size):  # one image may be there many times
         raise ValueError(f"bd_test x holds {len(parts)} images that are far larger than {size[0]}x{size[1]}")
-    if not stacked and math.prod(size) > LARGER * max(map(_size_of, parts), default=0) + LARGER:
+    largest = 0 if stacked else max(map(_size_of, parts), default=0)
+    if largest and math.prod(size) > LARGER * largest:
         raise ValueError(f"bd_test x holds images that are far smaller than {size[0]}x{size[1]}")
     many = len(parts) * math.prod(size) > MANY_NUMBERS
     if not stacked and many and len(set(map(id, parts))) < len(parts) / 2:

@@ -90,13 +90,13 @@ def load_torch_file(path: Path, known_only: bool = False) -> Any:
 
 def _read_zip(archive: zipfile.ZipFile, size: int, known_only: bool) -> Any:
     parts = {part.filename: part for part in archive.infolist()}
-    if len({name.lower() for name in parts}) < len(archive.infolist()):  # another reader may take another of them
-        raise ValueError("two of its parts have the same name")
     # torch stores uncompressed. So no part can be larger than the file: neither a bomb nor a claim.
     if any(part.compress_type != zipfile.ZIP_STORED for part in parts.values()):
         raise ValueError("its parts are compressed")
     if sum(part.file_size for part in archive.infolist()) > size:
         raise ValueError("its parts claim more bytes than the file has")
+    if len({name.lower() for name in parts}) < len(archive.infolist()):  # another reader may take another of them
+        raise ValueError("two of its parts have the same name")
     roots = [name.removesuffix("data.pkl") for name in parts if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise ValueError("a zip file without one data.pkl")
