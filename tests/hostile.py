@@ -94,6 +94,10 @@ MACHINE: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "bytes of a terabyte": (lambda: pickled(name("__builtin__", "bytes"), integer(TERA), b"\x85R"), "not a whole torch file"),
     "a tuple a million deep as a key": (lambda: pickled(b"}", b")" + b"\x85" * 10**6, b"Ns"), "a tuple as the key of a dict"),
+    "a large tuple as many keys": (
+        lambda: pickled(b"(" + b"N" * 20000 + b"tq\x00", b"}", b"h\x00Ns" * 4000),
+        "a tuple as the key of a dict",
+    ),
     "a list a million deep": (lambda: pickled(b"]" * 10**6, b"a" * (10**6 - 1)), "is not an attack record"),
     "memo at two billion": (lambda: pickled(b"Nr\xff\xff\xff\x7f"), "is not an attack record"),
     "a method of a harmless class": (
