@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import torch
-from fmp_core.repair.unlearning import with_random_triggers
-from planted import (
-    a_trigger,
-    images_of,
-)
+from fmp_core.repair.unlearning import _seed_of_epoch, with_random_triggers
+from planted import a_trigger, images_of
 
 
 def test_images_to_unlearn_carry_one_trigger_each():
@@ -20,3 +17,8 @@ def test_images_to_unlearn_carry_one_trigger_each():
     assert torch.equal(expected[2][..., :-1, :-1], images[..., 1:, 1:])  # what lies one pixel to the right and down
     assert torch.equal(made, with_random_triggers(images, triggers, seed=0))
     assert not torch.equal(made, with_random_triggers(images, triggers, seed=1))
+
+
+def test_no_epoch_of_a_seed_draws_what_an_epoch_of_another_does():
+    drawn = {_seed_of_epoch(seed, epoch) for seed in range(5) for epoch in range(20)}
+    assert len(drawn) == 100 and max(drawn) < 2**63

@@ -6,8 +6,9 @@ ignore it. docs/experiments/strong.md has the figures.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,8 +35,14 @@ class Unlearning:
     def substitutes(self, epoch: int) -> Tensor:
         """The clean images with triggers, uint8 ``[M, C, H, W]``, for the 0-based ``epoch``."""
         families, target = [trigger.family for trigger in self.triggers], self.triggers[0].target
-        current = self.search.triggers(families, target) if epoch else []
-        return with_random_triggers(self.search.images, [*self.triggers, *current], self.search.seed + epoch)
+        seed = _seed_of_epoch(self.search.seed, epoch)
+        current = replace(self.search, seed=seed).triggers(families, target) if epoch else []
+        return with_random_triggers(self.search.images, [*self.triggers, *current], seed)
+
+
+def _seed_of_epoch(seed: int, epoch: int) -> int:
+    """Another one for each epoch of each seed: ``seed + epoch`` would make epoch 1 of seed 0 draw what epoch 0 of seed 1 does."""
+    return int.from_bytes(hashlib.sha256(f"unlearning {seed} {epoch}".encode()).digest()[:7], "big")
 
 
 def with_random_triggers(images: Tensor, triggers: Sequence[InvertedTrigger], seed: int) -> Tensor:
