@@ -41,7 +41,7 @@ class Unlearning:
 
 
 def _seed_of_epoch(seed: int, epoch: int) -> int:
-    """Another one for each epoch of each seed: ``seed + epoch`` would make epoch 1 of seed 0 draw what epoch 0 of seed 1 does."""
+    """Another one for each epoch of each seed; by ``seed + epoch`` epoch 1 of seed 0 would draw what epoch 0 of seed 1 does."""
     return int.from_bytes(hashlib.sha256(f"unlearning {seed} {epoch}".encode()).digest()[:7], "big")
 
 
