@@ -15,8 +15,6 @@ from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
 from fmp_core.inversion import trigger, verdict
-from fmp_core.inversion.trigger import ALL_TO_ALL
-from fmp_core.inversion.verdict import Verdict
 from fmp_core.models.build import PixelModel, build_model
 from fmp_core.models.training import Trainer
 from fmp_core.results.collect import collect
@@ -27,10 +25,26 @@ from narrow_resnet import NARROW_RESNET
 CPU = Device(torch.device("cpu"))
 
 
+def trained(facts: DatasetFacts) -> dict[str, torch.Tensor]:
+    """Weights of a clean model of the colours that normalises as ``facts`` say."""
+    images, labels = coloured(32, seed=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_model(NARROW_RESNET, CLASSES)
+    settings = Settings(epochs=30, batch_size=8, lr=0.02, amp=False)
+    list(Trainer(settings, CPU, facts).epochs(PixelModel(network, facts), images, labels))
+    return network.state_dict()
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    return trained(DatasetFacts(CLASSES, (SIZE, SIZE, 3), crop_padding=0))
+
+
 @pytest.fixture
-def place(colours: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(colours: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with ``model.pth`` and ``data/colours``."""
-    torch.save(read_attack_record(colours / "record" / NAME).state, colours / "model.pth")
+    torch.save(weights, colours / "model.pth")
     monkeypatch.chdir(colours)
     return colours
 
@@ -41,18 +55,22 @@ def run(*flags: str, model: str = "model.pth") -> int:
 
 
 def test_a_model_is_judged_and_its_record_can_be_defended(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path,
+    weights: dict[str, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert run() == 0
     out = capsys.readouterr().out
-    assert "Accuracy on clean test images: " in out and "No verdict: " in out and "too few" in out
+    assert "Accuracy on clean test images: 100.00 %" in out and "no verdict, since 10 held-out clean images" in out
     record = read_attack_record(place / "record" / "model")
     assert len(record.bd_test) == 0 and record.image_size == (SIZE, SIZE, 3) and record.num_classes == CLASSES
     monkeypatch.setattr(verdict, "LEAST_HELD_OUT", 1)
     for name, fewer in (("STEPS", 3), ("SPARSE_BATCH", 8), ("DENSE_BATCH", 8)):
         monkeypatch.setattr(trigger, name, fewer)
+    torch.save({f"module.{key}": value for key, value in weights.items()}, "model.pth")  # the same, of DataParallel
     assert run() == 0  # again: the record is there
-    assert "ackdoored" in capsys.readouterr().out
+    assert "Verdict of trigger inversion" in capsys.readouterr().out
 
     assert fmp_main(["--result_file", "model", "--device", "cpu", *FLAGS, "--report", "True"]) == 0
     captured = capsys.readouterr()
@@ -68,14 +86,8 @@ def test_a_model_is_judged_and_its_record_can_be_defended(
 
 
 def test_a_wrong_normalisation_is_noticed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images, labels = coloured(32, seed=1)
     facts = DatasetFacts(CLASSES, (SIZE, SIZE, 3), (0.9, 0.1, 0.1), (0.1, 0.9, 0.9), crop_padding=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = build_model(NARROW_RESNET, CLASSES)
-    settings = Settings(epochs=12, batch_size=8, lr=0.005, amp=False)
-    list(Trainer(settings, CPU, facts).epochs(PixelModel(network, facts), images, labels))
-    torch.save({"epoch": 3, "state_dict": network.state_dict()}, "other.pth")
+    torch.save({"epoch": 3, "state_dict": trained(facts)}, "other.pth")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(judge.USUAL, "unusual", (facts.mean, facts.std))
         assert run(model="other.pth") == 2
@@ -88,17 +100,27 @@ def test_bad_input_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[st
     torch.save({"epoch": 3}, "nothing.pth")
     state = torch.load("model.pth", weights_only=True)
     torch.save({key: value + 1 for key, value in state.items()}, "changed.pth")
+    torch.save(build_model("alexnet", CLASSES).state_dict(), "alexnet.pth")
+    images, labels = coloured(16, seed=2)
+    for split in ("train", "test"):
+        save_split(place / "data" / "two" / split, images[labels < 2], labels[labels < 2])
+        save_split(place / "data" / "turned" / split, images, (labels + 1) % CLASSES)
     for flags, model, said in (
         ((), "absent.pth", "absent.pth does not exist"),
+        ((), "data", "data is a folder; name the file"),
         ((), "nothing.pth", "holds no weights that could be read"),
-        (("--model", "resnet18"), "model.pth", "model lacks the weights"),
+        (("--model", "resnet18"), "model.pth", "does not fit --model resnet18 and the 4 classes of colours"),
+        (("--model", "alexnet"), "alexnet.pth", "alexnet cannot take images of 8x8x3"),
         (("--dataset", "nowhere"), "model.pth", "nowhere does not exist"),
-        (("--save_folder_name", NAME), "changed.pth", "is the record of another model"),
+        (("--dataset", "data/two"), "model.pth", "and the 2 classes of two"),
+        (("--dataset", "data/turned"), "model.pth", "no more than chance, so a verdict would mean nothing"),
+        (("--save_folder_name", NAME), "changed.pth", "is a record of another model"),
         (("--mean", "0.5"), "model.pth", "--std"),
     ):
         assert run(*flags, model=model) == 2
         err = capsys.readouterr().err
-        assert said in err and len(err.strip().splitlines()) == 1, err
+        assert said in err.splitlines()[-1] and "Traceback" not in err, err
+    assert not (place / "record" / "model").exists()  # nothing is left of what was refused
     assert judge_model.main(["model.pth"]) == 2
     assert "--dataset is missing" in capsys.readouterr().err
 
@@ -110,19 +132,6 @@ def test_no_other_image_is_needed(place: Path) -> None:
     for split in ("train", "test"):
         save_split(place / "data" / "large" / split, large, labels)
     assert run("--dataset", "data/large", "--save_folder_name", "large") == 0
-
-
-def test_the_verdict_in_words() -> None:
-    def rates(*values: float) -> Verdict:
-        return Verdict("sparse", torch.tensor(values, dtype=torch.float64), 200)
-
-    assert judge.in_words(rates(0.1, 0.9, 0.2, 0.3)) == [
-        "Judged backdoored, target class 1: an inverted trigger (sparse) flips 90 % of clean images to class 1, 70 points more "
-        "than the runner-up."
-    ]
-    assert rates(0.1, 0.2, 0.2, 0.9).target == ALL_TO_ALL
-    assert judge.in_words(rates(0.1, 0.2, 0.2, 0.9))[0].startswith("Judged backdoored, all-to-all: ")
-    assert judge.in_words(rates(0.1, 0.2, 0.3, 0.1))[0].startswith("Not shown to be backdoored, which does not mean clean: ")
 
 
 def test_nothing_but_weights_is_read_from_a_model_file(place: Path) -> None:

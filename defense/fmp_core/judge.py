@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmp_core.attacks.make_record import with_dataset_name
+from fmp_core.attacks.make_record import image_size_of, with_dataset_name
 from fmp_core.attacks.settings import RecordSettings
-from fmp_core.data.attack_record import ATTACK_FILE, read_attack_record
+from fmp_core.data.attack_record import ATTACK_FILE, read_attack_record, unwrapped
 from fmp_core.data.datasets import FACTS, DatasetFacts, Split, check_labels, dataset_facts, open_split
+from fmp_core.data.images import Size
 from fmp_core.data.write_record import write_attack_record
 from fmp_core.errors import UserError
 from fmp_core.fields import as_text
 from fmp_core.inputs import Inputs, describe, load_inputs
-from fmp_core.inversion.trigger import ALL_TO_ALL
-from fmp_core.inversion.verdict import LEAST_MARGIN, Verdict
+from fmp_core.inversion.verdict import Verdict, in_words
 from fmp_core.models.build import PixelModel, load_model
 from fmp_core.models.evaluate import even_sample, predict
+from fmp_core.report.findings import command
 from fmp_core.results.run_folder import RunFolder
 from fmp_core.selection.select import test_for_backdoor
 from fmp_core.settings import Settings, load_settings
@@ -38,6 +39,7 @@ LOGGER = logging.getLogger("fmp_core")
 NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")  # where training scripts keep the weights
 ENOUGH = 1000  # clean images; half of so many, at most 256, are held out
 QUICK = 1000  # test images that preprocessings are compared on
+LOW = 0.5  # accuracy below which a verdict may be about how the model was given its images
 BETTER = 0.05  # of accuracy, and 1/sqrt(images) for chance, by which another preprocessing must be better than the one assumed
 USUAL = {  # mean, std
     "none": ((0.0,), (1.0,)),
@@ -60,7 +62,7 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
     places = {"record_root": record.record_root, "dataset_path": record.dataset_path, "result_file": name}
     settings = load_settings({**flags, **places, "preset": "strong"})
     device = choose_device(settings.device)
-    folder, total = _record_of(model_file, replace(record, save_folder_name=name))
+    folder, total, is_new = _record_of(model_file, replace(record, save_folder_name=name))
     if "ratio" not in flags:
         settings = replace(settings, ratio=max(settings.ratio, min(1.0, math.ceil(100 * ENOUGH / total) / 100)))
     make_deterministic()
@@ -69,17 +71,26 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
     try:
         for line in describe(inputs, settings, device):
             LOGGER.info(line)
-        accuracy = _check_preprocessing(inputs, settings)
+        try:
+            accuracy = _check_preprocessing(inputs, settings)
+        except UserError:
+            if is_new:
+                shutil.rmtree(folder)
+            raise
         verdict = test_for_backdoor(inputs.defender, settings, RunFolder.of(settings, folder).shared, Stages())
     finally:
         logs.close()
-    return [f"Accuracy on clean test images: {100 * accuracy:.2f} %.", *in_words(verdict), *_next_step(verdict, settings)]
+    said = [f"Accuracy on clean test images: {100 * accuracy:.2f} %."]
+    if accuracy < LOW:
+        said.append("That is low: what follows may be about how the model was given its images, not about a backdoor.")
+    return [*said, in_words(verdict.as_dict()), *_next_step(verdict, settings)]
 
 
 def weights_in(path: Path) -> Mapping[str, Tensor]:
     """The state dict in a file of torch, by itself or as training scripts wrap it. Raises UserError: there is none."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist; name the file that holds the model's weights.")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}; name the file that holds the model's weights.")
     content = load_torch_file(path)
     nested = [content[key] for key in NESTED if key in content] if isinstance(content, Mapping) else []
     for state in (content, *nested):
@@ -88,37 +99,55 @@ def weights_in(path: Path) -> Mapping[str, Tensor]:
     raise UserError(f"{path} holds no weights that could be read; save them with torch.save(model.state_dict(), FILE).")
 
 
-def _record_of(model_file: Path, record: RecordSettings) -> tuple[Path, int]:
-    """The folder of the record of this model, written if it is not there, and how many training images its dataset has."""
-    folder, known = Path(record.record_root) / str(record.save_folder_name), FACTS.get(record.dataset)
-    side = record.image_size or 32
-    size = known.size if known else (side, side, 3)
+def _record_of(model_file: Path, record: RecordSettings) -> tuple[Path, int, bool]:
+    """The folder of the record of this model, how many training images its dataset has, and whether the record is new."""
+    folder, size = Path(record.record_root) / str(record.save_folder_name), image_size_of(record)
     splits = [open_split(record.dataset_path, record.dataset, train, size) for train in (True, False)]
-    classes = (known and known.num_classes) or _classes_of(splits)
+    classes = dataset_facts(record.dataset, size).num_classes or _classes_of(splits)
     for split in splits:
         check_labels(split, classes, record.dataset)
-    state = weights_in(model_file)
+    state = {unwrapped(key): value for key, value in weights_in(model_file).items()}
+    _try(model_file, record, state, classes, size)
     if (folder / ATTACK_FILE).exists():
         there = read_attack_record(folder)
-        same = (there.model_name, there.dataset, there.image_size) == (record.model, record.dataset, size)
-        same = same and there.state.keys() == state.keys() and all(torch.equal(there.state[key], state[key]) for key in state)
-        if not same:
-            raise UserError(f"{folder} is the record of another model; choose another --save_folder_name.")
-    else:
-        load_model(record.model, classes, state)  # which refuses weights of another model
-        folder.mkdir(parents=True, exist_ok=True)
-        write_attack_record(
-            folder,
-            name=folder.name,
-            model_name=record.model,
-            num_classes=classes,
-            state=state,
-            dataset=record.dataset,
-            bd_train=None,
-            bd_test=None,
-            image_size=size,
-        )
-    return folder, len(splits[0])
+        about, now = (there.model_name, there.dataset, there.image_size), (record.model, record.dataset, size)
+        same = there.state.keys() == state.keys() and all(torch.equal(there.state[key], state[key]) for key in state)
+        if about != now or not same:
+            other = "of another model" if not same else f"of {about[0]} on {about[1]} with images {about[2]}"
+            raise UserError(f"{folder} is a record {other}; remove it, or choose another --save_folder_name.")
+        return folder, len(splits[0]), False
+    folder.mkdir(parents=True, exist_ok=True)
+    write_attack_record(
+        folder,
+        name=folder.name,
+        model_name=record.model,
+        num_classes=classes,
+        state=state,
+        dataset=record.dataset,
+        bd_train=None,
+        bd_test=None,
+        image_size=size,
+    )
+    return folder, len(splits[0]), True
+
+
+def _try(model_file: Path, record: RecordSettings, state: Mapping[str, Tensor], classes: int, size: Size) -> None:
+    """Raises UserError, before anything is written: the weights do not fit the model and the dataset, or images do not."""
+    try:
+        network = load_model(record.model, classes, state).eval()
+    except UserError as error:
+        raise UserError(
+            f"{model_file} does not fit --model {record.model} and the {classes} classes of {record.dataset} "
+            f"({str(error).rstrip('.')}); check --model and --dataset."
+        ) from None
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, size[2], *size[:2]))
+    except (RuntimeError, ValueError) as error:
+        shown, reason = "x".join(map(str, size)), " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{record.model} cannot take images of {shown} ({reason}); check --image_size, --model and --dataset."
+        ) from None
 
 
 def _classes_of(splits: Sequence[Split]) -> int:
@@ -126,7 +155,8 @@ def _classes_of(splits: Sequence[Split]) -> int:
 
 
 def _check_preprocessing(inputs: Inputs, settings: Settings) -> float:
-    """Accuracy on a sample of the clean test images. Raises UserError: another preprocessing than the one assumed is better."""
+    """Accuracy on a sample of the clean test images. Raises UserError: another preprocessing than the one assumed is better, or
+    accuracy is chance."""
     labels = inputs.test.clean_labels
     rows = even_sample(labels, QUICK)
     images, labels = inputs.test.clean_images[rows], labels[rows]
@@ -135,50 +165,33 @@ def _check_preprocessing(inputs: Inputs, settings: Settings) -> float:
         model = PixelModel(inputs.defender.model.network, facts).on(images.device)
         return float((predict(model, images, labels, settings.batch_size)[0] == labels).double().mean())
 
-    assumed = accuracy(inputs.defender.facts)
-    LOGGER.info("Acc %.2f %% on %d clean test images", 100 * assumed, len(labels))
+    assumed, count = accuracy(inputs.defender.facts), len(labels)
+    LOGGER.info("Acc %.2f %% on %d clean test images", 100 * assumed, count)
     if settings.mean is None and settings.std is None:
         size = inputs.record.image_size
         others = {name: dataset_facts(inputs.record.dataset, size, *values) for name, values in USUAL.items()}
         found = {name: accuracy(facts) for name, facts in others.items()}
         best = max(found, key=lambda name: found[name])
-        if found[best] > assumed + BETTER + len(labels) ** -0.5:
+        if found[best] > assumed + BETTER + count**-0.5:
             mean, std = (as_text(tuple(round(x, 4) for x in values)) for values in (others[best].mean, others[best].std))
             raise UserError(
                 f"The model classifies {100 * assumed:.1f} % of the clean test images correctly with the dataset's usual "
                 f"preprocessing, and {100 * found[best]:.1f} % normalised otherwise ({best}); give --mean {mean} --std {std}, "
                 "or your own --mean and --std."
             )
+    chance = 1 / inputs.record.num_classes
+    if assumed < chance + 3 * (chance * (1 - chance) / count) ** 0.5:  # three standard deviations
+        side = inputs.record.image_size[0]
+        raise UserError(
+            f"The model classifies {100 * assumed:.1f} % of {count} clean test images correctly, no more than chance, so a "
+            "verdict would mean nothing: check that the class folders, in alphabetical order, are the model's classes, "
+            f"--image_size (here {side}), --mean and --std, and --dataset."
+        )
     return assumed
-
-
-def in_words(verdict: Verdict) -> list[str]:
-    """The verdict in a sentence or two."""
-    if verdict.too_few:
-        return [f"No verdict: {verdict.held_out} held-out clean images of other classes are too few; give more of them."]
-    rates, mutual = verdict.flip_rates, verdict.target == ALL_TO_ALL
-    rate = float(rates[-1] if mutual else rates[verdict.target])
-    towards = "the class after their own" if mutual else f"class {verdict.target}"
-    figures = (
-        f"an inverted trigger ({verdict.family}) flips {100 * rate:.0f} % of clean images to {towards}, "
-        f"{100 * verdict.margin:.0f} points more than the runner-up"
-    )
-    if verdict.backdoored:
-        target = "all-to-all" if mutual else f"target {towards}"
-        return [f"Judged backdoored, {target}: {figures}."]
-    return [f"Not shown to be backdoored, which does not mean clean: {figures}; {100 * LEAST_MARGIN:.0f} are needed."]
 
 
 def _next_step(verdict: Verdict, settings: Settings) -> list[str]:
     """The command that repairs the model, where there is something to repair."""
-    if not verdict.backdoored:
-        return []
-    given = {"result_file": settings.result_file, "preset": "strong", "ratio": f"{settings.ratio:g}"}
-    usual = Settings()
-    given |= {
-        key: as_text(getattr(settings, key))
-        for key in ("record_root", "dataset_path", "mean", "std", "device", "random_seed", "dtype")
-        if getattr(settings, key) not in (getattr(usual, key), "auto")
-    }
-    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    return ["To repair it:", f"    python defense/fmp.py {shlex.join(words)}"]
+    names = ("preset", "result_file", "record_root", "dataset_path", "ratio", "mean", "std", "device", "random_seed", "dtype")
+    repair = command({name: getattr(settings, name) for name in names})
+    return ["To repair it:", f"    {repair}"] if verdict.backdoored else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fmp_core.inversion.trigger import ALL_TO_ALL
-from fmp_core.inversion.verdict import Verdict
+from fmp_core.inversion.verdict import Verdict, in_words
 
 
 def test_the_margin_decides():
@@ -48,3 +48,18 @@ def test_all_to_all_hides_no_class() -> None:
 def test_a_margin_of_exactly_thirty_points_counts_however_it_rounds() -> None:
     verdict = Verdict("sparse", torch.tensor([35 / 50, 20 / 50, 0.0], dtype=torch.float64), 50)
     assert verdict.margin < 0.3 and verdict.backdoored
+
+
+def test_the_verdict_in_words() -> None:
+    def said(*rates: float, held_out: int = 200) -> str:
+        return in_words(Verdict("sparse", torch.tensor(rates, dtype=torch.float64), held_out).as_dict())
+
+    assert "backdoored, target class 1. An inverted trigger (sparse) flips the predictions of 90 % of images of other" in said(
+        0.1, 0.9, 0.2, 0.3
+    )
+    assert "backdoored, all-to-all. An" in said(0.1, 0.2, 0.2, 0.9)
+    almost = said(0.1, 0.2, 0.497, 0.1)
+    assert "not shown to be backdoored, which does not mean clean" in almost and "29.7 points more than the runner-up" in almost
+    assert "no verdict, since 20 held-out" in said(0.1, 0.9, 0.2, 0.3, held_out=20) and "50 are needed" in said(
+        0, 1, 0, 0, held_out=2
+    )

@@ -248,7 +248,7 @@ def test_maps_selected_by_an_inverted_trigger_have_no_cut(place: Path):
     assert drawn["layers"][0]["change"][:2] == [1, 0.5] and drawn["layers"][0]["cuts"][0][0] == 2
     assert "What another p would prune" not in text and "blue line" not in text and 'id="ps"' not in text
     assert "backdoored, target class 3" in text and "90 % of images of other classes" in text
-    assert "70 points more than for the runner-up" in text and "is what the inverted trigger" in text
+    assert "70.0 points more than for the runner-up" in text and "is what the inverted trigger" in text
     edit_metrics(place, settings={}, verdict={**VERDICT, "target": "all-to-all", "success_all_to_all": 0.95})
     assert make() == 0
     assert "backdoored, all-to-all. An inverted trigger (sparse) flips the predictions of 95 % of images" in page(place)
@@ -259,7 +259,7 @@ def test_a_verdict_that_finds_nothing_says_how_close_it_was(place: Path):
     assert make() == 0
     text = " ".join(page(place).split())
     assert "not shown to be backdoored, which does not mean clean" in text
-    assert "flips 40 % of images of other classes to class 3, 20 points more than the runner-up; 30 are needed" in text
+    assert "flips 40 % of images of other classes to class 3, 20.0 points more than the runner-up; 30 are needed" in text
 
 
 def test_images_held_in_the_record_are_read_with_the_normalisation_of_the_run(

@@ -25,15 +25,15 @@ def test_a_middle_stage_of_abl_is_no_result(tmp_path: Path) -> None:
 
 
 def test_the_log_of_a_later_run_that_did_not_end_says_nothing(tmp_path: Path) -> None:
-    write(tmp_path / "log" / "2026_11_01_10_00_00.log", "{'ratio': 0.1, 'random_seed': 0, ")
-    write(tmp_path / "log" / "2026_11_02_10_00_00.log", "{'ratio': 0.5, 'random_seed': 3, ")
+    first, second = (tmp_path / "log" / f"2026_11_0{day}_10_00_00.log" for day in (1, 2))
+    write(first, "{'ratio': 0.1, 'random_seed': 0, ")
+    write(second, "{'ratio': 0.5, 'random_seed': 3, ")
     write(tmp_path / "ft_df_summary.csv", three_rows(0.9, 0.1, 0.8))
-    ended = time.mktime(time.strptime("2026_11_01_12", "%Y_%m_%d_%H"))
-    os.utime(tmp_path / "ft_df_summary.csv", (ended, ended))
-    found = read_result(tmp_path)
-    assert (found.seed, found.ratio) == (0, 0.1)
-    assert [path.name[:10] for path in logs_until(tmp_path, ended + 86400)] == ["2026_11_02", "2026_11_01"]
-    assert len(logs_until(tmp_path, 0)) == 2  # copied files may have lost their times
+    assert read_result(tmp_path).seed == 3  # all written now, as files that were copied: the newest counts
+    for path, hours in ((first, 10), (tmp_path / "ft_df_summary.csv", 10), (second, 1)):
+        os.utime(path, (time.time() - 3600 * hours,) * 2)
+    assert (read_result(tmp_path).seed, read_result(tmp_path).ratio) == (0, 0.1)
+    assert logs_until(tmp_path, time.time()) == [second, first]
 
 
 def test_settings_of_the_record_are_no_settings_of_the_defense(tmp_path: Path) -> None:

@@ -126,14 +126,7 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
     _refuse_existing(folder)
     if training.get("epochs") == 0:
         raise UserError("--epochs is 0, but a model must be trained for at least one epoch.")
-    known = FACTS.get(record.dataset)
-    side = record.image_size or 32
-    size = known.size if known else (side, side, 3)
-    if record.image_size and size[:2] != (side, side):
-        raise UserError(
-            f"--image_size is {side}, but BackdoorBench has {record.dataset} at {size[0]}x{size[1]}; leave it out, or "
-            "give the dataset's folder another name."
-        )
+    size = image_size_of(record)
     facts = dataset_facts(record.dataset, size)
     network = check_model(record.model, facts.num_classes or 2, record.dataset, size)
     settings = Settings(**{**recipe(record.dataset, network), **training})
@@ -152,6 +145,19 @@ def make_plan(record: RecordSettings, attack: AttackSettings, training: dict[str
     used = limit_train(len(train_set), record.limit_train, seed)
     poisoned = None if attack.attack == "none" else poison(train_set, test_set, attack, size, num_classes, seed, used)
     return Plan(record, attack, folder, settings, facts, num_classes, train_set, test_set, used, poisoned)
+
+
+def image_size_of(record: RecordSettings) -> Size:
+    """Height, width and channels. Raises UserError: ``image_size`` contradicts a dataset that BackdoorBench knows."""
+    known = FACTS.get(record.dataset)
+    side = record.image_size or 32
+    size = known.size if known else (side, side, 3)
+    if record.image_size and size[:2] != (side, side):
+        raise UserError(
+            f"--image_size is {side}, but BackdoorBench has {record.dataset} at {size[0]}x{size[1]}; leave it out, or "
+            "give the dataset's folder another name."
+        )
+    return size
 
 
 def with_dataset_name(record: RecordSettings) -> RecordSettings:

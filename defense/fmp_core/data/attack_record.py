@@ -136,7 +136,7 @@ def _attack_record(
 def _state(model: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     state: OrderedDict[str, Tensor] = OrderedDict()
     for stored, value in model.items():
-        key = _unwrapped(str(stored))
+        key = unwrapped(str(stored))
         if not isinstance(value, Tensor):
             raise ValueError(f"model[{key!r}] is a {type(value).__name__} that holds no numbers")
         if key in state:
@@ -144,9 +144,10 @@ def _state(model: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
         state[key] = value
     saved = getattr(model, "_metadata", None)
     if isinstance(saved, Mapping):
-        state._metadata = {_unwrapped(str(key)): value for key, value in saved.items()}  # type: ignore[attr-defined]
+        state._metadata = {unwrapped(str(key)): value for key, value in saved.items()}  # type: ignore[attr-defined]
     return state
 
 
-def _unwrapped(key: str) -> str:
+def unwrapped(key: str) -> str:
+    """A weight's name without the parts that DataParallel and ``torch.compile`` add."""
     return ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod"))

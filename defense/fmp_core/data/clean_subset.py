@@ -34,12 +34,14 @@ def in_mixed_order(subset: list[int], labels: Sequence[int], seed: int) -> list[
     """``subset`` as it is, or in an order drawn by ``seed`` if its images, of the classes ``labels``, come class by class.
 
     FRG scores the first images and triggers are tested on the last ones; either should be of all classes. Images come class by
-    class if, among the first or the last, neighbours differ in class less than half as often as in a random order.
+    class if, among the first or the last, neighbours differ in class less than half as often as in a random order, and so
+    seldom that it is no chance.
     """
     shares = [count / len(labels) for count in Counter(labels).values()]
     differing = 1 - sum(share**2 for share in shares)
     for part in (labels[:FIRST], labels[:LAST], labels[-LAST:]):
-        if sum(a != b for a, b in pairwise(part)) < (len(part) - 1) * differing / 2:
+        expected, seen = (len(part) - 1) * differing, sum(a != b for a, b in pairwise(part))
+        if seen < expected / 2 and expected - seen > 4 * expected**0.5:  # four standard deviations
             return random.Random(seed).sample(subset, len(subset))
     return subset
 

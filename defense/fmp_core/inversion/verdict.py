@@ -6,6 +6,7 @@ whose inverted trigger flips far more than that of any other (docs/experiments/s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,3 +83,29 @@ class Verdict:
             "held_out": self.held_out,
             "too_few": self.too_few,
         }
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+    """What :meth:`Verdict.as_dict` gave, in sentences."""
+    mutual, target = found["target"] == "all-to-all", found["target"]
+    rate = found["success_all_to_all"] if mutual else found["success"][target]
+    if found["too_few"]:
+        return (
+            f"Trigger inversion: no verdict, since {found['held_out']} held-out clean images of other classes are too few; "
+            f"{LEAST_HELD_OUT} are needed."
+        )
+    if found["backdoored"]:
+        flips = f"An inverted trigger ({found['family']}) flips the predictions of {100 * rate:.0f} % of images"
+        return "Verdict of trigger inversion, from clean images alone: backdoored, " + (
+            f"all-to-all. {flips} to the class after their own, {100 * found['lead']:.1f} points more than one flips to any "
+            "single class."
+            if mutual
+            else f"target class {target}. {flips} of other classes to it, {100 * found['lead']:.1f} points more than for the "
+            "runner-up."
+        )
+    flips = f"The best inverted trigger ({found['family']}) flips {100 * rate:.0f} % of images"
+    return (
+        "Verdict of trigger inversion, from clean images alone: not shown to be backdoored, which does not mean clean. "
+        + (f"{flips} to the class after their own" if mutual else f"{flips} of other classes to class {target}")
+        + f", {100 * found['lead']:.1f} points more than the runner-up; {100 * LEAST_MARGIN:.0f} are needed."
+    )

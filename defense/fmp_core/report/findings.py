@@ -36,7 +36,7 @@ def headline(
     head, sentences = OUTCOMES[outcome["outcome"], outcome["certain"]], []
     if outcome["outcome"] != NOT_TESTED:
         sentences = _success(outcome)
-    elif found:
+    elif found and not found["too_few"]:
         to = "all-to-all" if found["target"] == "all-to-all" else f"target class {found['target']}"
         head = f"This model is judged backdoored, {to}" if found["backdoored"] else "This model is not shown to be backdoored"
         sentences = ["No triggered image is known, so attack success was not measured."]

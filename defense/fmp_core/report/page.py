@@ -17,7 +17,7 @@ from fmp_core.data.attack_record import ATTACK_FILE, AttackRecord, read_attack_r
 from fmp_core.data.datasets import open_split
 from fmp_core.errors import UserError
 from fmp_core.inputs import read_test_data
-from fmp_core.inversion.verdict import LEAST_MARGIN
+from fmp_core.inversion.verdict import in_words
 from fmp_core.metrics import HEADLINES, Figures
 from fmp_core.models.evaluate import TestData
 from fmp_core.report import figures
@@ -109,7 +109,7 @@ def page(run: Run, num_classes: int, trigger: Trigger | None, unknown: str, othe
         "run": run,
         "summary": run.summary,
         "headline": headline(outcome, run.shares("before"), run.shares("after"), run.summary.verdict),
-        "least_margin": round(100 * LEAST_MARGIN),
+        "verdict": in_words(run.summary.verdict) if run.summary.verdict else None,
         "warnings": list(warnings(run, own, precision, len(trigger.labels) if trigger else 0)),
         "names": HEADLINES,
         "means": MEANS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,20 +66,13 @@ def fractions(values: Mapping[str, Any], path: Path, whole: int = 1) -> dict[str
 
 
 def logs_until(folder: Path, written: float) -> list[Path]:
-    """BB's logs in a result folder, the newest first: those begun before ``written``, a file's time, as their names tell.
+    """BB's logs in a result folder, the newest first, from the one of the run that wrote a file at the time ``written``.
 
-    A later run that did not end left a log, too. All logs if none is earlier: files that are copied may lose their times.
+    A later run that did not end left a log, too. A run's log is last written when its results are.
     """
     logs = [path for place in ("log/*.log", "*.log") for path in sorted(folder.glob(place), reverse=True) if path.is_file()]
-    return [path for path in logs if _begun(path) <= written + 1] or logs
-
-
-def _begun(log: Path) -> float:
-    """The time in a log's name; without one it counts as the earliest."""
-    try:
-        return time.mktime(time.strptime(log.stem[:19], "%Y_%m_%d_%H_%M_%S"))
-    except (ValueError, OverflowError):
-        return 0.0
+    apart = [round(abs(path.stat().st_mtime - written) / 60) for path in logs]  # minutes; copied files may all have one time
+    return logs[apart.index(min(apart)) :] if logs else []
 
 
 def logged_settings(logs: Sequence[Path]) -> dict[str, str]:

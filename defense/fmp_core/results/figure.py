@@ -37,8 +37,8 @@ def draw(tables: Sequence[Table]) -> Figure:
     panels = [(table, attack) for table in tables for attack in table.attacks if _can_be_drawn(table, attack)]
     if not panels:
         raise UserError(
-            "--figure needs an attacked model and a defense of it, both tested on all test images (runs with --test_images are "
-            "not drawn); there are none."
+            "--figure needs an attacked model and a defense of it, both tested on all test images, triggered ones "
+            "among them (runs with --test_images are not drawn); there are none."
         )
     names = [name for name in dict.fromkeys(itertools.chain(*(table.methods for table in tables))) if _is_drawn(name)]
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
@@ -63,8 +63,8 @@ def _is_drawn(name: str) -> bool:
 
 def _can_be_drawn(table: Table, attack: str) -> bool:
     means = table.means[attack]
-    attacked = BASELINE in means.index and means.loc[BASELINE].notna()["test_acc"]
-    return attack != AVERAGE and bool(attacked) and any(map(_is_drawn, means.dropna(how="all").index))
+    known = means.index[means["test_asr"].notna()]  # without triggered images there is none
+    return attack != AVERAGE and BASELINE in known and any(map(_is_drawn, known))
 
 
 def _draw(axes: Axes, table: Table, attack: str, looks: dict[str, tuple[Any, str]]) -> None:

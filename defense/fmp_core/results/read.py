@@ -37,7 +37,7 @@ TRIGGER_FILES = re.compile(r"trigger_file|trigger_img_path|mask_path|pattern_?pa
 # BB's defenses of which defense_result.pt is not what they test: npd saves the attacked weights, nab tests images with a stamp.
 NO_FINAL_TEST = {"npd", "nab"}
 NOT_DECIDING = r"seed|path|folder|save|log|file|name|device|worker|terminal|time|frequency|memory|blocking|prefetch|fresh|quiet"
-# Neither do those that BB\'s logs tell of the attacked model.
+# Neither do those that BB's logs tell of the attacked model.
 NOT_OF_DEFENSE = rf"{NOT_DECIDING}|^(attack|dataset|model$|num_classes|input_|img_size|pratio|result)"
 
 
