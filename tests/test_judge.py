@@ -121,6 +121,10 @@ def test_bad_input_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[st
         err = capsys.readouterr().err
         assert said in err.splitlines()[-1] and "Traceback" not in err, err
     assert not (place / "record" / "model").exists()  # nothing is left of what was refused
+    (place / "record" / "mine").mkdir()
+    (place / "record" / "mine" / "notes.txt").write_text("precious")
+    assert run("--dataset", "data/turned", "--save_folder_name", "mine") == 2
+    assert (place / "record" / "mine" / "notes.txt").read_text() == "precious"  # but what was there
     assert judge_model.main(["model.pth"]) == 2
     assert "--dataset is missing" in capsys.readouterr().err
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from fmp_core.attacks.make_record import image_size_of, with_dataset_name
 from fmp_core.attacks.settings import RecordSettings
-from fmp_core.data.attack_record import ATTACK_FILE, read_attack_record, unwrapped
+from fmp_core.data.attack_record import ATTACK_FILE, plain_state, read_attack_record
 from fmp_core.data.datasets import FACTS, DatasetFacts, Split, check_labels, dataset_facts, open_split
 from fmp_core.data.images import Size
 from fmp_core.data.write_record import write_attack_record
@@ -86,7 +88,7 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
     return [*said, in_words(verdict.as_dict()), *_next_step(verdict, settings)]
 
 
-def weights_in(path: Path) -> Mapping[str, Tensor]:
+def weights_in(path: Path) -> OrderedDict[str, Tensor]:
     """The state dict in a file of torch, by itself or as training scripts wrap it. Raises UserError: there is none."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -94,19 +96,20 @@ def weights_in(path: Path) -> Mapping[str, Tensor]:
     content = load_torch_file(path)
     nested = [content[key] for key in NESTED if key in content] if isinstance(content, Mapping) else []
     for state in (content, *nested):
-        if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
-            return state
+        if isinstance(state, Mapping) and state:
+            with contextlib.suppress(ValueError):
+                return plain_state(state)
     raise UserError(f"{path} holds no weights that could be read; save them with torch.save(model.state_dict(), FILE).")
 
 
 def _record_of(model_file: Path, record: RecordSettings) -> tuple[Path, int, bool]:
-    """The folder of the record of this model, how many training images its dataset has, and whether the record is new."""
+    """The folder of the record of this model, how many training images its dataset has, and whether the folder is new."""
     folder, size = Path(record.record_root) / str(record.save_folder_name), image_size_of(record)
     splits = [open_split(record.dataset_path, record.dataset, train, size) for train in (True, False)]
     classes = dataset_facts(record.dataset, size).num_classes or _classes_of(splits)
     for split in splits:
         check_labels(split, classes, record.dataset)
-    state = {unwrapped(key): value for key, value in weights_in(model_file).items()}
+    state = weights_in(model_file)
     _try(model_file, record, state, classes, size)
     if (folder / ATTACK_FILE).exists():
         there = read_attack_record(folder)
@@ -116,6 +119,7 @@ def _record_of(model_file: Path, record: RecordSettings) -> tuple[Path, int, boo
             other = "of another model" if not same else f"of {about[0]} on {about[1]} with images {about[2]}"
             raise UserError(f"{folder} is a record {other}; remove it, or choose another --save_folder_name.")
         return folder, len(splits[0]), False
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     write_attack_record(
         folder,
@@ -128,7 +132,7 @@ def _record_of(model_file: Path, record: RecordSettings) -> tuple[Path, int, boo
         bd_test=None,
         image_size=size,
     )
-    return folder, len(splits[0]), True
+    return folder, len(splits[0]), is_new
 
 
 def _try(model_file: Path, record: RecordSettings, state: Mapping[str, Tensor], classes: int, size: Size) -> None:

@@ -112,12 +112,12 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
         )
     for train in (True, False):
         open_split(dataset_path, record.dataset, train, size)
-    _refuse_layout(record.dataset, dataset_folder(Path(dataset_path), record.dataset))
+    data = dataset_folder(Path(dataset_path), record.dataset)
+    _refuse_layout(record.dataset, data)
     facts = record.dataset, record.model_name, record.num_classes, record.image_size
     chosen = choose_device(device)
     device = str(chosen.device) if device == "auto" else device
-    places = (Path(dataset_path).resolve(), dataset_folder(Path(dataset_path), record.dataset).resolve())
-    return Job(root, record.folder, name, *facts, *places, device)
+    return Job(root, record.folder, name, *facts, Path(dataset_path).resolve(), data.resolve(), device)
 
 
 def _refuse_unknown(checkout: Path, name: str, dataset: str, model: str) -> None:

@@ -130,13 +130,17 @@ def _attack_record(
             raise ValueError(f"an {name} label of bd_test is outside 0..{num_classes - 1}")
     if bd_test is not None and not len(poisoned):
         raise ValueError("bd_test holds no poisoned image")
-    return AttackRecord(folder, model_name, num_classes, _state(content["model"]), dataset, size, poisoned)
+    return AttackRecord(folder, model_name, num_classes, plain_state(content["model"]), dataset, size, poisoned)
 
 
-def _state(model: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
+def plain_state(model: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
+    """A state dict under names without the parts that DataParallel and ``torch.compile`` add, with torch's ``_metadata``.
+
+    Raises ValueError: a value is no tensor, or two have the same name then.
+    """
     state: OrderedDict[str, Tensor] = OrderedDict()
     for stored, value in model.items():
-        key = unwrapped(str(stored))
+        key = _unwrapped(str(stored))
         if not isinstance(value, Tensor):
             raise ValueError(f"model[{key!r}] is a {type(value).__name__} that holds no numbers")
         if key in state:
@@ -144,10 +148,9 @@ def _state(model: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
         state[key] = value
     saved = getattr(model, "_metadata", None)
     if isinstance(saved, Mapping):
-        state._metadata = {unwrapped(str(key)): value for key, value in saved.items()}  # type: ignore[attr-defined]
+        state._metadata = {_unwrapped(str(key)): value for key, value in saved.items()}  # type: ignore[attr-defined]
     return state
 
 
-def unwrapped(key: str) -> str:
-    """A weight's name without the parts that DataParallel and ``torch.compile`` add."""
+def _unwrapped(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod"))

@@ -149,6 +149,7 @@ def integers(values: Any) -> list[int]:
 
 
 def integer(value: Any) -> int:
+    """A number of a record as an int. Raises ValueError (or TypeError, OverflowError): it is no whole number."""
     if int(value) != value:
         raise ValueError(f"it has {brief(value)} where a size, a class or an index belongs")
     return int(value)

@@ -23,9 +23,9 @@ def summary_file(folder: Path) -> Path:
     """
     summaries = [path for place in (folder, folder / "log") for path in sorted(place.glob("*_df_summary.csv"))]
     stages = [path for path in summaries if _stage(path) not in UNFINISHED_STAGES]
-    middle = {"finetune"} if any(_stage(path) == "pre_train" for path in summaries) else set()
     final = [path for path in stages if _stage(path) != "finetune"]
-    final = final or [path for path in stages if _stage(path) not in middle]
+    if not final and not any(_stage(path) == "pre_train" for path in summaries):
+        final = stages
     if len(final) == 1:
         return final[0]
     if final:
@@ -56,6 +56,10 @@ def read_summary(path: Path) -> dict[str, float]:
 
 
 def fractions(values: Mapping[str, Any], path: Path, whole: int = 1) -> dict[str, float]:
+    """METRICS among ``values``, numbers or their texts in [0, ``whole``], as fractions in [0,1].
+
+    Raises UserError, naming the file ``path`` they are from: one is absent, no number, or outside.
+    """
     result = {}
     for name in METRICS:
         number = finite_number(values.get(name))
