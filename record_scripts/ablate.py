@@ -10,8 +10,7 @@ uses the poisoned test set, so it is no defense); ``layer-pruned``, ``oracle-pru
 
 Our preset: ``strong``; ``strong-pruned`` without fine-tuning; ``strong-moved`` without fine-tuning and with N/p of each layer
 instead of the budget. ``strong`` without one part: ``strong-unpruned``, ``strong-random`` (as many maps of each layer, at
-random), ``strong-unmasked``, ``strong-clean`` (no unlearning), ``strong-undistilled``, ``strong-unmixed`` (no mixup),
-``strong-uninterpolated``.
+random), ``strong-unmasked``, ``strong-clean`` (no unlearning), ``strong-undistilled``, ``strong-uninterpolated``.
 
 Other flags are FMP's. Each row is a run in ``record/<name>/defense/ablate-<row>``; rows finished with the same settings and
 versions are not run again.

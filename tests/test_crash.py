@@ -28,7 +28,7 @@ from toy_cases import Normalised, toy_case
 
 FLAGS = ["--device", "cpu", "--result_file", RECORD, "--frg_samples", "2", "--p", "8", "--epochs", "3", "--ratio", "0.4"]
 FLAGS += ["--batch_size", "8", "--chunk", "16", "--amp", "False", "--frequency_save", "2", "--report", "False"]
-FLAGS += ["--interpolate", "0.25", "--mixup", "True"]
+FLAGS += ["--interpolate", "0.25"]
 
 
 def start(root: Path, *flags: str, **when: Any) -> Run:

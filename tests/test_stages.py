@@ -51,7 +51,6 @@ def test_results_and_the_state_of_fine_tuning_depend_on_all_that_made_them():
         "masked",
         "unlearn",
         "distill",
-        "mixup",
         "interpolate",
         "frequency_test",
         "test_images",

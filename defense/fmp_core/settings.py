@@ -143,7 +143,6 @@ class Settings:
     distill: float = _tuning(
         0.0, number(0, metavar="WEIGHT"), "weight of the distillation loss towards the attacked model's outputs"
     )
-    mixup: bool = _tuning(False, BOOLEAN, "blend clean images in pairs while fine-tuning, with the labels of both")
     interpolate: float = _tuning(
         0.0,
         number(0, 1, metavar="SHARE"),
@@ -187,8 +186,8 @@ class Settings:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "strong": {
-        **{"selection": "trigger", "masked": True, "unlearn": 0.5, "distill": 1.0, "mixup": True},
-        **{"interpolate": 0.3, "dtype": "auto", "lr": 0.02},
+        **{"selection": "trigger", "masked": True, "unlearn": 0.5, "distill": 1.0, "interpolate": 0.3},
+        **{"dtype": "auto", "lr": 0.02},
     },
 }
 FIELDS = fields.fields_of(Settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fmp_core.data.datasets import DatasetFacts
-from fmp_core.models.batches import Crops
+from fmp_core.models.training import Crops
 from torch import Tensor
 
 MOVING = DatasetFacts(5, (8, 8, 3), flip=True, crop_padding=2)

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
-from fmp_core.models.batches import batches_of
-from fmp_core.models.training import Epoch, Trainer
+from fmp_core.models.training import Epoch, Trainer, batches_of
 from fmp_core.repair.distillation import Teacher
 from fmp_core.settings import Settings
 from fmp_core.system.devices import Device

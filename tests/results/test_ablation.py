@@ -76,14 +76,13 @@ def test_rows_of_strong_lack_one_part_each(workplace: Path, monkeypatch: pytest.
         monkeypatch.setattr(trigger, name, fewer)
     monkeypatch.setattr(verdict, "LEAST_HELD_OUT", 0)
     monkeypatch.setattr(verdict, "LEAST_MARGIN", -1.0)  # whatever the model, a trigger is inverted
-    parts = ("moved", "unpruned", "random", "unmasked", "clean", "undistilled", "unmixed", "uninterpolated")
+    parts = ("moved", "unpruned", "random", "unmasked", "clean", "undistilled", "uninterpolated")
     rows = ["strong", *(f"strong-{part}" for part in parts)]
     assert ablate.main(["--result_file", RECORD, "--rows", *rows, *FLAGS]) == 0
     folder = workplace / "record" / RECORD / "defense"
     metrics = {row: json.loads((folder / f"ablate-{row}" / "metrics.json").read_text()) for row in rows}
     whole = metrics["strong"]["settings"]
-    lacking = {"unmasked": "masked", "clean": "unlearn", "undistilled": "distill"}
-    lacking |= {"unmixed": "mixup", "uninterpolated": "interpolate"}
+    lacking = {"unmasked": "masked", "clean": "unlearn", "undistilled": "distill", "uninterpolated": "interpolate"}
     for row, lacks in lacking.items():
         theirs = metrics[f"strong-{row}"]["settings"]
         assert {name for name in whole if whole[name] != theirs[name]} == {lacks, "defense_name"} and not theirs[lacks]

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau, StepLR
 
 from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
-from fmp_core.models.batches import Plan, batches_of
+from fmp_core.models.evaluate import to_unit
 from fmp_core.models.one_pixel import OnePixelConvolutions
 from fmp_core.settings import Settings
 from fmp_core.storage.checkpoint import Checkpoint
@@ -30,8 +31,45 @@ class Epoch:
     train_acc: float
 
 
+@dataclass(frozen=True)
+class Crops:
+    """BB's training transform, drawn for ``B`` images: zero-pad by ``padding``, crop at ``shifts``, flip where ``mirrored``.
+
+    ``shifts`` are int64 ``[B, 2, 1]`` (down, right) in 0..2*padding, ``mirrored`` is bool ``[B, 1]``. Applied to several
+    batches, it moves their images alike.
+    """
+
+    padding: int
+    shifts: Tensor
+    mirrored: Tensor
+
+    @staticmethod
+    def draw(count: int, generator: torch.Generator, facts: DatasetFacts) -> Crops:
+        """Draw for ``count`` images from a generator on the CPU, so that no number depends on the device."""
+        shifts = torch.randint(0, 2 * facts.crop_padding + 1, (2, count, 1), generator=generator)
+        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        return Crops(facts.crop_padding, shifts.transpose(0, 1), mirrored & facts.flip)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, C, H, W]`` on the device of the draws -> the same, moved."""
+        count, _, height, width = images.shape
+        rows = self.shifts[:, 0] + torch.arange(height, device=images.device)
+        columns = self.shifts[:, 1] + torch.arange(width, device=images.device)
+        columns = torch.where(self.mirrored, columns.flip(1), columns)
+        padded = F.pad(images, [self.padding] * 4)
+        picture = torch.arange(count, device=images.device)[:, None, None]
+        return padded[picture, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
 OnBatch = Callable[[Tensor, Tensor], None]
 TeacherLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def batches_of(count: int, batch_size: int, generator: torch.Generator, parts: int = 1) -> list[Tensor]:
+    """Shuffled indices in batches. A last batch of which a GPU of ``parts`` would get one image is left out: batch norm cannot
+    train on it."""
+    order = torch.randperm(count, generator=generator)
+    return [batch for batch in order.split(batch_size) if all(len(part) > 1 for part in batch.chunk(parts))]
 
 
 class _InBfloat16(nn.Module):
@@ -84,8 +122,8 @@ class Trainer:
             substitutes: called with the number of each epoch as it begins, returns uint8 like ``images``; each image
                 is replaced by its substitute with probability ``settings.unlearn``. They may depend on the model, but not on
                 earlier calls.
-            teacher: gives a second loss from the logits, the pixels of the batch in [0,1] (never substituted, moved and mixed
-                like those the model sees) and the classes they show, int64 ``[B, 1]``, or ``[B, 2]`` of mixed images.
+            teacher: gives a second loss from the logits, the images of the batch (uint8, never substituted, moved like those
+                the model sees) and their labels.
 
         Raises UserError if there are fewer than two images, or the checkpoint is of other settings.
         """
@@ -122,7 +160,7 @@ class _Training:
     def __init__(self, trainer: Trainer, model: nn.Module):
         settings, device, ids = trainer.settings, trainer.device.device, trainer.device.device_ids
         self.model, self.facts, self.batch_size, self.seed = model, trainer.facts, settings.batch_size, settings.random_seed
-        self.unlearn, self.mixup = settings.unlearn, settings.mixup
+        self.unlearn = settings.unlearn
         self.cuda = ids or ((device.index,) if device.type == "cuda" else ())
         self.bfloat16 = settings.amp and has_fast_bfloat16(device)
         self.parts = max(1, len(ids))
@@ -165,9 +203,25 @@ class _Training:
         self.drawn = [saved["global_generator"], *saved["cuda_generators"]]
         return int(saved["finished"])
 
-    def plan(self, substitutes: bool) -> Plan:
-        """How the batches of an epoch are drawn."""
-        return Plan(self.batch_size, self.parts, self.unlearn if substitutes else None, self.mixup, self.facts)
+    def batches(self, count: int, substitutes: bool, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None, Crops]]:
+        """Of each batch of an epoch the positions int64 ``[B]``, which images to substitute (bool ``[B]``), and the crops.
+
+        Drawn batch by batch on the CPU, then moved to ``device`` all at once, so that a GPU waits for none of them.
+        """
+        positions = batches_of(count, self.batch_size, self.generator, self.parts)
+        coins, crops = [], []
+        for batch in positions:
+            if substitutes:
+                coins.append(torch.rand(len(batch), generator=self.generator) < self.unlearn)
+            crops.append(Crops.draw(len(batch), self.generator, self.facts))
+
+        def moved(parts: list[Tensor]) -> tuple[Tensor, ...]:
+            return torch.cat(parts).to(device).split([len(part) for part in parts])
+
+        shifts, mirrored = moved([crop.shifts for crop in crops]), moved([crop.mirrored for crop in crops])
+        substituted = moved(coins) if substitutes else [None] * len(positions)
+        for rows, chosen, *drawn in zip(moved(positions), substituted, shifts, mirrored, strict=True):
+            yield rows, chosen, Crops(self.facts.crop_padding, *drawn)
 
     def epoch(
         self,
@@ -182,24 +236,26 @@ class _Training:
         self.parallel.train()
         device, losses, seen = images.device, [], 0
         hits = torch.zeros((), dtype=torch.int64, device=device)
-        for batch in self.plan(substitutes is not None).draw(len(images), self.generator, device):
-            pixels, clean = batch.pixels(images, substitutes)
-            classes = batch.classes(labels)
+        for rows, substituted, crops in self.batches(len(images), substitutes is not None, device):
+            plain, target = images[rows], labels[rows]
+            pixels = plain
+            if substitutes is not None and substituted is not None:
+                pixels = torch.where(substituted[:, None, None, None], substitutes[rows], plain)
             products = OnePixelConvolutions() if device.type == "cpu" else nullcontext()
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16), products:
-                logits = self.parallel(pixels.contiguous(memory_format=torch.channels_last))
-                loss = batch.loss(logits, classes)
+                logits = self.parallel(to_unit(crops(pixels)).contiguous(memory_format=torch.channels_last))
+                loss = F.cross_entropy(logits, target)
                 if teacher is not None:
-                    loss = loss + teacher(logits, clean, classes)
+                    loss = loss + teacher(logits, crops(plain), target)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
             predicted = logits.detach().argmax(1)
             losses.append(loss.detach().float())
-            hits += (predicted == classes[:, 0]).sum()
-            seen += len(predicted)
+            hits += (predicted == target).sum()
+            seen += len(rows)
             if on_batch is not None:
-                on_batch(batch.rows, predicted)
+                on_batch(rows, predicted)
         mean, right = torch.stack([torch.stack(losses).double().mean(), hits.double()]).tolist()
         return Epoch(number, len(losses), mean, right / seen)
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fmp_core.models.evaluate import to_unit
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -32,22 +34,22 @@ class Teacher:
     def copy_of(model: nn.Module, weight: float, target: int | None = None) -> Teacher:
         return Teacher(deepcopy(model).eval().requires_grad_(False), weight, target)
 
-    def loss(self, logits: Tensor, pixels: Tensor, classes: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """``weight`` times the mean Kullback-Leibler divergence of the student's ``logits`` ``[B, K]`` from its own outputs.
 
-        ``pixels`` are ``[B, C, H, W]`` in [0,1], ``classes`` int64 ``[B, n]`` those that each image shows.
+        ``images`` are uint8 ``[B, C, H, W]``, ``labels`` int64 ``[B]``.
         """
-        wanted = self.probabilities(pixels, classes)
+        wanted = self.probabilities(images, labels)
         return self.weight * F.kl_div(logits.float().log_softmax(1), wanted, reduction="none").sum(1).mean()
 
     @torch.no_grad()
-    def probabilities(self, pixels: Tensor, classes: Tensor) -> Tensor:
-        """Class probabilities ``[B, K]``; 0 for the target class where the image shows only others.
+    def probabilities(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Class probabilities ``[B, K]`` for uint8 images; 0 for the target class where the label is another one.
 
         The other classes share what it had; an image for which nothing is left gets zeros.
         """
-        outputs = self.model(pixels.contiguous(memory_format=torch.channels_last)).float().softmax(1)
+        outputs = self.model(to_unit(images).contiguous(memory_format=torch.channels_last)).float().softmax(1)
         if self.target is None:
             return outputs
-        outputs[:, self.target] *= (classes == self.target).any(1)
+        outputs[:, self.target] *= labels == self.target
         return outputs / outputs.sum(1, keepdim=True).clamp_min(torch.finfo(outputs.dtype).tiny)

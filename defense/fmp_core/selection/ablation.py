@@ -66,7 +66,7 @@ def _highest_change(selection: Selection, defender: DefenderInputs, settings: Se
 
 PAPER: dict[str, Any] = {
     **{"preset": "paper", "selection": "frg", "scope": "layer"},
-    **{"masked": False, "unlearn": 0.0, "distill": 0.0, "mixup": False, "interpolate": 0.0},
+    **{"masked": False, "unlearn": 0.0, "distill": 0.0, "interpolate": 0.0},
 }
 NONE = {**PAPER, "selection": "none"}
 STRONG = {"preset": "strong"}
@@ -88,6 +88,5 @@ ROWS: dict[str, Ablation] = {
     "strong-unmasked": Ablation({**STRONG, "masked": False}),
     "strong-clean": Ablation({**STRONG, "unlearn": 0.0}),
     "strong-undistilled": Ablation({**STRONG, "distill": 0.0}),
-    "strong-unmixed": Ablation({**STRONG, "mixup": False}),
     "strong-uninterpolated": Ablation({**STRONG, "interpolate": 0.0}),
 }
