@@ -114,6 +114,8 @@ class FMP(defense):
         epochs = []
         with self.stages("fine-tuning"):
             for epoch in fine_tuning.run():
+                if epoch.restored:
+                    self.stages.reuse("fine-tuning")
                 if epoch.to_test and epoch.metrics is None:
                     epoch.metrics = self.evaluate(f"epoch {epoch.number} of {self.settings.epochs}")
                 if epoch.to_save:
@@ -135,8 +137,7 @@ class FMP(defense):
     def write(self, selection: Selection, history: History) -> dict[str, Any]:
         """Write all results; returns the content of metrics.json."""
         with kept("new results are partly written"):
-            evaluations, seconds = self.evaluations, self.stages.seconds
-            summary = self.folder.write(self.inputs, selection, history, evaluations, self.device, seconds)
+            summary = self.folder.write(self.inputs, selection, history, self.evaluations, self.device, self.stages)
             LOGGER.info("results are in %s", self.folder.path)
             if self.settings.report:
                 LOGGER.info("report: %s", write_report(self.inputs.record, self.folder.path, self.inputs.test))

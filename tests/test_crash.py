@@ -43,7 +43,8 @@ def final(root: Path) -> dict[str, Any]:
         if path.is_file() and path.suffix != ".log" and name != "report.html":  # the page shows the times
             files[name] = path.read_bytes()
     metrics = json.loads(files["metrics.json"])
-    files["metrics.json"] = {key: value for key, value in metrics.items() if key not in ("seconds", "cpu_seconds", "versions")}
+    of_the_run = ("seconds", "reused", "cpu_seconds", "versions")
+    files["metrics.json"] = {key: value for key, value in metrics.items() if key not in of_the_run}
     for name in files:
         if name.endswith(".pt"):  # a zip archive holds its own name, which was temporary
             files[name] = torch.load(root / RESULTS / name, weights_only=True)
@@ -115,14 +116,14 @@ TRAINING = ["--selection", "none"]
 
 
 @pytest.mark.parametrize(
-    "flags, hold_at, stop, code, word",
+    "flags, hold_at, stop, code, word, stage",
     [
-        (RANKING, "ranking_", signal.SIGINT, 130, "interrupted"),
-        (TRAINING, "interrupted", signal.SIGTERM, 143, "terminated"),
+        (RANKING, "ranking_", signal.SIGINT, 130, "interrupted", "ranking"),
+        (TRAINING, "interrupted", signal.SIGTERM, 143, "terminated", "fine-tuning"),
     ],
 )
 def test_a_signal_ends_a_run_with_a_message_and_the_next_goes_on(
-    flags: list[str], hold_at: str, stop: signal.Signals, code: int, word: str, workplace: Path
+    flags: list[str], hold_at: str, stop: signal.Signals, code: int, word: str, stage: str, workplace: Path
 ):
     process = start(workplace, *flags, hold_at=hold_at)
     process.signal(stop)
@@ -133,6 +134,7 @@ def test_a_signal_ends_a_run_with_a_message_and_the_next_goes_on(
     again = call_fmp(*FLAGS, *flags)
     assert again.code == 0 and re.search("continues? after|goes on", again.err), again.err
     assert not states(workplace)
+    assert json.loads((workplace / RESULTS / "metrics.json").read_text())["reused"] == [stage]
 
 
 def test_killed_after_the_last_epoch_a_run_has_its_predictions_too(workplace: Path, monkeypatch: pytest.MonkeyPatch):

@@ -25,7 +25,7 @@ def frame_of(**attacks: dict[str, tuple[float, float]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows).assign(dataset="gtsrb", model="resnet18", pratio=0.1, origin="ours")
     frame = frame.assign(record=frame["attack"], defense=frame["method"], test_images=pd.NA, seed=pd.NA, ratio=0.1)
     frame = frame.assign(record_seed=0, record_digest="d", settings_digest="s", code="c")
-    return frame.assign(test_ra=0.5, der=0.5, rir=0.5, baseline="attack")
+    return frame.assign(test_ra=0.5, der=0.5, rir=0.5, baseline="attack", seconds=60.0, reused=None)
 
 
 def table(**attacks: dict[str, tuple[float, float]]) -> Table:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import collect as script
+import pandas as pd
 import pytest
 from fmp_core.results.collect import collect
 from fmp_core.results.tables import build_tables, to_html, to_latex, to_markdown, to_text
@@ -68,7 +70,7 @@ def test_renderings(root: Path) -> None:
     assert "92.00±1.41*" in text and "BadNets" in text
     markdown = to_markdown(table)
     assert (
-        "| Method | ratio | BadNets Acc | BadNets ASR | BadNets RA | BadNets DER | BadNets RIR |" in markdown
+        "| Method | ratio | minutes | BadNets Acc | BadNets ASR | BadNets RA | BadNets DER | BadNets RIR |" in markdown
         and "**92.00±1.41**" in markdown
     )
     latex = to_latex(table)
@@ -80,8 +82,8 @@ def test_renderings(root: Path) -> None:
 
 def test_a_narrow_terminal_gets_blocks() -> None:
     rows = [(name, name, "fmp", 0.5) for name in ("badnet", "blended", "lf", "ssba")]
-    text = to_text(build_tables(frame_of(*rows))[0], 60)
-    assert max(map(len, text.splitlines())) <= 60 and text.count("ratio") >= 2
+    text = to_text(build_tables(frame_of(*rows))[0], 70)
+    assert max(map(len, text.splitlines())) <= 70 and text.count("ratio") >= 2
 
 
 def test_different_shares_of_clean_data_are_a_note(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +93,19 @@ def test_different_shares_of_clean_data_are_a_note(root: Path, capsys: pytest.Ca
         assert text.count("different shares of clean data (0.05: ft; 0.1: fmp)") == 1  # not in blended's table
     (table,) = build_tables(frame_of(("a", "badnet", "fmp", 0.8), ("a", "badnet", "ft", 0.9)))
     assert table.notes == [] and table.texts().loc["ft", ("", "ratio")] == "0.1"
+
+
+def test_minutes_are_the_mean_of_whole_runs(root: Path) -> None:
+    frame = frame_of(*((record, record, "fmp", 0.8) for record in "abc"), ("a", "a", "ft", 0.8), ("a", "a", "no defense", 0.9))
+    frame = frame.assign(seconds=[60.0, 84.0, 6.0, 9.0, None], reused=[None, None, "ranking", "fine-tuning", None])
+    (table,) = build_tables(frame)
+    assert table.texts()["", "minutes"].to_dict() == {"no defense": "-", "fmp": "1.2", "ft": "-"}
+    said = "Minutes leave out runs that were continued, or read scores or a verdict from a cache: fmp 1 of 3, ft 1 of 1."
+    assert said in table.notes and said in to_text(table)
+    metrics = root / "badnet_cifar10/defense/fmp/metrics.json"
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"reused": ["ranking", "fine-tuning"]}))
+    rows = collect(root, pytest.fail).set_index(["record", "defense"])["reused"]
+    assert rows["badnet_cifar10", "fmp"] == "ranking, fine-tuning" and pd.isna(rows["badnet_cifar10", "ft"])
 
 
 def test_published_rows_do_not_compete(root: Path) -> None:

@@ -52,6 +52,19 @@ def pruned_by_layer(selection: Selection, defender: DefenderInputs) -> list[int]
     return [int(selection.mask[positions].sum()) for _, positions in layer_slices(defender.layers)]
 
 
+@pytest.mark.parametrize("selection, stages", [("frg", ["ranking"]), ("trigger", ["trigger inversion", "ranking"])])
+def test_stages_that_a_cache_answers_are_noted(
+    selection: str, stages: list[str], defender: DefenderInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(verdict, "LEAST_HELD_OUT", 0)
+    monkeypatch.setattr(verdict, "LEAST_MARGIN", 2.0)  # no backdoor is found, so that the maps are ranked, too
+    settings = Settings(frg_samples=2, p=2, selection=selection)
+    first, second = Stages(), Stages()
+    for run in (first, second):
+        select_feature_maps(defender, settings, tmp_path, run)
+    assert first.reused == [] and second.reused == stages
+
+
 @pytest.mark.parametrize("backdoored", [True, False])
 def test_maps_are_drawn_at_random_only_if_that_is_asked_for(
     backdoored: bool, defender: DefenderInputs, selecting: Callable[..., Selection], monkeypatch: pytest.MonkeyPatch

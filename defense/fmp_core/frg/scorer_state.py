@@ -88,12 +88,14 @@ class RankingCheckpoints:
     """The files of one ranking below ``folder``: one for each call of the scorer (racing makes several).
 
     ``key`` is the :func:`~fmp_core.storage.checkpoint.content_key` of the question. ``fresh`` forgets what was saved before.
+    ``continued``: something was saved before.
     """
 
     folder: Path
     key: str
     fresh: bool
     made: list[Checkpoint] = field(default_factory=list)
+    continued: bool = False
 
     def of(self, precision: torch.dtype, maps: Tensor | None = None, image_ids: Tensor | None = None) -> Checkpoint:
         """For a call that scores ``maps`` (bool ``[N]``) on the images at ``image_ids`` (None: all)."""
@@ -103,6 +105,7 @@ class RankingCheckpoints:
         checkpoint = Checkpoint(path, {"key": self.key, "call": call, "share": distributed.share_name()})
         if self.fresh:
             checkpoint.remove()
+        self.continued |= path.is_file()
         self.made.append(checkpoint)
         return checkpoint
 

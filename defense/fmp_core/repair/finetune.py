@@ -29,13 +29,14 @@ LOGGER = logging.getLogger("fmp_core")
 class TrainedEpoch:
     """One epoch of fine-tuning. Who iterates over the epochs tests the model where ``to_test`` says so, and sets ``metrics``.
 
-    ``to_save``: the model is wanted as a file after this epoch.
+    ``to_save``: the model is wanted as a file after this epoch. ``restored``: an earlier, interrupted run trained it.
     """
 
     epoch: Epoch
     to_test: bool
     to_save: bool
     metrics: Metrics | None = None
+    restored: bool = False
 
     @property
     def number(self) -> int:
@@ -88,7 +89,10 @@ class FineTuning:
         if checkpoint.load() is not None:
             for epoch, metrics in checkpoint.notes["history"]:
                 done.append(self._plan(Epoch(**epoch), metrics and Metrics(**metrics)))
-                done[-1].to_save = False  # it was saved then; the model is that of the last epoch now, or of none yet
+                done[-1].restored, done[-1].to_save = (
+                    True,
+                    False,
+                )  # it was saved then; the model is that of the last epoch now, or of none yet
             LOGGER.info("fine-tuning continues after epoch %d of %d (--fresh starts again)", len(done), settings.epochs)
         yield from done
         batches = -(-len(self.defender.images) // settings.batch_size) * (settings.epochs - len(done))

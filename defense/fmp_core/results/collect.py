@@ -23,7 +23,7 @@ DEEPEST = 4  # levels of folders that are searched for records
 POINT = 0.01  # figures of one model that differ by more were not measured alike
 SETTING = ["dataset", "model", "attack", "pratio"]
 COLUMNS = [
-    *("record", "defense", *HEADLINES, "method", "seed", "ratio", "test_images", "seconds", "cpu_seconds"),
+    *("record", "defense", *HEADLINES, "method", "seed", "ratio", "test_images", "seconds", "cpu_seconds", "reused"),
     *(*SETTING, "record_seed", "record_digest", "settings_digest", "code", "origin", "baseline", "source"),
     *("target", "detector", "detection_score", "flagged", "named"),
 ]
@@ -36,10 +36,10 @@ def collect(root: str | Path, warn: Warn) -> pd.DataFrame:
     ``method`` is ``defense`` without the seed, so rows that differ only in seeds share it. ``baseline`` says whose test of the
     attacked model DER and RIR compare with: ``attack`` (what the attack logged) or ``our test``. ``ratio`` is the share of
     clean data the defense had, ``test_images`` the size of the sample where it was not tested on all, ``seconds`` is elapsed
-    time, ``cpu_seconds`` that of all its threads and processes, ``code`` the commit of this project. ``target`` is the
-    attack's; ``detector`` to ``named`` are what the defense says about the attacked model
-    (:class:`~fmp_core.results.detection.Detection`). ``warn`` gets one line for every file that could not be read, and where
-    the attack's figures contradict ours.
+    time, ``cpu_seconds`` that of all its threads and processes, ``reused`` names stages that they do not wholly contain, since
+    an earlier run did all or a part of them, ``code`` the commit of this project. ``target`` is the attack's; ``detector`` to
+    ``named`` are what the defense says about the attacked model (:class:`~fmp_core.results.detection.Detection`). ``warn`` gets
+    one line for every file that could not be read, and where the attack's figures contradict ours.
 
     Raises UserError: no such folder.
     """
@@ -109,7 +109,7 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
         row |= {"method": result.method or re.sub(rf"-s{result.seed}$", "", defense), "seed": result.seed}
         row |= {"ratio": result.ratio, "test_images": result.test_images, "source": result.source}
         row |= {"settings_digest": result.settings_digest, "code": result.code}
-        row |= {"seconds": result.seconds, "cpu_seconds": result.cpu_seconds}
+        row |= {"seconds": result.seconds, "cpu_seconds": result.cpu_seconds, "reused": result.reused}
         row |= {"origin": "ours" if result.ours else "backdoorbench"}
         row |= result.detection.as_row() if result.detection else {}
         yield row | {"baseline": None if not before else "attack" if before is logged else "our test"}

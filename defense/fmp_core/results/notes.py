@@ -42,6 +42,15 @@ def notes_of_mixtures(part: pd.DataFrame) -> Iterator[str]:
         yield f"Means over different numbers of seeds: {name} ({listed})."
 
 
+def notes_of_minutes(part: pd.DataFrame) -> Iterator[str]:
+    """On runs whose time is not that of the whole run, so not in the mean of their method."""
+    reused = part["reused"].notna()
+    if reused.any():
+        counts = reused.groupby(part["method"]).agg(["sum", "size"]).query("sum > 0")
+        listed = ", ".join(f"{method} {left} of {runs}" for method, left, runs in counts.itertuples())
+        yield f"Minutes leave out runs that were continued, or read scores or a verdict from a cache: {listed}."
+
+
 def notes_of_partial(partial: dict[tuple[str, str], list[str]]) -> Iterator[str]:
     """On what :func:`partial_means` found: (attack, method) -> records that are missing."""
     if partial:

@@ -64,6 +64,7 @@ class Result:
     test_images: int | None = None  # tested on a sample of so many images only
     seconds: float | None = None  # elapsed
     cpu_seconds: float | None = None  # of all its processes and threads
+    reused: str | None = None  # stages that these seconds do not, or not wholly, contain
     detection: Detection | None = None  # what it says about the attacked model
     attack_result: str | None = None  # SHA-256 of the attacked model's file, where the run noted it
 
@@ -122,6 +123,7 @@ def _our_result(path: Path) -> Result:
         test_images=whole_number(content, "test_images") or whole_number(settings, "test_images"),
         seconds=sum(filter(None, map(finite_number, (value_of(content, "seconds", dict) or {}).values()))) or None,
         cpu_seconds=finite_number(content.get("cpu_seconds")),
+        reused=", ".join(map(str, value_of(content, "reused", list) or [])) or None,
         detection=detection_of_verdict(value_of(content, "verdict", dict) or {}),
         attack_result=value_of(content, "attack_result", str),
     )

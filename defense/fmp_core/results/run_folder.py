@@ -32,6 +32,7 @@ from fmp_core.results.summary import RunSummary
 from fmp_core.selection.choice import Selection
 from fmp_core.settings import Settings
 from fmp_core.storage.files import check_folders, file_digest, hidden, make_folders, refuse_links_out_of, write_text
+from fmp_core.system.cli import Stages
 from fmp_core.system.devices import Device
 from fmp_core.system.versions import versions
 
@@ -89,11 +90,11 @@ class RunFolder:
         history: History,
         evaluations: Sequence[Evaluation],
         device: Device,
-        seconds: dict[str, float],
+        stages: Stages,
     ) -> RunSummary:
         """All results of a run; metrics.json, which says that the others are there, comes last of those the report reads.
 
-        ``evaluations``: the first is of the attacked model, the last of the repaired one. ``seconds``: by stage.
+        ``evaluations``: the first is of the attacked model, the last of the repaired one.
         """
         first, last = evaluations[0], evaluations[-1]
         predictions = prediction_frame(inputs.test, first.predictions, last.predictions)
@@ -117,7 +118,8 @@ class RunFolder:
                 tied_at_cut=selection.ties,
                 verdict=selection.verdict.as_dict() if selection.verdict else None,
                 chosen_by=selection.selected_by,
-                seconds=seconds,
+                seconds=stages.seconds,
+                reused=stages.reused,
                 cpu_seconds=time.process_time(),
                 seed=self.settings.random_seed,
                 device=f"{device.device} ({device.name})",

@@ -46,6 +46,7 @@ class RunSummary:
     device: str
     settings: dict[str, Any]
     versions: dict[str, str]
+    reused: list[str] = field(default_factory=list)  # stages of which an earlier run did all or a part, see Stages
     cpu_seconds: float | None = None  # of all threads of the process, which read, computed and tested
     test_images: int | None = None  # None: all
     attack_result: str | None = None  # SHA-256 of the record's attack_result.pt

@@ -13,12 +13,20 @@ import pandas as pd
 
 from fmp_core.metrics import HEADLINES, LOW_IS_GOOD
 from fmp_core.results.collect import BASELINE, MEASURED
-from fmp_core.results.notes import PUBLISHED, SAMPLE, notes_of_mixtures, notes_of_partial, notes_of_shares, partial_means
+from fmp_core.results.notes import (
+    PUBLISHED,
+    SAMPLE,
+    notes_of_minutes,
+    notes_of_mixtures,
+    notes_of_partial,
+    notes_of_shares,
+    partial_means,
+)
 from fmp_core.results.titles import ATTACK_TITLES, AVERAGE, attack_title, printable
 
 ASSETS = Path(__file__).parent / "assets"
 ITALIC = "font-style: italic; color: var(--soft);"
-RATIO = ("", "ratio")  # the column of clean shares
+ABOUT = ["ratio", "minutes"]  # the first columns: share of clean data, and what a run takes
 ORACLE = "ablate-oracle"  # begins rows of ablate.py that see the trigger
 SETTING = ["dataset", "model", "pratio"]
 
@@ -28,16 +36,15 @@ class Table:
     """One dataset, model and poison rate.
 
     ``means`` and ``stds`` are percent over seeds, a row per method and a column per (attack, metric); NaN where nothing was
-    run, ``stds`` also where there is one seed. ``ratios`` is the share of clean data each method had, as text. ``notes`` are
-    sentences that belong below the table. ``lost``: accuracy lost, in points, since the test of the attacked model that DER
-    compares with, a row per method and a column per attack. ``partial``: the (attack, method) that
-    lack one of the attack's records.
+    run, ``stds`` also where there is one seed. ``about`` has the columns :data:`ABOUT`, as text. ``notes`` are sentences that
+    belong below the table. ``lost``: accuracy lost, in points, since the test of the attacked model that DER compares with, a
+    row per method and a column per attack. ``partial``: the (attack, method) that lack one of the attack's records.
     """
 
     title: str
     means: pd.DataFrame
     stds: pd.DataFrame
-    ratios: pd.Series
+    about: pd.DataFrame
     lost: pd.DataFrame
     notes: Sequence[str] = field(default=())
     partial: frozenset[tuple[str, str]] = frozenset()
@@ -51,11 +58,10 @@ class Table:
         return list(dict.fromkeys(self.means.columns.get_level_values(0)))
 
     def texts(self, between: str = "±") -> pd.DataFrame:
-        """What the cells say: ``92.00``, ``92.00±1.41`` over seeds, or ``-``; the first column is ``RATIO``."""
+        """What the cells say: ``92.00``, ``92.00±1.41`` over seeds, or ``-``; the first columns are ``ABOUT``."""
         texts = self.means.map("{:.2f}".format) + self.stds.map((between + "{:.2f}").format).where(self.stds.notna(), "")
         texts = texts.where(self.means.notna(), "-")
-        texts.insert(0, RATIO, self.ratios)
-        return texts
+        return self._after(self.about, texts)
 
     def best(self) -> pd.DataFrame:
         """Whether a cell is the best of its column, in the shape of :meth:`texts`.
@@ -70,8 +76,11 @@ class Table:
         low = [metric in LOW_IS_GOOD for _, metric in rounded.columns]
         target = rounded.min().where(low, rounded.max()).where(rounded.count() > 1)
         best = rounded.eq(target).reindex(self.means.index, fill_value=False)
-        best.insert(0, RATIO, False)
-        return best
+        return self._after(pd.DataFrame(False, best.index, ABOUT), best)
+
+    @staticmethod
+    def _after(about: pd.DataFrame, rest: pd.DataFrame) -> pd.DataFrame:
+        return pd.concat({"": about}, axis=1).join(rest)
 
 
 def build_tables(frame: pd.DataFrame) -> list[Table]:
@@ -137,10 +146,18 @@ def _table(title: str, part: pd.DataFrame) -> Table:
             means[AVERAGE, metric] = average.mask(published, by_attack.mean(axis=1, skipna=False))
         stds = stds.reindex(columns=means.columns)
     shares = {method: sorted(set(part.loc[part["method"] == method, "ratio"].dropna())) for method in methods}
-    shown = pd.Series({method: ", ".join(f"{share:g}" for share in shares[method]) or "-" for method in methods})
+    shown = [", ".join(f"{share:g}" for share in shares[method]) or "-" for method in methods]
+    about = pd.DataFrame({"ratio": shown, "minutes": _minutes(part).reindex(methods)}, methods)
     partial = partial_means(part)
-    notes = [*notes_of_shares(shares), *notes_of_partial(partial), *notes_of_mixtures(part)]
-    return Table(title, means, stds, shown, _lost(part).reindex(methods), notes, frozenset(partial))
+    notes = [*notes_of_shares(shares), *notes_of_partial(partial), *notes_of_mixtures(part), *notes_of_minutes(part)]
+    return Table(title, means, stds, about, _lost(part).reindex(methods), notes, frozenset(partial))
+
+
+def _minutes(part: pd.DataFrame) -> pd.Series:
+    """Elapsed minutes of a run of each method, as text: the mean of those that did all their work themselves."""
+    seconds = pd.to_numeric(part["seconds"], errors="coerce").mask(part["reused"].notna())
+    minutes = seconds.groupby(part["method"]).mean() / 60
+    return minutes.map("{:.1f}".format).where(minutes.notna(), "-")
 
 
 def _lost(part: pd.DataFrame) -> pd.DataFrame:
@@ -168,8 +185,8 @@ def to_text(table: Table, width: int = 128) -> str:
     texts.index = texts.index.map(printable)
 
     def render(attacks: Sequence[str]) -> str:
-        block = texts[[RATIO, *((attack, metric) for attack in attacks for metric in HEADLINES)]]
-        heads = [(attack_title(a) if m in ("ratio", "test_acc") else "", f"{HEADLINES.get(m, m)} ") for a, m in block.columns]
+        block = texts[[*(("", name) for name in ABOUT), *((attack, metric) for attack in attacks for metric in HEADLINES)]]
+        heads = [(attack_title(a) if m in (*ABOUT, "test_acc") else "", f"{HEADLINES.get(m, m)} ") for a, m in block.columns]
         lines = block.set_axis(pd.MultiIndex.from_tuples(heads), axis=1).to_string().splitlines()
         return "\n".join(line.rstrip() for line in lines)
 
@@ -194,7 +211,7 @@ def to_markdown(table: Table) -> str:
     cells = cells.where(~table.best(), "**" + cells + "**")
     heads = [f"{plain(attack_title(column[0]))} {HEADLINES[column[1]]}" for column in table.means.columns]
     notes = [f"\n{plain(note)}" for note in table.notes]
-    rows = [["Method", "ratio", *heads], ["---", "---:", *("---:" for _ in heads)]]
+    rows = [["Method", *ABOUT, *heads], ["---", *("---:" for _ in [*ABOUT, *heads])]]
     rows += [[plain(method), *texts] for method, texts in zip(cells.index, cells.to_numpy().tolist(), strict=True)]
     lines = [f"**{plain(table.title)}** (percent)", "", *(f"| {' | '.join(row)} |" for row in rows), *notes]
     return "\n".join(lines) + "\n"

@@ -102,6 +102,7 @@ def test_for_backdoor(defender: DefenderInputs, settings: Settings, cache: Path,
                 if distributed.is_leader():
                     save_verdicts(cache, key, [*verdicts, verdict])
             else:
+                stages.reuse("trigger inversion")
                 LOGGER.info("the verdict on %s triggers is read from the cache (--fresh tests again)", family)
             LOGGER.info("%s", verdict)
             verdicts.append(verdict)
@@ -145,6 +146,7 @@ def score_or_load(defender: DefenderInputs, settings: Settings, cache: Path, sta
     key = score_key(defender.model, images, labels, about)
     scores = _from_cache(lambda: load_scores(cache, key, defender.layers), settings.fresh)
     if scores is not None:
+        stages.reuse("ranking")
         LOGGER.info("scores of %d feature maps read from %s (--fresh ranks again)", scores.total, cache_file(cache, key))
         return scores
     maps = sum(layer.channels for layer in defender.layers)
@@ -160,6 +162,8 @@ def score_or_load(defender: DefenderInputs, settings: Settings, cache: Path, sta
             scores = scorer.score(checkpoint=checkpoints.of(precision))
     if distributed.is_leader():
         save_scores(cache, key, scores)
+    if checkpoints.continued:
+        stages.reuse("ranking")
     checkpoints.remove()
     return scores
 

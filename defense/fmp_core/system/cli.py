@@ -41,11 +41,13 @@ class Stages:
     """Seconds that each stage of a run took, those of stages inside it taken off.
 
     ``with stages("fine-tuning"): ...`` adds to ``stages.seconds["fine-tuning"]``; a ``with stages("testing")`` in that block
-    counts as testing only, so that all seconds add up to those of the outer blocks.
+    counts as testing only, so that all seconds add up to those of the outer blocks. ``reused`` are stages whose seconds are not
+    those of the whole stage, since an earlier run did all or a part of it.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.reused: list[str] = []
         self._inner: list[float] = []  # for each open stage, the seconds of stages inside it
 
     @contextmanager
@@ -60,6 +62,11 @@ class Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + took - self._inner.pop()
             if self._inner:
                 self._inner[-1] += took
+
+    def reuse(self, name: str) -> None:
+        """Add ``name`` to ``reused``."""
+        if name not in self.reused:
+            self.reused.append(name)
 
 
 @contextmanager
