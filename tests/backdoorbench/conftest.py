@@ -24,7 +24,7 @@ import numpy as np, torch
 from settings import NAME  # beside config/, found through the current folder
 from tabulate import tabulate
 parser = argparse.ArgumentParser()
-for flag in ("dataset", "model", "result_file", "device", "index", "fail"):
+for flag in ("dataset", "model", "result_file", "device", "index", "checkpoint_save", "fail"):
     parser.add_argument("--" + flag)
 parser.add_argument("--num_workers", type=float)
 args = parser.parse_args()
@@ -44,6 +44,8 @@ assert iter(torch.utils.data.DataLoader([1, 2])).next() == 1
 assert open("./config/defense/echo.yaml").read() == "x"
 assert not args.index or os.path.isfile(args.index)
 open("stray.txt", "w").close()  # into the temporary folder
+if args.checkpoint_save:
+    open(args.checkpoint_save + "model.pt", "w").close()
 print("ran with", args.dataset, args.model, NAME)
 if args.fail:
     raise Exception(args.fail)

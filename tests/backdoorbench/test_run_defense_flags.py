@@ -48,6 +48,13 @@ def test_files_are_named_from_here_however_they_are_given(checkout: Path, tiny_r
     assert run(checkout, "--index=gone.txt") == 1
 
 
+@pytest.mark.parametrize("flags", [["--checkpoint_save", "mine/"], ["--checkpoint_save=mine/"]])
+def test_folders_are_named_from_here_too(flags: list[str], checkout: Path, tiny_record: Path) -> None:
+    Path("mine").mkdir()
+    assert run(checkout, *flags) == 0
+    assert Path("mine/model.pt").is_file()
+
+
 @pytest.mark.parametrize("flag", ["--pruning_number=0.1", "--pruning_num", "--yaml_path=mine.yaml", "mine.yaml"])
 def test_anp_at_a_number_takes_no_test_images_however_it_is_given(flag: str, checkout: Path, tiny_record: Path) -> None:
     Path("mine.yaml").write_text("pruning_number: 0.1\n")

@@ -30,6 +30,7 @@ from fmp_core.storage.lock import locked, result_lock
 
 NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
 RESULT = "defense_result.pt"
+WRITTEN = ("--checkpoint_save", "--log", "--save_path")  # flags of BackdoorBench for folders it writes into
 
 
 def run_on_record(
@@ -71,7 +72,7 @@ def run_on_record(
         if test_images:
             write_text(results / WHOLE_TEST, json.dumps({SAMPLE_ONLY: test_images}))
         with workspace(job) as folder:
-            flags += [_with_found_file(word) for word in extra]
+            flags += _from_here(extra)
             ended = run_script(folder, script, flags, device=job.device, python=python, log=log, test_images=test_images)
         said, code = verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
         if test_images and not code:
@@ -83,10 +84,16 @@ def run_on_record(
     return said.replace(str(log), str(outcome.log)) if outcome else said, code
 
 
-def _with_found_file(word: str) -> str:
-    """A flag or value; a file in it is named from where we were started, and BB runs elsewhere."""
-    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-    return f"{flag}{equals}{os.path.abspath(value)}" if os.path.isfile(value) else word
+def _from_here(words: list[str]) -> list[str]:
+    """Flags and values with absolute paths: files that there are, and folders of :data:`WRITTEN` as they are given, since BB
+    joins names to them. They are named from where we were started, and BB runs elsewhere."""
+    found, before = [], ""
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        written = value and (flag or before) in WRITTEN
+        found.append(f"{flag}{equals}{os.path.join(os.getcwd(), value)}" if written or os.path.isfile(value) else word)
+        before = word
+    return found
 
 
 def _sets_pruning_number(flags: list[str]) -> bool:
