@@ -82,8 +82,8 @@ def test_renderings(root: Path) -> None:
 
 def test_a_narrow_terminal_gets_blocks() -> None:
     rows = [(name, name, "fmp", 0.5) for name in ("badnet", "blended", "lf", "ssba")]
-    text = to_text(build_tables(frame_of(*rows))[0], 70)
-    assert max(map(len, text.splitlines())) <= 70 and text.count("ratio") >= 2
+    text = to_text(build_tables(frame_of(*rows))[0], 60)
+    assert max(map(len, text.splitlines())) <= 60 and text.count("ratio") >= 2
 
 
 def test_different_shares_of_clean_data_are_a_note(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

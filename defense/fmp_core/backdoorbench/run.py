@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from fmp_core.backdoorbench.process import Ended, in_own_process, run_script
@@ -72,7 +73,7 @@ def run_on_record(
         if test_images:
             write_text(results / WHOLE_TEST, json.dumps({SAMPLE_ONLY: test_images}))
         with workspace(job) as folder:
-            flags += _from_here(extra)
+            flags += [_from_here(before, word) for before, word in pairwise(["", *extra])]
             ended = run_script(folder, script, flags, device=job.device, python=python, log=log, test_images=test_images)
         said, code = verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
         if test_images and not code:
@@ -84,16 +85,12 @@ def run_on_record(
     return said.replace(str(log), str(outcome.log)) if outcome else said, code
 
 
-def _from_here(words: list[str]) -> list[str]:
-    """Flags and values with absolute paths: files that there are, and folders of :data:`WRITTEN` as they are given, since BB
-    joins names to them. They are named from where we were started, and BB runs elsewhere."""
-    found, before = [], ""
-    for word in words:
-        flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        written = value and (flag or before) in WRITTEN
-        found.append(f"{flag}{equals}{os.path.join(os.getcwd(), value)}" if written or os.path.isfile(value) else word)
-        before = word
-    return found
+def _from_here(before: str, word: str) -> str:
+    """A flag or value, which follows ``before``; a file in it, or a folder of :data:`WRITTEN`, is named from where we were
+    started, and BB runs elsewhere. A slash at a folder's end is kept: BB joins names to it."""
+    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    written = value and (flag or before) in WRITTEN
+    return f"{flag}{equals}{os.path.join(os.getcwd(), value)}" if written or os.path.isfile(value) else word
 
 
 def _sets_pruning_number(flags: list[str]) -> bool:

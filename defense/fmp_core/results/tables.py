@@ -185,8 +185,9 @@ def to_text(table: Table, width: int = 128) -> str:
     texts.index = texts.index.map(printable)
 
     def render(attacks: Sequence[str]) -> str:
-        block = texts[[*(("", name) for name in ABOUT), *((attack, metric) for attack in attacks for metric in HEADLINES)]]
-        heads = [(attack_title(a) if m in (*ABOUT, "test_acc") else "", f"{HEADLINES.get(m, m)} ") for a, m in block.columns]
+        about = ABOUT if attacks[0] == table.attacks[0] else ["ratio"]  # minutes once: narrow terminals have little room
+        block = texts[[*(("", name) for name in about), *((attack, metric) for attack in attacks for metric in HEADLINES)]]
+        heads = [(attack_title(a) if m in (*about, "test_acc") else "", f"{HEADLINES.get(m, m)} ") for a, m in block.columns]
         lines = block.set_axis(pd.MultiIndex.from_tuples(heads), axis=1).to_string().splitlines()
         return "\n".join(line.rstrip() for line in lines)
 
