@@ -38,7 +38,7 @@ from fmp_core.selection.select import Select, select_feature_maps
 from fmp_core.settings import add_arguments, load_settings
 from fmp_core.storage.lock import locked
 from fmp_core.system import distributed, logs
-from fmp_core.system.cli import Stages, kept
+from fmp_core.system.cli import Stages, if_it_ends_early
 from fmp_core.system.devices import choose_device, make_deterministic
 from fmp_core.system.progress import Progress
 
@@ -81,7 +81,10 @@ class FMP(defense):
         self.evaluations: list[Evaluation] = []  # before, and the latest
 
     def set_logger(self) -> None:
-        """Log to the terminal and, in BB's format, to ``log/<time>.log``; of several processes only the first speaks."""
+        """Make the result folder, then log to the terminal and, in BB's format, to ``log/<time>.log``.
+
+        Of several processes only the first does.
+        """
         if not distributed.is_leader():
             return logs.silence()
         self.folder.make(self.inputs.subset)
@@ -119,7 +122,7 @@ class FMP(defense):
                 if epoch.to_test and epoch.metrics is None:
                     epoch.metrics = self.evaluate(f"epoch {epoch.number} of {self.settings.epochs}")
                 if epoch.to_save:
-                    self.folder.save_epoch(epoch.epoch.epoch, self.inputs)
+                    self.folder.save_epoch(epoch.number - 1, self.inputs)
                 epochs.append(epoch)
         if len(self.evaluations) < 2:  # all epochs were restored: their metrics are known, the single predictions are not
             self.evaluate("after fine-tuning")
@@ -136,7 +139,7 @@ class FMP(defense):
 
     def write(self, selection: Selection, history: History) -> dict[str, Any]:
         """Write all results; returns the content of metrics.json."""
-        with kept("new results are partly written"):
+        with if_it_ends_early("new results are partly written"):
             summary = self.folder.write(self.inputs, selection, history, self.evaluations, self.device, self.stages)
             LOGGER.info("results are in %s", self.folder.path)
             if self.settings.report:

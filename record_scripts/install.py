@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this
 
 from fmp_core.backdoorbench.install import install, listed, uninstall
 from fmp_core.backdoorbench.workspace import find_checkout
-from fmp_core.system.cli import Parser, kept, run_main
+from fmp_core.system.cli import Parser, if_it_ends_early, run_main
 
 
-@kept("FMP's files may be there in part")
+@if_it_ends_early("FMP's files may be there in part")
 def run(args: Namespace) -> None:
     root = find_checkout(args.into)
     if args.uninstall:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this
 
 from fmp_core.results.paper import FIGURES, SCALES, TABLES
 from fmp_core.sweeps.paper import make
-from fmp_core.system.cli import Parser, kept, run_main
+from fmp_core.system.cli import Parser, if_it_ends_early, run_main
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> int:
-    with kept("results of jobs that have ended stay"):
+    with if_it_ends_early("results of jobs that have ended stay"):
         return make(args, lambda text: print(f"paper_tables: {text}", file=sys.stderr))
 
 

@@ -31,7 +31,7 @@ class Parser(cli.Parser):
         super().error(f"{message}; flags of BackdoorBench's script go last, after --, as in ... -- --epochs 10")
 
 
-@cli.kept("what BackdoorBench has written so far stays")
+@cli.if_it_ends_early("what BackdoorBench has written so far stays")
 def run(args: Namespace, extra: list[str]) -> int:
     message, code = run_on_record(job_of(args), args.defense, args.analysis, args.python, extra, args.test_images)
     print(f"run_defense: {message}", file=sys.stderr if code else sys.stdout)

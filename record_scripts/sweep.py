@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this
 
 from fmp_core.sweeps.plan import read_sweep
 from fmp_core.sweeps.run import run_sweep
-from fmp_core.system.cli import Parser, kept, run_main
+from fmp_core.system.cli import Parser, if_it_ends_early, run_main
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> int:
-        with kept("results of jobs that have ended stay"):
+        with if_it_ends_early("results of jobs that have ended stay"):
             return run_sweep(read_sweep(args.sweep), args.launcher, args.dry_run)
 
     return run_main("sweep", run)

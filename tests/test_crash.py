@@ -248,7 +248,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(least: int, monkeypatch: pyt
 
     expected = score(*toy_case(Plain, count=7), rows=64)
     monkeypatch.setattr(scorer, "SharedForward", limited)
-    monkeypatch.setattr(scorer, "least_rows", lambda _device: least)
+    monkeypatch.setattr(scorer, "row_multiple", lambda _device: least)
     found = score(*toy_case(Plain, count=7), rows=64)
     assert len(seen) == 3 and seen[0] > seen[1] > 16 >= seen[2]
     assert torch.equal(found.correct, expected.correct) and torch.equal(found.margin, expected.margin)

@@ -1,7 +1,9 @@
 """Adversarial Feature Map Pruning (FMP, ICLR 2024): the library behind ``defense/fmp.py``.
 
-Settings, system, storage, data, models, inputs, frg, inversion, selection, repair, results, attacks, then report, sweeps and
-backdoorbench: each imports only what stands before it (``make lint`` checks that).
+docs/architecture.md describes the packages; ``make lint`` checks the direction of their imports.
 """
 
+from pathlib import Path
+
 __version__ = "0.1.0"
+PROJECT = Path(__file__).resolve().parents[2]  # holds config/ and record_scripts/, in a BackdoorBench checkout too

@@ -7,7 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from fmp_core.settings import PROJECT, Settings, add_arguments, load_settings
+from fmp_core import PROJECT
+from fmp_core.settings import Settings, add_arguments, load_settings
 from fmp_core.system.cli import Parser, run_main
 
 

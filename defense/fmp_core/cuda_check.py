@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from fmp_core import PROJECT
+from fmp_core.data.names import ATTACK_FILE
 from fmp_core.errors import UserError
 
-PROJECT = Path(__file__).resolve().parents[2]
 DIGITS = ("--yaml_path", str(PROJECT / "config" / "defense" / "fmp" / "digits.yaml"))
 LEAST_AGREEMENT = 0.95  # Jaccard index of the maps selected on GPU and CPU: kernels differ, and near ties fall otherwise
 
@@ -94,7 +95,7 @@ class Checks:
         return self.call("tests", "-m", "pytest", "-n0", *flags, cwd=PROJECT)[-1]
 
     def _record(self, *flags: str) -> str:
-        if not (self.folder / "record" / "badnet_digits" / "attack_result.pt").exists():
+        if not (self.folder / "record" / "badnet_digits" / ATTACK_FILE).exists():
             self._script("make_record", "record", *flags, "--device", "cuda:0", "--quiet")
         return "badnet_digits"
 

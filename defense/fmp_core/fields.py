@@ -236,7 +236,8 @@ def add_flags(
 
     All default to None, so that a value from elsewhere is overridden only by a flag that is given; values stay text and are
     read by :func:`parse_flags`, so that a bad flag and a bad YAML key read alike. A bare boolean flag means True, and
-    BackdoorBench's ``--amp True`` works too. ``helps`` replaces the fields' own words; ``defaults``: whether to tell them.
+    BackdoorBench's ``--amp True`` works too. ``helps`` replaces the fields' own words; ``defaults``: whether the help states
+    default values.
     """
     fields = fields_of(cls)
     for name in fields if names is None else names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from fmp_core.models.evaluate import TestData, even_sample, to_unit
 from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.settings import Settings, Stage, changed, names
 from fmp_core.system.devices import Device
+
+TAC_PAIRS = 512  # pairs of images that the trigger activation change is averaged over
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
     _hint_at_name(Path(settings.record_root), Path(result_file))
     record = read_attack_record(Path(settings.record_root) / result_file, settings.mean, settings.std)
     _check_flags(settings, record)
-    facts = preprocessing(settings, record)
+    facts = preprocessing(record, settings.mean, settings.std)
     train_set, test_set = (
         open_split(settings.dataset_path, record.dataset, train, record.image_size) for train in (True, False)
     )
@@ -110,7 +113,7 @@ def read_test_data(record: AttackRecord, test_set: Split, device: torch.device, 
     )
 
 
-def paired_images(test: TestData, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def paired_images(test: TestData, count: int = TAC_PAIRS) -> tuple[Tensor, Tensor, Tensor]:
     """At most ``count`` pairs, evenly over the poisoned test set: clean images, the poisoned ones made from them (uint8
     ``[n, C, H, W]``), and their true classes (int64 ``[n]``). Raises UserError if it is not known which belong together.
     """
@@ -126,13 +129,15 @@ def paired_images(test: TestData, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return test.clean_images[test.counterparts[rows]], test.poisoned_images[rows], test.originals[rows]
 
 
-def preprocessing(settings: Settings, record: AttackRecord) -> DatasetFacts:
-    """The dataset's facts, with the normalisation that ``--mean`` and ``--std`` give."""
+def preprocessing(
+    record: AttackRecord, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> DatasetFacts:
+    """The facts of the record's dataset, with the normalisation that ``--mean`` and ``--std`` give."""
     channels = record.image_size[2]
-    for name, values in (("mean", settings.mean), ("std", settings.std)):
+    for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) not in (1, channels):
             raise UserError(f"--{name} has {len(values)} numbers, but the record's images have {channels} channel(s).")
-    return dataset_facts(record.dataset, record.image_size, settings.mean, settings.std)
+    return dataset_facts(record.dataset, record.image_size, mean, std)
 
 
 def _check_flags(settings: Settings, record: AttackRecord) -> None:

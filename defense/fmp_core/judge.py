@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fmp_core.attacks.make_record import image_size_of, with_dataset_name
 from fmp_core.attacks.settings import RecordSettings
-from fmp_core.data.attack_record import ATTACK_FILE, plain_state, read_attack_record
+from fmp_core.data.attack_record import plain_state, read_attack_record
 from fmp_core.data.datasets import FACTS, DatasetFacts, Split, check_labels, dataset_facts, open_split
 from fmp_core.data.images import Size
+from fmp_core.data.names import ATTACK_FILE
 from fmp_core.data.write_record import write_attack_record
 from fmp_core.errors import UserError
 from fmp_core.fields import as_text
@@ -38,12 +39,12 @@ from fmp_core.system.cli import Stages
 from fmp_core.system.devices import choose_device, make_deterministic
 
 LOGGER = logging.getLogger("fmp_core")
-NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")  # where training scripts keep the weights
-ENOUGH = 1000  # clean images; half of so many, at most 256, are held out
-QUICK = 1000  # test images that preprocessings are compared on
-LOW = 0.5  # accuracy below which a verdict may be about how the model was given its images
-BETTER = 0.05  # of accuracy, and 1/sqrt(images) for chance, by which another preprocessing must be better than the one assumed
-USUAL = {  # mean, std
+WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")  # where training scripts keep the weights
+ENOUGH_IMAGES = 1000  # clean images; half of so many, at most 256, are held out
+SAMPLE_IMAGES = 1000  # test images that preprocessings are compared on
+LOW_ACCURACY = 0.5  # accuracy below which a verdict may be about how the model was given its images
+CLEARLY_BETTER = 0.05  # of accuracy, plus 1/sqrt(images) for chance: another preprocessing is named from here on
+USUAL_NORMALISATIONS = {  # mean, std
     "none": ((0.0,), (1.0,)),
     "ImageNet's": (FACTS["imagenet"].mean, FACTS["imagenet"].std),
     "CIFAR-10's": (FACTS["cifar10"].mean, FACTS["cifar10"].std),
@@ -64,9 +65,9 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
     places = {"record_root": record.record_root, "dataset_path": record.dataset_path, "result_file": name}
     settings = load_settings({**flags, **places, "preset": "strong"})
     device = choose_device(settings.device)
-    folder, total, is_new = _record_of(model_file, replace(record, save_folder_name=name))
+    folder, total, is_new = _write_or_compare_record(model_file, replace(record, save_folder_name=name))
     if "ratio" not in flags:
-        settings = replace(settings, ratio=max(settings.ratio, min(1.0, math.ceil(100 * ENOUGH / total) / 100)))
+        settings = replace(settings, ratio=max(settings.ratio, min(1.0, math.ceil(100 * ENOUGH_IMAGES / total) / 100)))
     make_deterministic()
     inputs = load_inputs(settings, name, device.device)
     logs.set_up(folder, settings)
@@ -82,10 +83,10 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
         verdict = test_for_backdoor(inputs.defender, settings, RunFolder.of(settings, folder).shared, Stages())
     finally:
         logs.close()
-    said = [f"Accuracy on clean test images: {100 * accuracy:.2f} %."]
-    if accuracy < LOW:
-        said.append("That is low: what follows may be about how the model was given its images, not about a backdoor.")
-    return [*said, in_words(verdict.as_dict()), *_next_step(verdict, settings)]
+    lines = [f"Accuracy on clean test images: {100 * accuracy:.2f} %."]
+    if accuracy < LOW_ACCURACY:
+        lines.append("That is low: what follows may be about how the model was given its images, not about a backdoor.")
+    return [*lines, in_words(verdict.as_dict()), *_next_step(verdict, settings)]
 
 
 def weights_in(path: Path) -> OrderedDict[str, Tensor]:
@@ -94,7 +95,7 @@ def weights_in(path: Path) -> OrderedDict[str, Tensor]:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {what}; name the file that holds the model's weights.")
     content = load_torch_file(path)
-    nested = [content[key] for key in NESTED if key in content] if isinstance(content, Mapping) else []
+    nested = [content[key] for key in WEIGHT_KEYS if key in content] if isinstance(content, Mapping) else []
     for state in (content, *nested):
         if isinstance(state, Mapping) and state:
             with contextlib.suppress(ValueError):
@@ -102,7 +103,7 @@ def weights_in(path: Path) -> OrderedDict[str, Tensor]:
     raise UserError(f"{path} holds no weights that could be read; save them with torch.save(model.state_dict(), FILE).")
 
 
-def _record_of(model_file: Path, record: RecordSettings) -> tuple[Path, int, bool]:
+def _write_or_compare_record(model_file: Path, record: RecordSettings) -> tuple[Path, int, bool]:
     """The folder of the record of this model, how many training images its dataset has, and whether the folder is new."""
     folder, size = Path(record.record_root) / str(record.save_folder_name), image_size_of(record)
     splits = [open_split(record.dataset_path, record.dataset, train, size) for train in (True, False)]
@@ -110,7 +111,7 @@ def _record_of(model_file: Path, record: RecordSettings) -> tuple[Path, int, boo
     for split in splits:
         check_labels(split, classes, record.dataset)
     state = weights_in(model_file)
-    _try(model_file, record, state, classes, size)
+    _check_fit(model_file, record, state, classes, size)
     if (folder / ATTACK_FILE).exists():
         there = read_attack_record(folder)
         about, now = (there.model_name, there.dataset, there.image_size), (record.model, record.dataset, size)
@@ -135,7 +136,7 @@ def _record_of(model_file: Path, record: RecordSettings) -> tuple[Path, int, boo
     return folder, len(splits[0]), is_new
 
 
-def _try(model_file: Path, record: RecordSettings, state: Mapping[str, Tensor], classes: int, size: Size) -> None:
+def _check_fit(model_file: Path, record: RecordSettings, state: Mapping[str, Tensor], classes: int, size: Size) -> None:
     """Raises UserError, before anything is written: the weights do not fit the model and the dataset, or images do not."""
     try:
         network = load_model(record.model, classes, state).eval()
@@ -162,7 +163,7 @@ def _check_preprocessing(inputs: Inputs, settings: Settings) -> float:
     """Accuracy on a sample of the clean test images. Raises UserError: another preprocessing than the one assumed is better, or
     accuracy is chance."""
     labels = inputs.test.clean_labels
-    rows = even_sample(labels, QUICK)
+    rows = even_sample(labels, SAMPLE_IMAGES)
     images, labels = inputs.test.clean_images[rows], labels[rows]
 
     def accuracy(facts: DatasetFacts) -> float:
@@ -173,10 +174,10 @@ def _check_preprocessing(inputs: Inputs, settings: Settings) -> float:
     LOGGER.info("Acc %.2f %% on %d clean test images", 100 * assumed, count)
     if settings.mean is None and settings.std is None:
         size = inputs.record.image_size
-        others = {name: dataset_facts(inputs.record.dataset, size, *values) for name, values in USUAL.items()}
+        others = {name: dataset_facts(inputs.record.dataset, size, *values) for name, values in USUAL_NORMALISATIONS.items()}
         found = {name: accuracy(facts) for name, facts in others.items()}
         best = max(found, key=lambda name: found[name])
-        if found[best] > assumed + BETTER + count**-0.5:
+        if found[best] > assumed + CLEARLY_BETTER + count**-0.5:
             mean, std = (as_text(tuple(round(x, 4) for x in values)) for values in (others[best].mean, others[best].std))
             raise UserError(
                 f"The model classifies {100 * assumed:.1f} % of the clean test images correctly with the dataset's usual "

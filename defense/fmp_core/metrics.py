@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-Figures = Mapping[str, float | None]  # by name; None: there was no triggered image to test on
+MetricValues = Mapping[str, float | None]  # by name; None: there was no triggered image to test on
 METRICS = ("test_acc", "test_asr", "test_ra")
 HEADLINES = {"test_acc": "Acc", "test_asr": "ASR", "test_ra": "RA", "der": "DER", "rir": "RIR"}
 LOW_IS_GOOD = frozenset({"test_asr"})
 
 
-def ratings(before: Figures, after: Figures) -> dict[str, float | None]:
+def ratings(before: MetricValues, after: MetricValues) -> dict[str, float | None]:
     """What a defense gained against what it cost, in [0,1]; 0.5 is no effect. A negative gain or drop counts as 0.
 
     Defense effectiveness rating (DER, Zhu et al. 2023): the drop of ASR against that of Acc. Robust improvement rate (RIR,
@@ -30,7 +30,7 @@ def _drop(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else before - after
 
 
-def in_percent(figures: Figures) -> str:
+def in_percent(values: MetricValues) -> str:
     """Acc, ASR and RA for a line of text."""
-    shown = ((HEADLINES[name], figures[name]) for name in METRICS)
+    shown = ((HEADLINES[name], values[name]) for name in METRICS)
     return "  ".join(f"{name} -" if value is None else f"{name} {100 * value:.2f} %" for name, value in shown)

@@ -10,12 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fmp_core import fields
+from fmp_core import PROJECT, fields
 from fmp_core.errors import UserError
 from fmp_core.fields import BOOLEAN, DEVICE, NAME, choice, integer, number, numbers, or_word, setting, text
 
 DEFAULT_YAML = "./config/defense/fmp/config.yaml"
-PROJECT = Path(__file__).resolve().parents[2]  # holds config/, in a BackdoorBench checkout too
 
 
 class Stage(enum.Enum):
@@ -35,7 +34,7 @@ class Stage(enum.Enum):
 
 
 def _tagged(*stages: Stage, decides: bool = True, **fixed: Any) -> Callable[..., Any]:
-    """Declares fields with their tag: the stages they touch, and whether they ``decide`` what comes of them (or only how)."""
+    """Declares fields with their tag: the stages they touch, and ``decides``: whether results depend on their values."""
     return partial(setting, stages=stages, decides=decides, **fixed)
 
 

@@ -91,11 +91,12 @@ def test_shared_passes_end_with_the_last_layer_asked_for() -> None:
 
 
 def test_the_start_is_noisy_within_bounds() -> None:
-    images = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1)
-    low = noisy_start(images, torch.full_like(images, -1.0), 0.25)
-    high = noisy_start(images, torch.full_like(images, 0.5), 0.25)
-    assert low.flatten().tolist() == [0.0, 0.25, 0.75]
-    assert high.flatten().tolist() == [0.125, 0.625, 1.0]
+    images = torch.linspace(0, 1, 5).view(1, 1, 1, 5).expand(1, 3, 40, 5)
+    noisy = noisy_start(images, 0.25, seed=1)
+    assert 0 <= noisy.min() < 0.01 and 0.99 < noisy.max() <= 1
+    change = (noisy - images)[..., 2]  # far from both ends
+    assert -0.25 <= change.min() < -0.2 and 0.2 < change.max() <= 0.25 and abs(change.mean()) < 0.05
+    assert torch.equal(noisy, noisy_start(images, 0.25, seed=1)) and not torch.equal(noisy, noisy_start(images, 0.25, seed=2))
 
 
 def test_fgsm_is_a_full_step_by_sign_clamped_to_pixels() -> None:

@@ -46,11 +46,11 @@ def test_ties_go_to_the_lower_margin_then_to_the_lower_index() -> None:
 
 def test_ties_counts_the_maps_that_share_a_count_across_a_cut() -> None:
     scores = made_up([1, 4, 4, 4, 9, 9, 2, 3], [0.0] * 8, (6, 2))
-    assert lowest(scores, 2, "layer")[1] == 3  # conv0: 1 4 4 | 4 9 9, three 4s; conv1: 2 | 3, none
-    assert lowest(scores, 8, "global")[1] == 0  # 1 | 2
-    assert lowest(scores, 2, "global")[1] == 3  # 1 2 3 4 | 4 4 9 9
-    assert lowest(scores, 1, "global")[1] == 0  # all are taken: nothing was decided
-    assert lowest(scores, 9, "global")[1] == 0  # none is taken
+    assert lowest(scores, 2, "layer")[1].sum() == 3  # conv0: 1 4 4 | 4 9 9, three 4s; conv1: 2 | 3, none
+    assert lowest(scores, 8, "global")[1].sum() == 0  # 1 | 2
+    assert lowest(scores, 2, "global")[1].sum() == 3  # 1 2 3 4 | 4 4 9 9
+    assert lowest(scores, 1, "global")[1].sum() == 0  # all are taken: nothing was decided
+    assert lowest(scores, 9, "global")[1].sum() == 0  # none is taken
 
 
 def test_layer_slices_give_each_layer_its_maps() -> None:

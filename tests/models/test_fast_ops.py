@@ -104,10 +104,10 @@ def test_watched_outputs_survive_in_place_changes():
     conv = nn.Conv2d(1, 1, 1, bias=False).requires_grad_(False)
     seen: list[Tensor] = []
 
-    def watch(call: ConvCall, out: Tensor) -> None:
+    def keep(call: ConvCall, out: Tensor) -> None:
         seen.append(out)
 
-    with torch.no_grad(), FastOps(watch={id(conv.weight): watch}):
+    with torch.no_grad(), FastOps(on_convolution={id(conv.weight): keep}):
         conv(torch.ones(1, 1, 1, 1)).mul_(0)
     assert seen[0].item() == conv.weight.item()
 

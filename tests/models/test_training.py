@@ -275,7 +275,7 @@ def test_no_weight_no_teacher() -> None:
 
 
 def test_fewer_than_two_images_are_refused() -> None:
-    with pytest.raises(UserError, match="at least 2 clean images, not 1"):
+    with pytest.raises(UserError, match="at least 2 images, not 1"):
         run(toy_case(Plain)[0], count=1)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +16,7 @@ from fmp_core.data.datasets import DatasetFacts
 from fmp_core.frg import racing, reverse
 from fmp_core.frg.scores import layer_slices
 from fmp_core.inputs import DefenderInputs
-from fmp_core.inversion import search, trigger, verdict
+from fmp_core.inversion import search, trigger, verdict, warp
 from fmp_core.models.feature_maps import trace_conv_layers
 from fmp_core.selection import select
 from fmp_core.selection.choice import Selection
@@ -132,7 +134,7 @@ def test_scores_of_another_algorithm_are_not_believed(
     assert ranked() and not ranked()
     for module, constant in ((reverse, "clamp(0, 1)"), (racing, "CONTENDERS = 2"), (devices, "amx")):
         with monkeypatch.context() as patch:
-            change_source(module, constant, tmp_path, patch)
+            change_source(module, constant, tmp_path / module.__name__, patch)
             assert ranked(), module
     source_digest.cache_clear()
     assert not ranked()  # and what was believed before still is
@@ -157,18 +159,23 @@ def test_verdicts_of_another_algorithm_are_not_believed(
     searched.clear()
     selecting(selection="trigger")
     assert searched == []
-    with monkeypatch.context() as patch:
-        change_source(trigger, "STEPS = 16", tmp_path, patch)
-        selecting(selection="trigger")
-    assert searched == list(trigger.FAMILIES)
+    for module, constant in ((trigger, "STEPS = 16"), (warp, "CONTROL_POINTS = 4")):
+        searched.clear()
+        with monkeypatch.context() as patch:
+            change_source(module, constant, tmp_path / module.__name__, patch)
+            selecting(selection="trigger")
+        assert searched == list(trigger.FAMILIES), module
     source_digest.cache_clear()
 
 
 def change_source(module: ModuleType, line: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Let the file of ``module`` lie in ``folder``, with something changed in ``line``; its code stays what it is."""
-    file = Path(str(module.__file__))
+    """Let ``module`` and its package lie in ``folder``, with something changed in ``line``; their code stays what it is."""
+    package = sys.modules[module.__name__.rpartition(".")[0]]
+    copy = Path(shutil.copytree(Path(str(package.__file__)).parent, folder))
+    file = copy / Path(str(module.__file__)).name
     text = file.read_text()
     assert line in text
-    (folder / file.name).write_text(text.replace(line, line[:-1] + "3"))
-    patch.setattr(module, "__file__", str(folder / file.name))
+    file.write_text(text.replace(line, line[:-1] + "3"))
+    patch.setattr(module, "__file__", str(file))
+    patch.setattr(package, "__file__", str(copy / "__init__.py"))
     source_digest.cache_clear()

@@ -26,7 +26,7 @@ SCALES = [((0.0,), (1.0,))]
 )
 def test_a_checkpoint_whose_settings_are_no_plain_values_is_refused(value: object, tmp_path: Path) -> None:
     Checkpoint(tmp_path / "a.pt", {"lr": value}).save({})
-    with pytest.raises(UserError, match="is not a training checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint of FMP"):
         Checkpoint(tmp_path / "a.pt", {"lr": 0.1}).load()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fmp_core.errors import UserError
-from fmp_core.system.cli import Parser, Stages, kept, run_main
+from fmp_core.system.cli import Parser, Stages, if_it_ends_early, run_main
 
 PROJECT = Path(__file__).parents[2]
 SCRIPTS = ["defense/fmp.py", *sorted(f"record_scripts/{path.name}" for path in (PROJECT / "record_scripts").glob("*.py"))]
@@ -22,7 +22,7 @@ def raising(error: BaseException, stage: str | None = None, words: str | None = 
         with stages("outer"):
             if stage is None:
                 raise error
-            with kept("outer words"), kept(words or "inner words"), stages(stage):
+            with if_it_ends_early("outer words"), if_it_ends_early(words or "inner words"), stages(stage):
                 raise error
 
     return function

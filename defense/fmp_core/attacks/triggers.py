@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fmp_core.data.images import Size
 
+CUTOFF = 4  # of the waves in the low-frequency pattern, along each axis
+
 
 def _grey_levels(values: Tensor) -> Tensor:
     return values.clamp(0, 255).to(torch.uint8)
@@ -64,19 +66,19 @@ def blended(images: Tensor, picture: Tensor, alpha: float) -> Tensor:
     return _grey_levels((1 - alpha) * images.double() + alpha * picture.double())
 
 
-def low_frequency_pattern(size: Size, seed: int, amplitude: float = 51.0, cutoff: int = 4) -> Tensor:
+def low_frequency_pattern(size: Size, seed: int, amplitude: float = 51.0) -> Tensor:
     """Our own low-frequency pattern, float64 ``[C, H, W]`` from 0 to ``amplitude`` grey levels, as strong as BB's.
 
-    Random amounts of the DCT-II waves (u, v), 0 < u + v, u and v below ``cutoff``. What lies more than 0.9 standard deviations
+    Random amounts of the DCT-II waves (u, v), 0 < u + v, u and v below ``CUTOFF``. What lies more than 0.9 standard deviations
     below the mean becomes 0, and the maximum ``amplitude``: so the mean change is 12 grey levels and a fifth of the values are
     0, as in the patterns that BB ships (``resource/lowFrequency``: 11 to 19 grey levels, 8 to 33 % zeros, maximum 51).
     """
     height, width, channels = size
     draw = torch.Generator().manual_seed(seed)
-    amounts = torch.randn(channels, cutoff, cutoff, generator=draw, dtype=torch.float64)
+    amounts = torch.randn(channels, CUTOFF, CUTOFF, generator=draw, dtype=torch.float64)
     amounts[:, 0, 0] = 0
     positions = [(2 * torch.arange(length, dtype=torch.float64) + 1) / (2 * length) for length in (height, width)]
-    cosines = [torch.cos(math.pi * torch.arange(cutoff, dtype=torch.float64)[:, None] * at) for at in positions]
+    cosines = [torch.cos(math.pi * torch.arange(CUTOFF, dtype=torch.float64)[:, None] * at) for at in positions]
     waves = torch.einsum("cuv,uh,vw->chw", amounts, *cosines)
     floor = waves.mean() - 0.9 * waves.std()
     return amplitude * ((waves - floor) / (waves.max() - floor)).clamp(min=0)

@@ -12,12 +12,13 @@ from torch import Tensor
 from fmp_core.backdoorbench.workspace import Job
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import open_split
+from fmp_core.data.names import DEFENSE_FILE
 from fmp_core.errors import UserError
 from fmp_core.inputs import preprocessing, read_test_data
 from fmp_core.models.build import PixelModel, load_model
 from fmp_core.models.evaluate import evaluate
 from fmp_core.results.read import MODEL_DIGEST, WHOLE_TEST
-from fmp_core.settings import load_settings
+from fmp_core.settings import Settings
 from fmp_core.storage.files import file_digest, write_text
 from fmp_core.storage.torch_file import load_torch_file
 from fmp_core.system.devices import choose_device
@@ -35,15 +36,15 @@ def write_final_test(job: Job, results: Path) -> None:
 
     Raises UserError: the file does not hold weights of the record's model.
     """
-    settings, device = load_settings({}), choose_device(job.device).device
+    device = choose_device(job.device).device
     record = read_attack_record(job.folder)
     test = read_test_data(record, open_split(job.dataset_path, record.dataset, False, record.image_size), device)
-    content = load_torch_file(results / "defense_result.pt")
+    content = load_torch_file(results / DEFENSE_FILE)
     try:
         network = load_model(job.model_name, job.num_classes, masks_applied(content["model"]))
     except (KeyError, TypeError):
         raise UserError(f"{results / 'defense_result.pt'} holds no model; run the defense without --test_images.") from None
-    model = PixelModel(network, preprocessing(settings, record)).on(device)
-    metrics = evaluate(model, test, settings.batch_size).metrics
-    tested = {**asdict(metrics), MODEL_DIGEST: file_digest(results / "defense_result.pt")}
+    model = PixelModel(network, preprocessing(record)).on(device)
+    metrics = evaluate(model, test, Settings().batch_size).metrics
+    tested = {**asdict(metrics), MODEL_DIGEST: file_digest(results / DEFENSE_FILE)}
     write_text(results / WHOLE_TEST, json.dumps(tested, indent=2) + "\n")

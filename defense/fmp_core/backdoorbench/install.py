@@ -14,11 +14,11 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fmp_core import PROJECT
 from fmp_core.errors import UserError
 from fmp_core.storage.files import write_text
 from fmp_core.system.versions import git_hash
 
-PROJECT = Path(__file__).resolve().parents[3]
 UNITS = ("defense/fmp.py", "defense/fmp_core", "config/defense/fmp", "record_scripts")
 COMMIT = "defense/fmp_core/commit.txt"
 OWN_FOLDER = ".fmp_install"

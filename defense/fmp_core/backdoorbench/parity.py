@@ -1,6 +1,7 @@
 """Do FMP and a BackdoorBench checkout agree on a record: the same figures, the same images, the same files?
 
-Both sides answer the same question in a process of its own: :func:`ask_fmp` with FMP's code, ``probe.py`` with BackdoorBench's.
+Each reads the record and tests the model in a process of its own: FMP in :func:`measure_with_fmp`, BackdoorBench in
+``probe.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pandas as pd
 from fmp_core.backdoorbench.process import in_own_process, run_script
 from fmp_core.backdoorbench.run import refuse_more_than_data
 from fmp_core.backdoorbench.workspace import Job, workspace
+from fmp_core.data.names import DEFENSE_FILE
 from fmp_core.errors import UserError
 from fmp_core.metrics import METRICS
 from fmp_core.results.values import read_json
@@ -64,21 +66,21 @@ def check_parity(job: Job, python: str) -> list[Check]:
     with tempfile.TemporaryDirectory(prefix="fmp_parity_") as temporary:
         scratch = Path(temporary)
         with _stage("1/4", "FMP reads the record and tests its model"):
-            ours = in_own_process(ask_fmp, job, scratch)
+            ours = in_own_process(measure_with_fmp, job, scratch)
         with _stage("2/4", "BackdoorBench reads the record and tests its model and FMP's"):
-            theirs = ask_backdoorbench(job, ours["question"], python, scratch)
+            theirs = measure_with_backdoorbench(job, ours["probe"], python, scratch)
         with _stage("3/4", f"BackdoorBench's ft.py, one epoch on {FT_IMAGES} images and its tests"):
             checks = [run_ft(job, theirs["sizes"]["clean_train"], python, scratch)]
         with _stage("4/4", "the files of ft.py and FMP are compared"):
             for suffix in ("df.csv", "df_summary.csv"):
                 checks += compare_tables(scratch / f"ft_{suffix}", results / f"fmp_{suffix}")
-            checks.append(compare_results(scratch / "defense_result.pt", results / "defense_result.pt"))
+            checks.append(compare_results(scratch / DEFENSE_FILE, results / DEFENSE_FILE))
             checks.append(check_class(job))
     sizes = ", ".join(f"{key} {value}" for key, value in theirs["sizes"].items())
     return [
         Check("load_attack_result reads the record", True, sizes),
         *compare_figures("attacked model", theirs["attacked"], ours["attacked"]),
-        *compare_figures("defense_result.pt", theirs["defended"], after),
+        *compare_figures(DEFENSE_FILE, theirs["defended"], after),
         *compare_data(theirs["data"], ours["data"]),
         *checks,
     ]
@@ -92,8 +94,8 @@ def _stage(number: str, what: str) -> Iterator[None]:
     print(f"      {time.monotonic() - started:.0f} s", flush=True)
 
 
-def ask_fmp(job: Job, scratch: Path) -> dict[str, Any]:
-    """What FMP makes of the record with its default settings, and the question to BackdoorBench. Imports torch."""
+def measure_with_fmp(job: Job, scratch: Path) -> dict[str, Any]:
+    """What FMP makes of the record with its default settings, and what BackdoorBench is to measure. Imports torch."""
     from fmp_core.data.clean_subset import choose_subset
     from fmp_core.inputs import load_inputs
     from fmp_core.models.evaluate import evaluate
@@ -108,7 +110,7 @@ def ask_fmp(job: Job, scratch: Path) -> dict[str, Any]:
     index.write_text("".join(f"{i}\n" for i in indexed))
     test, defender = inputs.test, inputs.defender
     return {
-        "question": {
+        "probe": {
             "result_file": job.name,
             "dataset": job.dataset,
             "num_classes": job.num_classes,
@@ -136,11 +138,11 @@ def _sha256(images: Any) -> str:
     return hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def ask_backdoorbench(job: Job, question: dict[str, Any], python: str, scratch: Path) -> dict[str, Any]:
-    """Run the probe; its answer. Raises UserError, with BackdoorBench's last error, if it does not get to one."""
-    (scratch / "question.json").write_text(json.dumps(question))
-    files = [str(scratch / "question.json"), str(scratch / "answer.json")]
-    result = job.folder / "defense" / "fmp" / "defense_result.pt"
+def measure_with_backdoorbench(job: Job, inputs: dict[str, Any], python: str, scratch: Path) -> dict[str, Any]:
+    """Run the probe; its measurements. Raises UserError, with BackdoorBench's last error, if it fails."""
+    (scratch / "inputs.json").write_text(json.dumps(inputs))
+    files = [str(scratch / "inputs.json"), str(scratch / "measured.json")]
+    result = job.folder / "defense" / "fmp" / DEFENSE_FILE
     if result.is_file():
         in_own_process(refuse_more_than_data, result)
     with workspace(job) as folder:
@@ -149,7 +151,7 @@ def ask_backdoorbench(job: Job, question: dict[str, Any], python: str, scratch: 
         ended = run_script(folder, PROBE.name, files, device=job.device, python=python, log=log, echo=False)
     if ended.code:
         raise UserError(f"BackdoorBench cannot read this record or FMP's result: {ended}.")
-    return dict(json.loads((scratch / "answer.json").read_text()))
+    return dict(json.loads((scratch / "measured.json").read_text()))
 
 
 def run_ft(job: Job, clean_images: int, python: str, scratch: Path) -> Check:
@@ -159,11 +161,11 @@ def run_ft(job: Job, clean_images: int, python: str, scratch: Path) -> Check:
     with workspace(job, write_through=False) as folder:
         log = scratch / "ft.log"
         ended = run_script(folder, "defense/ft.py", flags, device=job.device, python=python, log=log, echo=False)
-        for name in ("ft_df.csv", "ft_df_summary.csv", "defense_result.pt"):
+        for name in ("ft_df.csv", "ft_df_summary.csv", DEFENSE_FILE):
             result = folder / "record" / job.name / "defense" / "ft" / name
             if result.is_file():
                 result.replace(scratch / name)
-    whole = ended.code == 0 and (scratch / "defense_result.pt").is_file()
+    whole = ended.code == 0 and (scratch / DEFENSE_FILE).is_file()
     return Check("ft.py runs on the record", whole, f"{ended.seconds:.0f} s" if whole else str(ended))
 
 

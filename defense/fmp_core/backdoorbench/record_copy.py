@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fmp_core.backdoorbench.workspace import ATTACK_FILE, Job
+from fmp_core.backdoorbench.workspace import Job
+from fmp_core.data.names import ATTACK_FILE
 from fmp_core.data.poisoned_set import inside_record, integer
 from fmp_core.errors import UserError
 from fmp_core.storage.files import write_torch

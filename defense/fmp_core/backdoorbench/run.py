@@ -14,11 +14,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from fmp_core.backdoorbench.process import Ended, in_own_process, run_script
-from fmp_core.backdoorbench.workspace import ATTACK_FILE, Job, workspace
+from fmp_core.backdoorbench.workspace import Job, workspace
+from fmp_core.data.names import ATTACK_FILE, BB_DATASETS, DEFENSE_FILE
 from fmp_core.errors import UserError
 from fmp_core.results.read import (
     ATTACK_DIGEST,
-    BB_DATASETS,
     MODEL_DIGEST,
     NO_FINAL_TEST,
     RUN_NOTE,
@@ -30,7 +30,6 @@ from fmp_core.storage.files import file_digest, make_folders, put_aside, refuse_
 from fmp_core.storage.lock import locked, result_lock
 
 NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
-RESULT = "defense_result.pt"
 WRITTEN = ("--checkpoint_save", "--log", "--save_path")  # flags of BackdoorBench for folders it writes into
 
 
@@ -46,14 +45,8 @@ def run_on_record(
     Raises UserError if there is no such script or no result to analyse, BackdoorBench cannot be given the record, or another
     run writes there.
     """
-    if analysis and test_images:
-        raise UserError("--test_images is for defenses; leave it out with --analysis.")
-    if test_images and job.dataset not in BB_DATASETS:
-        raise UserError(f"--test_images cannot be used with {job.dataset}, whose preprocessing only BackdoorBench knows.")
-    if test_images and (method in NO_FINAL_TEST or (method == "anp" and _sets_pruning_number(extra))):
-        raise UserError(
-            f"--test_images cannot be used with {method}, which saves another model than the one it tests; leave it out."
-        )
+    if test_images:
+        _check_final_test(job, method, analysis, extra)
     results, flags = job.folder / "defense" / method, job.flags
     if analysis is None:
         script, log = find_script(job.checkout, "defense", "", method), results / "run_defense.log"
@@ -63,9 +56,9 @@ def run_on_record(
     else:
         script, log = find_script(job.checkout, "analysis", "visual_", analysis), results / f"visual_{analysis}.log"
         flags += ["--result_file_attack", job.name, "--result_file_defense", f"{job.name}/defense/{method}"]
-        if not (results / RESULT).is_file():
-            raise UserError(f"There is no {results / RESULT} to analyse; run the defense {method} first.")
-        in_own_process(refuse_more_than_data, results / RESULT)
+        if not (results / DEFENSE_FILE).is_file():
+            raise UserError(f"There is no {results / DEFENSE_FILE} to analyse; run the defense {method} first.")
+        in_own_process(refuse_more_than_data, results / DEFENSE_FILE)
     refuse_links_out_of(job.folder, results, log)
     started = time.time() - 1  # file systems with coarse clocks
     with _alone(results, method), contextlib.nullcontext() if analysis else _old_result_kept(results, log) as outcome:
@@ -75,14 +68,26 @@ def run_on_record(
         with workspace(job) as folder:
             flags += [_from_here(before, word) for before, word in pairwise(["", *extra])]
             ended = run_script(folder, script, flags, device=job.device, python=python, log=log, test_images=test_images)
-        said, code = verdict(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
+        said, code = how_it_ended(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
         if test_images and not code:
             in_own_process(_final_test, job, results)
         if outcome and not code:
             outcome.ended = True
-            digests = {MODEL_DIGEST: results / RESULT, ATTACK_DIGEST: job.folder / ATTACK_FILE}
+            digests = {MODEL_DIGEST: results / DEFENSE_FILE, ATTACK_DIGEST: job.folder / ATTACK_FILE}
             write_text(results / RUN_NOTE, json.dumps({key: file_digest(path) for key, path in digests.items()}) + "\n")
     return said.replace(str(log), str(outcome.log)) if outcome else said, code
+
+
+def _check_final_test(job: Job, method: str, analysis: str | None, extra: list[str]) -> None:
+    """Raises UserError: the model that ``method`` ends with cannot be tested by us, as ``--test_images`` needs."""
+    if analysis:
+        raise UserError("--test_images is for defenses; leave it out with --analysis.")
+    if job.dataset not in BB_DATASETS:
+        raise UserError(f"--test_images cannot be used with {job.dataset}, whose preprocessing only BackdoorBench knows.")
+    if method in NO_FINAL_TEST or (method == "anp" and _sets_pruning_number(extra)):
+        raise UserError(
+            f"--test_images cannot be used with {method}, which saves another model than the one it tests; leave it out."
+        )
 
 
 def _from_here(before: str, word: str) -> str:
@@ -119,7 +124,7 @@ def _old_result_kept(results: Path, log: Path) -> Iterator[_Outcome]:
     if SWEEP_MARK in os.environ:
         yield outcome
         return
-    with put_aside(results, aside, RESULT):
+    with put_aside(results, aside, DEFENSE_FILE):
         try:
             yield outcome
         finally:
@@ -162,7 +167,7 @@ def find_script(checkout: Path, folder: str, prefix: str, name: str) -> str:
     return f"{folder}/{prefix}{name}.py"
 
 
-def verdict(script: str, ended: Ended, log: Path, started: float | None) -> tuple[str, int]:
+def how_it_ended(script: str, ended: Ended, log: Path, started: float | None) -> tuple[str, int]:
     """One sentence on how it went, and the exit code. With ``started`` (seconds since the epoch), ending without a
     ``defense_result.pt`` younger than that is a failure too."""
     results = log.parent
@@ -172,7 +177,7 @@ def verdict(script: str, ended: Ended, log: Path, started: float | None) -> tupl
     said = f"BackdoorBench's {script} ended after {ended.seconds:.0f} s"
     if started is None:
         return f"{said}; results are below {results}", 0
-    if not (results / RESULT).is_file() or (results / RESULT).stat().st_mtime < started:
-        return f"{said} but wrote no {results / RESULT}; see {log}", 1
+    if not (results / DEFENSE_FILE).is_file() or (results / DEFENSE_FILE).stat().st_mtime < started:
+        return f"{said} but wrote no {results / DEFENSE_FILE}; see {log}", 1
     tables = sorted(str(path.relative_to(results)) for path in results.rglob("*.csv"))
-    return f"{said}; in {results} are {', '.join([RESULT, *tables])}", 0
+    return f"{said}; in {results} are {', '.join([DEFENSE_FILE, *tables])}", 0

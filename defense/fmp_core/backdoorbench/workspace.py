@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fmp_core.backdoorbench.process import in_own_process
+from fmp_core.data.names import ATTACK_FILE
 from fmp_core.errors import UserError
 from fmp_core.storage.files import make_folders
 
 DATASET_CODE = "utils/aggregate_block/dataset_and_transform_generate.py"
 LANDMARKS = ("defense/base.py", DATASET_CODE, "config/defense")
 OURS = (".git", "record", "data", "record_scripts")  # not linked into the workspace
-ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch
 MODEL_CODE = "utils/aggregate_block/model_trainer_generate.py"
 LAYOUTS = {  # what BackdoorBench reads of a dataset; FMP reads other layouts, too
     "cifar10": ("cifar-10-batches-py",),

@@ -19,16 +19,15 @@ from torch import Tensor
 from fmp_core.data.datasets import DATASET_NAME, dataset_facts
 from fmp_core.data.folders import visible
 from fmp_core.data.images import Size
+from fmp_core.data.names import ATTACK_FILE, RECORD_DEPTH
 from fmp_core.data.poisoned_set import PoisonedSet, integer, integers, read_poisoned_set
 from fmp_core.errors import UserError, did_you_mean
 from fmp_core.storage.placeholders import Opaque
 from fmp_core.storage.torch_file import load_torch_file
 
-ATTACK_FILE = "attack_result.pt"
 MOST_CLASSES = 1_000_000
-DEPTH = 4  # folders between a record root and its records
 ATTACK_KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
-READ_KEYS = tuple(key for key in ATTACK_KEYS if key not in ("data_path", "bd_train"))  # BB alone reads these
+READ_KEYS = tuple(key for key in ATTACK_KEYS if key not in ("data_path", "bd_train"))  # without the keys that only BB reads
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,14 @@ class AttackRecord:
 
 
 def find_records(root: str | Path) -> list[str]:
-    """Names of the folders below ``root`` that hold an attack record, at most DEPTH levels deep; links are followed."""
+    """Names of the folders below ``root`` that hold an attack record, at most RECORD_DEPTH levels deep; links are followed."""
     root, found, seen = Path(root), [], set()
     for folder, inside, files in os.walk(root, followlinks=True):
         place, real = Path(folder).relative_to(root), os.path.realpath(folder)
         is_record = ATTACK_FILE in files and bool(place.parts)
         if is_record:
             found.append(place.as_posix())
-        if is_record or real in seen or len(place.parts) >= DEPTH:
+        if is_record or real in seen or len(place.parts) >= RECORD_DEPTH:
             inside.clear()  # a record holds no records, but thousands of images
         inside[:] = [name for name in inside if not name.startswith(".")]
         seen.add(real)

@@ -9,9 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from fmp_core.errors import UserError
+from fmp_core.settings import Settings
 
-FIRST, LAST = 32, 256  # images that FRG scores by default, and that trigger inversion holds out
-LARGEST_FILE = 64 * 2**20  # bytes of an index file; ImageNet's 1.3 million indices take 10 MB
+HELD_OUT = 256  # clean images, the last ones, that triggers are tested on and never inverted on; half of a smaller subset
+LARGEST_INDEX_FILE = 64 * 2**20  # bytes of an index file; ImageNet's 1.3 million indices take 10 MB
 
 
 def choose_subset(total: int, ratio: float, seed: int, index_file: str | None) -> list[int]:
@@ -39,7 +40,7 @@ def in_mixed_order(subset: list[int], labels: Sequence[int], seed: int) -> list[
     """
     shares = [count / len(labels) for count in Counter(labels).values()]
     differing = 1 - sum(share**2 for share in shares)
-    for part in (labels[:FIRST], labels[:LAST], labels[-LAST:]):
+    for part in (labels[: int(Settings().frg_samples)], labels[:HELD_OUT], labels[-HELD_OUT:]):
         expected, seen = (len(part) - 1) * differing, sum(a != b for a, b in pairwise(part))
         if seen < expected / 2 and expected - seen > 4 * expected**0.5:  # four standard deviations
             return random.Random(seed).sample(subset, len(subset))
@@ -51,8 +52,8 @@ def _read_index(path: str, total: int) -> list[int]:
     try:
         if not file.is_file():
             raise UserError(f"--index {path} cannot be read (no such file).")
-        if file.stat().st_size > LARGEST_FILE:
-            raise UserError(f"--index {path} is larger than {LARGEST_FILE >> 20} MiB, which no list of indices is.")
+        if file.stat().st_size > LARGEST_INDEX_FILE:
+            raise UserError(f"--index {path} is larger than {LARGEST_INDEX_FILE >> 20} MiB, which no list of indices is.")
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--index {path} cannot be read ({getattr(error, 'strerror', None) or 'not a text file'}).") from None

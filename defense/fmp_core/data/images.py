@@ -20,7 +20,7 @@ Size = tuple[int, int, int]  # height, width, channels
 # What datasets come in. Pillow knows formats that start programs (EPS) or that few have ever attacked.
 FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP")
 MOST_PIXELS = 50_000_000  # of one file; a small PNG can claim 16 times that, which takes seconds and gigabytes
-LARGER = 16  # times as many pixels as the record's size may its images have on average; BB writes them at that size
+MAX_MEAN_ENLARGEMENT = 16  # times the pixels of the record's image size, that stored images may have on average
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def room_for(count: int, size: Size) -> Tensor:
 
 def most_pixels(count: int, size: Size) -> int:
     """How many pixels ``count`` poisoned images of a record, which are shown at ``size``, may have: small ones take seconds."""
-    return MOST_PIXELS + LARGER * count * size[0] * size[1]
+    return MOST_PIXELS + MAX_MEAN_ENLARGEMENT * count * size[0] * size[1]
 
 
 def to_pixels(image: Image.Image, size: Size) -> Tensor:

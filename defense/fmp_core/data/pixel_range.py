@@ -19,7 +19,7 @@ from fmp_core.data.images import Size, most_pixels, resized, room_for, to_pixels
 from fmp_core.storage.placeholders import PickledImage
 
 MANY_NUMBERS = 2**26  # images of fewer numbers take no time, however often one is named
-LARGER = 256  # times as many numbers as the largest stored image has, at which images may be shown
+MAX_ENLARGEMENT = 256  # times as many numbers as the largest stored image has, at which images may be shown
 ROWS = 1024  # of a stacked tensor that are looked at together
 Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and std per channel, of pixels in [0,1]
 NEAR = 0.05  # grey levels: float32 is that exact after normalisation; float16 is not, and its images are refused
@@ -45,7 +45,7 @@ def pixels_of(images: Any, size: Size, normalisations: Sequence[Normalisation]) 
     if not stacked and sum(map(_size_of, parts)) > 3 * most_pixels(len(parts), size):  # one image may be there many times
         raise ValueError(f"bd_test x holds {len(parts)} images that are far larger than {size[0]}x{size[1]}")
     largest = 0 if stacked else max(map(_size_of, parts), default=0)
-    if largest and math.prod(size) > LARGER * largest:
+    if largest and math.prod(size) > MAX_ENLARGEMENT * largest:
         raise ValueError(f"bd_test x holds images that are far smaller than {size[0]}x{size[1]}")
     many = len(parts) * math.prod(size) > MANY_NUMBERS
     if not stacked and many and len(set(map(id, parts))) < len(parts) / 2:

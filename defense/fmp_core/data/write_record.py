@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fmp_core.data.attack_record import ATTACK_FILE
 from fmp_core.data.images import Size, to_pil
+from fmp_core.data.names import ATTACK_FILE
 from fmp_core.storage.files import write_torch
 
 

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fmp_core.frg.reverse import FrgSettings
 from fmp_core.frg.scorer import Batching, FeatureMapScorer
 from fmp_core.models.feature_maps import ConvLayer, frozen, trace_conv_layers
+from fmp_core.system.devices import rows_per_batch
 
-GPU_ROWS = 512  # images per batch on a GPU (fmp_core.system.devices.rows_per_batch)
+GPU_ROWS = rows_per_batch(torch.device("cuda"))  # images per batch
 RELEASED_BATCH = 32  # images per batch of the released code
 NO_KERNEL = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::detach", "aten::lift_fresh"}
 

@@ -206,16 +206,17 @@ def calibrate(scorer: FeatureMapScorer, taylor: MarginTaylor, maps: Tensor) -> t
     sizes = [int(maps[positions].sum()) for _, positions in layer_slices(scorer.layers)]
     margins, first_order = both[0].split(sizes), both[1].split(sizes)
 
-    mean = torch.stack([part.mean(0) for part in margins])
-    bias = torch.stack([(part - guess).mean(0) for part, guess in zip(margins, first_order, strict=True)])
-    wrong = [part - guess - b for part, guess, b in zip(margins, first_order, bias, strict=True)]
-    spread, _ = _pooled(torch.stack([part.std(0, correction=0) for part in margins]))
-    deviation, oddity = _pooled(torch.stack([part.square().mean(0).sqrt() for part in wrong]))
-    undecided, tolerance = mean.abs() < UNDECIDED * spread, TRUSTED * deviation * oddity.clamp_min(1)
-    trusted = [(guess + b).abs() > limit for guess, b, limit in zip(first_order, bias, tolerance, strict=True)]
+    mean = torch.stack([exact.mean(0) for exact in margins])
+    bias = torch.stack([(exact - first).mean(0) for exact, first in zip(margins, first_order, strict=True)])
+    predicted = [first + own for first, own in zip(first_order, bias, strict=True)]
+    errors = [exact - guess for exact, guess in zip(margins, predicted, strict=True)]
+    spread, _ = _pooled(torch.stack([exact.std(0, correction=0) for exact in margins]))
+    deviation, relative = _pooled(torch.stack([error.square().mean(0).sqrt() for error in errors]))
+    undecided, tolerance = mean.abs() < UNDECIDED * spread, TRUSTED * deviation * relative.clamp_min(1)
+    trusted = [guess.abs() > limit for guess, limit in zip(predicted, tolerance, strict=True)]
     decided = ((mean > 0) & ~undecided).sum(1).tolist()  # here and in the next line the host waits, once per layer
-    error = [_error_of_others((part * use).mean(1)) for part, use in zip(wrong, trusted, strict=True)]
-    rows = zip(undecided, bias, tolerance, decided, error, strict=True)
+    further = [_error_of_others((error * use).mean(1)) for error, use in zip(errors, trusted, strict=True)]
+    rows = zip(undecided, bias, tolerance, decided, further, strict=True)
     return counts, [LayerPredictor(taylor, *values) for values in rows]
 
 

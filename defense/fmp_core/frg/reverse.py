@@ -22,9 +22,10 @@ class _LayerReachedError(Exception):
     pass
 
 
-def noisy_start(images: Tensor, noise: Tensor, eps: float) -> Tensor:
-    """``clamp(x + eps*noise, 0, 1)``; ``noise`` is U(-1, 1), shaped like ``images`` ``[B, C, H, W]``."""
-    return (images + eps * noise).clamp(0, 1)
+def noisy_start(images: Tensor, eps: float, seed: int) -> Tensor:
+    """``clamp(x + eps*noise, 0, 1)`` for ``images`` ``[B, C, H, W]``; the noise is U(-1, 1), the same on every device."""
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (images + eps * noise.to(images.device)).clamp(0, 1)
 
 
 def fgsm(images: Tensor, gradient: Tensor, eps: float) -> Tensor:
@@ -54,7 +55,7 @@ class SharedForward:
 
     Args:
         model: frozen, float32, takes pixels in [0,1].
-        layers: the layers of ``model`` whose maps will be asked for, in execution order; passes end with the last.
+        layers: the layers of ``model`` whose maps get FRG images, in execution order; passes end with the last.
         images: clean, ``[B, C, H, W]`` in [0,1].
         start: the noisy images, same shape (:func:`noisy_start`).
         copies: feature maps per backward pass.
@@ -77,7 +78,7 @@ class SharedForward:
         self.clean: dict[int, Tensor] = {}
         self.difference: dict[int, Tensor] = {}  # noisy - clean, [B, C, h, w]
         self.calls: dict[int, ConvCall] = {}
-        asked = [layer.module.weight for layer in layers]
+        weights = [layer.module.weight for layer in layers]
         masks: list[Tensor] = []
 
         def keep_clean(call: ConvCall, out: Tensor) -> None:
@@ -87,12 +88,12 @@ class SharedForward:
             self.difference[id(call.weight)] = out - self.clean[id(call.weight)]
 
         with torch.no_grad():
-            _forward(model, images, asked, keep_clean)
-            _forward(model, start, asked, keep_difference, record=masks)
+            _forward(model, images, weights, keep_clean)
+            _forward(model, start, weights, keep_difference, record=masks)
 
         backward_model = model if low_precision is None else low_precision
         original = {id(theirs): own for own, theirs in zip(backward_model.parameters(), model.parameters(), strict=True)}
-        keys = {id(original[id(weight)]): id(weight) for weight in asked}
+        keys = {id(original[id(weight)]): id(weight) for weight in weights}
 
         def keep_call(call: ConvCall, _out: Tensor) -> None:
             self.calls[keys[id(call.weight)]] = call
@@ -100,11 +101,11 @@ class SharedForward:
         replay = (mask.repeat(copies, *[1] * (mask.dim() - 1)) for mask in masks)
         with torch.enable_grad():
             _forward(
-                backward_model, self.start, [original[id(weight)] for weight in asked], keep_call, dtype=dtype, replay=replay
+                backward_model, self.start, [original[id(weight)] for weight in weights], keep_call, dtype=dtype, replay=replay
             )
 
     def gradient(self, layer: ConvLayer, channels: Sequence[int]) -> Tensor:
-        """Gradient of each copy's loss at the noisy images, ``[copies*B, C, H, W]``; copy ``j`` asks for ``channels[j]``."""
+        """Gradient of each copy's loss at the noisy images, ``[copies*B, C, H, W]``; copy ``j`` is for ``channels[j]``."""
         key = id(layer.module.weight)
         call, difference = self.calls[key], self.difference[key]
         parts = {channel: _through_one_channel(call, difference[:, channel], channel) for channel in set(channels)}
@@ -137,7 +138,7 @@ class SharedForward:
         clean = self.clean[id(layer.module.weight)]
         reached: list[tuple[ConvCall, Tensor]] = []
         with torch.enable_grad():
-            _forward(self.model, images, [layer.module.weight], lambda *seen: reached.append(seen))
+            _forward(self.model, images, [layer.module.weight], lambda *call: reached.append(call))
         call, out = reached[0][0], reached[0][1].detach()
         rows = [slice(copy * self.rows, (copy + 1) * self.rows) for copy in range(self.copies)]
         parts = [_through_one_channel(call, out[r, c] - clean[:, c], c) for r, c in zip(rows, channels, strict=True)]
@@ -145,19 +146,19 @@ class SharedForward:
 
 
 def _forward(
-    net: nn.Module, batch: Tensor, weights: Sequence[Tensor], see: Callable[[ConvCall, Tensor], None], **frozen: Any
+    net: nn.Module, batch: Tensor, weights: Sequence[Tensor], on_call: Callable[[ConvCall, Tensor], None], **frozen: Any
 ) -> None:
-    """One forward pass that ends with the convolution of the last of ``weights``; ``see`` gets each one's call and output.
+    """One forward pass that ends with the convolution of the last of ``weights``; ``on_call`` gets each one's call and output.
 
     ``frozen``: arguments of :class:`~fmp_core.models.fast_ops.FastOps`.
     """
 
-    def seen(call: ConvCall, out: Tensor) -> None:
-        see(call, out)
+    def call_then_stop(call: ConvCall, out: Tensor) -> None:
+        on_call(call, out)
         if call.weight is weights[-1]:
             raise _LayerReachedError
 
-    with suppress(_LayerReachedError), FastOps(watch={id(weight): seen for weight in weights}, **frozen):
+    with suppress(_LayerReachedError), FastOps(on_convolution={id(weight): call_then_stop for weight in weights}, **frozen):
         net(batch)
 
 

@@ -18,10 +18,11 @@ from fmp_core.models.fast_ops import FastOps, to_precision
 from fmp_core.models.feature_maps import ConvLayer, frozen
 from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system import distributed
-from fmp_core.system.devices import exact_convolutions, fewest_rows, is_out_of_memory, least_rows, rows_per_batch, steady_rows
+from fmp_core.system.devices import exact_convolutions, is_out_of_memory, min_exact_rows, min_rows, row_multiple, rows_per_batch
 
 T = TypeVar("T")
-STEP = 16  # few batches of untrusted images differ in size then: kernels are made anew for each size; see steady_rows
+# Batches of untrusted images are padded to a multiple, so that few sizes occur: kernels are made anew for each size.
+UNTRUSTED_MULTIPLE = 16
 
 
 class Batching(NamedTuple):
@@ -42,17 +43,17 @@ class Predictor(Protocol):
 class Group(NamedTuple):
     """FRG images of some maps of a layer, as many as fill a batch.
 
-    ``map_ids`` int64 ``[n]``; ``filled`` ``[copies*rows, C, H, W]``, of which the first n copies and the first ``images`` rows
-    of each are asked for, the rest is filling.
+    ``map_ids`` int64 ``[n]``; ``padded`` ``[copies*rows, C, H, W]``: the FRG images are the first ``images`` rows of each of
+    the first n copies, the rest is padding.
     """
 
     map_ids: Tensor
-    filled: Tensor
+    padded: Tensor
     copies: int
     images: int
 
-    def asked(self, rows: Tensor) -> Tensor:
-        """``[n, images, ...]`` of a tensor with as many rows as ``filled``."""
+    def without_padding(self, rows: Tensor) -> Tensor:
+        """``[n, images, ...]`` of a tensor with as many rows as ``padded``."""
         return rows.unflatten(0, (self.copies, -1))[: len(self.map_ids), : self.images]
 
 
@@ -67,7 +68,7 @@ class Scored(NamedTuple):
 class FeatureMapScorer:
     """Scores the feature maps of a model on clean images; under ``torchrun`` each process scores its share.
 
-    Construction copies the model where ``precision`` asks for it; what is done to the model afterwards is not seen.
+    The model must not change afterwards: in low precision the backward passes and the inference run on a copy made here.
 
     Args:
         model: takes pixels in [0,1]; left as it was found (mode, gradient flags, hooks).
@@ -75,7 +76,7 @@ class FeatureMapScorer:
         images: float ``[M, C, H, W]`` in [0,1], not augmented, on the model's device; ``labels`` int64 ``[M]``.
         settings: how FRG images are made.
         precision: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
-        batching: on out of memory, batches are halved, down to :func:`~fmp_core.system.devices.fewest_rows`.
+        batching: on out of memory, batches are halved, down to :func:`~fmp_core.system.devices.min_rows`.
         progress: called with the number of (map, image) pairs just scored.
     """
 
@@ -93,8 +94,7 @@ class FeatureMapScorer:
         self.model, self.layers, self.images, self.labels, self.settings = model, tuple(layers), images, labels, settings
         self.batching, self.progress, self.device = batching, progress, images.device
         self.total = sum(layer.channels for layer in layers)
-        noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(settings.seed)) * 2 - 1
-        self.start = noisy_start(images, noise.to(self.device), settings.eps)
+        self.start = noisy_start(images, settings.eps, settings.seed)
         self._set_precision(precision)
 
     def in_precision(self, precision: torch.dtype) -> FeatureMapScorer:
@@ -117,7 +117,7 @@ class FeatureMapScorer:
                 repeated call ends with the bits of an uninterrupted one.
 
         Raises:
-            UserError: the checkpoint is damaged or of another question; a process of torchrun ended early.
+            UserError: the checkpoint is damaged or of other settings; a process of torchrun ended early.
         """
         samples = len(self.images) if image_ids is None else len(image_ids)
         return self.count(maps, image_ids, checkpoint).scores(self.layers, samples)
@@ -162,7 +162,8 @@ class FeatureMapScorer:
 
         def scored(part: slice, ids: Tensor, state: RankingState) -> Iterator[Scored]:
             for group in self._groups(self.images[part], self.start[part], maps, state):
-                yield Scored(group.map_ids, group.asked(group.filled), self._margins(group, self.labels[part], ids)[0])
+                reverse = group.without_padding(group.padded)
+                yield Scored(group.map_ids, reverse, self._margins(group, self.labels[part], ids)[0])
                 self.progress(len(group.map_ids) * group.images)
 
         def summarise_batch(part: slice, state: RankingState) -> None:
@@ -180,7 +181,7 @@ class FeatureMapScorer:
             rows = self.batching.rows or rows_per_batch(device)
             if self.batching.memory_mib is not None:
                 rows = min(rows, self.batching.memory_mib * 2**20 // self._bytes_per_image())
-            self.rows = max(steady_rows(device), rows)
+            self.rows = max(min_exact_rows(device), rows)
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -190,7 +191,7 @@ class FeatureMapScorer:
 
     def _in_batches(self, count: int, state: RankingState, work: Callable[[slice, RankingState], None]) -> None:
         """``work`` on ``count`` images from where ``state`` is, ``state.rows`` at a time, fewer if memory runs out."""
-        fewest = fewest_rows(self.device)
+        fewest = min_rows(self.device)
         while state.images < count:
             left = count - state.images
             size = math.ceil(left / math.ceil(left / state.rows))
@@ -208,11 +209,11 @@ class FeatureMapScorer:
 
         Groups that ``state`` has already are passed over.
         """
-        count, least = len(images), min(least_rows(self.device), state.rows)
-        filling = [0] * (-count % least)  # each map's images, not the batch: where an image lies in it can round otherwise
-        images, start = torch.cat([images, images[filling]]), torch.cat([start, start[filling]])
-        steady = min(steady_rows(self.device), state.rows)
-        copies = max(math.ceil(steady / len(images)), state.rows // len(images))
+        count, multiple = len(images), min(row_multiple(self.device), state.rows)
+        padding = [0] * (-count % multiple)  # each map's images, not the batch: where an image lies in it can round otherwise
+        images, start = torch.cat([images, images[padding]]), torch.cat([start, start[padding]])
+        exact = min(min_exact_rows(self.device), state.rows)
+        copies = max(math.ceil(exact / len(images)), state.rows // len(images))
         state.group_by(copies)
         channels_of = {layer: maps[part].nonzero().flatten().tolist() for layer, part in layer_slices(self.layers)}
         layers = [layer for layer, channels in channels_of.items() if channels]
@@ -229,24 +230,24 @@ class FeatureMapScorer:
                     done -= 1
                     self.progress(len(some) * count)
                     continue
-                # A short group is filled up: kernels are chosen by shape, and round differently.
-                filled = some + [some[-1]] * (copies - len(some))
-                yield Group(ids[first : first + copies], shared.reversed_images(layer, filled, self.settings), copies, count)
+                # A short group is padded: kernels are chosen by shape, and round differently.
+                padded = some + [some[-1]] * (copies - len(some))
+                yield Group(ids[first : first + copies], shared.reversed_images(layer, padded, self.settings), copies, count)
 
     @torch.inference_mode()
     def _margins(
         self, group: Group, labels: Tensor, image_ids: Tensor, predictor: Predictor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Margins ``[n, B]`` of the images asked for, and which are classified correctly, bool ``[n, B]``."""
+        """Margins ``[n, B]`` of the group's images, and which are classified correctly, bool ``[n, B]``."""
         # A GPU would wait at every group for the choice of the untrusted images: there the model is run on all.
         if predictor is None or self.device.type == "cuda":
-            return margins_of(group.asked(self._logits(group.filled)), labels)
-        reverse = group.asked(group.filled)
+            return margins_of(group.without_padding(self._logits(group.padded)), labels)
+        reverse = group.without_padding(group.padded)
         margins, trusted = predictor(reverse, image_ids)
         correct = margins > 0
         untrusted = (~trusted).flatten().nonzero().flatten()
         if len(untrusted):
-            rows = torch.cat([untrusted, untrusted[-1:].expand(-len(untrusted) % STEP)])
+            rows = torch.cat([untrusted, untrusted[-1:].expand(-len(untrusted) % UNTRUSTED_MULTIPLE)])
             logits = self._logits(reverse.flatten(0, 1)[rows].contiguous(memory_format=torch.channels_last))[: len(untrusted)]
             labels_of_rows = labels.expand(margins.shape).flatten()[untrusted]
             margins.view(-1)[untrusted], correct.view(-1)[untrusted] = margins_of(logits, labels_of_rows)

@@ -141,10 +141,10 @@ def cuts(scores: Scores, p: int, scope: str) -> list[Cut]:
     return [Cut(members, len(members) // p) for members in groups]
 
 
-def lowest(scores: Scores, p: int, scope: str) -> tuple[Tensor, int]:
-    """The maps below the cuts, bool ``[N]``, and how many maps have the ``correct`` of a cut that goes through their midst."""
-    mask, ties = torch.zeros(scores.total, dtype=torch.bool), 0
+def lowest(scores: Scores, p: int, scope: str) -> tuple[Tensor, Tensor]:
+    """The maps below the cuts, and the maps with the ``correct`` of a cut that goes through their midst; both bool ``[N]``."""
+    mask, tied = torch.zeros(2, scores.total, dtype=torch.bool)
     for cut in cuts(scores, p, scope):
         mask[cut.order[: cut.count]] = True
-        ties += len(cut.tied(scores.correct))
-    return mask, ties
+        tied[cut.tied(scores.correct)] = True
+    return mask, tied

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fmp_core.data.clean_subset import HELD_OUT
 from fmp_core.inversion.trigger import Batch, InvertedTrigger, flip_rate, invert_trigger, targets_of
 from fmp_core.inversion.verdict import Verdict
 from fmp_core.models.activation_change import trigger_activation_change
@@ -18,7 +19,6 @@ from fmp_core.system import distributed
 
 FINALISTS = 8  # classes that get a whole trigger, if there are more than twice as many
 QUICK_HELD_OUT = 64  # held-out images that a quick trigger is tested on
-HELD_OUT = 256  # clean images, the last ones, that triggers are tested on and never inverted on; half of a smaller subset
 
 
 def inversions(num_classes: int) -> int:

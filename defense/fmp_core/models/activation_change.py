@@ -1,4 +1,5 @@
-"""Trigger activation change (TAC): how far the trigger moves each feature map, and whether a selection found those maps.
+"""Trigger activation change (TAC): how much the trigger changes each feature map's activation, and whether a selection found
+the most changed maps.
 
 TAC needs poisoned images beside their clean counterparts, which no defender has: reports and ablations may use it, the
 defense may not. After Zheng et al., "Data-free backdoor removal based on channel Lipschitzness" (ECCV 2022), with the mean
@@ -45,12 +46,12 @@ def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], cle
 
 
 class Precision(NamedTuple):
-    """How many of the chosen maps are among those the trigger moves most.
+    """How many of the chosen maps are among those whose activation the trigger changes most.
 
     ``hits`` of ``chosen`` maps are among the k maps of highest TAC in their layer, k being the number chosen there.
     ``random`` is the precision a random choice of the same sizes has on average; ``chance`` is the probability that such a
     choice hits at least as often. ``percentile`` is the chosen maps' mean TAC percentile within their layers: 0.5 for a random
-    choice, near 1 where the maps the trigger moves most were chosen. All but the counts are NaN if nothing is chosen.
+    choice, near 1 where the most changed maps were chosen. All but the counts are NaN if nothing is chosen.
     """
 
     hits: int

@@ -58,27 +58,16 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
         network = build_model(name, num_classes)
     own = network.state_dict()
     names = _without_prefix(list(state), list(own))
-    given: OrderedDict[str, Tensor] = OrderedDict()
-    misshapen: dict[str, torch.Size] = {}  # left out, since load_state_dict would not report what is missing besides
     strangers = {key: value for key, value in state.items() if names[key] not in own}  # known ones of older versions among them
     if sum(value.numel() for value in strangers.values()) > sum(value.numel() for value in own.values()):
         raise UserError(f"The record's model has the weights {next(iter(strangers))}, which {name} does not have.")
-    for key, value in state.items():
-        wanted = own.get(names[key])
-        if wanted is not None and value.shape != wanted.shape:
-            misshapen[names[key]] = value.shape
-            continue
-        wrong_kind = wanted is not None and wanted.is_floating_point() and not value.is_floating_point()
-        if wrong_kind or (wanted is not None and not value.to(wanted.dtype).isfinite().all()):  # float64 may be beyond float32
-            raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; copy it again.")
-        given[names[key]] = value.to(torch.float32 if value.is_floating_point() else torch.int64, copy=True)
+    given, misshapen = _converted(state, names, own)
     given._metadata = _metadata(state, network)  # type: ignore[attr-defined]
     try:
         missing, unknown = network.load_state_dict(given, strict=False, assign=True)
     except RuntimeError as error:
         raise UserError(f"The record's model does not fit {name}: {' '.join(str(error).split())[:300]}.") from None
-    missing = [key for key in missing if key not in misshapen]
-    if missing:
+    if missing := [key for key in missing if key not in misshapen]:
         near = difflib.get_close_matches(missing[0], unknown[:1000], 1, 0) or [""]
         instead = f", and has {near[0]} instead, which {name} does not have" if near[0] else ""
         more = f" ({len(missing)} are missing, {len(unknown)} unknown)" if len(missing) > 1 else ""
@@ -94,6 +83,27 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
     places = {tensor.data_ptr(): key for key, tensor in network.state_dict().items()}
     network.record_keys = {key: places[given[names[key]].data_ptr()] for key in state}  # type: ignore[assignment]
     return network
+
+
+def _converted(
+    state: Mapping[str, Tensor], names: Mapping[str, str], own: Mapping[str, Tensor]
+) -> tuple[OrderedDict[str, Tensor], dict[str, torch.Size]]:
+    """``state`` under our ``names``, as float32 or int64, and the shapes of weights whose shape is not that of our ``own``.
+
+    These are left out, since ``load_state_dict`` would not report what is missing besides. Raises UserError: numbers are not
+    finite, or of the wrong kind.
+    """
+    given, misshapen = OrderedDict[str, Tensor](), dict[str, torch.Size]()
+    for key, value in state.items():
+        wanted = own.get(names[key])
+        if wanted is not None and value.shape != wanted.shape:
+            misshapen[names[key]] = value.shape
+            continue
+        wrong_kind = wanted is not None and wanted.is_floating_point() and not value.is_floating_point()
+        if wrong_kind or (wanted is not None and not value.to(wanted.dtype).isfinite().all()):  # float64 may be beyond float32
+            raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; copy it again.")
+        given[names[key]] = value.to(torch.float32 if value.is_floating_point() else torch.int64, copy=True)
+    return given, misshapen
 
 
 def _without_prefix(keys: list[str], own: list[str]) -> dict[str, str]:

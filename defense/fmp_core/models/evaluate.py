@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fmp_core.metrics import METRICS
 from fmp_core.models.fast_ops import FastOps
 from fmp_core.models.feature_maps import frozen
-from fmp_core.system.devices import fewest_rows, is_out_of_memory, rows_per_batch
+from fmp_core.system.devices import is_out_of_memory, min_rows, rows_per_batch
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def predict(
             try:
                 outputs.append(model(to_unit(part).contiguous(memory_format=torch.channels_last)))
             except (RuntimeError, MemoryError) as error:
-                if rows == fewest_rows(images.device) or not is_out_of_memory(error):
+                if rows == min_rows(images.device) or not is_out_of_memory(error):
                     raise
-                rows = max(fewest_rows(images.device), rows // 2)
+                rows = max(min_rows(images.device), rows // 2)
                 continue
             done += len(part)
             if on_images is not None:

@@ -51,8 +51,8 @@ class FastOps(TorchFunctionMode):
 
     Args:
         dtype: of activations; weights of all but the first convolution are expected in it.
-        watch: ``id`` of a convolution's weight -> called with the :class:`ConvCall` and its output, whose in-place changes do
-            not reach the network.
+        on_convolution: ``id`` of a convolution's weight -> called with the :class:`ConvCall` and its output; what it changes
+            in place does not reach the network.
         record: a list that every ReLU appends its mask to.
         replay: masks to use instead of a ReLU's own, in order.
     """
@@ -60,12 +60,12 @@ class FastOps(TorchFunctionMode):
     def __init__(
         self,
         dtype: torch.dtype = torch.float32,
-        watch: Mapping[int, Callable[[ConvCall, Tensor], None]] | None = None,
+        on_convolution: Mapping[int, Callable[[ConvCall, Tensor], None]] | None = None,
         record: list[Tensor] | None = None,
         replay: Iterator[Tensor] | None = None,
     ):
         super().__init__()
-        self.dtype, self.watch, self.record, self.replay = dtype, watch or {}, record, replay
+        self.dtype, self.on_convolution, self.record, self.replay = dtype, on_convolution or {}, record, replay
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -113,8 +113,8 @@ class FastOps(TorchFunctionMode):
             input, padding = _pad_as_named(input, weight, padding, dilation), 0
         call = ConvCall(input.to(weight.dtype), weight, stride, _pair(padding), dilation, groups)
         out = _convolve(call, bias)
-        if id(weight) in self.watch:
-            self.watch[id(weight)](call, out)
+        if id(weight) in self.on_convolution:
+            self.on_convolution[id(weight)](call, out)
             out = out.clone()
         return out.to(self.dtype)
 

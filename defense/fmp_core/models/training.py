@@ -113,7 +113,7 @@ class Trainer:
         """Train ``model`` (of pixels in [0,1]; on the device) in place, epoch by epoch, for ``settings.epochs`` epochs.
 
         Between two epochs the caller may test the model, but must leave it as it is; the checkpoint of an epoch is saved when
-        the caller asks for the next one, so that its notes may tell of the test.
+        the caller asks for the next one, so that its notes can hold the test's metrics.
 
         Args:
             images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]``; both on the device.
@@ -128,7 +128,7 @@ class Trainer:
         Raises UserError if there are fewer than two images, or the checkpoint is of other settings.
         """
         if len(images) < 2:
-            raise UserError(f"Fine-tuning needs at least 2 clean images, not {len(images)}; raise --ratio.")
+            raise UserError(f"Training needs at least 2 images, not {len(images)}.")
         training = _Training(self, model)
         usual = torch.arange(min(self.settings.batch_size, len(images)))
         if not batches_of(len(usual), len(usual), torch.Generator(), training.parts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fmp_core.inputs import DefenderInputs
@@ -27,7 +27,7 @@ LOGGER = logging.getLogger("fmp_core")
 
 @dataclass
 class TrainedEpoch:
-    """One epoch of fine-tuning. Who iterates over the epochs tests the model where ``to_test`` says so, and sets ``metrics``.
+    """One epoch of fine-tuning. The caller tests the model where ``to_test``, and sets ``metrics``.
 
     ``to_save``: the model is wanted as a file after this epoch. ``restored``: an earlier, interrupted run trained it.
     """
@@ -48,13 +48,14 @@ class TrainedEpoch:
 class FineTuning:
     """Trains a pruned model epoch by epoch; a killed and repeated run continues after its last whole epoch.
 
-    Construct it before pruning: distillation and interpolation keep copies of the attacked model.
+    Make it with :meth:`prepare`, before pruning: distillation and interpolation keep copies of the attacked model.
 
     Args:
         defender: the model, trained in place, and the clean images.
         selection: what is pruned.
         device: with several GPUs, batches are split over them.
         folder: for the state of an unfinished run.
+        teacher, unlearning, interpolation: None where the settings leave them out.
     """
 
     defender: DefenderInputs
@@ -64,12 +65,12 @@ class FineTuning:
     folder: Path
     teacher: Teacher | None
     unlearning: Unlearning | None
-    attacked: Interpolation | None
+    interpolation: Interpolation | None
 
     @staticmethod
     def prepare(defender: DefenderInputs, selection: Selection, settings: Settings, device: Device, folder: Path) -> FineTuning:
-        """With the teacher and the unlearning that ``settings`` ask for."""
-        teacher = unlearning = attacked = None
+        """With the teacher, the unlearning and the interpolation that ``settings`` ask for."""
+        teacher = unlearning = interpolation = None
         if settings.unlearn and selection.triggers:
             unlearning = Unlearning(trigger_search(defender, settings), selection.triggers)
         elif settings.unlearn and settings.selection != "trigger":
@@ -79,8 +80,8 @@ class FineTuning:
             if settings.distill:
                 teacher = Teacher.copy_of(defender.model, settings.distill, selection.target)
             if settings.interpolate:
-                attacked = Interpolation.towards(defender.model, settings.interpolate)
-        return FineTuning(defender, selection, settings, device, folder, teacher, unlearning, attacked)
+                interpolation = Interpolation.towards(defender.model, settings.interpolate)
+        return FineTuning(defender, selection, settings, device, folder, teacher, unlearning, interpolation)
 
     def run(self) -> Iterator[TrainedEpoch]:
         """Train; epochs of an interrupted run come first, with their metrics. The last epoch's model is interpolated."""
@@ -88,11 +89,9 @@ class FineTuning:
         done: list[TrainedEpoch] = []
         if checkpoint.load() is not None:
             for epoch, metrics in checkpoint.notes["history"]:
-                done.append(self._plan(Epoch(**epoch), metrics and Metrics(**metrics)))
-                done[-1].restored, done[-1].to_save = (
-                    True,
-                    False,
-                )  # it was saved then; the model is that of the last epoch now, or of none yet
+                planned = self._plan(Epoch(**epoch), metrics and Metrics(**metrics))
+                # It was saved then; the model is that of the last epoch now, or of none yet.
+                done.append(replace(planned, restored=True, to_save=False))
             LOGGER.info("fine-tuning continues after epoch %d of %d (--fresh starts again)", len(done), settings.epochs)
         yield from done
         batches = -(-len(self.defender.images) // settings.batch_size) * (settings.epochs - len(done))
@@ -112,8 +111,8 @@ class FineTuning:
                 substitutes=self.unlearning.substitutes if self.unlearning else None,
                 teacher=self.teacher.loss if self.teacher else None,
             ):
-                if self.attacked and epoch.epoch + 1 == settings.epochs:
-                    self.attacked.apply(self.defender.model)
+                if self.interpolation and epoch.epoch + 1 == settings.epochs:
+                    self.interpolation.apply(self.defender.model)
                     on_batch()
                 if not math.isfinite(epoch.train_epoch_loss_avg_over_batch):
                     LOGGER.warning("the loss of epoch %d is not a number; try a smaller --lr", epoch.epoch + 1)

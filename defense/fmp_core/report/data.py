@@ -26,9 +26,8 @@ from fmp_core.results.intervals import Interval, paired_difference, rating, shar
 from fmp_core.results.predictions import read_predictions
 from fmp_core.results.summary import RunSummary
 from fmp_core.results.values import is_of_type
-from fmp_core.settings import FIELDS, Settings
+from fmp_core.settings import Settings
 
-PAIRS = 256  # clean and poisoned images that the trigger activation change is averaged over
 SETTINGS = ("p", "scope", "eps", "frg_steps", "alpha", "selection", "budget", "preset")  # without these there is no page
 
 
@@ -130,7 +129,7 @@ class Trigger:
 
 def load_attacked(record: AttackRecord, settings: dict[str, Any], device: torch.device) -> tuple[PixelModel, list[ConvLayer]]:
     """The record's model on ``device``, with the preprocessing of a run with these ``settings``, and its convolutions."""
-    facts = preprocessing(Settings(**{name: value for name, value in settings.items() if name in FIELDS}), record)
+    facts = preprocessing(record, settings.get("mean"), settings.get("std"))
     network = load_model(record.model_name, record.num_classes, record.state)
     model = PixelModel(network, facts).on(device)
     height, width, channels = record.image_size
@@ -139,7 +138,7 @@ def load_attacked(record: AttackRecord, settings: dict[str, Any], device: torch.
 
 def measure_trigger(model: PixelModel, layers: list[ConvLayer], data: TestData) -> Trigger:
     """The trigger activation change of all feature maps. Raises UserError: no poisoned image has a known clean counterpart."""
-    clean, poisoned, labels = paired_images(data, PAIRS)
+    clean, poisoned, labels = paired_images(data)
     tac = trigger_activation_change(model, layers, to_unit(clean), to_unit(poisoned))
     return Trigger(model, layers, clean, poisoned, labels, tac)
 

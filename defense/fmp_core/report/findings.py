@@ -17,7 +17,7 @@ from fmp_core.selection.ablation import ROWS_SET
 from fmp_core.settings import changed
 
 FEW_FRG_IMAGES = 16
-FEW_CLEAN_IMAGES = 250
+WARN_BELOW = 250
 FEW_TEST_IMAGES = 1000
 FEW_PAIRS = 64
 CHANCE = 0.05  # a random selection does as well at least this often: the ranking found nothing
@@ -101,7 +101,7 @@ def warnings(run: Run, own: Pruning, precision: Precision | None, pairs: int) ->
     if run.scored and (samples := run.scores.samples) < FEW_FRG_IMAGES:
         few = "one image" if samples == 1 else f"{samples} images"
         yield f"Each feature map was scored on {few} only.", "So many feature maps share a score; raise --frg_samples."
-    if summary.clean_images < FEW_CLEAN_IMAGES:
+    if summary.clean_images < WARN_BELOW:
         why = "Fine-tuning on so few may overfit" if summary.settings["epochs"] else "So few say little of the feature maps"
         why += "; raise --ratio."
         yield f"The clean subset has {summary.clean_images} images only.", why

@@ -13,12 +13,13 @@ import jinja2
 import markupsafe
 import pandas as pd
 
-from fmp_core.data.attack_record import ATTACK_FILE, AttackRecord, read_attack_record
+from fmp_core.data.attack_record import AttackRecord, read_attack_record
 from fmp_core.data.datasets import open_split
+from fmp_core.data.names import ATTACK_FILE
 from fmp_core.errors import UserError
 from fmp_core.inputs import read_test_data
 from fmp_core.inversion.verdict import in_words
-from fmp_core.metrics import HEADLINES, Figures
+from fmp_core.metrics import HEADLINES, MetricValues
 from fmp_core.models.evaluate import TestData
 from fmp_core.report import figures
 from fmp_core.report.data import Run, Trigger, load_attacked, measure_trigger, read_run, read_summary
@@ -35,7 +36,7 @@ from fmp_core.storage.files import file_digest, refuse_links_out_of, write_text
 from fmp_core.system.devices import choose_device
 
 ASSETS = Path(__file__).parent / "assets"  # template, style and script
-MEANS = {
+MEANINGS = {
     "test_acc": "clean images, right class",
     "test_asr": "triggered images, attacker's class",
     "test_ra": "triggered images, true class",
@@ -83,7 +84,7 @@ def write_report(record: AttackRecord, folder: Path, data: TestData, compare: Se
     return path
 
 
-def _other(folder: Path, attacked: str) -> Figures:
+def _other(folder: Path, attacked: str) -> MetricValues:
     if not folder.is_dir():
         raise UserError(f"--compare {folder.name}: {folder} does not exist; run that defense first.")
     try:
@@ -100,7 +101,7 @@ def _other(folder: Path, attacked: str) -> Figures:
     return result.metrics
 
 
-def page(run: Run, num_classes: int, trigger: Trigger | None, unknown: str, others: Mapping[str, Figures]) -> str:
+def page(run: Run, num_classes: int, trigger: Trigger | None, unknown: str, others: Mapping[str, MetricValues]) -> str:
     """The page's HTML. ``unknown`` says in a sentence why ``trigger`` is None; ``others``: METRICS by defense."""
     own = own_pruning(run)
     precision = trigger.precision(own.mask) if trigger else None
@@ -112,7 +113,7 @@ def page(run: Run, num_classes: int, trigger: Trigger | None, unknown: str, othe
         "verdict": in_words(run.summary.verdict) if run.summary.verdict else None,
         "warnings": list(warnings(run, own, precision, len(trigger.labels) if trigger else 0)),
         "names": HEADLINES,
-        "means": MEANS,
+        "means": MEANINGS,
         "others": _others(run, others),
         "matrices": _matrices(run, num_classes),
         "by_class": figures.success_by_class(by_class) if len(by_class) else None,
@@ -167,7 +168,7 @@ def _matrices(run: Run, num_classes: int) -> list[dict[str, str]]:
     return matrices
 
 
-def _others(run: Run, others: Mapping[str, Figures]) -> list[dict[str, Any]]:
+def _others(run: Run, others: Mapping[str, MetricValues]) -> list[dict[str, Any]]:
     """Rows of the comparison: this run, then the others, all as if tested on this record's test sets."""
     before = run.shares("before")
     rows = [{"name": run.folder.name, "this": True, **run.shares("after"), "der": run.effectiveness()}]

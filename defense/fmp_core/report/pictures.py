@@ -88,8 +88,7 @@ def _image_changes(run: Run, trigger: Trigger, image: Tensor, shown: pd.DataFram
     settings = run.summary.settings
     frg = FrgSettings(float(settings["eps"]), int(settings["frg_steps"]), settings["alpha"])
     layers = _layers_of(shown, trigger)
-    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    start = noisy_start(image, noise.to(image.device), frg.eps)
+    start = noisy_start(image, frg.eps, frg.seed)
     changes = {}
     with frozen(trigger.model):
         shared = SharedForward(trigger.model, list(layers.values()), image, start)

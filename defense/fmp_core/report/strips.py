@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmp_core.frg.scores import cuts, layer_slices
+from fmp_core.frg.scores import layer_slices, lowest
 from fmp_core.report.data import Run, Trigger
 
 OTHER_P = (8, 16, 32, 64, 128)
@@ -26,7 +26,7 @@ class Pruning(NamedTuple):
 def own_pruning(run: Run) -> Pruning:
     """What the run pruned."""
     if run.scored:
-        return _pruning_at(run, run.p)
+        return Pruning(run.p, *lowest(run.scores, run.p, run.scope))
     pruned = run.of_maps("pruned")
     return Pruning(None, pruned, torch.zeros_like(pruned))
 
@@ -36,16 +36,8 @@ def prunings(run: Run) -> list[Pruning]:
     if not run.scored:
         return [own_pruning(run)]
     whole = run.scores.settled is None or bool(run.scores.settled.all())  # else racing left other cuts to its predictions
-    every = (_pruning_at(run, p) for p in (sorted({*OTHER_P, run.p}) if whole else [run.p]))
+    every = (Pruning(p, *lowest(run.scores, p, run.scope)) for p in (sorted({*OTHER_P, run.p}) if whole else [run.p]))
     return [pruning for pruning in every if pruning.mask.any() or pruning.p == run.p]
-
-
-def _pruning_at(run: Run, p: int) -> Pruning:
-    mask, tied = torch.zeros(2, len(run.maps), dtype=torch.bool)
-    for cut in cuts(run.scores, p, run.scope):
-        mask[cut.order[: cut.count]] = True
-        tied[cut.tied(run.scores.correct)] = True
-    return Pruning(p, mask, tied)
 
 
 def p_table(run: Run, trigger: Trigger | None) -> list[dict[str, Any]]:

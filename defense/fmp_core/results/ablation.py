@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fmp_core.data.attack_record import ATTACK_FILE
+from fmp_core.data.names import ATTACK_FILE
 from fmp_core.errors import UserError
 from fmp_core.inputs import Inputs, load_inputs, paired_images
 from fmp_core.metrics import HEADLINES, METRICS
@@ -27,12 +27,10 @@ from fmp_core.storage.files import file_digest, replacing
 from fmp_core.system.devices import choose_device
 from fmp_core.system.versions import versions
 
-PAIRS = 512  # clean and poisoned images that the oracle compares
-
 
 def activation_change(inputs: Inputs) -> Tensor:
     """TAC of the attacked model on pairs of clean and poisoned test images, float64 ``[N]``."""
-    clean, poisoned, _ = paired_images(inputs.test, PAIRS)
+    clean, poisoned, _ = paired_images(inputs.test)
     return trigger_activation_change(inputs.defender.model, inputs.defender.layers, to_unit(clean), to_unit(poisoned))
 
 

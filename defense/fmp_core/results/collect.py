@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
+from fmp_core.data.names import ATTACK_FILE, RECORD_DEPTH
 from fmp_core.errors import UserError
-from fmp_core.metrics import HEADLINES, METRICS, Figures, in_percent, ratings
+from fmp_core.metrics import HEADLINES, METRICS, MetricValues, in_percent, ratings
 from fmp_core.results.read import Result, read_attack_metrics, read_record, read_result
 from fmp_core.storage.files import file_digest
 
@@ -19,7 +20,6 @@ T = TypeVar("T")
 Warn = Callable[[str], None]
 BASELINE = "no defense"  # the attacked model; the leaderboard's name for it
 MEASURED = f"{BASELINE} (our test)"  # the same, where our figures are not those that the attack logged
-DEEPEST = 4  # levels of folders that are searched for records
 POINT = 0.01  # figures of one model that differ by more were not measured alike
 SETTING = ["dataset", "model", "attack", "pratio"]
 COLUMNS = [
@@ -61,19 +61,19 @@ def _unicode(value: Any) -> Any:
 
 
 def _record_folders(root: Path) -> Iterator[Path]:
-    """The folders below ``root``, up to ``DEEPEST`` levels, that hold a folder ``defense``; nothing in a record is searched.
+    """The folders below ``root``, up to ``RECORD_DEPTH`` levels, that hold a folder ``defense``; no record is searched.
 
     ``root`` itself, if it is a record.
     """
-    if (root / "attack_result.pt").is_file() and (root / "defense").is_dir():
+    if (root / ATTACK_FILE).is_file() and (root / "defense").is_dir():
         yield root
         return
     for place, folders, files in os.walk(root, followlinks=True):
         folder = Path(place)
-        is_record = folder != root and ("defense" in folders or "attack_result.pt" in files)
+        is_record = folder != root and ("defense" in folders or ATTACK_FILE in files)
         if is_record and "defense" in folders:
             yield folder
-        deepest = is_record or len(folder.relative_to(root).parts) == DEEPEST  # links may form a ring
+        deepest = is_record or len(folder.relative_to(root).parts) == RECORD_DEPTH  # links may form a ring
         folders[:] = sorted(name for name in folders if not deepest and not name.startswith("."))
 
 
@@ -92,7 +92,7 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
         del results[name]
     for key in ("dataset", "model"):
         about[key] = about.get(key) or next(filter(None, (getattr(result, key) for result in results.values())), None)
-    tested: Figures = next((r.before for r in results.values() if r.before and not r.test_images), {})
+    tested: MetricValues = next((r.before for r in results.values() if r.before and not r.test_images), {})
     if logged or tested:
         yield {**about, "defense": BASELINE, "method": BASELINE, **(logged or tested), "origin": "attack"}
     if _contradicts(logged, tested):
@@ -126,7 +126,7 @@ def _or_warn(read: Callable[[Path], T], folder: Path, warn: Warn) -> T | None:
 def _of_another(folder: Path, results: Mapping[str, Result]) -> list[str]:
     """Names of the results that are of another attacked model than the record holds now, as far as they say."""
     attacked, noted = (
-        folder / "attack_result.pt",
+        folder / ATTACK_FILE,
         {name: of for name, result in results.items() if (of := result.attack_result)},
     )
     if not noted or not attacked.is_file():
@@ -140,7 +140,7 @@ def _result_in(folder: Path) -> Result | None:
     return None if {path.name for path in folder.iterdir()} <= {"cache"} else read_result(folder)
 
 
-def _contradicts(logged: Figures, tested: Figures) -> bool:
+def _contradicts(logged: MetricValues, tested: MetricValues) -> bool:
     """Whether two tests of one model, METRICS in [0,1] or nothing, differ by more than a point."""
     pairs = [(logged[name], tested[name]) for name in METRICS] if logged and tested else []
     return any(there is not None and here is not None and abs(there - here) > POINT for there, here in pairs)

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fmp_core import PROJECT
+from fmp_core.data.names import BB_DATASETS
 from fmp_core.errors import UserError
 from fmp_core.fields import read_yaml_mapping
-from fmp_core.results.read import BB_DATASETS
 from fmp_core.results.titles import AVERAGE
-from fmp_core.settings import PROJECT
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # takes a second to import, and --help needs none

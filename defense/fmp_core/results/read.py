@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fmp_core.data.names import BB_DATASETS, DEFENSE_FILE
 from fmp_core.errors import UserError
-from fmp_core.metrics import METRICS, Figures
+from fmp_core.metrics import METRICS, MetricValues
 from fmp_core.results.bb_files import fractions, logged_settings, logs_until, read_summary, seconds_of_bb, summary_file
 from fmp_core.results.detection import Detection, detection_of_neural_cleanse, detection_of_verdict
 from fmp_core.results.values import finite_number, read_json, value_of, whole_number
@@ -30,7 +31,6 @@ RUN_NOTE = "run_defense.json"  # of a BB defense: which attack_result.pt it defe
 ATTACK_DIGEST = "attack_result"  # key of the SHA-256 of the record's attack_result.pt
 ATTACK_NAMES = {"lowfrequency": "lf", "label_consistent": "lc"}  # info.pickle's names -> those of files and leaderboard
 ATTACKS = "badnet|blended|blind|bpp|ctrl|inputaware|lc|lf|lira|refool|sig|ssba|trojannn|wanet"
-BB_DATASETS = ("cifar10", "cifar100", "gtsrb", "tiny", "mnist", "celeba", "imagenet")  # those BackdoorBench knows
 DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))
 # Of make_record.py and of BB.
 TRIGGER_FILES = re.compile(r"trigger_file|trigger_img_path|mask_path|pattern_?path|replace_imgs_path", re.IGNORECASE)
@@ -48,7 +48,7 @@ class Result:
     ASR and RA are None where our run had no triggered image.
     """
 
-    metrics: Figures
+    metrics: MetricValues
     source: str  # the file the numbers were read from
     ours: bool = False
     stamped: bool = False  # a sweep made it, and nothing has written there since
@@ -57,7 +57,7 @@ class Result:
     settings: Mapping[str, Any] = field(default_factory=dict)  # as far as they are known; those of BackdoorBench are text
     settings_digest: str | None = None  # differs between results of other settings than the seed
     code: str | None = None  # the commit of this project that ran
-    before: Figures = field(default_factory=dict)  # the attacked model, as this run tested it
+    before: MetricValues = field(default_factory=dict)  # the attacked model, as this run tested it
     dataset: str | None = None
     model: str | None = None
     ratio: float | None = None  # share of the clean training set it was given
@@ -148,7 +148,7 @@ def _whole_test(folder: Path) -> dict[str, Any] | None:
 
     Raises UserError: there is to be one, but the run did not end.
     """
-    path, model = folder / WHOLE_TEST, folder / "defense_result.pt"
+    path, model = folder / WHOLE_TEST, folder / DEFENSE_FILE
     content = read_json(path) if path.is_file() else None
     if content and SAMPLE_ONLY in content:
         raise UserError(f"{folder} is of a run with --test_images {content[SAMPLE_ONLY]} that did not end; run it again")
@@ -212,7 +212,7 @@ def _comparable(key: object, value: object) -> object:
     return Path(value).name if isinstance(value, str) and TRIGGER_FILES.search(str(key)) else value
 
 
-def _our_fractions(values: Mapping[str, Any], path: Path) -> Figures:
+def _our_fractions(values: Mapping[str, Any], path: Path) -> MetricValues:
     """Those of metrics.json, where ASR and RA are null if there was no triggered image."""
     untested = [name for name in METRICS[1:] if name in values and values[name] is None]
     if len(untested) < len(METRICS) - 1:
@@ -222,7 +222,7 @@ def _our_fractions(values: Mapping[str, Any], path: Path) -> Figures:
 
 def _attack_of_bb(folder: Path) -> str | None:
     """What ``run_defense.py`` noted, unless BB's script was run without it since."""
-    note, model = folder / RUN_NOTE, folder / "defense_result.pt"
+    note, model = folder / RUN_NOTE, folder / DEFENSE_FILE
     if not (note.is_file() and model.is_file()):
         return None
     content = read_json(note)

@@ -1,4 +1,4 @@
-"""Whether a defense removed the backdoor: the verdict that metrics.json, the terminal and the report share."""
+"""Whether a defense removed the backdoor: the outcome that metrics.json, the terminal and the report share."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def attack_outcome(predictions: pd.DataFrame) -> dict[str, Any]:
             return "removed"
         return "weakened" if excess < WEAKENED * before.value else "still works"
 
-    verdict, certain = outcome(after.high), outcome(after.low) == outcome(after.high)
+    result, certain = outcome(after.high), outcome(after.low) == outcome(after.high)
     if before.value < REMOVED:
-        verdict, certain = "none before", before.high < REMOVED
+        result, certain = "none before", before.high < REMOVED
     elif chance.value > 0.5:
-        verdict, certain = "still works", True
+        result, certain = "still works", True
     return {
-        "outcome": verdict,
+        "outcome": result,
         "certain": certain,
         "asr_before": asr_before.value,
         "asr_after": asr_after.value,

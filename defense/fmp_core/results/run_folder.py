@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fmp_core.data.attack_record import ATTACK_FILE
+from fmp_core.data.names import ATTACK_FILE, DEFENSE_FILE
 from fmp_core.data.write_record import write_defense_result
 from fmp_core.errors import UserError
 from fmp_core.inputs import Inputs
 from fmp_core.inversion.trigger import INVERTED_TRIGGER, save_trigger
-from fmp_core.metrics import HEADLINES, METRICS, Figures, ratings
+from fmp_core.metrics import HEADLINES, METRICS, MetricValues, ratings
 from fmp_core.models.build import state_like
 from fmp_core.models.evaluate import Evaluation, Metrics
 from fmp_core.models.feature_maps import ConvLayer
@@ -150,10 +150,10 @@ class RunFolder:
             save_trigger(self.path / INVERTED_TRIGGER, selection.triggers[0])
         else:
             (self.path / INVERTED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
-        write_defense_result(self.path / "defense_result.pt", *_weights(inputs))
+        write_defense_result(self.path / DEFENSE_FILE, *_weights(inputs))
 
 
-def _compare_with_attack(folder: Path, before: Figures, sample: int | None) -> tuple[dict[str, float] | None, list[str]]:
+def _compare_with_attack(folder: Path, before: MetricValues, sample: int | None) -> tuple[dict[str, float] | None, list[str]]:
     """The attack's own figures of the attacked model, if the record has them, and a warning where ours differ much."""
     allowed = FIGURES_DIFFER + (1.5 / sample**0.5 if sample else 0)  # a sample may explain three standard deviations
     try:

@@ -15,7 +15,7 @@ from fmp_core.results.values import is_of_type, read_json
 from fmp_core.storage.files import write_text
 
 MUCH_ACCURACY = 0.03
-FEW_CLEAN_IMAGES = 500
+ADVISE_MORE_BELOW = 500
 
 
 VERDICT = {  # Verdict.as_dict writes it
@@ -106,7 +106,7 @@ def advice(metrics: dict[str, Any]) -> list[str]:
     """At most one line: what to try if the backdoor is still there, or if accuracy was lost."""
     removal, clean = metrics["removal"], metrics["clean_images"]
     drop = metrics["before"]["test_acc"] - metrics["after"]["test_acc"]
-    few = f" The defense had {clean} clean images only: give it more (--ratio, --index)." if clean < FEW_CLEAN_IMAGES else ""
+    few = f" The defense had {clean} clean images only: give it more (--ratio, --index)." if clean < ADVISE_MORE_BELOW else ""
     if removal["outcome"] in ("weakened", "still works"):
         strong = metrics["settings"]["preset"] == "strong"
         tuned = "try more clean data (--ratio) or a higher --lr" if metrics["settings"]["epochs"] else "leave out --epochs 0"

@@ -13,12 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fmp_core import frg, inversion
 from fmp_core.errors import UserError
-from fmp_core.frg import margin_taylor, racing, reverse, scorer, scores
 from fmp_core.frg.scores import Scores
-from fmp_core.inversion import search as search_code
-from fmp_core.inversion import trigger as trigger_code
-from fmp_core.inversion import verdict as verdict_code
 from fmp_core.inversion.search import TriggerSearch
 from fmp_core.inversion.trigger import FAMILIES
 from fmp_core.inversion.verdict import Verdict
@@ -34,14 +31,14 @@ MODELS = (build, fast_ops, feature_maps, devices)  # code that scores and verdic
 
 def score_key(model: torch.nn.Module, images: Tensor, labels: Tensor, settings: dict[str, object]) -> str:
     """What FRG scores depend on; ``settings`` in plain values."""
-    code = source_digest(margin_taylor, racing, reverse, scorer, scores, *MODELS)
+    code = source_digest(frg, *MODELS)
     return content_key(_tensors(model), images, labels, {**settings, "code": code})
 
 
 def verdict_key(search: TriggerSearch, num_classes: int) -> str:
     """What the verdicts of ``search`` depend on."""
     about = {"seed": search.seed, "dtype": str(search.dtype), "classes": num_classes, "families": FAMILIES}
-    code = source_digest(search_code, trigger_code, verdict_code, *MODELS)
+    code = source_digest(inversion, *MODELS)
     return content_key(_tensors(search.model), search.images, search.labels, {**about, "code": code})
 
 

@@ -53,8 +53,8 @@ class Selection:
 
 def select_lowest(scores: Scores, p: int, scope: str, verdict: Verdict | None = None) -> Selection:
     """The N/p maps with the lowest scores, of each layer or of all together (paper, Algorithm 1, lines 8-13)."""
-    mask, ties = lowest(scores, p, scope)
-    return Selection(mask, ties, scores, verdict)
+    mask, tied = lowest(scores, p, scope)
+    return Selection(mask, int(tied.sum()), scores, verdict)
 
 
 def select_none(layers: Sequence[ConvLayer]) -> Selection:

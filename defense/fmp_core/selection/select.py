@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -91,11 +90,11 @@ def test_for_backdoor(defender: DefenderInputs, settings: Settings, cache: Path,
     if (untested := search.without_test(next(iter(FAMILIES)), classes)).too_few:
         return untested
     key = verdict_key(search, classes)
+    cached = {} if settings.fresh else load_verdicts(cache, key, classes)
     verdicts: list[Verdict] = []
     with stages("trigger inversion"):
         for family in FAMILIES:
-            saved = partial(lambda name: load_verdicts(cache, key, classes).get(name), family)
-            verdict = _from_cache(saved, settings.fresh)
+            verdict = _if_all_have(cached.get(family))
             if verdict is None:
                 with Progress(f"Inverting {family} triggers", inversions(classes), "triggers", LOGGER) as bar:
                     verdict = search.test(family, classes, bar.add)
@@ -144,7 +143,7 @@ def score_or_load(defender: DefenderInputs, settings: Settings, cache: Path, sta
         LOGGER.warning("--ranking racing needs --dtype fp32; every feature map is scored in full here")
     about = {**frg._asdict(), "dtype": str(precision), "racing": [settings.p, settings.scope] if racing else None}
     key = score_key(defender.model, images, labels, about)
-    scores = _from_cache(lambda: load_scores(cache, key, defender.layers), settings.fresh)
+    scores = _if_all_have(None if settings.fresh else load_scores(cache, key, defender.layers))
     if scores is not None:
         stages.reuse("ranking")
         LOGGER.info("scores of %d feature maps read from %s (--fresh ranks again)", scores.total, cache_file(cache, key))
@@ -168,7 +167,6 @@ def score_or_load(defender: DefenderInputs, settings: Settings, cache: Path, sta
     return scores
 
 
-def _from_cache(read: Callable[[], Found | None], fresh: bool) -> Found | None:
-    """What ``read`` finds in the cache; None for all processes if one of them does not find it there (yet)."""
-    found = None if fresh else read()
+def _if_all_have(found: Found | None) -> Found | None:
+    """What this process ``found`` in the cache; None for all processes if one of them did not find it there (yet)."""
     return found if distributed.all_agree(found is not None) else None

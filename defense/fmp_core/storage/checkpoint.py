@@ -46,7 +46,7 @@ class Checkpoint:
         parts = {"made_with", "notes", "state"}
         whole = isinstance(content, dict) and set(content) == parts and all(isinstance(content[part], dict) for part in parts)
         if not (whole and all(map(_is_plain, content["made_with"].values()))):
-            raise UserError(f"{self.path} is not a training checkpoint; remove it to start again.")
+            raise UserError(f"{self.path} is not a checkpoint of FMP; remove it to start again.")
         then, now = content["made_with"], self.made_with
         both = [(key, then.get(key), now.get(key)) for key in {**then, **now}]
         other = [f"{key} {str(old)[:200]} (now {new})" for key, old, new in both if old != new]

@@ -18,13 +18,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fmp_core.data.names import ATTACK_FILE, DEFENSE_FILE
 from fmp_core.errors import UserError
 from fmp_core.results.read import STAMP, SWEEP_MARK, Result, read_result, read_stamp
 from fmp_core.storage.files import bring_back, file_digest, put_aside, write_text
 from fmp_core.storage.lock import locked, result_lock
 from fmp_core.system import processes
 
-ATTACK_FILE = "attack_result.pt"  # as in data/attack_record.py, which imports torch: a sweep and its nodes start at once
 GRACE = 2 * processes.GRACE  # seconds that a job has to leave its files in order, and to stop what it has started itself
 _running: set[subprocess.Popen[bytes]] = set()
 _stopping = threading.Event()  # since stop_all(): jobs that wait for a lock do not start any more
@@ -98,7 +98,7 @@ def finished(job: Job) -> Outcome | None:
     stamp = read_stamp(job.folder)
     if job.kind == "record":
         return Outcome(float(stamp.get("seconds", 0))) if job.attack_file.is_file() else None
-    if stamp.get("hash") != settings_hash(job) or not (job.folder / "defense_result.pt").is_file():
+    if stamp.get("hash") != settings_hash(job) or not (job.folder / DEFENSE_FILE).is_file():
         return None
     try:
         result = read_result(job.folder)

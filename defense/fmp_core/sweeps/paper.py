@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fmp_core.data.names import ATTACK_FILE
 from fmp_core.fields import as_text
 from fmp_core.results.paper import BASELINES, FIGURES, SCALES, Scale, baseline_flags, record_name, scaled_rows, sweep_content
 from fmp_core.results.read import read_result, read_stamp
 from fmp_core.storage.files import replacing, write_text
-from fmp_core.sweeps.jobs import ATTACK_FILE
 from fmp_core.sweeps.plan import make_sweep, plan
 from fmp_core.sweeps.run import run_sweep
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fmp_core import fields
+from fmp_core import PROJECT, fields
 from fmp_core.attacks.settings import AttackSettings, RecordSettings
+from fmp_core.data.names import BB_DATASETS
 from fmp_core.errors import UserError
 from fmp_core.fields import ANYTHING, DEVICE, REQUIRED, integer, list_of, mapping, number, pattern, setting, text
-from fmp_core.results.read import BB_DATASETS, NO_FINAL_TEST
+from fmp_core.results.read import NO_FINAL_TEST
 from fmp_core.settings import (
     FIELDS,
-    PROJECT,
     Settings,
     Stage,
     deciding_inversion,

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fmp_core import PROJECT
 from fmp_core.errors import UserError
 from fmp_core.fields import fields_of
-from fmp_core.settings import PROJECT
 from fmp_core.sweeps.jobs import Job, Outcome, run
 from fmp_core.sweeps.local import Report
 from fmp_core.sweeps.plan import Slurm, Sweep

@@ -80,7 +80,8 @@ def _noted(name: str, words: str) -> Iterator[None]:
         raise
 
 
-kept = partial(_noted, "kept")  # with kept("new results are partly written"): ... what is said of the results if it ends early
+# with if_it_ends_early("new results are partly written"): what run_main says of the results if the block ends by an exception
+if_it_ends_early = partial(_noted, "results_left")
 
 
 class Terminated(KeyboardInterrupt):
@@ -140,7 +141,7 @@ def run_main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except (UserError, OSError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
-        results, code = getattr(error, "kept", "earlier results are unchanged"), 2
+        results, code = getattr(error, "results_left", "earlier results are unchanged"), 2
         if isinstance(error, UserError):
             sentence = str(error)
         elif isinstance(error, OSError):

@@ -70,7 +70,7 @@ def has_amx() -> bool:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware; a CPU: unless ``ATEN_CPU_CAPABILITY`` holds torch back."""
+    """Whether the device multiplies bfloat16 matrices in hardware; a CPU: unless ``ATEN_CPU_CAPABILITY`` limits torch."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     limited = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
@@ -95,18 +95,18 @@ def rows_per_batch(device: torch.device) -> int:
     return 512 if device.type == "cuda" else max(64, 2 * torch.get_num_threads())
 
 
-def least_rows(device: torch.device) -> int:
-    """Batches are multiples of this: oneDNN splits a convolution's rows over the threads, and rounds odd shares otherwise."""
+def row_multiple(device: torch.device) -> int:
+    """Batches are padded to a multiple of this: oneDNN splits their rows over the threads, and rounds odd shares otherwise."""
     return max(2, torch.get_num_threads()) if device.type == "cpu" else 1
 
 
-def steady_rows(device: torch.device) -> int:
-    """No pass has fewer images than this: with one thread oneDNN computes wide 1x1 convolutions otherwise below 16 rows."""
-    return max(16, least_rows(device)) if device.type == "cpu" else 1
+def min_exact_rows(device: torch.device) -> int:
+    """No batch has fewer images: with one thread oneDNN computes wide 1x1 convolutions differently below 16 rows."""
+    return max(16, row_multiple(device)) if device.type == "cpu" else 1
 
 
-def fewest_rows(device: torch.device) -> int:
-    """What a batch is halved down to when memory runs out; below :func:`steady_rows` near ties may be decided differently."""
+def min_rows(device: torch.device) -> int:
+    """Batches are halved down to this when memory runs out; below :func:`min_exact_rows` near ties may be decided otherwise."""
     return 2 if device.type == "cpu" else 1
 
 

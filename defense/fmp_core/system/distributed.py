@@ -17,24 +17,24 @@ from fmp_core.system.devices import Device
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets; clusters set some of these too
 
 
-def join(compute: Device) -> Device:
+def join(device: Device) -> Device:
     """Join the processes torchrun started, if it did: nccl on CUDA, gloo on CPU. Returns this one's share.
 
     On CUDA each takes one of the GPUs that ``--device`` names, or of all if it names none.
     """
     if not all(name in os.environ for name in TORCHRUN):
-        return compute
-    device = compute.device
-    if device.type == "cuda":
-        gpus = compute.device_ids or range(torch.cuda.device_count())
+        return device
+    own = device.device
+    if own.type == "cuda":
+        gpus = device.device_ids or range(torch.cuda.device_count())
         if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > len(gpus):
             raise UserError(f"torchrun started more processes than there are GPUs; give --nproc_per_node={len(gpus)}.")
-        device = torch.device("cuda", gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)])
-        torch.cuda.set_device(device)
+        own = torch.device("cuda", gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)])
+        torch.cuda.set_device(own)
     if not dist.is_initialized():
         # Long, because the others wait where the first one waits for a lock (--wait).
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
-    return Device(device)
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    return Device(own)
 
 
 def is_distributed() -> bool:
@@ -52,19 +52,19 @@ def is_leader() -> bool:
 
 
 def all_agree(answer: bool) -> bool:
-    """Whether every process answers yes: they must not part ways over what each saw on disk, and when."""
+    """Whether every process answers yes: they may see different cache files, but must take the same branch."""
     if not is_distributed():
         return answer
-    said = torch.tensor([int(answer)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    answers = torch.tensor([int(answer)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     with _connected():
-        dist.all_reduce(said, dist.ReduceOp.MIN)
-    return bool(said.item())
+        dist.all_reduce(answers, dist.ReduceOp.MIN)
+    return bool(answers.item())
 
 
-def my_share(wanted: Tensor) -> Tensor:
-    """Of the positions ``wanted`` (bool ``[N]``), those this process scores: every n-th, so that layers are spread evenly."""
+def my_share(maps: Tensor) -> Tensor:
+    """Of the feature ``maps`` (bool ``[N]``), those this process scores: every n-th, so that layers are spread evenly."""
     rank, size = _rank_and_size()
-    return wanted & (wanted.cumsum(0) % size == rank)
+    return maps & (maps.cumsum(0) % size == rank)
 
 
 def share_name() -> str:

@@ -79,10 +79,10 @@ def to_file(message: str) -> None:
     LOGGER.info("%s", message, extra={"file_only": True}, stacklevel=2)
 
 
-def is_shown(level: int = logging.INFO) -> bool:
-    """Whether a message of ``level`` reaches a terminal."""
+def is_shown() -> bool:
+    """Whether messages of level INFO reach a terminal."""
     shown = [handler for handler in LOGGER.handlers if not isinstance(handler, LogFile)]
-    return LOGGER.isEnabledFor(level) and (not shown or min(handler.level for handler in shown) <= level)
+    return LOGGER.isEnabledFor(logging.INFO) and (not shown or min(handler.level for handler in shown) <= logging.INFO)
 
 
 def close() -> None:

@@ -1,0 +1,6 @@
+"""Names of BackdoorBench's (BB) files and datasets, for programs that need no torch."""
+
+ATTACK_FILE = "attack_result.pt"  # of a record
+DEFENSE_FILE = "defense_result.pt"  # of the result folder of a defense
+RECORD_DEPTH = 4  # folders between a record root and its records
+BB_DATASETS = ("cifar10", "cifar100", "gtsrb", "tiny", "mnist", "celeba", "imagenet")
