@@ -41,6 +41,7 @@ from fmp_core.system import distributed, logs
 from fmp_core.system.cli import Stages, if_it_ends_early
 from fmp_core.system.devices import choose_device, make_deterministic
 from fmp_core.system.progress import Progress
+from fmp_core.system.versions import versions
 
 try:
     from defense.base import defense
@@ -67,6 +68,7 @@ class FMP(defense):
         self.device = distributed.join(choose_device(self.settings.device))
         self.select = select
         self.stages = Stages()
+        versions()  # as they are now
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +101,8 @@ class FMP(defense):
         if distributed.is_leader():
             self.evaluate("before")
         selection = self.select(defender, settings, self.folder.shared, self.stages)
+        own = self.stages.cpu_seconds()
+        self.stages.cpu_elsewhere = distributed.total(own) - own
         if not distributed.is_leader():  # one process goes on from here
             return {"model": defender.model.network, "metrics": {}}
         fine_tuning = FineTuning.prepare(defender, selection, settings, self.device, self.folder.checkpoints)

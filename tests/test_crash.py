@@ -189,13 +189,15 @@ def interrupted_in_training(root: Path) -> Path:
     return state
 
 
-def test_a_checkpoint_of_other_settings_is_refused_and_fresh_starts_again(workplace: Path):
+def test_a_checkpoint_of_other_settings_is_refused_and_fresh_starts_again(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     state = interrupted_in_training(workplace)
     before = state.read_bytes()
     for flags, said in ((["--lr", "0.05"], "lr 0.01 (now 0.05)"), (["--p", "16"], "p 8 (now 16)")):
         ran = call_fmp(*FLAGS, *TRAINING, *flags)
         assert ran.code == 2 and "interrupted.pt was made with" in ran.err and said in ran.err
         assert state.read_bytes() == before
+    monkeypatch.setattr("fmp_core.repair.finetune.REPAIR_CODE", "another")
+    assert "was made with digest of model, images, code and versions" in call_fmp(*FLAGS, *TRAINING).err
     assert call_fmp(*FLAGS, "--epochs", "0").code == 0  # trains nothing, so it loses nothing
     assert state.read_bytes() == before
     assert call_fmp(*FLAGS, *TRAINING, "--lr", "0.05", "--fresh", "--epochs", "1").code == 0

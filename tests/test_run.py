@@ -15,6 +15,10 @@ import pytest
 import torch
 from command import FT_COLUMNS, MAPS, QUICK, RESULTS, SHORT, Run, listing, table, weights
 from conftest import MODEL, RECORD, Ran, call_fmp
+from fmp import FMP
+from fmp_core.inputs import DefenderInputs
+from fmp_core.selection.choice import Selection, select_none
+from fmp_core.storage.files import file_digest
 from narrow_resnet import NARROW_RESNET_MAPS
 from PIL import Image
 
@@ -212,3 +216,16 @@ def test_the_clock_may_jump(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(time, "time", lambda: float(next(times)))
     assert call_fmp(*SHORT).code == 0
     assert min(json.loads((workplace / RESULTS / "metrics.json").read_text())["seconds"].values()) >= 0
+
+
+def test_results_name_the_record_that_was_read(workplace: Path):
+    """A record that is made again while a defense runs is another one."""
+    path = workplace / "record" / RECORD / "attack_result.pt"
+    before = file_digest(path)
+
+    def made_again(defender: DefenderInputs, *_: Any) -> Selection:
+        path.write_bytes(path.read_bytes() + b"0")
+        return select_none(defender.layers)
+
+    metrics = FMP({"epochs": 0, "ratio": 1.0, "device": "cpu"}, made_again).defense(RECORD)["metrics"]
+    assert metrics["attack_result"] == before != file_digest(path)

@@ -19,7 +19,7 @@ import torch
 from conftest import RECORD, call_fmp
 from fmp_core.backdoorbench.install import PROJECT
 from fmp_core.backdoorbench.process import Ended, reason_of
-from fmp_core.backdoorbench.run import run_on_record, verdict
+from fmp_core.backdoorbench.run import how_it_ended, run_on_record
 from fmp_core.backdoorbench.workspace import Job, open_job, workspace
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.errors import UserError
@@ -112,7 +112,7 @@ def test_with_few_test_images_the_final_model_is_tested_on_all(checkout: Path, t
 
 
 def test_a_defense_that_saves_other_weights_than_it_tests_takes_no_test_images(checkout: Path, tiny_record: Path) -> None:
-    for defense, extra in (("npd", []), ("nab", []), ("anp", ["--pruning_number", "0.1"])):
+    for defense, extra in (("npd", []), ("nab", []), ("mcr", []), ("anp", ["--pruning_number", "0.1"])):
         with pytest.raises(UserError, match=f"--test_images cannot be used with {defense}, which saves"):
             run(checkout, *extra, defense=defense, test_images=4)
 
@@ -226,7 +226,7 @@ def test_a_log_that_is_a_link_out_of_the_record_is_refused(checkout: Path, tiny_
 
 def test_a_killed_or_silent_defense_is_no_success(tmp_path: Path) -> None:
     def judge(exit_code: int, started: float | None) -> tuple[str, int]:
-        return verdict("ft", Ended(exit_code, 1.0, ""), tmp_path / "run_defense.log", started)
+        return how_it_ended("ft", Ended(exit_code, 1.0, ""), tmp_path / "run_defense.log", started)
 
     assert judge(0, 0.0)[1] == 1  # nothing written
     result = tmp_path / "defense_result.pt"

@@ -70,6 +70,24 @@ def test_a_map_whose_count_may_be_wrong_is_scored_in_full():
     assert scored == 5
 
 
+def test_maps_that_predictions_drop_are_judged_by_full_precision_too():
+    """Predicted from bfloat16 margins, then scored in bfloat16, then in float32: what bfloat16 errs by counts in each step."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(deviation: float) -> Tensor:
+        return deviation * torch.randn(512, generator=generator, dtype=torch.float64)
+
+    for _ in range(20):
+        correct, low = torch.full((512,), 30), normal(0.004).sort().values
+        error = torch.full((512,), 0.0001, dtype=torch.float64)
+        exact, in_bfloat16 = scores_of(correct, low + normal(0.0015), (512,)), scores_of(correct, low, (512,))
+        predicted = replace(in_bfloat16, margin=low + normal(0.0001), settled=torch.ones(512, dtype=torch.bool))
+        scorers: list[Any] = [Lookup(in_bfloat16), Lookup(exact)]
+        cheap = score_contenders(predicted, scorers[0], 64, "layer", error=error)
+        raced = score_contenders(cheap, scorers[1], 64, "layer")
+        assert torch.equal(lowest(raced, 64, "layer")[0], lowest(exact, 64, "layer")[0])
+
+
 def test_dropped_maps_rank_behind_all_settled_ones():
     scores = scores_of(torch.full((128,), 5), torch.arange(128, dtype=torch.float64), (128,))
     raced, scored = contend(scores, scores, 64, "layer")

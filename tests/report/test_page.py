@@ -118,6 +118,7 @@ def test_other_defenses_stand_in_a_table(place: Path):
     for name, rows in (("ft", "last,0.8,0.25,0.5\nvalid_max,0.9,0.9,0.9\n"), ("clp", "0,0.75,0.125,0.625\n")):
         (place / RESULTS.parent / name).mkdir()
         (place / RESULTS.parent / name / f"{name}_df_summary.csv").write_text(header + rows)
+    edit_metrics(place, {}, test_images=None)  # a run on all images
     assert make("--compare", "ft", "clp") == 0
     text = page(place)
     assert "Beside other defenses" in text
@@ -135,6 +136,9 @@ def test_results_of_another_record_or_on_a_sample_are_not_compared(place: Path, 
         (place / RESULTS.parent / name / "metrics.json").write_text(json.dumps({**metrics, **changes}))
         assert make("--compare", name) == 2
         assert says in capsys.readouterr().err
+    whole = {"test_images": None, "settings": {**metrics["settings"], "test_images": None}}
+    (place / RESULTS.parent / "old" / "metrics.json").write_text(json.dumps({**metrics, **whole}))
+    assert make("--compare", "old") == 2 and "8 images only; run it without --test_images" in capsys.readouterr().err
 
 
 def test_what_is_missing_damaged_or_outside_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[str]):

@@ -44,3 +44,9 @@ def test_settings_of_the_record_are_no_settings_of_the_defense(tmp_path: Path) -
         write(tmp_path / "log" / "2026.log", f"{{'attack': '{attack}',\n 'lr': {rate},\n 'random_seed': 0}}\n")
         digests.append(read_result(tmp_path).settings_digest)
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_share_of_clean_data_that_the_script_never_reads_is_none(tmp_path: Path) -> None:
+    write(tmp_path / "d-br_df_summary.csv", three_rows(0.9, 0.1, 0.8))
+    write(tmp_path / "log" / "2026_11_01.log", "{'ratio': 0.05, 'random_seed': 3, ")
+    assert (read_result(tmp_path).seed, read_result(tmp_path).ratio) == (3, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -221,3 +222,9 @@ def test_results_of_other_settings_are_left_out(empty: Path, capsys: pytest.Capt
     )
     assert shown["1a", "fmp"] == 93 and shown["1a", "ft"] == 91 and shown["5", "64"] == 93
     assert pd.isna(shown["1a", "fp"]) and pd.isna(shown["5", "2"])
+    stamp = {"hash": "0" * 64, "method": "record", "seed": None, "seconds": 1.0}
+    write(record.parent / "attack_result.pt", "")
+    write(record.parent / "sweep.json", json.dumps(stamp))  # another sweep made the record
+    assert paper_tables.main(command) == 0
+    assert "1a: badnet_cifar10_small/defense/fmp is left out: a sweep made the record with" in capsys.readouterr().err
+    assert pd.read_csv("o.csv")["ours_test_acc"].isna().all()

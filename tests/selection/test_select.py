@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from fmp_core.data import clean_subset
 from fmp_core.data.datasets import DatasetFacts
 from fmp_core.frg import racing, reverse
 from fmp_core.frg.scores import layer_slices
 from fmp_core.inputs import DefenderInputs
 from fmp_core.inversion import search, trigger, verdict, warp
+from fmp_core.models import preact_resnet
 from fmp_core.models.feature_maps import trace_conv_layers
-from fmp_core.selection import select
+from fmp_core.selection import cache, select
 from fmp_core.selection.choice import Selection
 from fmp_core.selection.select import select_feature_maps
 from fmp_core.settings import Settings
@@ -132,11 +134,11 @@ def test_scores_of_another_algorithm_are_not_believed(
         return "ranking" in caplog.text
 
     assert ranked() and not ranked()
-    for module, constant in ((reverse, "clamp(0, 1)"), (racing, "CONTENDERS = 2"), (devices, "amx")):
+    for module, constant in ((reverse, "clamp(0, 1)"), (racing, "CONTENDERS = 2"), (devices, "amx"), (preact_resnet, "F.relu")):
         with monkeypatch.context() as patch:
             change_source(module, constant, tmp_path / module.__name__, patch)
+            patch.setattr(cache, "SCORES_CODE", source_digest(*cache.SCORES_MODULES))
             assert ranked(), module
-    source_digest.cache_clear()
     assert not ranked()  # and what was believed before still is
 
 
@@ -159,13 +161,13 @@ def test_verdicts_of_another_algorithm_are_not_believed(
     searched.clear()
     selecting(selection="trigger")
     assert searched == []
-    for module, constant in ((trigger, "STEPS = 16"), (warp, "CONTROL_POINTS = 4")):
+    for module, constant in ((trigger, "STEPS = 16"), (warp, "CONTROL_POINTS = 4"), (clean_subset, "HELD_OUT = 256")):
         searched.clear()
         with monkeypatch.context() as patch:
             change_source(module, constant, tmp_path / module.__name__, patch)
+            patch.setattr(cache, "VERDICT_CODE", source_digest(*cache.VERDICT_MODULES))
             selecting(selection="trigger")
         assert searched == list(trigger.FAMILIES), module
-    source_digest.cache_clear()
 
 
 def change_source(module: ModuleType, line: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -178,4 +180,3 @@ def change_source(module: ModuleType, line: str, folder: Path, patch: pytest.Mon
     file.write_text(text.replace(line, line[:-1] + "3"))
     patch.setattr(module, "__file__", str(file))
     patch.setattr(package, "__file__", str(copy / "__init__.py"))
-    source_digest.cache_clear()

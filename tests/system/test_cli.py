@@ -130,6 +130,14 @@ def test_stages_nest(monkeypatch: pytest.MonkeyPatch):
     assert stages.seconds == {"testing": 4.0, "fine-tuning": 7.0}
 
 
+def test_cpu_seconds_are_those_of_the_run_not_of_the_process(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([100.0, 107.0])
+    monkeypatch.setattr("time.process_time", lambda: next(clock))
+    stages = Stages()
+    stages.cpu_elsewhere = 2.0
+    assert stages.cpu_seconds() == 9.0
+
+
 def test_a_stage_that_fails_still_counts(monkeypatch: pytest.MonkeyPatch):
     clock = iter([0.0, 1.0, 3.0, 4.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from fmp_core import attacks, models
 from fmp_core.attacks.poisoning import Poison, limit_train, poison
 from fmp_core.attacks.settings import AttackSettings, RecordSettings
 from fmp_core.attacks.train_model import AttackEpoch, History, clean_metrics, recipe, train_attacked_model, training_set
@@ -38,13 +39,14 @@ from fmp_core.models.build import PixelModel, build_model
 from fmp_core.models.evaluate import Metrics, TestData, evaluate
 from fmp_core.results.bb_tables import history_frame, summary_frame, write_csv, write_plots
 from fmp_core.settings import Settings, training_settings
-from fmp_core.storage.checkpoint import Checkpoint, content_key
+from fmp_core.storage.checkpoint import Checkpoint, content_key, source_digest
 from fmp_core.storage.files import make_folders, write_torch
 from fmp_core.storage.lock import locked
 from fmp_core.system import logs
 from fmp_core.system.devices import Device, choose_device, make_deterministic
 
 LOGGER = logging.getLogger("fmp_core")
+TRAINING_CODE = source_digest(attacks, models)[:16]
 LOCK = "making.lock"  # in the unfinished folder
 WEAK_ASR = 0.5  # share of triggered images that get the target
 STRONGER = "Make the record again with more --epochs or a higher --pratio (badnet: also a larger --patch_size)"
@@ -207,7 +209,9 @@ def _prepare_folder(plan: Plan, images: str) -> Checkpoint:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     made_with = {"model": record.model, "dataset": record.dataset, "limit_train": record.limit_train, **asdict(plan.attack)}
     made_with |= {name: getattr(plan.training, name) for name in training_settings() if name != "device"}
-    return Checkpoint(folder / "training.pt", {**made_with, "images": images[:16]})
+    return Checkpoint(
+        folder / "training.pt", {**made_with, "digest of images": images[:16], "digest of the code": TRAINING_CODE}
+    )
 
 
 def _test_images(plan: Plan) -> dict[str, Tensor]:

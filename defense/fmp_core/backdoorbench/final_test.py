@@ -34,10 +34,12 @@ def masks_applied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def write_final_test(job: Job, results: Path) -> None:
     """Test the model in ``defense_result.pt`` of the folder ``results``, and write the figures beside it.
 
-    Raises UserError: the file does not hold weights of the record's model.
+    Raises UserError: the file does not hold weights of the record's model, or the record is another one than at the start.
     """
     device = choose_device(job.device).device
     record = read_attack_record(job.folder)
+    if record.digest != job.digest:
+        raise UserError(f"{job.folder} was made again while the defense ran; run the defense again.")
     test = read_test_data(record, open_split(job.dataset_path, record.dataset, False, record.image_size), device)
     content = load_torch_file(results / DEFENSE_FILE)
     try:

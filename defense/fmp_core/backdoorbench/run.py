@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fmp_core.backdoorbench.process import Ended, in_own_process, run_script
 from fmp_core.backdoorbench.workspace import Job, workspace
-from fmp_core.data.names import ATTACK_FILE, BB_DATASETS, DEFENSE_FILE
+from fmp_core.data.names import BB_DATASETS, DEFENSE_FILE
 from fmp_core.errors import UserError
 from fmp_core.results.read import (
     ATTACK_DIGEST,
@@ -73,8 +73,8 @@ def run_on_record(
             in_own_process(_final_test, job, results)
         if outcome and not code:
             outcome.ended = True
-            digests = {MODEL_DIGEST: results / DEFENSE_FILE, ATTACK_DIGEST: job.folder / ATTACK_FILE}
-            write_text(results / RUN_NOTE, json.dumps({key: file_digest(path) for key, path in digests.items()}) + "\n")
+            note = {MODEL_DIGEST: file_digest(results / DEFENSE_FILE), ATTACK_DIGEST: job.digest}
+            write_text(results / RUN_NOTE, json.dumps(note) + "\n")
     return said.replace(str(log), str(outcome.log)) if outcome else said, code
 
 

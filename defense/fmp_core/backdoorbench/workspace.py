@@ -50,7 +50,7 @@ def find_checkout(path: str | Path) -> Path:
 class Job:
     """What a script of BackdoorBench is to work on: facts of a record that was read safely, and where things lie.
 
-    ``image_size`` is (height, width, channels).
+    ``image_size`` is (height, width, channels); ``digest`` the SHA-256 of the record's ``attack_result.pt``.
     """
 
     checkout: Path
@@ -60,6 +60,7 @@ class Job:
     model_name: str
     num_classes: int
     image_size: tuple[int, int, int]
+    digest: str
     dataset_path: Path
     dataset_folder: Path  # below it; its name may be another that means the dataset
     device: str
@@ -114,7 +115,7 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
         open_split(dataset_path, record.dataset, train, size)
     data = dataset_folder(Path(dataset_path), record.dataset)
     _refuse_layout(record.dataset, data)
-    facts = record.dataset, record.model_name, record.num_classes, record.image_size
+    facts = record.dataset, record.model_name, record.num_classes, record.image_size, record.digest
     chosen = choose_device(device)
     device = str(chosen.device) if device == "auto" else device
     return Job(root, record.folder, name, *facts, Path(dataset_path).resolve(), data.resolve(), device)

@@ -22,6 +22,7 @@ from fmp_core.data.images import Size
 from fmp_core.data.names import ATTACK_FILE, RECORD_DEPTH
 from fmp_core.data.poisoned_set import PoisonedSet, integer, integers, read_poisoned_set
 from fmp_core.errors import UserError, did_you_mean
+from fmp_core.storage.files import file_digest
 from fmp_core.storage.placeholders import Opaque
 from fmp_core.storage.torch_file import load_torch_file
 
@@ -35,7 +36,8 @@ class AttackRecord:
     """An attack record: the suspicious model and what is needed to judge it.
 
     ``state`` keys lack the parts ``module`` and ``_orig_mod``, with which DataParallel and ``torch.compile`` wrap modules; the
-    dict may have torch's ``_metadata``. ``bd_test`` is empty where no triggered image is known.
+    dict may have torch's ``_metadata``. ``bd_test`` is empty where no triggered image is known. ``digest`` is the
+    SHA-256 of the file.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class AttackRecord:
     dataset: str
     image_size: Size
     bd_test: PoisonedSet
+    digest: str
 
 
 def find_records(root: str | Path) -> list[str]:
@@ -81,14 +84,14 @@ def read_attack_record(
         raise UserError(f"Record folder {folder} does not exist{meant}; check --result_file and --record_root.")
     if not path.is_file():
         raise UserError(f"Record folder {folder} holds no {ATTACK_FILE}; the attack may not have ended, or this is no record.")
-    content = load_torch_file(path)
+    content, digest = load_torch_file(path), file_digest(path)
     missing = [key for key in READ_KEYS if not isinstance(content, Mapping) or key not in content]
     if missing:
         bare = isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values())
         what = "holds weights alone; docs/records.md says how to make a record of a model" if bare else "check --result_file"
         raise UserError(f"{path} is not an attack record ({what}): it lacks {', '.join(missing)}.")
     try:
-        return _attack_record(folder, content, mean, std)
+        return _attack_record(folder, content, digest, mean, std)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, OSError) as error:
         raise UserError(f"{path} is not as BackdoorBench writes it ({type(error).__name__}: {error}).") from None
 
@@ -105,7 +108,7 @@ def _refuse_placeholders(content: Mapping[str, Any]) -> None:
 
 
 def _attack_record(
-    folder: Path, content: Mapping[str, Any], mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    folder: Path, content: Mapping[str, Any], digest: str, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> AttackRecord:
     _refuse_placeholders(content)
     dataset, model_name = content["clean_data"], content["model_name"]
@@ -129,7 +132,7 @@ def _attack_record(
             raise ValueError(f"an {name} label of bd_test is outside 0..{num_classes - 1}")
     if bd_test is not None and not len(poisoned):
         raise ValueError("bd_test holds no poisoned image")
-    return AttackRecord(folder, model_name, num_classes, plain_state(content["model"]), dataset, size, poisoned)
+    return AttackRecord(folder, model_name, num_classes, plain_state(content["model"]), dataset, size, poisoned, digest)
 
 
 def plain_state(model: Mapping[str, Any]) -> OrderedDict[str, Tensor]:

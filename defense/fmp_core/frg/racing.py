@@ -133,7 +133,7 @@ def score_contenders(
             fragile = cheap.smallest_margin < slack * cheap.samples**0.5  # one image errs more than the mean of all
         else:
             slack, fragile = STUDENT * error, torch.zeros_like(settled)
-        floor = torch.where(known, cheap.margin - slack, cheap.margin)
+        floor = cheap.margin - slack
         scores = replace(cheap, correct=correct, margin=margin, settled=settled)
         contenders = _may_be_below_cut(scores, cheap.correct - fragile.long(), floor, p, scope)
     margin = torch.where(settled, margin, floor)

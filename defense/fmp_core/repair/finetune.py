@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from fmp_core import inversion, models, repair
 from fmp_core.inputs import DefenderInputs
 from fmp_core.models.evaluate import Metrics
 from fmp_core.models.pruning import prune_feature_maps
@@ -18,11 +19,13 @@ from fmp_core.repair.unlearning import Unlearning
 from fmp_core.selection.choice import Selection
 from fmp_core.selection.select import trigger_search
 from fmp_core.settings import Settings, deciding_result
-from fmp_core.storage.checkpoint import Checkpoint, content_key
+from fmp_core.storage.checkpoint import Checkpoint, content_key, source_digest
+from fmp_core.system import devices
 from fmp_core.system.devices import Device
 from fmp_core.system.progress import Progress
 
 LOGGER = logging.getLogger("fmp_core")
+REPAIR_CODE = source_digest(repair, inversion, models, devices)
 
 
 @dataclass
@@ -140,9 +143,12 @@ class FineTuning:
         defender = self.defender
         made_with = {name: str(getattr(self.settings, name)) for name in deciding_result()}
         pruned = content_key(
-            defender.model.state_dict(), defender.images, defender.labels, {"GPUs": max(1, len(self.device.device_ids))}
+            defender.model.state_dict(),
+            defender.images,
+            defender.labels,
+            {"GPUs": max(1, len(self.device.device_ids)), "code": REPAIR_CODE},
         )
-        checkpoint = Checkpoint(self._path, {**made_with, "digest of model, images and versions": pruned[:16]})
+        checkpoint = Checkpoint(self._path, {**made_with, "digest of model, images, code and versions": pruned[:16]})
         if self.settings.fresh:
             checkpoint.remove()
         return checkpoint

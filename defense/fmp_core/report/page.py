@@ -32,7 +32,7 @@ from fmp_core.results.read import read_result
 from fmp_core.results.removal import attack_outcome
 from fmp_core.results.run_folder import RunFolder
 from fmp_core.settings import Settings
-from fmp_core.storage.files import file_digest, refuse_links_out_of, write_text
+from fmp_core.storage.files import refuse_links_out_of, write_text
 from fmp_core.system.devices import choose_device
 
 ASSETS = Path(__file__).parent / "assets"  # template, style and script
@@ -66,10 +66,11 @@ def write_report(record: AttackRecord, folder: Path, data: TestData, compare: Se
     ``compare`` names other result folders beside ``folder``, whose figures stand in a table. Raises UserError: a file is
     missing or damaged; nothing is written.
     """
-    attacked = file_digest(record.folder / ATTACK_FILE)
-    others = {name: _other(folder.parent / name, attacked) for name in compare}
+    others = {name: _other(folder.parent / name, record.digest) for name in compare}
     summary = read_summary(folder)
-    if summary.attack_result != attacked:
+    if compare and summary.test_images:
+        raise UserError(f"--compare: {folder} was tested on {summary.test_images} images only; run it without --test_images.")
+    if summary.attack_result != record.digest:
         raise UserError(
             f"{record.folder / ATTACK_FILE} is not the model that the run in {folder} repaired; run the defense again."
         )

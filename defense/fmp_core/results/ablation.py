@@ -13,7 +13,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fmp_core.data.names import ATTACK_FILE
 from fmp_core.errors import UserError
 from fmp_core.inputs import Inputs, load_inputs, paired_images
 from fmp_core.metrics import HEADLINES, METRICS
@@ -23,7 +22,7 @@ from fmp_core.results.run_folder import RunFolder
 from fmp_core.results.summary import RunSummary
 from fmp_core.selection.ablation import ROWS, ROWS_SET
 from fmp_core.settings import load_settings
-from fmp_core.storage.files import file_digest, replacing
+from fmp_core.storage.files import replacing
 from fmp_core.system.devices import choose_device
 from fmp_core.system.versions import versions
 
@@ -89,7 +88,7 @@ def _finished(folder: Path, run: Any, row: str, inputs: Inputs) -> dict[str, Any
     except (UserError, OSError):
         return None
     wanted = json.loads(json.dumps(vars(run.settings), default=str))
-    now = (wanted, _selected_by(row) if ROWS[row].select else None, versions(), file_digest(inputs.record.folder / ATTACK_FILE))
+    now = (wanted, _selected_by(row) if ROWS[row].select else None, versions(), inputs.record.digest)
     then = (metrics.settings, metrics.chosen_by, metrics.versions, metrics.attack_result)
     return metrics.as_dict() if same_subset and now == then else None
 

@@ -34,8 +34,10 @@ ATTACKS = "badnet|blended|blind|bpp|ctrl|inputaware|lc|lf|lira|refool|sig|ssba|t
 DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))
 # Of make_record.py and of BB.
 TRIGGER_FILES = re.compile(r"trigger_file|trigger_img_path|mask_path|pattern_?path|replace_imgs_path", re.IGNORECASE)
-# BB's defenses of which defense_result.pt is not what they test: npd saves the attacked weights, nab tests images with a stamp.
-NO_FINAL_TEST = {"npd", "nab"}
+# BB's defenses of which defense_result.pt is not what they test: npd saves the attacked weights, nab tests images with a
+# stamp, mcr may save the weights of another epoch or place on its curve.
+NO_FINAL_TEST = {"npd", "nab", "mcr"}
+UNUSED_RATIO = ("d-br", "d-st")  # their settings have a ratio that the scripts never read
 NOT_DECIDING = r"seed|path|folder|save|log|file|name|device|worker|terminal|time|frequency|memory|blocking|prefetch|fresh|quiet"
 # Neither do those that BB's logs tell of the attacked model.
 NOT_OF_DEFENSE = rf"{NOT_DECIDING}|^(attack|dataset|model$|num_classes|input_|img_size|pratio|result)"
@@ -85,6 +87,7 @@ def _bb_result(folder: Path) -> Result:
     logged = logged_settings(logs)
     settings = logged or {key: str(value) for key, value in (value_of(stamp, "settings", dict) or {}).items()}
     seconds, cpu = seconds_of_bb(folder)
+    no_share = logged.get("index", "None") != "None" or any((folder / f"{x}_df_summary.csv").is_file() for x in UNUSED_RATIO)
     return Result(
         metrics,
         str(path),
@@ -93,7 +96,7 @@ def _bb_result(folder: Path) -> Result:
         method=value_of(stamp, "method", str),
         settings=settings,
         settings_digest=_digest({key: value for key, value in settings.items() if not re.search(NOT_OF_DEFENSE, key)}),
-        ratio=None if logged.get("index", "None") != "None" else finite_number(settings.get("ratio")),
+        ratio=None if no_share else finite_number(settings.get("ratio")),
         seconds=seconds,
         cpu_seconds=cpu,
         detection=detection_of_neural_cleanse(logs) if (folder / "nc_df_summary.csv").is_file() else None,

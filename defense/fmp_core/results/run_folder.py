@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fmp_core.data.names import ATTACK_FILE, DEFENSE_FILE
+from fmp_core.data.names import DEFENSE_FILE
 from fmp_core.data.write_record import write_defense_result
 from fmp_core.errors import UserError
 from fmp_core.inputs import Inputs
@@ -31,7 +31,7 @@ from fmp_core.results.removal import attack_outcome
 from fmp_core.results.summary import RunSummary
 from fmp_core.selection.choice import Selection
 from fmp_core.settings import Settings
-from fmp_core.storage.files import check_folders, file_digest, hidden, make_folders, refuse_links_out_of, write_text
+from fmp_core.storage.files import check_folders, hidden, make_folders, refuse_links_out_of, write_text
 from fmp_core.system.cli import Stages
 from fmp_core.system.devices import Device
 from fmp_core.system.versions import versions
@@ -120,14 +120,14 @@ class RunFolder:
                 chosen_by=selection.selected_by,
                 seconds=stages.seconds,
                 reused=stages.reused,
-                cpu_seconds=time.process_time(),
+                cpu_seconds=stages.cpu_seconds(),
                 seed=self.settings.random_seed,
                 device=f"{device.device} ({device.name})",
                 settings=dataclasses.asdict(self.settings),
                 versions=versions(),
                 removal=attack_outcome(predictions),
                 test_images=self.settings.test_images,
-                attack_result=file_digest(inputs.record.folder / ATTACK_FILE),
+                attack_result=inputs.record.digest,
                 attack_figures=attack_figures,
                 warnings=warnings,
             )

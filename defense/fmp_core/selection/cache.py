@@ -13,33 +13,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmp_core import frg, inversion
+from fmp_core import frg, inversion, models
+from fmp_core.data import clean_subset
 from fmp_core.errors import UserError
 from fmp_core.frg.scores import Scores
 from fmp_core.inversion.search import TriggerSearch
 from fmp_core.inversion.trigger import FAMILIES
 from fmp_core.inversion.verdict import Verdict
-from fmp_core.models import build, fast_ops, feature_maps
 from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.storage.checkpoint import content_key, source_digest
 from fmp_core.storage.files import write_text, write_torch
 from fmp_core.storage.torch_file import load_torch_file
 from fmp_core.system import devices
 
-MODELS = (build, fast_ops, feature_maps, devices)  # code that scores and verdicts depend on
+SCORES_MODULES = (frg, models, devices)  # the code that scores depend on
+VERDICT_MODULES = (inversion, models, clean_subset, devices)
+SCORES_CODE, VERDICT_CODE = source_digest(*SCORES_MODULES), source_digest(*VERDICT_MODULES)
 
 
 def score_key(model: torch.nn.Module, images: Tensor, labels: Tensor, settings: dict[str, object]) -> str:
     """What FRG scores depend on; ``settings`` in plain values."""
-    code = source_digest(frg, *MODELS)
-    return content_key(_tensors(model), images, labels, {**settings, "code": code})
+    return content_key(_tensors(model), images, labels, {**settings, "code": SCORES_CODE})
 
 
 def verdict_key(search: TriggerSearch, num_classes: int) -> str:
     """What the verdicts of ``search`` depend on."""
     about = {"seed": search.seed, "dtype": str(search.dtype), "classes": num_classes, "families": FAMILIES}
-    code = source_digest(inversion, *MODELS)
-    return content_key(_tensors(search.model), search.images, search.labels, {**about, "code": code})
+    return content_key(_tensors(search.model), search.images, search.labels, {**about, "code": VERDICT_CODE})
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,9 +84,11 @@ def content_key(state: Mapping[str, Tensor], images: Tensor, labels: Tensor, set
     return digest.hexdigest()
 
 
-@cache
 def source_digest(*modules: ModuleType) -> str:
-    """SHA-256 over the source code of ``modules`` (of a package: all its modules), for keys of results that code decides."""
+    """SHA-256 over the source code of ``modules`` (of a package: all its modules), for keys of results that code decides.
+
+    To be called as a program starts: later the files may not be the code that runs.
+    """
     digest = hashlib.sha256()
     for module in modules:
         file = Path(str(module.__file__))

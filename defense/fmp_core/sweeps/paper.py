@@ -12,6 +12,7 @@ from fmp_core.fields import as_text
 from fmp_core.results.paper import BASELINES, FIGURES, SCALES, Scale, baseline_flags, record_name, scaled_rows, sweep_content
 from fmp_core.results.read import read_result, read_stamp
 from fmp_core.storage.files import replacing, write_text
+from fmp_core.sweeps.jobs import made_otherwise
 from fmp_core.sweeps.plan import make_sweep, plan
 from fmp_core.sweeps.run import run_sweep
 
@@ -40,8 +41,11 @@ def make(args: Namespace, warn: Callable[[str], None]) -> int:
 
 
 def of_other_settings(table: str, scale: Scale, frame: DataFrame, record_root: Path) -> dict[Any, str]:
-    """Results in ``frame`` under the names of a table's rows, made with other settings than it has: index -> a sentence."""
-    ours = plan(make_sweep(sweep_content(table, scale, None, []), "paper_tables"))
+    """Results in ``frame`` under the names of a table's rows, made with other settings than it has, or on a record that was:
+    index -> a sentence."""
+    content = sweep_content(table, scale, None, []) | {"record_root": str(record_root)}
+    ours = plan(make_sweep(content, "paper_tables"))
+    other_records = {job.record for job in ours if job.kind == "record" and made_otherwise(job)}
     wanted: dict[tuple[str, str, str], Mapping[str, Any]]
     wanted = {("ours", job.record, job.method): job.settings for job in ours if job.kind == "ours"}
     for row in scaled_rows(table, scale).itertuples():
@@ -55,7 +59,9 @@ def of_other_settings(table: str, scale: Scale, frame: DataFrame, record_root: P
         differ = [
             f"{key} {own} instead of {value}" for key, own, value in both if key != "random_seed" and not _equal(own, value)
         ]
-        if differ:
+        if record in other_records:
+            found[index] = f"{record}/defense/{defense} is left out: a sweep made the record with other settings"
+        elif differ:
             found[index] = f"{record}/defense/{defense} is left out: {', '.join(differ)}"
     return found
 

@@ -42,10 +42,13 @@ class Stages:
 
     ``with stages("fine-tuning"): ...`` adds to ``stages.seconds["fine-tuning"]``; a ``with stages("testing")`` in that block
     counts as testing only, so that all seconds add up to those of the outer blocks. ``reused`` are stages whose seconds are not
-    those of the whole stage, since an earlier run did all or a part of it.
+    those of the whole stage, since an earlier run did all or a part of it. ``cpu_elsewhere`` are CPU seconds that other
+    processes spent on the run.
     """
 
     def __init__(self) -> None:
+        self._cpu_started = time.process_time()
+        self.cpu_elsewhere = 0.0
         self.seconds: dict[str, float] = {}
         self.reused: list[str] = []
         self._inner: list[float] = []  # for each open stage, the seconds of stages inside it
@@ -62,6 +65,10 @@ class Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + took - self._inner.pop()
             if self._inner:
                 self._inner[-1] += took
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of all threads since this object was made, and those spent elsewhere."""
+        return time.process_time() - self._cpu_started + self.cpu_elsewhere
 
     def reuse(self, name: str) -> None:
         """Add ``name`` to ``reused``."""

@@ -83,6 +83,16 @@ def combine(*sums: Tensor, least: Tensor | None = None) -> None:
             dist.all_reduce(least, dist.ReduceOp.MIN)
 
 
+def total(seconds: float) -> float:
+    """The sum over all processes."""
+    if not is_distributed():
+        return seconds
+    value = torch.tensor([seconds], device="cuda" if dist.get_backend() == "nccl" else "cpu", dtype=torch.float64)
+    with _connected():
+        dist.all_reduce(value)
+    return float(value)
+
+
 @contextmanager
 def _connected() -> Iterator[None]:
     try:

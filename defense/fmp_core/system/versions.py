@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from fmp_core import __version__
@@ -22,17 +24,26 @@ def git_hash() -> str:
         return "unknown"
 
 
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def _git(*words: str) -> str:
     command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Versions of Python and the libraries, and the commit of this project."""
+    """Versions of Python and the libraries, the commit of this project, and a digest of its code, which may have changed since
+    the commit; all as they are at the first call, so call it as the program starts."""
     import numpy
     import pandas
     import torch
     import torchvision
 
     libraries = {module.__name__: module.__version__ for module in (torch, torchvision, numpy, pandas)}
-    return {"fmp": __version__, "git": git_hash(), "python": platform.python_version(), **libraries}
+    return {"fmp": __version__, "git": git_hash(), "source": _source_digest(), "python": platform.python_version(), **libraries}
