@@ -15,6 +15,11 @@ HERE = Path(__file__).absolute().parent  # not resolved: a link in a BackdoorBen
 for folder in (HERE, HERE.parent):  # fmp_core lies beside this file; BackdoorBench's own packages lie one level up
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
+if "fmp_core" not in sys.modules:  # another FMP may be installed, too; the library beside this file is ours
+    sys.path.insert(0, str(HERE))
+    import fmp_core  # noqa: F401
+
+    sys.path.remove(str(HERE))
 
 if __name__ == "__main__":  # flags are parsed, and --help is answered, before torch is loaded, which takes seconds
     from fmp_core.command import main

@@ -89,15 +89,18 @@ def test_a_wrong_normalisation_is_noticed(place: Path, capsys: pytest.CaptureFix
     facts = DatasetFacts(CLASSES, (SIZE, SIZE, 3), (0.9, 0.1, 0.1), (0.1, 0.9, 0.9), crop_padding=0)
     torch.save({"epoch": 3, "state_dict": trained(facts)}, "other.pth")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(judge.USUAL, "unusual", (facts.mean, facts.std))
+        patch.setitem(judge.USUAL_NORMALISATIONS, "unusual", (facts.mean, facts.std))
         assert run(model="other.pth") == 2
         said = capsys.readouterr().err
         assert "normalised otherwise (unusual); give --mean 0.9,0.1,0.1 --std 0.1,0.9,0.9" in said
         assert run("--mean", "0.9,0.1,0.1", "--std", "0.1,0.9,0.9", model="other.pth") == 0
+        assert run("--mean", "0.1,0.9,0.9", "--std", "0.9,0.1,0.1", model="other.pth") == 2
+        assert "with the --mean and --std given, and" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"epoch": 3}, "nothing.pth")
+    torch.save(build_model("alexnet", CLASSES), "whole.pth")
     state = torch.load("model.pth", weights_only=True)
     torch.save({key: value + 1 for key, value in state.items()}, "changed.pth")
     torch.save(build_model("alexnet", CLASSES).state_dict(), "alexnet.pth")
@@ -109,6 +112,7 @@ def test_bad_input_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[st
         ((), "absent.pth", "absent.pth does not exist"),
         ((), "data", "data is a folder; name the file"),
         ((), "nothing.pth", "holds no weights that could be read"),
+        ((), "whole.pth", "torch.save model.state_dict() instead"),
         (("--model", "resnet18"), "model.pth", "does not fit --model resnet18 and the 4 classes of colours"),
         (("--model", "alexnet"), "alexnet.pth", "alexnet cannot take images of 8x8x3"),
         (("--dataset", "nowhere"), "model.pth", "nowhere does not exist"),

@@ -34,6 +34,14 @@ def test_the_class_is_imported_from_the_repository_root():
     assert (ran.returncode, ran.stdout.split()) == (0, ["builtins", "3"]), ran.stderr
 
 
+def test_of_two_installed_libraries_the_one_beside_the_script_counts(tmp_path: Path):
+    (tmp_path / "fmp_core").mkdir()
+    (tmp_path / "fmp_core" / "__init__.py").write_text("raise SystemExit('another one')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import defense.fmp, fmp_core; print(fmp_core.PROJECT)"
+    ran = python("-c", code, cwd=PROJECT)
+    assert (ran.returncode, ran.stdout.strip()) == (0, str(PROJECT)), ran.stderr
+
+
 BASE = """
 print("BackdoorBench's base is imported")
 

@@ -50,11 +50,14 @@ def _what_to_run(settings: Settings) -> str:
     script, maker = Path(sys.argv[0]), PROJECT / "record_scripts" / "make_record.py"
     maker = maker.relative_to(Path.cwd()) if maker.is_relative_to(Path.cwd()) else maker
     started = f"python {shlex.quote(sys.argv[0])}" if script.suffix == ".py" else script.name
+    usual = Settings()
+    places = {name: getattr(settings, name) for name in ("record_root", "dataset_path", "save_folder")}
+    flags = "".join(f" --{name} {shlex.quote(place)}" for name, place in places.items() if place != getattr(usual, name))
     found = f"Records in {root}:" if names else f"There are no attack records in {root}."
     return "\n".join(
         [
             f"fmp: --result_file is missing. {found}",
-            *(f"    {started} --result_file {shlex.quote(name)}" for name in names),
+            *(f"    {started} --result_file {shlex.quote(name)}{flags}" for name in names),
             f"To make one of scikit-learn's digits: python {shlex.quote(str(maker))}",
         ]
     )

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import re
+import shlex
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmp_core import PROJECT
 from fmp_core.attacks.make_record import image_size_of, with_dataset_name
 from fmp_core.attacks.settings import RecordSettings
 from fmp_core.data.attack_record import plain_state, read_attack_record
@@ -94,7 +96,13 @@ def weights_in(path: Path) -> OrderedDict[str, Tensor]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {what}; name the file that holds the model's weights.")
-    content = load_torch_file(path)
+    try:
+        content = load_torch_file(path)
+    except UserError as error:
+        if "was refused" not in str(error):
+            raise
+        advice = "Of a model of yours that was saved whole, torch.save model.state_dict() instead."
+        raise UserError(f"{error} {advice}") from None
     nested = [content[key] for key in WEIGHT_KEYS if key in content] if isinstance(content, Mapping) else []
     for state in (content, *nested):
         if isinstance(state, Mapping) and state:
@@ -172,18 +180,17 @@ def _check_preprocessing(inputs: Inputs, settings: Settings) -> float:
 
     assumed, count = accuracy(inputs.defender.facts), len(labels)
     LOGGER.info("Acc %.2f %% on %d clean test images", 100 * assumed, count)
-    if settings.mean is None and settings.std is None:
-        size = inputs.record.image_size
-        others = {name: dataset_facts(inputs.record.dataset, size, *values) for name, values in USUAL_NORMALISATIONS.items()}
-        found = {name: accuracy(facts) for name, facts in others.items()}
-        best = max(found, key=lambda name: found[name])
-        if found[best] > assumed + CLEARLY_BETTER + count**-0.5:
-            mean, std = (as_text(tuple(round(x, 4) for x in values)) for values in (others[best].mean, others[best].std))
-            raise UserError(
-                f"The model classifies {100 * assumed:.1f} % of the clean test images correctly with the dataset's usual "
-                f"preprocessing, and {100 * found[best]:.1f} % normalised otherwise ({best}); give --mean {mean} --std {std}, "
-                "or your own --mean and --std."
-            )
+    size = inputs.record.image_size
+    others = {name: dataset_facts(inputs.record.dataset, size, *values) for name, values in USUAL_NORMALISATIONS.items()}
+    found = {name: accuracy(facts) for name, facts in others.items()}
+    best = max(found, key=lambda name: found[name])
+    if found[best] > assumed + CLEARLY_BETTER + count**-0.5:
+        mean, std = (as_text(tuple(round(x, 4) for x in values)) for values in (others[best].mean, others[best].std))
+        used = "the dataset's usual preprocessing" if settings.mean is None else "the --mean and --std given"
+        raise UserError(
+            f"The model classifies {100 * assumed:.1f} % of the clean test images correctly with {used}, and "
+            f"{100 * found[best]:.1f} % normalised otherwise ({best}); give --mean {mean} --std {std}, or the model's own."
+        )
     chance = 1 / inputs.record.num_classes
     if assumed < chance + 3 * (chance * (1 - chance) / count) ** 0.5:  # three standard deviations
         side = inputs.record.image_size[0]
@@ -198,5 +205,7 @@ def _check_preprocessing(inputs: Inputs, settings: Settings) -> float:
 def _next_step(verdict: Verdict, settings: Settings) -> list[str]:
     """The command that repairs the model, where there is something to repair."""
     names = ("preset", "result_file", "record_root", "dataset_path", "ratio", "mean", "std", "device", "random_seed", "dtype")
-    repair = command({name: getattr(settings, name) for name in names})
+    script = PROJECT / "defense" / "fmp.py"
+    script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    repair = command({name: getattr(settings, name) for name in names}).replace("defense/fmp.py", shlex.quote(str(script)), 1)
     return ["To repair it:", f"    {repair}"] if verdict.backdoored else []

@@ -54,6 +54,10 @@ def test_a_file_is_hidden_while_it_is_replaced(how: type[BaseException] | None, 
             raise how
         file.write_text("new")
     assert file.read_text() == ("old" if how else "new") and [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+    with contextlib.suppress(KeyboardInterrupt), hidden(file):
+        (tmp_path / "other.csv").write_text("new")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["other.csv"]  # with the old one it would be a mixture of two
 
 
 def test_a_pipe_is_no_table(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fmp_core.storage import files
 from fmp_core.storage.files import replacing, write_text, write_torch
 
 
@@ -66,3 +69,18 @@ def test_permissions_are_those_of_any_new_file(umask: int, mode: int, tmp_path: 
 def test_tensors_come_back(tmp_path: Path):
     write_torch(tmp_path / "a.pt", {"x": torch.arange(5)})
     assert torch.load(tmp_path / "a.pt", weights_only=True)["x"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_ctrl_c_while_tensors_are_written_is_no_error_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Torch's writer meets the interrupt in its middle, and says something about positions instead."""
+
+    class Interrupted(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 1000:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    monkeypatch.setattr(files, "open", Interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        write_torch(tmp_path / "a.pt", {"weights": torch.zeros(100_000)})
+    assert list(tmp_path.iterdir()) == []

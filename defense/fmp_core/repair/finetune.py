@@ -117,8 +117,9 @@ class FineTuning:
                 if self.interpolation and epoch.epoch + 1 == settings.epochs:
                     self.interpolation.apply(self.defender.model)
                     on_batch()
-                if not math.isfinite(epoch.train_epoch_loss_avg_over_batch):
-                    LOGGER.warning("the loss of epoch %d is not a number; try a smaller --lr", epoch.epoch + 1)
+                state = self.defender.model.state_dict().values()
+                if not (math.isfinite(epoch.train_epoch_loss_avg_over_batch) and all(x.isfinite().all() for x in state)):
+                    LOGGER.warning("the loss or the weights of epoch %d are not numbers; try a smaller --lr", epoch.epoch + 1)
                 done.append(self._plan(epoch))
                 yield done[-1]
                 checkpoint.notes["history"] = [(asdict(e.epoch), e.metrics and asdict(e.metrics)) for e in done]

@@ -104,6 +104,7 @@ class RunFolder:
             LOGGER.warning("%s", warning)
         with hidden(self.path / "metrics.json"):  # of an earlier run: a mixture of two would be read as one
             self._write_tables_and_model(inputs, selection, history, predictions)
+            (self.path / "report.html").unlink(missing_ok=True)  # of an earlier run
             summary = RunSummary(
                 before=before,
                 after=after,
@@ -137,6 +138,7 @@ class RunFolder:
     def _write_tables_and_model(
         self, inputs: Inputs, selection: Selection, history: History, predictions: pd.DataFrame
     ) -> None:
+        write_defense_result(self.path / DEFENSE_FILE, *_weights(inputs))  # first: what a full disk most likely has no room for
         epochs, maps = history_frame(history), feature_map_frame(inputs.defender.layers, selection, self.settings.scope)
         write_csv(self.path / "fmp_df.csv", epochs)
         write_csv(self.path / "fmp_df_summary.csv", summary_frame(epochs))
@@ -150,7 +152,6 @@ class RunFolder:
             save_trigger(self.path / INVERTED_TRIGGER, selection.triggers[0])
         else:
             (self.path / INVERTED_TRIGGER).unlink(missing_ok=True)  # of an earlier run
-        write_defense_result(self.path / DEFENSE_FILE, *_weights(inputs))
 
 
 def _compare_with_attack(folder: Path, before: MetricValues, sample: int | None) -> tuple[dict[str, float] | None, list[str]]:

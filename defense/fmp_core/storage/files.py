@@ -141,15 +141,25 @@ def put_aside(folder: Path, aside: Path, last_file: str | None = None) -> Iterat
 
 @contextlib.contextmanager
 def hidden(file: Path) -> Iterator[None]:
-    """Within the block there is no ``file`` until the block writes it; an exception brings the old one back, a kill not."""
-    aside, moved = file.with_name(f".{file.name}.before"), file.exists()
-    if moved:
+    """Within the block there is no ``file`` until the block writes it.
+
+    An exception brings the old one back if the block has changed nothing in the folder yet; a kill does not.
+    """
+
+    def others() -> dict[str, tuple[int, int]]:
+        states = {path.name: path.stat() for path in file.parent.iterdir() if not path.name.startswith(".")}
+        return {name: (state.st_ino, state.st_mtime_ns) for name, state in states.items()}
+
+    aside, before = file.with_name(f".{file.name}.before"), {}
+    if moved := file.exists():
         file.replace(aside)
+        before = others()
     try:
         yield
     except BaseException:
-        if moved:
+        if moved and others() == before:
             aside.replace(file)
+        aside.unlink(missing_ok=True)
         raise
     aside.unlink(missing_ok=True)
 
@@ -181,6 +191,6 @@ def write_torch(path: str | Path, obj: Any) -> None:
         try:
             torch.save(obj, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # torch hides that the disk is full
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):  # torch hides a full disk, and Ctrl-C
                 raise error.__context__ from None
             raise

@@ -81,10 +81,13 @@ def load_torch_file(path: Path, known_only: bool = False) -> Any:
     except RefusedError as error:
         advice = "and a record may hold data only; do not trust this file" if error.runs_code else "which is not plain data"
         raise UserError(f"{path} was refused: its pickle asks for {error}, {advice}.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
     except Exception as error:  # damaged bytes can fail anywhere below
         detail = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"{path} is not a whole torch file ({detail[:200].rstrip('.')}); it may be truncated: copy it again."
+            f"{path} is not a whole torch file ({detail[:200].rstrip('.')}); it may be truncated: copy it again. "
+            "If it is of another format (torch before 1.6, safetensors, TorchScript), torch.save what it holds."
         ) from None
 
 
