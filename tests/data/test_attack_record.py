@@ -201,7 +201,6 @@ REAL = Path(__file__).resolve().parents[3] / "shared" / "records" / "badnet_cifa
 def test_a_real_record_loads(tmp_path: Path):
     import tarfile
 
-    from fmp_core.data.attack_record import _attack_record
     from fmp_core.storage.torch_file import load_torch_file
 
     with tarfile.open(REAL) as archive:
@@ -215,13 +214,13 @@ def test_a_real_record_loads(tmp_path: Path):
     items = content["bd_test"]["bd_data_container"]["data_dict"]
     assert len(items) == 9000
     with pytest.raises(UserError, match="9000 of 9000 poisoned test images are missing"):
-        _attack_record(tmp_path, content)
+        read_attack_record(tmp_path)
     folder = content["bd_test"]["bd_data_container"]["save_folder_path"]
     for value in items.values():  # empty files are enough to be located
         file = tmp_path / Path(folder).name / Path(value["path"]).relative_to(folder)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    found = _attack_record(tmp_path, content)
+    found = read_attack_record(tmp_path)
     assert len(found.bd_test) == 9000 and set(found.bd_test.targets.tolist()) == {0}
     load_model(found.model_name, found.num_classes, found.state)
 
