@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fmp_core import PROJECT
 from fmp_core.settings import Settings, add_arguments, load_settings
-from fmp_core.system.cli import Parser, run_main
+from fmp_core.system.cli import Parser, from_here, run_main
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +48,6 @@ def _what_to_run(settings: Settings) -> str:
 
     names, root = find_records(settings.record_root), settings.record_root
     script, maker = Path(sys.argv[0]), PROJECT / "record_scripts" / "make_record.py"
-    maker = maker.relative_to(Path.cwd()) if maker.is_relative_to(Path.cwd()) else maker
     started = f"python {shlex.quote(sys.argv[0])}" if script.suffix == ".py" else script.name
     usual = Settings()
     places = {name: getattr(settings, name) for name in ("record_root", "dataset_path", "save_folder")}
@@ -58,6 +57,6 @@ def _what_to_run(settings: Settings) -> str:
         [
             f"fmp: --result_file is missing. {found}",
             *(f"    {started} --result_file {shlex.quote(name)}{flags}" for name in names),
-            f"To make one of scikit-learn's digits: python {shlex.quote(str(maker))}",
+            f"To make one of scikit-learn's digits: python {from_here(maker)}",
         ]
     )

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import re
-import shlex
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ from fmp_core.selection.select import test_for_backdoor
 from fmp_core.settings import Settings, load_settings
 from fmp_core.storage.torch_file import load_torch_file
 from fmp_core.system import logs
-from fmp_core.system.cli import Stages
+from fmp_core.system.cli import Stages, from_here
 from fmp_core.system.devices import choose_device, make_deterministic
 
 LOGGER = logging.getLogger("fmp_core")
@@ -205,7 +204,6 @@ def _check_preprocessing(inputs: Inputs, settings: Settings) -> float:
 def _next_step(verdict: Verdict, settings: Settings) -> list[str]:
     """The command that repairs the model, where there is something to repair."""
     names = ("preset", "result_file", "record_root", "dataset_path", "ratio", "mean", "std", "device", "random_seed", "dtype")
-    script = PROJECT / "defense" / "fmp.py"
-    script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
-    repair = command({name: getattr(settings, name) for name in names}).replace("defense/fmp.py", shlex.quote(str(script)), 1)
+    script = from_here(PROJECT / "defense" / "fmp.py")
+    repair = command({name: getattr(settings, name) for name in names}).replace("defense/fmp.py", script, 1)
     return ["To repair it:", f"    {repair}"] if verdict.backdoored else []

@@ -24,9 +24,9 @@ from fmp_core.selection import cache, select
 from fmp_core.selection.choice import Selection
 from fmp_core.selection.select import select_feature_maps
 from fmp_core.settings import Settings
-from fmp_core.storage.checkpoint import source_digest
 from fmp_core.system import devices
 from fmp_core.system.cli import Stages
+from fmp_core.system.versions import source_digest
 from toy import CLASSES, SmallPreActResNet
 from toy_cases import toy_images, toy_model
 

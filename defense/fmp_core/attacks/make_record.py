@@ -39,11 +39,12 @@ from fmp_core.models.build import PixelModel, build_model
 from fmp_core.models.evaluate import Metrics, TestData, evaluate
 from fmp_core.results.bb_tables import history_frame, summary_frame, write_csv, write_plots
 from fmp_core.settings import Settings, training_settings
-from fmp_core.storage.checkpoint import Checkpoint, content_key, source_digest
+from fmp_core.storage.checkpoint import Checkpoint, content_key
 from fmp_core.storage.files import make_folders, write_torch
 from fmp_core.storage.lock import locked
 from fmp_core.system import logs
 from fmp_core.system.devices import Device, choose_device, make_deterministic
+from fmp_core.system.versions import source_digest
 
 LOGGER = logging.getLogger("fmp_core")
 TRAINING_CODE = source_digest(attacks, models)[:16]

@@ -45,7 +45,7 @@ def write_final_test(job: Job, results: Path) -> None:
     try:
         network = load_model(job.model_name, job.num_classes, masks_applied(content["model"]))
     except (KeyError, TypeError):
-        raise UserError(f"{results / 'defense_result.pt'} holds no model; run the defense without --test_images.") from None
+        raise UserError(f"{results / DEFENSE_FILE} holds no model; run the defense without --test_images.") from None
     model = PixelModel(network, preprocessing(record)).on(device)
     metrics = evaluate(model, test, Settings().batch_size).metrics
     tested = {**asdict(metrics), MODEL_DIGEST: file_digest(results / DEFENSE_FILE)}

@@ -19,10 +19,11 @@ from fmp_core.repair.unlearning import Unlearning
 from fmp_core.selection.choice import Selection
 from fmp_core.selection.select import trigger_search
 from fmp_core.settings import Settings, deciding_result
-from fmp_core.storage.checkpoint import Checkpoint, content_key, source_digest
+from fmp_core.storage.checkpoint import Checkpoint, content_key
 from fmp_core.system import devices
 from fmp_core.system.devices import Device
 from fmp_core.system.progress import Progress
+from fmp_core.system.versions import source_digest
 
 LOGGER = logging.getLogger("fmp_core")
 REPAIR_CODE = source_digest(repair, inversion, models, devices)

@@ -21,10 +21,11 @@ from fmp_core.inversion.search import TriggerSearch
 from fmp_core.inversion.trigger import FAMILIES
 from fmp_core.inversion.verdict import Verdict
 from fmp_core.models.feature_maps import ConvLayer
-from fmp_core.storage.checkpoint import content_key, source_digest
+from fmp_core.storage.checkpoint import content_key
 from fmp_core.storage.files import write_text, write_torch
 from fmp_core.storage.torch_file import load_torch_file
 from fmp_core.system import devices
+from fmp_core.system.versions import source_digest
 
 SCORES_MODULES = (frg, models, devices)  # the code that scores depend on
 VERDICT_MODULES = (inversion, models, clean_subset, devices)

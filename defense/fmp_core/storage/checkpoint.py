@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -81,17 +80,4 @@ def content_key(state: Mapping[str, Tensor], images: Tensor, labels: Tensor, set
     for name, tensor in zip(tensors, to_host(tensors.values()), strict=True):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def source_digest(*modules: ModuleType) -> str:
-    """SHA-256 over the source code of ``modules`` (of a package: all its modules), for keys of results that code decides.
-
-    To be called as a program starts: later the files may not be the code that runs.
-    """
-    digest = hashlib.sha256()
-    for module in modules:
-        file = Path(str(module.__file__))
-        for source in sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file]:
-            digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()

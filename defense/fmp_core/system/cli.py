@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fmp_core.errors import UserError, did_you_mean
@@ -35,6 +37,11 @@ class Parser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
             message += did_you_mean(unknown[1], self._option_string_actions)
         self.exit(2, f"{self.prog}: {message}; --help lists the flags.\n")
+
+
+def from_here(path: Path) -> str:
+    """``path`` as a word of a command typed in the current folder: relative where it lies below."""
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 class Stages:

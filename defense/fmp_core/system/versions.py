@@ -7,7 +7,9 @@ import platform
 import subprocess
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
+import fmp_core
 from fmp_core import __version__
 
 COMMIT_FILE = Path(__file__).resolve().parents[1] / "commit.txt"  # written by backdoorbench/install.py; absent in the project
@@ -24,11 +26,17 @@ def git_hash() -> str:
         return "unknown"
 
 
-def _source_digest() -> str:
+def source_digest(*modules: ModuleType) -> str:
+    """SHA-256 over the source code of ``modules`` (of a package: all its modules), for keys of results that code decides.
+
+    To be called as a program starts: later the files may not be the code that runs.
+    """
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    for module in modules:
+        file = Path(str(module.__file__))
+        for source in sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]:
+            digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()
 
 
 def _git(*words: str) -> str:
@@ -46,4 +54,10 @@ def versions() -> dict[str, str]:
     import torchvision
 
     libraries = {module.__name__: module.__version__ for module in (torch, torchvision, numpy, pandas)}
-    return {"fmp": __version__, "git": git_hash(), "source": _source_digest(), "python": platform.python_version(), **libraries}
+    return {
+        "fmp": __version__,
+        "git": git_hash(),
+        "source": source_digest(fmp_core)[:16],
+        "python": platform.python_version(),
+        **libraries,
+    }
