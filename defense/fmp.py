@@ -40,7 +40,7 @@ from fmp_core.report.page import write_report
 from fmp_core.results.run_folder import History, RunFolder
 from fmp_core.selection.choice import Selection
 from fmp_core.selection.select import Select, select_feature_maps
-from fmp_core.settings import add_arguments, load_settings
+from fmp_core.settings import add_arguments, load_settings, unused
 from fmp_core.storage.lock import locked
 from fmp_core.system import distributed, logs
 from fmp_core.system.cli import Stages, if_it_ends_early
@@ -98,6 +98,8 @@ class FMP(defense):
         logs.set_up(self.folder.log, self.settings)
         for line in describe(self.inputs, self.settings, self.device):
             LOGGER.info(line)
+        for sentence in unused(self.settings):
+            LOGGER.warning(sentence)
 
     def mitigation(self) -> dict[str, Any]:
         """Algorithm 1: rank the feature maps, prune the lowest, fine-tune. The poisoned test set is only ever evaluated on."""

@@ -251,6 +251,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "a date that is none": ("eps: 2026-99-99", "cannot be read as YAML"),
     "a megabyte": ("# " + "x" * 10**6, "larger than 256 KiB"),
     "an unknown key with escape codes": ('"\\e[2J": 1', "unknown key"),
+    "a key twice": ("eps: 0.1\neps: 0.2", "the key eps stands twice"),
     "a key that is a list": ("? [a]\n: 1", "cannot be read as YAML"),
     "binary": ("eps: \x00\x01", "cannot be read as YAML"),
     "infinity": ("eps: .inf", "must be a number"),

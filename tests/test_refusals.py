@@ -119,7 +119,7 @@ BAD_FLAGS: dict[tuple[str, ...], str] = {
     ("--yaml_path", "config/defense/fmp/gtsrb.yaml"): "dataset is set to gtsrb",
     ("--yaml_path", "gone.yaml"): "--yaml_path gone.yaml does not exist",
     ("--yaml_path", "record"): "--yaml_path record is a folder",
-    ("--yaml_path", "unknown.yaml"): "unknown key 'epsilon'",
+    ("--yaml_path", "unknown.yaml"): "unknown key 'epsilon' (did you mean eps?); known keys: ",
     ("--dataset_path", "elsewhere"): "Dataset folder elsewhere/cifar10 does not exist",
     ("--index", "gone.txt"): "--index gone.txt cannot be read",
     ("--index", "large.txt"): "names image 50",

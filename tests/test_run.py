@@ -211,6 +211,14 @@ def test_a_second_run_gives_the_same_bits(finished: Finished, workplace: Path, r
     assert frame["test_acc"].notna().all() and not list((workplace / RESULTS / "checkpoint").iterdir())
 
 
+def test_flags_without_effect_and_a_model_that_diverged_are_said(workplace: Path, run_fmp: Run):
+    ran = run_fmp(*SHORT, "--budget", "0.2", "--p", "9", "--epochs", "1", "--lr", "1e30", "--steplr_gamma", "0.2")
+    assert "--budget has no effect without --selection trigger\n" in ran.err
+    assert "--steplr_gamma has no effect without --lr_scheduler StepLR or MultiStepLR\n" in ran.err
+    assert ran.err.count("has no effect") == 2
+    assert "Fine-tuning diverged." in json.loads((workplace / RESULTS / "metrics.json").read_text())["warnings"][0]
+
+
 def test_the_clock_may_jump(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     times = iter(range(10**9, 0, -10_000))
     monkeypatch.setattr(time, "time", lambda: float(next(times)))

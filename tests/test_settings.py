@@ -190,7 +190,7 @@ def test_an_unknown_key_is_refused_by_name(tmp_path: Path):
     with pytest.raises(UserError, match="unknown key 'once_prune_ratio'") as caught:
         load_settings({"yaml_path": path})
     assert path in str(caught.value)
-    with pytest.raises(UserError, match="'epoch' is not a setting"):
+    with pytest.raises(UserError, match=r"'epoch' is not a setting of FMP \(did you mean epochs\?\)"):
         load_settings({"epoch": 3})
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 LARGEST_YAML = 2**18  # bytes; ours have 3000
@@ -176,7 +176,8 @@ def parse_mapping(cls: type, content: Mapping[Any, Any], source: str) -> dict[st
     fields = fields_of(cls)
     for key in content:
         if key not in fields:
-            raise UserError(f"{source} has the unknown key {key!r}; known keys: {', '.join(fields)}.")
+            near = did_you_mean(str(key), fields)
+            raise UserError(f"{source} has the unknown key {key!r}{near}; known keys: {', '.join(fields)}.")
     values = {key: parse_value(cls, key, value, f"{source}: {key}") for key, value in content.items() if value is not None}
     for name, field in fields.items():
         if field.default is field.default_factory is REQUIRED and name not in values:
@@ -185,12 +186,21 @@ def parse_mapping(cls: type, content: Mapping[Any, Any], source: str) -> dict[st
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few of them can stand for a value whose text fills any memory."""
+    """YAML without aliases, of which a few can stand for a value whose text fills any memory, and without keys that stand
+    twice, of which YAML would take the last."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("settings need no *aliases")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [key.value for key in keys]
+        for place, key in enumerate(keys):
+            if key.value in names[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml_mapping(path: Path, what: str) -> Mapping[Any, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fmp_core import PROJECT, fields
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, did_you_mean
 from fmp_core.fields import BOOLEAN, DEVICE, NAME, choice, integer, number, numbers, or_word, setting, text
 
 DEFAULT_YAML = "./config/defense/fmp/config.yaml"
@@ -232,6 +232,22 @@ def changed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if plain(value) != plain(defaults.get(name)) and value is not None}
 
 
+def unused(settings: Settings) -> list[str]:
+    """What a run with these settings does not use, of that which differs from the defaults: a sentence each."""
+    select, schedule = settings.selection, settings.lr_scheduler
+    needs = (
+        ("--selection frg", select in ("frg", "trigger"), groups()[Stage.RANKING.value]),
+        ("--selection frg", select != "none", ["p", "scope"]),
+        ("--selection trigger", select == "trigger", ["budget", "unlearn"]),
+        ("several --frg_steps", settings.frg_steps > 1, ["alpha"]),
+        ("--lr_scheduler StepLR", schedule == "StepLR", ["steplr_stepsize"]),
+        ("--lr_scheduler MultiStepLR", schedule == "MultiStepLR", ["steplr_milestones"]),
+        ("--lr_scheduler StepLR or MultiStepLR", schedule in ("StepLR", "MultiStepLR"), ["steplr_gamma"]),
+    )
+    without = {name: f"--{name} has no effect without {flag}" for flag, met, users in needs if not met for name in users}
+    return [sentence for name, sentence in without.items() if getattr(settings, name) != FIELDS[name].default]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare one flag per setting, grouped by stage; see :func:`fmp_core.fields.add_flags`."""
     for title, grouped in groups().items():
@@ -272,7 +288,7 @@ def load_settings(flags: Mapping[str, Any]) -> Settings:
     """
     for key in flags:
         if key not in FIELDS and key != "yaml_path" and flags[key] is not None:
-            raise UserError(f"{key!r} is not a setting of FMP; known settings: {', '.join(FIELDS)}.")
+            raise UserError(f"{key!r} is not a setting of FMP{did_you_mean(key, FIELDS)}; known settings: {', '.join(FIELDS)}.")
     path = find_config(str(flags.get("yaml_path") or DEFAULT_YAML))
     about = f"Settings file {path}"
     values = fields.parse_mapping(Settings, fields.read_yaml_mapping(path, "Settings file"), about) if path else {}

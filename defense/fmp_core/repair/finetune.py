@@ -77,8 +77,6 @@ class FineTuning:
         teacher = unlearning = interpolation = None
         if settings.unlearn and selection.triggers:
             unlearning = Unlearning(trigger_search(defender, settings), selection.triggers)
-        elif settings.unlearn and settings.selection != "trigger":
-            LOGGER.warning("--unlearn has no effect without --selection trigger, which inverts the triggers to unlearn")
         # Where no target is named, the attacked model's outputs and weights keep the backdoor.
         if settings.epochs and (selection.triggers or settings.selection != "trigger"):
             if settings.distill:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ class RunFolder:
         predictions = prediction_frame(inputs.test, first.predictions, last.predictions)
         before, after = first.metrics.headline(), last.metrics.headline()
         attack_figures, warnings = _compare_with_attack(inputs.record.folder, before, self.settings.test_images)
+        if not math.isfinite(last.metrics.clean_test_loss_avg_over_batch):
+            warnings.append("Fine-tuning diverged. The repaired model's outputs are not numbers; try a smaller --lr.")
         for warning in warnings:
             LOGGER.warning("%s", warning)
         with hidden(self.path / "metrics.json"):  # of an earlier run: a mixture of two would be read as one
