@@ -94,7 +94,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Edit], None], str]] = {
     "data folder missing": (lose_data, "Dataset folder data/cifar10 does not exist"),
     "data file missing": (lose_batch, "test_batch is missing"),
     "test set in another order": (shuffle_labels, "only 0 are those of the clean test images at these positions"),
-    "wrong num_classes": (eleven_classes, "the record's model_name or num_classes is wrong"),
+    "wrong num_classes": (eleven_classes, "the architecture or the number of classes is another"),
     "wrong model": (another_model, "lacks the weights layer1.1.conv1.weight of resnet18"),
     "unknown model": (unknown_model, "Model 'senet18' is not one of BackdoorBench's"),
     "wrong dataset": (another_dataset, "Dataset folder data/cifar100 does not exist"),

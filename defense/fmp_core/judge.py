@@ -34,7 +34,7 @@ from fmp_core.report.findings import command
 from fmp_core.results.run_folder import RunFolder
 from fmp_core.selection.select import test_for_backdoor
 from fmp_core.settings import Settings, load_settings
-from fmp_core.storage.torch_file import load_torch_file
+from fmp_core.storage.torch_file import NotDataError, load_torch_file
 from fmp_core.system import logs
 from fmp_core.system.cli import Stages, from_here
 from fmp_core.system.devices import choose_device, make_deterministic
@@ -97,9 +97,7 @@ def weights_in(path: Path) -> OrderedDict[str, Tensor]:
         raise UserError(f"{path} {what}; name the file that holds the model's weights.")
     try:
         content = load_torch_file(path)
-    except UserError as error:
-        if "was refused" not in str(error):
-            raise
+    except NotDataError as error:
         advice = "Of a model of yours that was saved whole, torch.save model.state_dict() instead."
         raise UserError(f"{error} {advice}") from None
     nested = [content[key] for key in WEIGHT_KEYS if key in content] if isinstance(content, Mapping) else []

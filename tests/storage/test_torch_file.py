@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from fmp_core.errors import UserError
-from fmp_core.storage.placeholders import Opaque
-from fmp_core.storage.torch_file import PickledImage, load_torch_file
+from fmp_core.storage.placeholders import Opaque, PickledImage
+from fmp_core.storage.torch_file import load_torch_file
 from PIL import Image
 from torch.serialization import get_safe_globals
 

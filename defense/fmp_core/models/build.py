@@ -60,26 +60,26 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
     names = _without_prefix(list(state), list(own))
     strangers = {key: value for key, value in state.items() if names[key] not in own}  # known ones of older versions among them
     if sum(value.numel() for value in strangers.values()) > sum(value.numel() for value in own.values()):
-        raise UserError(f"The record's model has the weights {next(iter(strangers))}, which {name} does not have.")
+        raise UserError(f"The model has the weights {next(iter(strangers))}, which {name} does not have.")
     given, misshapen = _converted(state, names, own)
     given._metadata = _metadata(state, network)  # type: ignore[attr-defined]
     try:
         missing, unknown = network.load_state_dict(given, strict=False, assign=True)
     except RuntimeError as error:
-        raise UserError(f"The record's model does not fit {name}: {' '.join(str(error).split())[:300]}.") from None
+        raise UserError(f"The model does not fit {name}: {' '.join(str(error).split())[:300]}.") from None
     if missing := [key for key in missing if key not in misshapen]:
         near = difflib.get_close_matches(missing[0], unknown[:1000], 1, 0) or [""]
         instead = f", and has {near[0]} instead, which {name} does not have" if near[0] else ""
         more = f" ({len(missing)} are missing, {len(unknown)} unknown)" if len(missing) > 1 else ""
-        raise UserError(f"The record's model lacks the weights {missing[0]} of {name}{instead}{more}.")
+        raise UserError(f"The model lacks the weights {missing[0]} of {name}{instead}{more}.")
     if misshapen:
         key, shape = next(iter(misshapen.items()))
         raise UserError(
-            f"The record's {key} has shape {tuple(shape)}, but {name} with {num_classes} classes needs "
-            f"{tuple(own[key].shape)}; the record's model_name or num_classes is wrong."
+            f"The model's {key} has shape {tuple(shape)}, but {name} with {num_classes} classes needs "
+            f"{tuple(own[key].shape)}; the architecture or the number of classes is another."
         )
     if unknown:
-        raise UserError(f"The record's model has the weights {unknown[0]}, which {name} does not have.")
+        raise UserError(f"The model has the weights {unknown[0]}, which {name} does not have.")
     places = {tensor.data_ptr(): key for key, tensor in network.state_dict().items()}
     network.record_keys = {key: places[given[names[key]].data_ptr()] for key in state}  # type: ignore[assignment]
     return network
@@ -101,7 +101,7 @@ def _converted(
             continue
         wrong_kind = wanted is not None and wanted.is_floating_point() and not value.is_floating_point()
         if wrong_kind or (wanted is not None and not value.to(wanted.dtype).isfinite().all()):  # float64 may be beyond float32
-            raise UserError(f"The record's {key} holds NaN or infinite numbers, or numbers of the wrong kind; copy it again.")
+            raise UserError(f"The model's {key} holds NaN or infinite numbers, or numbers of the wrong kind; copy it again.")
         given[names[key]] = value.to(torch.float32 if value.is_floating_point() else torch.int64, copy=True)
     return given, misshapen
 

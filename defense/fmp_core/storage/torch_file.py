@@ -14,10 +14,8 @@ from torch import Tensor
 
 from fmp_core.errors import UserError
 from fmp_core.storage.files import LARGEST_FILE
-from fmp_core.storage.placeholders import PLAIN, Callee, PickledImage, RefusedError
+from fmp_core.storage.placeholders import PLAIN, Callee, RefusedError
 from fmp_core.storage.unpickler import read_pickle
-
-__all__ = ["PickledImage", "load_torch_file"]
 
 MOST_DIMENSIONS = 64  # torch's own limit
 
@@ -59,13 +57,17 @@ NAMES: dict[str, Any] = {
 }
 
 
+class NotDataError(UserError):
+    """A file of torch asks for more than data."""
+
+
 def load_torch_file(path: Path, known_only: bool = False) -> Any:
     """What ``torch.load`` gives on the CPU, for files of tensors, numpy arrays, PIL images (as data) and plain values.
 
     Values of other harmless types come as :class:`~fmp_core.storage.placeholders.Opaque`; a state dict keeps torch's
     ``_metadata``. Memory stays within a small multiple of the file's size. ``known_only``: see
-    :func:`~fmp_core.storage.unpickler.read_pickle`. Raises UserError if the file is missing, truncated or damaged, or asks for
-    anything but data (named).
+    :func:`~fmp_core.storage.unpickler.read_pickle`. Raises UserError if the file is missing, truncated or damaged,
+    NotDataError if it asks for anything but data (named).
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; check --result_file and --record_root.")
@@ -80,7 +82,7 @@ def load_torch_file(path: Path, known_only: bool = False) -> Any:
                 return _read_zip(archive, size, known_only)
     except RefusedError as error:
         advice = "and a record may hold data only; do not trust this file" if error.runs_code else "which is not plain data"
-        raise UserError(f"{path} was refused: its pickle asks for {error}, {advice}.") from None
+        raise NotDataError(f"{path} was refused: its pickle asks for {error}, {advice}.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
     except Exception as error:  # damaged bytes can fail anywhere below
