@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ after = {"test_acc": 0.9, "test_asr": 0.1, "test_ra": 0.8}
 (folder / "defense_result.pt").write_bytes(b"")
 with open("order.txt", "a") as file: file.write(folder.name + " ends\\n")
 """
+
+
+def wait_for(condition: Callable[[], bool], otherwise: str, seconds: float = 600) -> None:
+    """Wait until ``condition`` holds; fail with the sentence ``otherwise`` where even a busy machine would have got there."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.05)
 
 
 def sweep_of(**keys: Any) -> Sweep:

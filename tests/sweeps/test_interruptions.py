@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from fmp_core.results.read import SWEEP_MARK
 from fmp_core.storage.lock import locked, result_lock
 from fmp_core.sweeps.jobs import stop_leftovers
 from fmp_core.sweeps.local import Board, run_local
-from sweep_jobs import order, run_all, working
+from sweep_jobs import order, run_all, wait_for, working
 
 DEFENSE = Path(__file__).resolve().parents[2] / "defense"
 
@@ -38,7 +37,7 @@ def test_kill_in_the_middle_and_run_again(place: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(DEFENSE)}
     with subprocess.Popen([sys.executable, "-c", KILLED, sent], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "r.a\n"
-        wait_for(lambda: "b begins" in order())
+        wait_for(lambda: "b begins" in order(), "the second job did not begin")
         process.send_signal(signal.SIGKILL)
     assert stop_leftovers(Path("sweeps/s")) == 1  # b, which nobody waits for any more
     again = [working("a"), replace(working("b"), settings=jobs[1].settings), working("c")]  # the same jobs, b now quick
@@ -82,16 +81,9 @@ def test_a_job_may_tidy_up_when_the_sweep_is_interrupted(
 def test_what_a_killed_sweep_left_may_tidy_up(place: Path) -> None:
     environment = {**os.environ, SWEEP_MARK: str(Path("sweeps/s").resolve())}
     with subprocess.Popen([sys.executable, "-c", TIDY], env=environment):
-        wait_for(Path("temporary").exists)
+        wait_for(Path("temporary").exists, "the job did not begin")
         assert stop_leftovers(Path("sweeps/s")) == 1
     assert not Path("temporary").exists()
-
-
-def wait_for(condition: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_a_job_that_waits_for_a_lock_ends_with_the_sweep(place: Path) -> None:

@@ -12,8 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ import sweep as script
 from conftest import RECORD
 from fmp_core.sweeps.jobs import Outcome, finished
 from fmp_core.sweeps.slurm import run_submitit
-from sweep_jobs import order, sweep_of, working
+from sweep_jobs import order, sweep_of, wait_for, working
 
 pytestmark = pytest.mark.slow  # daemons are started; `make test-all`
 PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "squeue"]
@@ -58,13 +57,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.2)
 
 
 def idle() -> bool:
