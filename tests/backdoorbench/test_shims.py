@@ -42,8 +42,8 @@ def test_nc_saves_the_model_it_trains(tmp_path: Path) -> None:
 
 
 def test_placeholders_and_ragged_arrays_are_for_backdoorbench_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(shims.OPTIONAL, "absent_package", "absent-package")
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, shims._Placeholders(str(tmp_path))])
+    monkeypatch.setitem(shims.optional.PIP_NAMES, "absent_package", "absent-package")
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, shims.optional.Placeholders(str(tmp_path))])
     use = "import absent_package.part as part\nfrom absent_package import thing\n"
     with pytest.raises(ModuleNotFoundError):
         exec(compile(use, "/elsewhere/library.py", "exec"), {})
@@ -64,6 +64,17 @@ def test_placeholders_and_ragged_arrays_are_for_backdoorbench_only(tmp_path: Pat
         exec(compile(ragged, "/elsewhere/library.py", "exec"), {})
     exec(compile(ragged, str(tmp_path / "utils.py"), "exec"), names)
     assert names["rows"].dtype == object
+
+
+def test_what_a_script_will_use_is_missed_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shims.optional.PIP_NAMES, "absent_package", "absent-package")
+    (tmp_path / "uses.py").write_text("from absent_package import thing as it\nprint('ran')\nif False: it()\n")
+    (tmp_path / "imports.py").write_text("import json, absent_package.part\nprint('ran', json.dumps(1))\n")
+    monkeypatch.chdir(tmp_path)
+    assert shims.optional.absent("imports.py") == [] and shims.optional.absent("uses.py") == ["absent_package"]
+    monkeypatch.setattr(sys, "argv", ["shims.py", "uses.py"])
+    with pytest.raises(SystemExit, match=r"uses\.py: error: it uses absent_package, not installed here: pip install absent-package"):
+        shims.main()
 
 
 def test_convolutions_over_one_pixel_are_products_in_backdoorbench_too(tmp_path: Path) -> None:

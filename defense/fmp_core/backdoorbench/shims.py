@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
@@ -21,11 +20,6 @@ import sys
 import types
 from typing import Any
 
-# Packages that BackdoorBench imports at the top of files which mostly do without them -> what pip calls them.
-OPTIONAL = {
-    **{name: name for name in ("kornia", "pytorch_wavelets", "imageio", "seaborn", "scipy")},
-    **{"cv2": "opencv-python-headless", "umap": "umap-learn", "sklearn": "scikit-learn", "skimage": "scikit-image"},
-}
 FACTORIES = (
     *("zeros", "ones", "full", "empty", "rand", "randn", "randint", "arange", "eye", "tensor", "as_tensor", "linspace"),
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
@@ -34,16 +28,24 @@ TEST_IMAGES = "FMP_TEST_IMAGES"  # environment variable; set by process.py
 COUNTS = {"--num_workers", "--num_workers_semi", "--u_num"}
 
 
+def _file_of_fmp(path: str) -> Any:
+    """The module in the file ``path``, relative to this one. BackdoorBench's Python knows no package of ours."""
+    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+    spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+optional = _file_of_fmp("optional_packages.py")
+
+
 def apply(root: str) -> str:
     """Put back what is missing; returns what was done, in words. ``root`` is the folder of BackdoorBench's files."""
     done = [*_numpy(root), *_torch(), *_torch_without_cuda(), *_one_pixel(), _whole_numbers(), *_stand_ins(), *_own_imports()]
-    sys.meta_path.append(_Placeholders(root))
+    sys.meta_path.append(optional.Placeholders(root))
     return "; ".join([*done, *_saved_by_nc(), *_fewer_test_images()])
-
-
-def _is_below(root: str, frame: types.FrameType) -> bool:
-    """Whether the code of ``frame`` is BackdoorBench's."""
-    return os.path.abspath(frame.f_code.co_filename).startswith(os.path.join(root, ""))
 
 
 def _exists(name: str) -> bool:
@@ -63,7 +65,7 @@ def _numpy(root: str) -> list[str]:
             try:
                 return function(rows, dtype, *args, **kwargs)
             except ValueError as error:
-                if dtype is None and "inhomogeneous" in str(error) and _is_below(root, sys._getframe(1)):
+                if dtype is None and "inhomogeneous" in str(error) and optional.is_below(root, sys._getframe(1)):
                     return function(rows, object, *args, **kwargs)
                 raise
 
@@ -122,12 +124,7 @@ def _one_pixel() -> list[str]:
 
     if torch.cuda.is_available() or not hasattr(torch.overrides, "TorchFunctionMode"):  # the latter before torch 1.13
         return []
-    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "models", "one_pixel.py")  # needs torch alone
-    spec = importlib.util.spec_from_file_location("one_pixel", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.OnePixelConvolutions().__enter__()
+    _file_of_fmp(os.path.join(os.pardir, "models", "one_pixel.py")).OnePixelConvolutions().__enter__()
     return ["convolutions over one pixel are matrix products on CPUs"]
 
 
@@ -247,48 +244,13 @@ class _Rows:
         return len(self.rows)
 
 
-class _Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Lets BackdoorBench's files import an absent optional package; the first use of it says what to install.
-
-    Only for files below ``root``: other packages probe for optional ones and must learn that they are absent.
-    """
-
-    def __init__(self, root: str):
-        self.root = root
-
-    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name.partition(".")[0] not in OPTIONAL:
-            return None
-        frame = sys._getframe(1)
-        while frame.f_back is not None and ("importlib" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
-            frame = frame.f_back
-        if not _is_below(self.root, frame):
-            return None
-        print(f"shims: {name} is not installed; a placeholder stands in.", flush=True)
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        package = module.__name__.partition(".")[0]
-
-        class Absent(type):
-            def __getattr__(cls, name: str) -> object:
-                raise ImportError(f"BackdoorBench needs {package} here: pip install {OPTIONAL[package]}")
-
-            def __call__(cls, *args: object, **kwargs: object) -> object:
-                return cls.anything
-
-        def anything(name: str) -> object:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return Absent(name, (), {})
-
-        module.__getattr__ = anything  # type: ignore[method-assign]
-
-
 def main() -> None:
     """Run BackdoorBench's script that the command line names, with today's libraries adapted."""
     script, root = sys.argv[1], os.getcwd()
     sys.argv = sys.argv[1:]
+    if absent := optional.absent(script):
+        pip_names = " ".join(optional.PIP_NAMES[name] for name in absent)
+        sys.exit(f"{script}: error: it uses {', '.join(absent)}, not installed here: pip install {pip_names}")
     # As if Python had been given the script. BackdoorBench's utils, models and dataset are namespace packages, over which
     # installed packages of these names would win if the root came last, where BackdoorBench puts it.
     sys.path[:1] = [os.path.dirname(os.path.abspath(script)), root]
