@@ -73,7 +73,9 @@ def test_what_a_script_will_use_is_missed_before_it_runs(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert shims.optional.absent("imports.py") == [] and shims.optional.absent("uses.py") == ["absent_package"]
     monkeypatch.setattr(sys, "argv", ["shims.py", "uses.py"])
-    with pytest.raises(SystemExit, match=r"uses\.py: error: it uses absent_package, not installed here: pip install absent-package"):
+    with pytest.raises(
+        SystemExit, match=r"uses\.py: error: it uses absent_package, not installed here: pip install absent-package"
+    ):
         shims.main()
 
 
