@@ -20,13 +20,14 @@ def ratings(before: MetricValues, after: MetricValues) -> dict[str, float | None
     Defense effectiveness rating (DER, Zhu et al. 2023): the drop of ASR against that of Acc. Robust improvement rate (RIR,
     BackdoorBench's ``visual_metric``): the rise of RA against it.
     """
-    acc, asr, ra = (_drop(before[name], after[name]) for name in METRICS)
+    acc, asr, ra = (drop(before[name], after[name]) for name in METRICS)
     if acc is None or asr is None or ra is None:
         return {"der": None, "rir": None}
     return {name: (max(0.0, gain) - max(0.0, acc) + 1) / 2 for name, gain in (("der", asr), ("rir", -ra))}
 
 
-def _drop(before: float | None, after: float | None) -> float | None:
+def drop(before: float | None, after: float | None) -> float | None:
+    """How much a metric fell; None if one of the two is."""
     return None if before is None or after is None else before - after
 
 

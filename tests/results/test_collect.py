@@ -207,8 +207,10 @@ def test_nested_records_are_collected(root: Path) -> None:
     (root / "badnet_cifar10").rename(root / "cifar10" / "badnet_cifar10")
     (root / "cifar10" / "badnet_cifar10" / "bd_test_dataset" / "defense").mkdir(parents=True)
     (root / "cifar10" / "ring").symlink_to(root / "cifar10", target_is_directory=True)
-    frame = collect(root, pytest.fail)
-    assert {"cifar10/badnet_cifar10", "blended_cifar10"} <= set(frame["record"])
+    said: list[str] = []
+    frame = collect(root, said.append)
+    assert set(frame["record"]) == {"cifar10/badnet_cifar10", "blended_cifar10"}
+    assert said and all(line.endswith("are one record; it is counted once") for line in said)
     assert frame[frame["record"] == "cifar10/badnet_cifar10"]["attack"].unique().tolist() == ["badnet"]
 
 

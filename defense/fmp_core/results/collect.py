@@ -12,8 +12,9 @@ import pandas as pd
 
 from fmp_core.data.names import ATTACK_FILE, RECORD_DEPTH
 from fmp_core.errors import UserError
-from fmp_core.metrics import HEADLINES, METRICS, MetricValues, in_percent, ratings
+from fmp_core.metrics import HEADLINES, METRICS, MetricValues, drop, in_percent, ratings
 from fmp_core.results.read import Result, read_attack_metrics, read_record, read_result
+from fmp_core.results.titles import printable
 from fmp_core.storage.files import file_digest
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ POINT = 0.01  # figures of one model that differ by more were not measured alike
 SETTING = ["dataset", "model", "attack", "pratio"]
 COLUMNS = [
     *("record", "defense", *HEADLINES, "method", "seed", "ratio", "test_images", "seconds", "cpu_seconds", "reused"),
-    *(*SETTING, "record_seed", "record_digest", "settings_digest", "code", "origin", "baseline", "source"),
+    *(*SETTING, "record_seed", "record_digest", "settings_digest", "code", "origin", "baseline", "acc_lost", "source"),
     *("target", "detector", "detection_score", "flagged", "named"),
 ]
 
@@ -34,19 +35,20 @@ def collect(root: str | Path, warn: Warn) -> pd.DataFrame:
 
     ``record`` is the path below ``root``. ``origin`` is ``ours``, ``backdoorbench`` or ``attack`` (the attacked model).
     ``method`` is ``defense`` without the seed, so rows that differ only in seeds share it. ``baseline`` says whose test of the
-    attacked model DER and RIR compare with: ``attack`` (what the attack logged) or ``our test``. ``ratio`` is the share of
-    clean data the defense had, ``test_images`` the size of the sample where it was not tested on all, ``seconds`` is elapsed
-    time, ``cpu_seconds`` that of all its threads and processes, ``reused`` names stages that they do not wholly contain, since
-    an earlier run did all or a part of them, ``code`` the commit of this project. ``target`` is the attack's; ``detector`` to
-    ``named`` are what the defense says about the attacked model (:class:`~fmp_core.results.detection.Detection`). ``warn`` gets
-    one line for every file that could not be read, and where the attack's figures contradict ours.
+    attacked model DER and RIR compare with: ``attack`` (what the attack logged) or ``our test``; ``acc_lost`` is the accuracy
+    lost since that test. ``ratio`` is the share of clean data the defense had, ``test_images`` the size of the sample where it
+    was not tested on all, ``seconds`` is elapsed time, ``cpu_seconds`` that of all its threads and processes, ``reused`` names
+    stages that they do not wholly contain, since an earlier run did all or a part of them, ``code`` the commit of this project.
+    ``target`` is the attack's; ``detector`` to ``named`` are what the defense says about the attacked model
+    (:class:`~fmp_core.results.detection.Detection`). ``warn`` gets one line for every file that could not be read, every record
+    that is met twice, and where two tests of the attacked model contradict each other.
 
     Raises UserError: no such folder.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"There is no folder {root}; name the folder that holds the attack records.")
-    return _tidy([row for folder in _record_folders(root) for row in _record_rows(root, folder, warn)])
+    return _tidy([row for folder in _record_folders(root, warn) for row in _record_rows(root, folder, warn)])
 
 
 def _tidy(rows: list[dict[Any, Any]]) -> pd.DataFrame:
@@ -56,25 +58,30 @@ def _tidy(rows: list[dict[Any, Any]]) -> pd.DataFrame:
 
 
 def _unicode(value: Any) -> Any:
-    """Names of files need not be Unicode; what is written into tables must be."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+    """Names of files need not be Unicode, and may break a line of csv; what is written into tables must not."""
+    return printable(value.encode("utf-8", "backslashreplace").decode()) if isinstance(value, str) else value
 
 
-def _record_folders(root: Path) -> Iterator[Path]:
+def _record_folders(root: Path, warn: Warn) -> list[Path]:
     """The folders below ``root``, up to ``RECORD_DEPTH`` levels, that hold a folder ``defense``; no record is searched.
 
-    ``root`` itself, if it is a record.
+    ``root`` itself, if it is a record. Of links to one record, and itself, it is one.
     """
     if (root / ATTACK_FILE).is_file() and (root / "defense").is_dir():
-        yield root
-        return
+        return [root]
+    found: dict[Path, Path] = {}
     for place, folders, files in os.walk(root, followlinks=True):
         folder = Path(place)
         is_record = folder != root and ("defense" in folders or ATTACK_FILE in files)
         if is_record and "defense" in folders:
-            yield folder
+            real = folder.resolve()
+            if real in found:
+                warn(f"{folder} and {found[real]} are one record; it is counted once")
+            if real not in found or real == root.resolve() / folder.relative_to(root):
+                found[real] = folder
         deepest = is_record or len(folder.relative_to(root).parts) == RECORD_DEPTH  # links may form a ring
         folders[:] = sorted(name for name in folders if not deepest and not name.startswith("."))
+    return list(found.values())
 
 
 def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any]]:
@@ -92,18 +99,20 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
         del results[name]
     for key in ("dataset", "model"):
         about[key] = about.get(key) or next(filter(None, (getattr(result, key) for result in results.values())), None)
-    tested: MetricValues = next((r.before for r in results.values() if r.before and not r.test_images), {})
+    tests = {name: result.before for name, result in results.items() if result.before and not result.test_images}
+    tested: MetricValues = next(iter(tests.values()), {})
     if logged or tested:
         yield {**about, "defense": BASELINE, "method": BASELINE, **(logged or tested), "origin": "attack"}
-    if _contradicts(logged, tested):
-        yield {**about, "defense": MEASURED, "method": MEASURED, **tested, "origin": "attack"}
+    if differing := [name for name, before in tests.items() if _contradicts(logged or tested, before)]:
+        ours, others = tests[differing[0]], "the attack logged" if logged else "another run of ours measured"
+        yield {**about, "defense": MEASURED, "method": MEASURED, **ours, "origin": "attack"}
         warn(
-            f"{about['record']}: the attack logged {in_percent(logged)} for its model, our test gave {in_percent(tested)}; DER "
-            f"and RIR of our rows compare with our test ({MEASURED!r}), those of BackdoorBench's with the attack's figures. "
-            "Check dataset and preprocessing."
+            f"{about['record']}: {others} {in_percent(logged or tested)} for its model, our test gave {in_percent(ours)} "
+            f"({', '.join(differing)}); DER and RIR of these rows compare with their own test ({MEASURED!r}), those of the "
+            "others do not. Check dataset and preprocessing."
         )
     for defense, result in results.items():
-        own_test = bool(result.before) and (not logged or bool(result.test_images) or _contradicts(logged, result.before))
+        own_test = bool(result.before) and (not logged or bool(result.test_images) or defense in differing)
         before = result.before if own_test else logged or tested
         row = {**about, "defense": defense, **result.metrics, **(ratings(before, result.metrics) if before else {})}
         row |= {"method": result.method or re.sub(rf"-s{result.seed}$", "", defense), "seed": result.seed}
@@ -112,6 +121,7 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
         row |= {"seconds": result.seconds, "cpu_seconds": result.cpu_seconds, "reused": result.reused}
         row |= {"origin": "ours" if result.ours else "backdoorbench"}
         row |= result.detection.as_row() if result.detection else {}
+        row |= {"acc_lost": drop(before["test_acc"], result.metrics["test_acc"])} if before else {}
         yield row | {"baseline": None if not before else "attack" if before is logged else "our test"}
 
 

@@ -37,8 +37,12 @@ TRIGGER_FILES = re.compile(r"trigger_file|trigger_img_path|mask_path|pattern_?pa
 # BB's defenses of which defense_result.pt is not what they test: npd saves the attacked weights, nab tests images with a
 # stamp, mcr may save the weights of another epoch or place on its curve.
 NO_FINAL_TEST = {"npd", "nab", "mcr"}
+DECIDE_BY_TESTS = {"finetune_df_summary.csv", "anp_df_summary.csv"}  # of fp and anp: the tests say how much they prune
 UNUSED_RATIO = ("d-br", "d-st")  # their settings have a ratio that the scripts never read
-NOT_DECIDING = r"seed|path|folder|save|log|file|name|device|worker|terminal|time|frequency|memory|blocking|prefetch|fresh|quiet"
+NOT_DECIDING = (
+    r"(?<!trigger_)seed|(?<!layer_)name|path|folder|save|log|file|device|worker|terminal|time|frequency|memory|blocking|"
+    r"prefetch|fresh|quiet"
+)
 # Neither do those that BB's logs tell of the attacked model.
 NOT_OF_DEFENSE = rf"{NOT_DECIDING}|^(attack|dataset|model$|num_classes|input_|img_size|pratio|result)"
 
@@ -86,7 +90,12 @@ def _bb_result(folder: Path) -> Result:
     stamp, logs = _own_stamp(folder, path), logs_until(folder, path.stat().st_mtime)
     logged = logged_settings(logs)
     settings = logged or {key: str(value) for key, value in (value_of(stamp, "settings", dict) or {}).items()}
-    seconds, cpu = seconds_of_bb(folder)
+    note = _note_of_run(folder)
+    # Another model than the noted one is of a run after that of run_defense.log.
+    seconds, cpu = seconds_of_bb(folder) if note or not (folder / DEFENSE_FILE).is_file() else (None, None)
+    deciding = {key: value for key, value in settings.items() if not re.search(NOT_OF_DEFENSE, key)}
+    if tested and {path.name for path in folder.glob("*_df_summary.csv")} & DECIDE_BY_TESTS:
+        deciding["test_images"] = "few"
     no_share = logged.get("index", "None") != "None" or any((folder / f"{x}_df_summary.csv").is_file() for x in UNUSED_RATIO)
     return Result(
         metrics,
@@ -95,12 +104,12 @@ def _bb_result(folder: Path) -> Result:
         seed=whole_number({"seed": int(logged["random_seed"]) if logged else None, **stamp}, "seed"),
         method=value_of(stamp, "method", str),
         settings=settings,
-        settings_digest=_digest({key: value for key, value in settings.items() if not re.search(NOT_OF_DEFENSE, key)}),
+        settings_digest=_digest(deciding),
         ratio=None if no_share else finite_number(settings.get("ratio")),
         seconds=seconds,
         cpu_seconds=cpu,
         detection=detection_of_neural_cleanse(logs) if (folder / "nc_df_summary.csv").is_file() else None,
-        attack_result=_attack_of_bb(folder),
+        attack_result=value_of(note, ATTACK_DIGEST, str),
     )
 
 
@@ -207,7 +216,8 @@ def _digest(settings: Mapping[str, Any]) -> str | None:
 def _decides(key: object, value: object) -> bool:
     """Whether an entry of info.pickle tells what was attacked and how: no seed, device or place on a machine."""
     known = TRIGGER_FILES.search(str(key)) or not re.search(NOT_DECIDING, str(key))
-    return isinstance(value, (bool, int, float, str)) and bool(known)
+    plain = value if isinstance(value, (list, tuple)) else [value]
+    return all(isinstance(part, (bool, int, float, str)) for part in plain) and bool(known)
 
 
 def _comparable(key: object, value: object) -> object:
@@ -223,10 +233,8 @@ def _our_fractions(values: Mapping[str, Any], path: Path) -> MetricValues:
     return {**fractions({**values, **dict.fromkeys(untested, 0)}, path), **dict.fromkeys(untested)}
 
 
-def _attack_of_bb(folder: Path) -> str | None:
-    """What ``run_defense.py`` noted, unless BB's script was run without it since."""
+def _note_of_run(folder: Path) -> dict[str, Any]:
+    """What ``run_defense.py`` noted; empty if it did not run, or BB's script was run without it since."""
     note, model = folder / RUN_NOTE, folder / DEFENSE_FILE
-    if not (note.is_file() and model.is_file()):
-        return None
-    content = read_json(note)
-    return value_of(content, ATTACK_DIGEST, str) if content.get(MODEL_DIGEST) == file_digest(model) else None
+    content = read_json(note) if note.is_file() else {}
+    return content if not model.is_file() or content.get(MODEL_DIGEST) == file_digest(model) else {}

@@ -12,7 +12,7 @@ import jinja2
 import pandas as pd
 
 from fmp_core.metrics import HEADLINES, LOW_IS_GOOD
-from fmp_core.results.collect import BASELINE, MEASURED
+from fmp_core.results.collect import BASELINE
 from fmp_core.results.notes import (
     PUBLISHED,
     SAMPLE,
@@ -162,14 +162,7 @@ def _minutes(part: pd.DataFrame) -> pd.Series:
 
 def _lost(part: pd.DataFrame) -> pd.DataFrame:
     """:attr:`Table.lost`."""
-    logged, ours = (
-        part[part["defense"] == name].drop_duplicates("record").set_index("record") for name in (BASELINE, MEASURED)
-    )
-    before = part["record"].map(logged["test_acc"])
-    before = before.mask(
-        part["baseline"].eq("our test") & part["record"].isin(ours.index), part["record"].map(ours["test_acc"])
-    )
-    lost = 100 * (before - pd.to_numeric(part["test_acc"], errors="coerce"))
+    lost = 100 * pd.to_numeric(part["acc_lost"], errors="coerce")
     return lost.groupby([part["method"], part["column"]]).mean().unstack()
 
 
@@ -227,9 +220,10 @@ def to_latex(table: Table) -> str:
         return HEADLINES[metric] + arrow if metric in HEADLINES else metric
 
     texts, bold = table.texts(r"\,$\pm$\,"), table.best().map({True: "textbf:--rwrap;", False: ""}.get)
+    texts, bold = (frame.rename(columns=attack_title, level=0) for frame in (texts, bold))  # escaping would hide the names
     texts.columns.names = [None, "Method"]
     styler = texts.style.apply(lambda _: bold, axis=None)
-    styler.format_index(printable, axis=0, escape="latex").format_index(attack_title, axis=1, level=0, escape="latex")
+    styler.format_index(printable, axis=0, escape="latex").format_index(printable, axis=1, level=0, escape="latex")
     styler.format_index(head, axis=1, level=1, escape="latex")
     caption = " ".join(
         ["Acc, ASR, RA, DER and RIR in percent.", f"{_latex(printable(table.title))}.", *map(_latex, table.notes)]
