@@ -86,6 +86,10 @@ def test_the_figure_is_written(root: Path) -> None:
     assert script.main([str(root), "--figure", str(root / "out.svg")]) == 0
     text = (root / "out.svg").read_text()
     assert text.startswith("<?xml") and "</svg>" in text
+    assert script.main([str(root), "--figure", str(root / "again.svg")]) == 0
+    assert (root / "again.svg").read_text() == text
+    assert script.main([str(root), "--figure", str(root / "out.pdf")]) == 0 and (root / "out.pdf").stat().st_size > 1000
+    assert script.main([str(root), "--figure", str(root / "out.png")]) == 0 and (root / "out.png").stat().st_size > 1000
 
 
 def test_an_unknown_format_is_refused_before_anything_is_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

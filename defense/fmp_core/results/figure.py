@@ -17,7 +17,7 @@ from fmp_core.results.notes import PUBLISHED, SAMPLE
 from fmp_core.results.tables import Table
 from fmp_core.results.titles import AVERAGE, attack_title, printable
 
-FORMATS = (".svg", ".pdf", ".png")
+FORMATS: dict[str, dict[str, None]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}  # without times
 MARKERS = "osD^vP"
 ACROSS = 3  # panels in a row
 PANEL = 2.9  # inches
@@ -25,7 +25,13 @@ PANEL = 2.9  # inches
 
 def write_figure(path: Path, tables: Sequence[Table]) -> None:
     """Write what :func:`draw` draws, in the format of ``FORMATS`` that the suffix of ``path`` names."""
-    draw(tables).savefig(path, dpi=150)
+    save(draw(tables), path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write ``figure`` in the format of ``FORMATS`` that the suffix of ``path`` names; the same figure gives the same bytes."""
+    with matplotlib.rc_context({"svg.hashsalt": "fmp"}):
+        figure.savefig(path, dpi=150, metadata=FORMATS[path.suffix])
 
 
 def draw(tables: Sequence[Table]) -> Figure:

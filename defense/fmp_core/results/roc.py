@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from fmp_core.errors import UserError
 from fmp_core.results.collect import BASELINE
+from fmp_core.results.figure import save
 
 LEAST_ASR = 0.5  # of a model that counts as backdoored; a poisoned one below it is left out
 
@@ -76,4 +77,4 @@ def write_roc(path: Path, found: pd.DataFrame) -> None:
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.grid(color="0.93")
     axes.legend(loc="lower right", frameon=False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
