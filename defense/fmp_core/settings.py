@@ -105,7 +105,7 @@ class Settings:
         text("FILE"),
         "text file of clean-training-set indices to use instead of --ratio; if class by class, the seed mixes them",
     )
-    random_seed: int = _seeded(0, integer(0, 2**32 - 1, "SEED"), "seed of the clean subset, the FRG noise and fine-tuning")
+    random_seed: int = _seeded(0, integer(0, 2**32 - 1, "SEED"), "seed of clean subset, FRG, inversion and fine-tuning")
 
     eps: float = _ranking(1 / 255, number(0, 1, above=True), "perturbation bound in pixel space [0,1]", shown="1/255")
     frg_steps: int = _ranking(1, integer(1), "gradient steps; 1 is Algorithm 1 of the paper")

@@ -19,13 +19,14 @@ from planted import (
     CLASSES,
     TARGET,
     WHITE,
+    Planted,
     PlantedAllToAll,
     PlantedWarp,
     edges,
     images_of,
     trigger_search,
 )
-from torch import nn
+from torch import Tensor, nn
 from toy_cases import footprint
 
 
@@ -43,6 +44,32 @@ def test_a_planted_patch_is_found_and_its_map_changed_most():
 def test_a_clean_model_shows_nothing(family: str):
     verdict = trigger_search(None).test(family, CLASSES)
     assert not verdict.backdoored
+
+
+class Biased(nn.Module):
+    """A clean model that takes images of two classes for :data:`TARGET`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clean = Planted(None)
+        self.conv = self.clean.conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = 10 * self.clean(x)
+        biased = torch.full_like(logits, -1000)
+        biased[:, 0], biased[:, TARGET] = logits[:, 0], logits[:, 1:].amax(1)
+        return biased
+
+
+def test_predictions_that_need_no_trigger_are_not_flipped():
+    images, labels = images_of()
+    model = Biased()
+    without = model(images / 255).argmax(1)[labels != TARGET] == TARGET
+    assert without.double().mean() > 0.6
+    found = TriggerSearch(model, [ConvLayer("conv", model.conv)], images, labels, torch.float32, seed=0)
+    for family in ("dense-4", "sparse"):
+        verdict = found.test(family, CLASSES)
+        assert not verdict.backdoored and verdict.flip_rates[TARGET] < 0.4
 
 
 def test_all_to_all_is_a_target_of_its_own():

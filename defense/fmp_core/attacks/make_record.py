@@ -37,6 +37,7 @@ from fmp_core.data.write_record import write_attack_record
 from fmp_core.errors import UserError
 from fmp_core.models.build import PixelModel, build_model
 from fmp_core.models.evaluate import Metrics, TestData, evaluate
+from fmp_core.models.training import training_precision
 from fmp_core.results.bb_tables import history_frame, summary_frame, write_csv, write_plots
 from fmp_core.settings import Settings, training_settings
 from fmp_core.storage.checkpoint import Checkpoint, content_key
@@ -100,7 +101,8 @@ def _make(plan: Plan, device: Device) -> None:
     model = PixelModel(network, plan.facts).on(device.device)
     data = training_set(plan.train_set, plan.used, plan.poison)
     tested = _test_images(plan)
-    checkpoint = _prepare_folder(plan, content_key(tested, data.images, data.labels, {}))
+    precision = training_precision(plan.training, device.device)
+    checkpoint = _prepare_folder(plan, content_key(tested, data.images, data.labels, {}), precision)
     logs.set_up(plan.unfinished, plan.training, {**checkpoint.made_with, "device": device.name})
     try:
         poisoned = len(plan.poison.train.indices) if plan.poison else 0
@@ -200,8 +202,11 @@ def check_model(name: str, num_classes: int, dataset: str, size: Size) -> nn.Mod
     return network
 
 
-def _prepare_folder(plan: Plan, images: str) -> Checkpoint:
-    """Make the unfinished folder, or clear the one that is there; ``images`` is a digest of training and test images."""
+def _prepare_folder(plan: Plan, images: str, precision: torch.dtype) -> Checkpoint:
+    """Make the unfinished folder, or clear the one that is there.
+
+    ``images`` is a digest of training and test images, ``precision`` that of the training.
+    """
     record, folder = plan.record, plan.unfinished
     make_folders(folder)
     for leftover in folder.iterdir():
@@ -210,9 +215,8 @@ def _prepare_folder(plan: Plan, images: str) -> Checkpoint:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     made_with = {"model": record.model, "dataset": record.dataset, "limit_train": record.limit_train, **asdict(plan.attack)}
     made_with |= {name: getattr(plan.training, name) for name in training_settings() if name != "device"}
-    return Checkpoint(
-        folder / "training.pt", {**made_with, "digest of images": images[:16], "digest of the code": TRAINING_CODE}
-    )
+    made_with |= {"precision": str(precision), "digest of images": images[:16], "digest of the code": TRAINING_CODE}
+    return Checkpoint(folder / "training.pt", made_with)
 
 
 def _test_images(plan: Plan) -> dict[str, Tensor]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fmp_core.data.clean_subset import HELD_OUT
-from fmp_core.inversion.trigger import Batch, InvertedTrigger, flip_rate, invert_trigger, targets_of
+from fmp_core.inversion.trigger import Batch, InvertedTrigger, flip_rate, invert_trigger, predicted_classes, targets_of
 from fmp_core.inversion.verdict import Verdict
 from fmp_core.models.activation_change import trigger_activation_change
 from fmp_core.models.evaluate import to_unit
 from fmp_core.models.fast_ops import to_precision
 from fmp_core.models.feature_maps import ConvLayer, frozen
 from fmp_core.system import distributed
+from fmp_core.system.devices import exact_convolutions
 
 FINALISTS = 8  # classes that get a whole trigger, if there are more than twice as many
 QUICK_HELD_OUT = 64  # held-out images that a quick trigger is tested on
@@ -67,31 +69,33 @@ class TriggerSearch:
     def _flip_rates(self, family: str, chosen: Tensor, quick: bool, progress: Callable[[], object]) -> Tensor:
         """Flip rates float64 ``[K + 1]`` of triggers towards the ``chosen`` targets (bool ``[K + 1]``); 0 for the others."""
         rates = torch.zeros(len(chosen), dtype=torch.float64, device=self.images.device)
-        with frozen(self.model):
-            network = self._network()
+        images, labels = self.held_out
+        with self._ready() as network:
+            before = predicted_classes(network, self.dtype, images) if len(images) else labels
             for place in distributed.my_share(chosen).nonzero().flatten().tolist():
                 target = targets_of(len(chosen))[place]
-                clean, held_out = self._of_other_classes(target)
+                clean, tested = self._of_other_classes(target), (labels != target).nonzero().flatten()
                 if len(clean[0]):
                     trigger = invert_trigger(network, self.dtype, clean, family, target, self.seed, quick)
-                    tested = (held_out[0][:QUICK_HELD_OUT], held_out[1][:QUICK_HELD_OUT]) if quick else held_out
-                    rates[place] = flip_rate(network, self.dtype, trigger, tested)
+                    tested = tested[:QUICK_HELD_OUT] if quick else tested
+                    some = images[tested], labels[tested]
+                    rates[place] = flip_rate(network, self.dtype, trigger, some, before[tested], len(chosen) - 1)
                 progress()
         distributed.combine(rates)
         return rates.cpu()
 
     def triggers(self, families: Iterable[str], target: int) -> list[InvertedTrigger]:
         """A trigger of each family towards ``target``."""
-        clean, _ = self._of_other_classes(target)
-        with frozen(self.model):
-            network = self._network()
+        clean = self._of_other_classes(target)
+        with self._ready() as network:
             return [invert_trigger(network, self.dtype, clean, family, target, self.seed) for family in families]
 
     def activation_change(self, trigger: InvertedTrigger) -> Tensor:
         """How far ``trigger`` changes the activation of each feature map on the held-out images, float64 ``[N]``
         (:func:`~fmp_core.models.activation_change.trigger_activation_change`)."""
         clean = to_unit(self.held_out[0]).contiguous(memory_format=torch.channels_last)
-        return trigger_activation_change(self.model, self.layers, clean, trigger.apply(clean))
+        with exact_convolutions():
+            return trigger_activation_change(self.model, self.layers, clean, trigger.apply(clean))
 
     @property
     def held_out(self) -> tuple[Tensor, Tensor]:
@@ -102,16 +106,18 @@ class TriggerSearch:
     def _cut(self) -> int:
         return len(self.images) - min(HELD_OUT, len(self.images) // 2)
 
-    def _of_other_classes(self, target: int) -> tuple[Batch, Batch]:
-        """Images, uint8, and labels to invert a trigger on, and held-out ones; all of them for :data:`~.trigger.ALL_TO_ALL`."""
-        other = (self.labels != target).nonzero().flatten()
-        seen, held_out = other[other < self._cut], other[other >= self._cut]
-        return (self.images[seen], self.labels[seen]), (self.images[held_out], self.labels[held_out])
+    def _of_other_classes(self, target: int) -> Batch:
+        """Images, uint8, and labels to invert a trigger on; of all classes for :data:`~.trigger.ALL_TO_ALL`."""
+        seen = (self.labels[: self._cut] != target).nonzero().flatten()
+        return self.images[seen], self.labels[seen]
 
     def _fewest_held_out(self, num_classes: int) -> int:
         """Held-out images of other classes, for the class that leaves fewest."""
         _, labels = self.held_out
         return len(labels) - int(labels.bincount(minlength=num_classes).max())
 
-    def _network(self) -> nn.Module:
-        return to_precision(self.model, self.layers[0].module, self.dtype)
+    @contextmanager
+    def _ready(self) -> Iterator[nn.Module]:
+        """The model frozen, and what runs in its place: in float32 without TF32, or its copy in low precision."""
+        with frozen(self.model), exact_convolutions():
+            yield to_precision(self.model, self.layers[0].module, self.dtype)

@@ -173,15 +173,24 @@ def _with_more_pixels(trigger: InvertedTrigger, pixels: Tensor, gradient: Tensor
     return replace(trigger, values=values, where=where)
 
 
-def flip_rate(network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, clean: Batch) -> float:
-    """Share of ``clean`` images (uint8, none of the target class; with their labels) that get the attacker's class with the
-    trigger; 0 for no images."""
+def flip_rate(
+    network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, clean: Batch, before: Tensor, num_classes: int
+) -> float:
+    """Share of ``clean`` images (uint8, none of the target class; with their labels) whose prediction the trigger changes to
+    the attacker's class; 0 for no images. ``before``: the predictions without it, int64 ``[B]``."""
     images, labels = clean
     if not len(images):
         return 0.0
+    wanted = wanted_classes(trigger.target, labels, num_classes)
+    with_trigger = predicted_classes(network, dtype, images, trigger)
+    return float(((with_trigger == wanted) & (before != wanted)).double().mean())
+
+
+def predicted_classes(network: nn.Module, dtype: torch.dtype, images: Tensor, trigger: InvertedTrigger | None = None) -> Tensor:
+    """The classes int64 ``[B]`` that the model gives uint8 ``images`` ``[B, C, H, W]``, with the trigger if there is one."""
+    parts = map(to_unit, images.split(DENSE_BATCH))
     with torch.inference_mode(), FastOps(dtype):
-        logits = torch.cat([network(trigger.apply(to_unit(part))) for part in images.split(DENSE_BATCH)])
-    return float((logits.argmax(1) == wanted_classes(trigger.target, labels, logits.shape[1])).double().mean())
+        return torch.cat([network(trigger.apply(part) if trigger else part).argmax(1) for part in parts])
 
 
 def save_trigger(path: Path, trigger: InvertedTrigger) -> None:

@@ -24,8 +24,9 @@ class Verdict:
     """What the inverted triggers of one family say about a model.
 
     ``flip_rates`` float64 ``[K + 1]``: for each class, the share of held-out images of other classes whose prediction its
-    inverted trigger flips to it; last, the share that the all-to-all trigger flips to the class after their own. ``held_out``:
-    how many images that is, for the class that leaves fewest.
+    inverted trigger changes to it; last, the share that the all-to-all trigger changes to the class after their own. Images
+    that have that prediction without a trigger do not count as flipped: a weak or biased model has many. ``held_out``: how many
+    images of other classes there are, for the class that leaves fewest.
     """
 
     family: str

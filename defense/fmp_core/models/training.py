@@ -150,6 +150,11 @@ class Trainer:
                 self.checkpoint.save(training.state(number + 1))
 
 
+def training_precision(settings: Settings, device: torch.device) -> torch.dtype:
+    """That of forward and backward passes; weights stay float32."""
+    return torch.bfloat16 if settings.amp and has_fast_bfloat16(device) else torch.float32
+
+
 class _Training:
     """A training under way: what changes in it, to and from the plain data of a checkpoint.
 
@@ -162,7 +167,7 @@ class _Training:
         self.model, self.facts, self.batch_size, self.seed = model, trainer.facts, settings.batch_size, settings.random_seed
         self.unlearn = settings.unlearn
         self.cuda = ids or ((device.index,) if device.type == "cuda" else ())
-        self.bfloat16 = settings.amp and has_fast_bfloat16(device)
+        self.bfloat16 = training_precision(settings, device) == torch.bfloat16
         self.parts = max(1, len(ids))
         self.parallel = nn.DataParallel(_InBfloat16(model, self.bfloat16), list(ids)) if self.parts > 1 else model
         self.optimizer = torch.optim.SGD(

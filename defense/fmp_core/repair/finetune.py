@@ -12,7 +12,7 @@ from fmp_core import inversion, models, repair
 from fmp_core.inputs import DefenderInputs
 from fmp_core.models.evaluate import Metrics
 from fmp_core.models.pruning import prune_feature_maps
-from fmp_core.models.training import Epoch, Trainer
+from fmp_core.models.training import Epoch, Trainer, training_precision
 from fmp_core.repair.distillation import Teacher
 from fmp_core.repair.interpolation import Interpolation
 from fmp_core.repair.unlearning import Unlearning
@@ -21,7 +21,7 @@ from fmp_core.selection.select import trigger_search
 from fmp_core.settings import Settings, deciding_result
 from fmp_core.storage.checkpoint import Checkpoint, content_key
 from fmp_core.system import devices
-from fmp_core.system.devices import Device
+from fmp_core.system.devices import Device, choose_dtype
 from fmp_core.system.progress import Progress
 from fmp_core.system.versions import source_digest
 
@@ -148,7 +148,12 @@ class FineTuning:
             defender.labels,
             {"GPUs": max(1, len(self.device.device_ids)), "code": REPAIR_CODE},
         )
-        checkpoint = Checkpoint(self._path, {**made_with, "digest of model, images, code and versions": pruned[:16]})
+        made_with |= {
+            "precision of training": str(training_precision(self.settings, self.device.device)),
+            "precision of trigger inversion": str(choose_dtype(self.settings.dtype, self.device.device)),
+            "digest of model, images, code and versions": pruned[:16],
+        }
+        checkpoint = Checkpoint(self._path, made_with)
         if self.settings.fresh:
             checkpoint.remove()
         return checkpoint

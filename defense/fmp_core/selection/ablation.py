@@ -16,6 +16,7 @@ from fmp_core.inputs import DefenderInputs
 from fmp_core.selection.choice import Selection, highest_in_each_layer, select_at_random, select_none, shuffled_in_each_layer
 from fmp_core.selection.select import select_by_trigger, test_for_backdoor
 from fmp_core.settings import Settings
+from fmp_core.system import distributed
 from fmp_core.system.cli import Stages
 
 # A flag may not set these.
@@ -54,6 +55,8 @@ def _strong_with(mask_of: Callable[[Selection, DefenderInputs, Settings], Tensor
         if not verdict.backdoored:
             return replace(select_none(defender.layers), verdict=verdict)
         selection = select_by_trigger(defender, settings, verdict, stages)
+        if not distributed.is_leader():  # which alone goes on from here
+            return selection
         return replace(selection, mask=mask_of(selection, defender, settings))
 
     return select
