@@ -50,15 +50,8 @@ def frame_of(*rows: tuple[str, str, str, float]) -> pd.DataFrame:
     """Tidy rows of (record, attack, method, accuracy)."""
     columns = ["record", "attack", "method", "test_acc"]
     rest = {"test_asr": 0.5, "test_ra": 0.5, "der": 0.5, "rir": 0.5, "dataset": "d", "model": "m", "pratio": 0.1}
-    rest |= {
-        "record_digest": "d",
-        "settings_digest": "s",
-        "baseline": "attack",
-        "acc_lost": 0.1,
-        "origin": "ours",
-        "ratio": 0.1,
-    }
-    rest |= {"code": "c", "seconds": 60.0, "reused": None}
+    rest |= {"record_digest": "d", "settings_digest": "s", "baseline": "attack", "origin": "ours", "ratio": 0.1}
+    rest |= {"acc_lost": 0.1, "code": "c", "seconds": 60.0, "reused": None}
     whole = {name: pd.array([None] * len(rows), dtype="Int64") for name in ("record_seed", "test_images", "seed")}
     frame = pd.DataFrame(rows, columns=columns).assign(**rest, **whole)
     return frame.assign(defense=frame["method"])

@@ -31,7 +31,10 @@ def test_a_mapping_becomes_values():
         ({"records": "a"}, "File x: records is 'a', but must be a list with at least one entry."),
         ({"records": ["a"], "workers": 0}, "File x: workers is 0, but must be a whole number of at least 1."),
         ({"records": ["a"], "slurm": {"gpu": 1}}, "but must be 'key: value' lines with the keys partition."),
-        ({"record": ["a"]}, "File x has the unknown key 'record' (did you mean records?); known keys: records, workers"),
+        (
+            {"record": ["a"]},
+            "File x has the unknown key 'record' (did you mean records?); known keys: records, workers, slurm.",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(content: dict[str, Any], says: str):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from fmp_core import PROJECT
-from fmp_core.settings import Settings, add_arguments, load_settings
+from fmp_core.settings import Settings, add_arguments, changed, load_settings
 from fmp_core.system.cli import Parser, from_here, run_main
 
 
@@ -49,9 +49,8 @@ def _what_to_run(settings: Settings) -> str:
     names, root = find_records(settings.record_root), settings.record_root
     script, maker = Path(sys.argv[0]), PROJECT / "record_scripts" / "make_record.py"
     started = f"python {shlex.quote(sys.argv[0])}" if script.suffix == ".py" else script.name
-    usual = Settings()
-    places = {name: getattr(settings, name) for name in ("record_root", "dataset_path", "save_folder")}
-    flags = "".join(f" --{name} {shlex.quote(place)}" for name, place in places.items() if place != getattr(usual, name))
+    places, differing = ("record_root", "dataset_path", "save_folder"), changed(vars(settings))
+    flags = "".join(f" --{name} {shlex.quote(differing[name])}" for name in places if name in differing)
     found = f"Records in {root}:" if names else f"There are no attack records in {root}."
     return "\n".join(
         [

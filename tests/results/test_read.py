@@ -14,7 +14,7 @@ from fmp_core.results.tables import build_tables, to_latex
 from fmp_core.storage.files import file_digest
 from result_files import metrics_json, one_row, three_rows, write
 
-LOG = "... {{'ratio': 0.1, 'target_layer_name': '{layer}',\n 'random_seed': {seed}, ..."
+LOG = "... {{'ratio': 0.1, 'target_layer_name': '{layer}', 'file_name': '{file}',\n 'random_seed': {seed}, ..."
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_pruning_decided_by_few_test_images_is_another_setting(tmp_path: Path) -
         for seed in (0, 1):
             folder = tmp_path / f"{name}-s{seed}"
             write(folder / f"{summary}_df_summary.csv", three_rows(0.9, 0.5, 0.4))
-            write(folder / "log" / "x.log", LOG.format(layer="fc", seed=seed))
+            write(folder / "log" / "x.log", LOG.format(layer="fc", file="f", seed=seed))
             if seed:
                 write(folder / "whole_test.json", json.dumps({"test_acc": 0.9, "test_asr": 0.5, "test_ra": 0.4}))
             digests.add(read_result(folder).settings_digest)
@@ -51,11 +51,11 @@ def test_pruning_decided_by_few_test_images_is_another_setting(tmp_path: Path) -
 
 def test_names_of_layers_are_settings_and_names_of_files_are_not(tmp_path: Path) -> None:
     digests = []
-    for name, layer in (("a", "fc"), ("b", "layer4")):
+    for name, layer, file in (("a", "fc", "f"), ("b", "fc", "g"), ("c", "layer4", "f")):
         write(tmp_path / name / "npd_df_summary.csv", three_rows(88.0, 7.0, 75.0, head=""))
-        write(tmp_path / name / "log" / "x.log", LOG.format(layer=layer, seed=0))
+        write(tmp_path / name / "log" / "x.log", LOG.format(layer=layer, file=file, seed=0))
         digests.append(read_result(tmp_path / name).settings_digest)
-    assert digests[0] != digests[1]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_seconds_are_of_the_run_that_made_the_model(tmp_path: Path) -> None:

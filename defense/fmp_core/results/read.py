@@ -160,12 +160,13 @@ def _whole_test(folder: Path) -> dict[str, Any] | None:
 
     Raises UserError: there is to be one, but the run did not end.
     """
-    path, model = folder / WHOLE_TEST, folder / DEFENSE_FILE
+    path = folder / WHOLE_TEST
     content = read_json(path) if path.is_file() else None
     if content and SAMPLE_ONLY in content:
         raise UserError(f"{folder} is of a run with --test_images {content[SAMPLE_ONLY]} that did not end; run it again")
-    digest = content and content.get(MODEL_DIGEST)
-    return content if not digest or not model.is_file() or digest == file_digest(model) else None
+    if content and content.get(MODEL_DIGEST) and not _is_of_model(content, folder):
+        return None
+    return content
 
 
 def read_attack_metrics(folder: Path) -> dict[str, float]:
@@ -235,6 +236,12 @@ def _our_fractions(values: Mapping[str, Any], path: Path) -> MetricValues:
 
 def _note_of_run(folder: Path) -> dict[str, Any]:
     """What ``run_defense.py`` noted; empty if it did not run, or BB's script was run without it since."""
-    note, model = folder / RUN_NOTE, folder / DEFENSE_FILE
+    note = folder / RUN_NOTE
     content = read_json(note) if note.is_file() else {}
-    return content if not model.is_file() or content.get(MODEL_DIGEST) == file_digest(model) else {}
+    return content if content and _is_of_model(content, folder) else {}
+
+
+def _is_of_model(noted: Mapping[str, Any], folder: Path) -> bool:
+    """Whether what was ``noted`` is about the model in ``folder``; without a model, as copied tables are, it is."""
+    model = folder / DEFENSE_FILE
+    return not model.is_file() or noted.get(MODEL_DIGEST) == file_digest(model)

@@ -214,17 +214,15 @@ def to_markdown(table: Table) -> str:
 def to_latex(table: Table) -> str:
     """A booktabs table (``\\usepackage{booktabs}``), the best in bold, mean ± std over seeds."""
 
-    def head(escaped: object) -> str:
-        metric = str(escaped).replace(r"\_", "_")
+    def head(metric: str) -> str:
         arrow = r" $\downarrow$" if metric in LOW_IS_GOOD else r" $\uparrow$"
         return HEADLINES[metric] + arrow if metric in HEADLINES else metric
 
     texts, bold = table.texts(r"\,$\pm$\,"), table.best().map({True: "textbf:--rwrap;", False: ""}.get)
-    texts, bold = (frame.rename(columns=attack_title, level=0) for frame in (texts, bold))  # escaping would hide the names
     texts.columns.names = [None, "Method"]
     styler = texts.style.apply(lambda _: bold, axis=None)
-    styler.format_index(printable, axis=0, escape="latex").format_index(printable, axis=1, level=0, escape="latex")
-    styler.format_index(head, axis=1, level=1, escape="latex")
+    styler.format_index(printable, axis=0, escape="latex").format_index(head, axis=1, level=1)
+    styler.format_index(lambda name: _latex(attack_title(name)), axis=1, level=0)  # pandas would escape the name, not the title
     caption = " ".join(
         ["Acc, ASR, RA, DER and RIR in percent.", f"{_latex(printable(table.title))}.", *map(_latex, table.notes)]
     )
