@@ -15,7 +15,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -e
 	touch $@
 
 demo: .venv/run
-	@test -d record/demo || $(BIN)/python record_scripts/make_record.py --save_folder_name demo --image_size 16 --patch_size 3 --epochs 12 --batch_size 64
+	@test -d record/demo || $(BIN)/python record_scripts/make_record.py --save_folder_name demo --image_size 16 --patch_size 3
 	$(BIN)/python defense/fmp.py --result_file demo --yaml_path ./config/defense/fmp/digits.yaml
 
 test: .venv/test
