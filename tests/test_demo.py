@@ -105,14 +105,14 @@ def demo_flags(script: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_make_demo_weakens_the_backdoor_by_a_ranking_that_ranks(tmp_path: Path) -> None:
+def test_make_demo_removes_the_backdoor_by_a_ranking_that_ranks(tmp_path: Path) -> None:
     where = [*places(tmp_path), "--device", "cpu"]
     assert make_record.main([*demo_flags("record_scripts/make_record.py"), *where]) == 0
     assert fmp.main([*demo_flags("defense/fmp.py"), *where]) == 0
     results = tmp_path / "record" / "demo" / "defense" / "fmp"
     metrics = json.loads((results / "metrics.json").read_text())
     before, after = metrics["before"], metrics["after"]
-    assert before["test_asr"] > 0.8 and after["test_asr"] < 0.3 and after["test_acc"] > before["test_acc"] - 0.03
+    assert before["test_asr"] > 0.9 and after["test_asr"] < 0.05 and after["test_acc"] > before["test_acc"] - 0.03
     maps = pd.read_csv(results / "feature_maps.csv")
     assert len(maps) == 4800 and int(maps["pruned"].sum()) == metrics["pruned"]
     assert maps["correct"].nunique() > 1 and (results / "report.html").stat().st_size > 0
