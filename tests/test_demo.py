@@ -9,10 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fmp
 import make_record
 import pandas as pd
 import pytest
+from fmp_core import command
 from fmp_core.attacks.make_record import LOCK
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.settings import PROJECT
@@ -108,7 +108,7 @@ def demo_flags(script: str) -> list[str]:
 def test_make_demo_removes_the_backdoor_by_a_ranking_that_ranks(tmp_path: Path) -> None:
     where = [*places(tmp_path), "--device", "cpu"]
     assert make_record.main([*demo_flags("record_scripts/make_record.py"), *where]) == 0
-    assert fmp.main([*demo_flags("defense/fmp.py"), *where]) == 0
+    assert command.main([*demo_flags("defense/fmp.py"), *where]) == 0
     results = tmp_path / "record" / "demo" / "defense" / "fmp"
     metrics = json.loads((results / "metrics.json").read_text())
     before, after = metrics["before"], metrics["after"]
