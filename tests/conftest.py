@@ -55,21 +55,22 @@ def poisoned(images: torch.Tensor, labels: torch.Tensor, indices: list[int], tar
     return PoisonedImages(len(images), indices, triggered, [target] * len(indices), labels[indices].tolist())
 
 
-def build_workplace(root: Path, model: str = MODEL) -> None:
-    """``data/cifar10`` of 50 + 10 random images in CIFAR-10's layout, and ``record/badnet_tiny`` with random weights."""
+def build_workplace(root: Path, model: str = MODEL, batch_size: int = 10) -> None:
+    """``record/badnet_tiny`` with random weights, and ``data/cifar10`` of random images: 5 training batches, 1 test batch."""
     generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (60, 3, 32, 32), dtype=np.uint8)
-    labels = np.arange(60) % 10
+    images = generator.integers(0, 256, (6 * batch_size, 3, 32, 32), dtype=np.uint8)
+    labels = np.arange(6 * batch_size) % 10
     batches = root / "data" / "cifar10" / "cifar-10-batches-py"
     batches.mkdir(parents=True)
     for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        rows = slice(10 * number, 10 * number + 10)
-        batch = {"data": images[rows].reshape(10, -1), "labels": labels[rows].tolist()}
+        rows = slice(batch_size * number, batch_size * (number + 1))
+        batch = {"data": images[rows].reshape(batch_size, -1), "labels": labels[rows].tolist()}
         (batches / name).write_bytes(pickle.dumps(batch, protocol=2))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = build_model(model, 10)
     pixels, targets = torch.from_numpy(images), torch.from_numpy(labels)
+    training = 5 * batch_size
     write_attack_record(
         root / "record" / RECORD,
         name=RECORD,
@@ -77,8 +78,8 @@ def build_workplace(root: Path, model: str = MODEL) -> None:
         num_classes=10,
         state=network.state_dict(),
         dataset="cifar10",
-        bd_train=poisoned(pixels[:50], targets[:50], [3, 11, 20, 27, 42]),
-        bd_test=poisoned(pixels[50:], targets[50:], list(range(1, 10))),
+        bd_train=poisoned(pixels[:training], targets[:training], [3, 11, 20, 27, 42]),
+        bd_test=poisoned(pixels[training:], targets[training:], list(range(1, 10))),
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from fmp_core.inversion.verdict import Verdict
 from fmp_core.metrics import METRICS
 from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.report.data import Run
@@ -17,6 +19,7 @@ from torch import nn
 
 HISTORY = ["epoch", "train_acc", "train_epoch_loss_avg_over_batch", *METRICS, "clean_test_loss_avg_over_batch"]
 HISTORY += ["bd_test_loss_avg_over_batch"]
+VERDICT = Verdict("sparse", torch.tensor([0.1, 0.2, 0.0, 0.9, 0.1], dtype=torch.float64), held_out=60).as_dict()  # target 3
 
 
 def scored_maps(counts: dict[str, list[int]], samples: int = 32, margins: bool = False) -> pd.DataFrame:

@@ -63,7 +63,7 @@ def test_placeholders_and_ragged_arrays_are_for_backdoorbench_only(tmp_path: Pat
     with pytest.raises(ValueError, match="inhomogeneous"):
         exec(compile(ragged, "/elsewhere/library.py", "exec"), {})
     exec(compile(ragged, str(tmp_path / "utils.py"), "exec"), names)
-    assert names["rows"].dtype == object
+    assert isinstance(names["rows"], np.ndarray) and names["rows"].dtype == object
 
 
 def test_what_a_script_will_use_is_missed_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from fmp_core.metrics import METRICS
 from fmp_core.report import page as page_module
 from fmp_core.report.data import Run, Trigger
-from made_runs import made_run, scored_maps
+from made_runs import VERDICT, made_run, scored_maps
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +38,7 @@ def by_trigger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run whose maps were selected by an inverted trigger."""
     maps = scored_maps(LAYERS).drop(columns=["correct", "samples", "margin", "rank"])
     maps = maps.assign(moved=1 / (1 + maps["channel"]), pruned=maps["channel"] < 2)
-    verdict = {"backdoored": True, "target": 3, "family": "sparse", "success": [0.1, 0.2, 0.0, 0.9], "lead": 0.7}
-    return written(tmp_path_factory.mktemp("by_trigger"), made_run(maps, verdict=verdict))
+    return written(tmp_path_factory.mktemp("by_trigger"), made_run(maps, verdict=VERDICT))
 
 
 def written(folder: Path, run: Run) -> Path:

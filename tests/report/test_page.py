@@ -24,13 +24,10 @@ from fmp_core.report.figures import training_curves
 from fmp_core.results.intervals import wilson
 from fmp_core.results.removal import OUTCOMES, attack_outcome
 from fmp_core.storage.files import file_digest
+from made_runs import VERDICT
 
 SAMPLE = ("--test_images", "8")  # of 10 clean and 9 triggered images
 RESULTS = Path("record") / RECORD / "defense" / "fmp"
-VERDICT = {
-    **{"backdoored": True, "target": 3, "family": "sparse", "success": [0.1, 0.2, 0.0, 0.9], "lead": 0.7, "too_few": False},
-    **{"success_all_to_all": 0.1, "held_out": 60},
-}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from fmp_core.results.tables import Table, to_html
+from fmp_core.results.tables import ABOUT, Table, to_html
 from PIL import Image
 
 METHODS = ["no defense", "fmp", "ft", "nad (published)"]
@@ -17,7 +17,8 @@ ACCURACIES = {"no defense": 92.0, "fmp": 91.0, "ft": 93.5, "nad (published)": 90
 
 def page_file(folder: Path) -> Path:
     means = pd.DataFrame({("badnet", "test_acc"): ACCURACIES, ("badnet", "test_asr"): {"fmp": 8.0}}).loc[METHODS]
-    table = Table("cifar10", means, means * 0 + 0.5, pd.Series(0.1, METHODS).map(str))
+    about, lost = pd.DataFrame("0.1", METHODS, ABOUT), pd.DataFrame({"badnet": 92.0 - means["badnet", "test_acc"]})
+    table = Table("cifar10", means, means * 0 + 0.5, about, lost)
     file = folder / "tables.html"
     file.write_text(to_html([table]), encoding="utf-8")
     return file

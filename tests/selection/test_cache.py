@@ -62,7 +62,8 @@ def test_another_normalisation_is_another_question() -> None:
 
 def test_scores_come_back(tmp_path: Path):
     settled = torch.tensor([True, True, False, True])
-    scores = Scores(LAYERS, torch.arange(4), *torch.rand(2, 4).double(), 5, settled)
+    margin, smallest_margin = torch.rand(2, 4).double()
+    scores = Scores(LAYERS, torch.arange(4), margin, smallest_margin, 5, settled)
     save_scores(tmp_path, key(), scores)
     again = load_scores(tmp_path, key(), LAYERS)
     assert again is not None and again.samples == 5
@@ -71,7 +72,8 @@ def test_scores_come_back(tmp_path: Path):
 
 
 def test_a_damaged_or_foreign_file_is_no_answer(tmp_path: Path):
-    scores = Scores(LAYERS, torch.zeros(4, dtype=torch.int64), *torch.zeros(2, 4).double(), 5)
+    margin = torch.zeros(4).double()
+    scores = Scores(LAYERS, torch.zeros(4, dtype=torch.int64), margin, margin, 5)
     assert load_scores(tmp_path, key(), LAYERS) is None
     save_scores(tmp_path, key(), scores)
     path = cache_file(tmp_path, key())

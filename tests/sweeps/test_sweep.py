@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import sweep as script
-from conftest import RECORD
+from conftest import REAL_MODEL, RECORD, build_workplace
 from fmp_core.errors import UserError
 from fmp_core.storage.lock import locked
 from fmp_core.sweeps.jobs import Job, Outcome, finished, run
@@ -237,15 +237,19 @@ def test_a_real_sweep_is_not_rerun_for_a_report(workplace: Path, capsys: pytest.
 
 
 @pytest.mark.slow  # four runs of the program, one of which searches for triggers towards ten classes
-def test_a_real_sweep_does_shared_work_once(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_sweep_does_shared_work_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of two jobs with the paper's preset one ranks, of two strong ones one searches for triggers, though all run at once."""
-    (workplace / "s.yaml").write_text(
+    build_workplace(tmp_path, REAL_MODEL, batch_size=30)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text(
         textwrap.dedent(f"""
         records: [{RECORD}]
         defenses:
           - {{defense: fmp, p: [32, 64]}}
           - {{defense: fmp, name: strong, preset: strong, budget: [0.01, 0.1]}}
-        ours: {{epochs: 0, frg_samples: 1, ratio: 0.2, test_images: 2, report: False}}
+        ours: {{epochs: 0, frg_samples: 1, ratio: 1.0, test_images: 2, report: False}}
         device: cpu
         workers: 4
         """)
@@ -254,7 +258,7 @@ def test_a_real_sweep_does_shared_work_once(workplace: Path, capsys: pytest.Capt
     assert "4 of 4 jobs done" in capsys.readouterr().out
 
     def logs(*names: str) -> list[str]:
-        return [(workplace / "sweeps" / "s" / "logs" / f"{RECORD}.{name}.log").read_text() for name in names]
+        return [(tmp_path / "sweeps" / "s" / "logs" / f"{RECORD}.{name}.log").read_text() for name in names]
 
     paper, strong = logs("fmp-p32", "fmp-p64"), logs("strong-budget0.01", "strong-budget0.1")
     assert sum("feature maps read from" in log for log in paper) == 1

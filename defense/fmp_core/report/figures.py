@@ -84,7 +84,8 @@ def training_curves(history: pd.DataFrame, columns: dict[str, tuple[str, str]], 
     axes.set_ylim(0, 102 if percent else 1.08 * highest if np.isfinite(highest) and highest > 0 else 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
-    _legend(axes, len(columns))
+    if axes.lines:
+        _legend(axes, len(columns))
     return _svg(figure, f"{what} over fine-tuning epochs")
 
 
