@@ -51,7 +51,7 @@ def frame_of(*rows: tuple[str, str, str, float]) -> pd.DataFrame:
     columns = ["record", "attack", "method", "test_acc"]
     rest = {"test_asr": 0.5, "test_ra": 0.5, "der": 0.5, "rir": 0.5, "dataset": "d", "model": "m", "pratio": 0.1}
     rest |= {"record_digest": "d", "settings_digest": "s", "baseline": "attack", "origin": "ours", "ratio": 0.1}
-    rest |= {"acc_lost": 0.1, "code": "c", "seconds": 60.0, "reused": None}
+    rest |= {"acc_lost": 0.1, "code": "c", "seconds": 60.0, "reused": None, "target": "0"}
     whole = {name: pd.array([None] * len(rows), dtype="Int64") for name in ("record_seed", "test_images", "seed")}
     frame = pd.DataFrame(rows, columns=columns).assign(**rest, **whole)
     return frame.assign(defense=frame["method"])

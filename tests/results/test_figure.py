@@ -27,7 +27,7 @@ def frame_of(**attacks: dict[str, tuple[float, float]]) -> pd.DataFrame:
     frame = frame.assign(record_seed=0, record_digest="d", settings_digest="s", code="c")
     before = frame["record"].map(frame[frame["defense"] == "no defense"].set_index("record")["test_acc"])
     frame = frame.assign(acc_lost=(before - frame["test_acc"]).mask(frame["defense"] == "no defense"))
-    return frame.assign(test_ra=0.5, der=0.5, rir=0.5, baseline="attack", seconds=60.0, reused=None)
+    return frame.assign(test_ra=0.5, der=0.5, rir=0.5, baseline="attack", seconds=60.0, reused=None, target=None)
 
 
 def table(**attacks: dict[str, tuple[float, float]]) -> Table:

@@ -40,8 +40,17 @@ def test_different_records_of_one_attack_are_not_mixed() -> None:
     seeds = frame_of(("a", "badnet", "fmp", 0.8), ("b", "badnet", "fmp", 0.6)).assign(record_seed=[0, 1])
     (table,) = build_tables(seeds)
     assert table.attacks == ["badnet"] and table.means.loc["fmp", ("badnet", "test_acc")] == pytest.approx(70)
-    (table,) = build_tables(seeds.assign(record_digest=["all2one", "all2all"]))  # of other settings: no seeds of one attack
+    (table,) = build_tables(seeds.assign(record_digest=["patch of 3", "patch of 5"]))  # other settings: no seeds of one attack
     assert table.attacks == ["a", "b", "AVG"]
+
+
+def test_all_to_all_is_an_attack_of_its_own() -> None:
+    rows = [("a", "badnet", "fmp", 0.8), ("b", "blended", "fmp", 0.9), ("c", "badnet", "fmp", 0.6)]
+    frame = frame_of(*rows).assign(target=["0", None, "all-to-all"], record_digest=["all2one", None, "all2all"])
+    (table,) = build_tables(frame)
+    assert table.attacks == ["badnet", "badnet all-to-all", "blended", "AVG"]
+    assert table.means["badnet all-to-all", "test_acc"].to_dict() == {"fmp": pytest.approx(60)}
+    assert "BadNets, all-to-all Acc" in to_markdown(table)
 
 
 def test_results_of_other_settings_are_no_seeds_of_one_method() -> None:
@@ -118,7 +127,7 @@ def test_published_rows_do_not_compete(root: Path) -> None:
 def test_a_mean_that_lacks_a_record_is_not_the_best_and_a_note_says_so() -> None:
     rows = [("a", "badnet", "fmp", 0.8), ("b", "badnet", "fmp", 0.6), ("b", "badnet", "ft", 0.9)]
     (table,) = build_tables(frame_of(*rows).assign(record_seed=[0, 1, 1]))
-    assert table.notes == ["Means over fewer records than others, so not to be compared with them: ft on badnet lacks a."]
+    assert table.notes == ["Means over fewer records than others, so not to be compared with them: ft on BadNets lacks a."]
     assert {method for method, _ in marked(table)} <= {"fmp"}
     assert table.partial == {("badnet", "ft")}
 

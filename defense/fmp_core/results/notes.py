@@ -54,7 +54,9 @@ def notes_of_minutes(part: pd.DataFrame) -> Iterator[str]:
 def notes_of_partial(partial: dict[tuple[str, str], list[str]]) -> Iterator[str]:
     """On what :func:`partial_means` found: (attack, method) -> records that are missing."""
     if partial:
-        listed = "; ".join(f"{method} on {column} lacks {', '.join(absent)}" for (column, method), absent in partial.items())
+        listed = "; ".join(
+            f"{method} on {attack_title(column)} lacks {', '.join(absent)}" for (column, method), absent in partial.items()
+        )
         yield f"Means over fewer records than others, so not to be compared with them: {listed}."
 
 

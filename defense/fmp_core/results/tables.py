@@ -22,7 +22,7 @@ from fmp_core.results.notes import (
     notes_of_shares,
     partial_means,
 )
-from fmp_core.results.titles import ATTACK_TITLES, AVERAGE, attack_title, printable
+from fmp_core.results.titles import ALL_TO_ALL, ATTACK_TITLES, AVERAGE, attack_title, printable
 
 ASSETS = Path(__file__).parent / "assets"
 ITALIC = "font-style: italic; color: var(--soft);"
@@ -86,10 +86,10 @@ class Table:
 def build_tables(frame: pd.DataFrame) -> list[Table]:
     """One table per dataset, model and poison rate in the tidy table of :func:`fmp_core.results.collect.collect`.
 
-    A column is an attack; records of one attack that differ in their seed are averaged, other records of the same attack keep
-    their own column, named after the record. Results of one method that differ in more than their seed keep rows of their own,
-    named after their folders. AVG is over the columns, for methods that have them all. What was tested on a sample of the test
-    images has a row of its own, which says so.
+    A column is an attack, all-to-all another one; records of one attack that differ in their seed are averaged, other records
+    of the same attack keep their own column, named after the record. Results of one method that differ in more than their seed
+    keep rows of their own, named after their folders. AVG is over the columns, for methods that have them all. What was tested
+    on a sample of the test images has a row of its own, which says so.
     """
     frame = frame.assign(column=_columns(frame))
     frame["method"] = frame["method"].mask(_differ(frame), frame["defense"])
@@ -117,15 +117,16 @@ def _differ(frame: pd.DataFrame) -> pd.Series:
 
 def _columns(frame: pd.DataFrame) -> pd.Series:
     """The column each row belongs to: its attack, or its record where the attack's name alone would mix different records."""
-    records = frame[frame["origin"] != "published"].drop_duplicates("record")
+    attack = frame["attack"].mask(frame["target"].eq("all-to-all").fillna(False), frame["attack"] + ALL_TO_ALL)
+    records = frame.assign(attack=attack)[frame["origin"] != "published"].drop_duplicates("record")
     several = records.groupby([*SETTING, "attack"], dropna=False)["record_digest"].transform("nunique") > 1
     twice = records.duplicated([*SETTING, "attack", "record_seed"], keep=False)
     mixed = records[several | twice | records["attack"].isna()]
-    return frame["attack"].where(~frame["record"].isin(set(mixed["record"])), frame["record"])
+    return attack.where(~frame["record"].isin(set(mixed["record"])), frame["record"])
 
 
 def _table(title: str, part: pd.DataFrame) -> Table:
-    attacks = sorted(set(part["column"]), key=lambda name: ([*ATTACK_TITLES, name].index(name), name))
+    attacks = sorted(set(part["column"]), key=_attack_order)
     methods = sorted(set(part["method"]), key=_method_order)
     long = part.melt(["method", "column"], list(HEADLINES), var_name="metric")
     long["value"] = 100 * pd.to_numeric(long["value"], errors="coerce")
@@ -164,6 +165,12 @@ def _lost(part: pd.DataFrame) -> pd.DataFrame:
     """:attr:`Table.lost`."""
     lost = 100 * pd.to_numeric(part["acc_lost"], errors="coerce")
     return lost.groupby([part["method"], part["column"]]).mean().unstack()
+
+
+def _attack_order(name: str) -> tuple[int, str]:
+    """The attacks of papers in their order, all-to-all after each; then records and other attacks by name."""
+    attack = name.removesuffix(ALL_TO_ALL)
+    return [*ATTACK_TITLES, attack].index(attack), name
 
 
 def _method_order(name: str) -> tuple[bool, bool, list[tuple[int, str]]]:

@@ -11,6 +11,7 @@ ATTACK_TITLES = {
     "wanet": "WaNet",
     "sig": "SIG",
 }
+ALL_TO_ALL = " all-to-all"  # ends the name of an attack on all classes at once
 AVERAGE = "AVG"  # stands for an attack in the rows over all
 
 
@@ -21,4 +22,5 @@ def printable(text: object) -> str:
 
 def attack_title(name: str) -> str:
     """An attack's name as papers write it; an unknown one as it is, without control characters."""
-    return printable(ATTACK_TITLES.get(name, name))
+    attack = name.removesuffix(ALL_TO_ALL)
+    return printable(ATTACK_TITLES.get(attack, attack) + ("," + ALL_TO_ALL) * (attack != name))
