@@ -66,6 +66,6 @@ def notes_of_shares(shares: dict[str, list[float]]) -> Iterator[str]:
     by_share = {share: [method for method, owned in shares.items() if share in owned] for share in distinct}
     if len(by_share) > 1:
         listed = "; ".join(f"{share:g}: {', '.join(methods)}" for share, methods in by_share.items())
-        yield f"The methods had different shares of clean data ({listed}); `ratio` in a sweep file gives all of them the same."
+        yield f"The methods had different shares of clean data ({listed}); ratio: in a sweep file sets one for all."
     if sampled := [method for method in shares if method.endswith(SAMPLE)]:
         yield f"Tested on a sample of the test images, so not to be compared with the other rows: {', '.join(sampled)}."
