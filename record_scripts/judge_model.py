@@ -26,7 +26,7 @@ from fmp_core.system.cli import Parser, run_main
 RECORD = ("model", "dataset", "dataset_path", "image_size", "save_folder_name", "record_root")
 RUN = ("mean", "std", "ratio", "random_seed", "device", "dtype", "fresh", "quiet", "log_level")
 HELP = {  # where other programs' words do not fit
-    "dataset": "a folder {train,test}/<class>/*, or cifar10, cifar100, gtsrb, tiny, ... below --dataset_path",
+    "dataset": "required: a folder {train,test}/<class>/*, or cifar10, cifar100, gtsrb, tiny, ... below --dataset_path",
     "save_folder_name": "the record's name (default: the file's)",
     "ratio": "share of the clean training images that is used (default 0.1, more where that is below 1000 images)",
 }

@@ -247,14 +247,14 @@ def add_flags(
 
     All default to None, so that a value from elsewhere is overridden only by a flag that is given; values stay text and are
     read by :func:`parse_flags`, so that a bad flag and a bad YAML key read alike. A bare boolean flag means True, and
-    BackdoorBench's ``--amp True`` works too. ``helps`` replaces the fields' own words; ``defaults``: whether the help states
-    default values.
+    BackdoorBench's ``--amp True`` works too. ``helps`` replaces the fields' own words and default values; ``defaults``:
+    whether the help states those of the others.
     """
     fields = fields_of(cls)
     for name in fields if names is None else names:
         about = fields[name].metadata
         words, default = (helps or {}).get(name, about["help"]), default_text(fields[name])
-        words += f" (default {default})" if default and defaults else ""
+        words += f" (default {default})" if default and defaults and name not in (helps or {}) else ""
         short = [about["short"]] if about["short"] else []
         bare: dict[str, Any] = {"nargs": "?", "const": "True"} if about["kind"].boolean else {}
         metavar = about["kind"].metavar or name.rpartition("_")[2].upper()

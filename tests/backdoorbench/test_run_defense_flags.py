@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from command import Edit
 from conftest import RECORD
-from fmp_core.backdoorbench.run import run_on_record
+from fmp_core.backdoorbench.run import _old_result_kept, run_on_record
 from fmp_core.backdoorbench.workspace import open_job
 from fmp_core.errors import UserError
 from fmp_core.results.collect import collect
@@ -62,6 +65,17 @@ def test_anp_at_a_number_takes_no_test_images_however_it_is_given(flag: str, che
         run(checkout, flag, defense="anp", few=4)
 
 
+def test_labels_may_be_tensors_without_dimensions(checkout: Path, tiny_record: Path, edit_record: Edit) -> None:
+    """As those of BackdoorBench's CelebA are."""
+
+    def change(content: dict[str, Any]) -> None:
+        for item in content["bd_test"]["bd_data_container"]["data_dict"].values():
+            item["other_info"] = [torch.tensor(value) for value in item["other_info"]]
+
+    edit_record(tiny_record, change)
+    assert run(checkout) == 0
+
+
 def test_an_analysis_takes_no_test_images(checkout: Path, tiny_record: Path) -> None:
     with pytest.raises(UserError, match="--test_images is for defenses"):
         run(checkout, analysis="names", few=4)
@@ -81,10 +95,27 @@ def test_what_a_killed_run_put_aside_does_not_replace_a_newer_result(tmp_path: P
 
 
 def test_an_earlier_result_that_a_killed_run_put_aside_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "r" / "defense" / ".ft.before" / "ft_df_summary.csv", three_rows(0.9, 0.1, 0.8))
+    for name in (".ft.before", ".fp.aside"):
+        write(tmp_path / "r" / "defense" / name / "ft_df_summary.csv", three_rows(0.9, 0.1, 0.8))
     said: list[str] = []
     assert collect(tmp_path, said.append).empty
-    assert "defense/.ft.before is an earlier result" in said[0]
+    assert "defense/.fp.aside is an earlier result; a sweep that" in said[0]
+    assert "defense/.ft.before is an earlier result; a run_defense.py that" in said[1]
+
+
+@pytest.mark.parametrize("aside", [".ft.before", ".ft.aside"])  # put aside by an earlier run, by a sweep
+def test_a_whole_result_outlives_a_killed_run_and_a_failed_one(aside: str, tmp_path: Path) -> None:
+    """The killed run had ended its training, but not its last test, after which the note is written."""
+    ft = tmp_path / "ft"
+    write(tmp_path / aside / "defense_result.pt", "whole")
+    write(ft / "defense_result.pt", "not tested")
+    with pytest.raises(KeyboardInterrupt), _old_result_kept(ft, ft / "run_defense.log"):
+        write(ft / "run_defense.log", "Traceback")
+        raise KeyboardInterrupt
+    assert (ft / "defense_result.pt").read_text() == "whole" and {path.name for path in tmp_path.iterdir()} == {
+        "ft",
+        "ft.failed.log",
+    }
 
 
 def test_the_first_stages_of_rnp_are_no_result(tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ def board(path: Path) -> Path:
     head = ",dataset,backbone,attack_name,defense_name,ratio,test_acc,test_asr,test_ra\n"
     where = "cifar10,preactresnet18,badnet"
     lines = [f"0,{where},no defense,0.1,0.91,0.95,0.05", f"1,{where},ft,0.1,0.9,0.2,0.7", f"2,{where},nad,0.1,-1,-1,-1"]
-    lines += [f"3,{where},ft,0.05,0.9,0.2,0.7", "4,gtsrb,preactresnet18,badnet,ft,0.1,0.9,0.2,0.7", f"5,{where},fp,0.1,,,"]
+    lines += [f"3,{where},ft,0.05,0.9,0.2,0.7", "4,gtsrb,preactresnet18,badnet,ft,0.1,0.9,0.2,0.7"]
+    lines += [f"5,{where},fp,0.1,,,", f"6,{where},,0.1,0.9,0.2,0.7"]  # no figures, no defense
     write(path, head + "\n".join(lines) + "\n")
     return path
 

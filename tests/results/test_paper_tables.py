@@ -152,6 +152,18 @@ def test_another_attack_is_not_shown_as_the_papers() -> None:
     assert compare("1a", FULL, by_both).set_index("defense").loc["ft", "ours_test_acc"].gt(50).all()
 
 
+def test_an_average_is_not_of_two_programs_and_other_seeds_are_named() -> None:
+    have = results("1a", "full")
+    one = have[(have["method"] == "fmp") & (have["attack"] == "badnet")]
+    ours = have[have["method"] == "fmp"].assign(method="ft-only")
+    compared = compare("1a", FULL, pd.concat([have, ours, one.assign(method="ft", origin="backdoorbench"), one]))
+    average = compared[compared["attack"] == "AVG"].set_index("defense")["ours_test_acc"]
+    assert pd.isna(average["ft"]) and pd.notna(average["fmp"])
+    text = comparison_text("1a", FULL, compared)
+    assert "The row ft of Blended, Low Frequency, SSBA, WaNet is this project's ft-only" in text
+    assert "Means over different numbers of seeds: fmp (BadNets 2, Blended 1, Low Frequency 1, SSBA 1, WaNet 1)." in text
+
+
 def test_a_shrunken_table_says_so() -> None:
     compared = compare("5", DEMO, results("5", "demo"))
     assert compared["value"].tolist() == ["2", "8", "64"]

@@ -130,6 +130,29 @@ def test_a_mean_that_lacks_a_record_is_not_the_best_and_a_note_says_so() -> None
     assert table.notes == ["Means over fewer records than others, so not to be compared with them: ft on BadNets lacks a."]
     assert {method for method, _ in marked(table)} <= {"fmp"}
     assert table.partial == {("badnet", "ft")}
+    attacked = [("a", "badnet", "no defense", 0.9), ("b", "badnet", "no defense", 0.9), ("a", "badnet", "fmp", 0.8)]
+    (table,) = build_tables(frame_of(*attacked).assign(record_seed=[0, 1, 0], seed=None))
+    assert table.partial == {("badnet", "fmp")} and "fmp on BadNets lacks b" in table.notes[0]
+
+
+def test_a_mean_of_a_figure_is_of_all_results_or_absent() -> None:
+    """An attack whose own figures cannot be read has no DER; that of another record is not the mean of both."""
+    rows = frame_of(
+        ("a", "badnet", "ft", 0.8), ("b", "badnet", "ft", 0.6), ("a", "badnet", "fmp", 0.7), ("b", "badnet", "fmp", 0.7)
+    )
+    rows = rows.assign(record_seed=[0, 1, 0, 1], der=[0.9, None, 0.7, 0.7], acc_lost=[0.1, None, 0.2, 0.2])
+    (table,) = build_tables(rows)
+    assert table.means["badnet", "der"].to_dict() == {"fmp": pytest.approx(70), "ft": pytest.approx(float("nan"), nan_ok=True)}
+    assert table.stds["badnet", "der"].isna().to_dict() == {"fmp": False, "ft": True}
+    assert table.means["badnet", "test_acc"]["ft"] == pytest.approx(70) and ("fmp", "der") not in marked(table)
+    assert table.lost["badnet"].isna().to_dict() == {"fmp": False, "ft": True}
+
+
+def test_a_record_called_like_an_attack_keeps_its_own_column() -> None:
+    frame = frame_of(("badnet", "badnet", "fmp", 0.8), ("patch5", "badnet", "fmp", 0.6), ("", "badnet", "fmp (published)", 0.9))
+    (table,) = build_tables(frame.assign(record_digest=["a", "b", None], origin=["ours", "ours", "published"]))
+    assert table.attacks[:3] == ["badnet", "patch5", "record badnet"]
+    assert table.means["badnet", "test_acc"].dropna().to_dict() == {"fmp (published)": pytest.approx(90)}
 
 
 def test_an_attack_that_was_only_published_does_not_take_our_average() -> None:

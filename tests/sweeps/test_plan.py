@@ -113,6 +113,25 @@ def test_a_defense_of_backdoorbench(place: Path) -> None:
     assert command[4:6] == ("--defense", "ft")
 
 
+def test_another_checkout_decides_by_its_code_and_settings(place: Path) -> None:
+    script, own = Path("bb/defense/ft.py"), Path("bb/config/defense/ft/config.yaml")
+    for file in (script, own):
+        file.parent.mkdir(parents=True)
+        file.touch()
+
+    def decided(checkout: str = "bb") -> str:
+        (job,) = plan(sweep_of(defenses=["ft"], backdoorbench=checkout))
+        return settings_hash(job)
+
+    before = decided()
+    Path("bb").rename("moved")
+    assert decided("moved") == before
+    Path("moved", own.relative_to("bb")).write_text("lr: 0.5\n")
+    changed = decided("moved")
+    Path("moved", script.relative_to("bb")).write_text("print(1)\n")
+    assert len({before, changed, decided("moved")}) == 3
+
+
 def test_few_test_images_are_for_backdoorbench_and_decide(place: Path) -> None:
     (place / "bb" / "defense").mkdir(parents=True)
     (place / "bb" / "defense" / "ft.py").write_text("")

@@ -71,6 +71,8 @@ def _numbers(values: Any) -> Any:
 
 
 def _value(value: Any) -> Any:
+    if isinstance(value, Tensor) and not value.ndim:  # a label of CelebA
+        return value.clone()
     if isinstance(value, np.generic):
         value = value.item()
     if not isinstance(value, (int, float, str, type(None))):

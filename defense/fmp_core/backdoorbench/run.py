@@ -26,7 +26,15 @@ from fmp_core.results.read import (
     SWEEP_MARK,
     WHOLE_TEST,
 )
-from fmp_core.storage.files import file_digest, make_folders, put_aside, refuse_links_out_of, write_text
+from fmp_core.storage.files import (
+    aside_by_sweep,
+    bring_back,
+    file_digest,
+    make_folders,
+    put_aside,
+    refuse_links_out_of,
+    write_text,
+)
 from fmp_core.storage.lock import locked, result_lock
 
 NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
@@ -124,7 +132,8 @@ def _old_result_kept(results: Path, log: Path) -> Iterator[_Outcome]:
     if SWEEP_MARK in os.environ:
         yield outcome
         return
-    with put_aside(results, aside, DEFENSE_FILE):
+    bring_back(results, aside_by_sweep(results))
+    with put_aside(results, aside, RUN_NOTE):
         try:
             yield outcome
         finally:

@@ -92,8 +92,9 @@ def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any
     places = sorted(path for path in (folder / "defense").iterdir() if path.is_dir() and not path.name.startswith("."))
     found = {place.name: _or_warn(_result_in, place, warn) for place in places}
     results = {name: result for name, result in found.items() if result}
-    for aside in sorted((folder / "defense").glob(".*.before")):
-        warn(f"{aside} is an earlier result; a run_defense.py that runs or was killed put it aside, and another brings it back")
+    for aside in sorted(path for path in (folder / "defense").glob(".*") if path.suffix in (".before", ".aside")):
+        by = "run_defense.py" if aside.suffix == ".before" else "sweep"
+        warn(f"{aside} is an earlier result; a {by} that runs or was killed put it aside, and another brings it back")
     for name in _of_another(folder, results):
         warn(f"{folder / 'defense' / name} is a result on another attack_result.pt than {folder} has now; run it again")
         del results[name]
@@ -159,7 +160,7 @@ def _contradicts(logged: MetricValues, tested: MetricValues) -> bool:
 def read_leaderboard(path: str | Path) -> pd.DataFrame:
     """BackdoorBench's leaderboard csv in our columns, origin ``published``; runs that failed there (-1, empty) are left out."""
     try:
-        board = pd.read_csv(path)
+        board = pd.read_csv(path, keep_default_na=False, na_values=[""])  # "None" may be a defense's name
     except OSError as error:
         raise UserError(f"--leaderboard {path} cannot be read ({error.strerror or error}).") from None
     except ValueError as error:
@@ -169,7 +170,8 @@ def read_leaderboard(path: str | Path) -> pd.DataFrame:
         raise UserError(f"--leaderboard {path} lacks the columns {', '.join(absent)}; it is not BackdoorBench's leaderboard.")
     metrics = list(METRICS)
     board = board[["dataset", *names, *METRICS]].rename(columns=names)
-    board[metrics] = board[metrics].apply(pd.to_numeric, errors="coerce")
+    board[[*metrics, "pratio"]] = board[[*metrics, "pratio"]].apply(pd.to_numeric, errors="coerce")
+    board = board.dropna(subset=[*SETTING, "defense"]).astype({"defense": str})
     board = board[board[metrics].ge(0).all(axis=1) & board[metrics].le(1).all(axis=1)]
     board = board.drop_duplicates([*SETTING, "defense"]).assign(origin="published", source=str(path), record="")
     rows = board.assign(method=board["defense"] + " (published)").to_dict("records")

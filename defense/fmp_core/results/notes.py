@@ -15,9 +15,9 @@ SAMPLE = " test images)"  # ends the name of a method that was tested on a sampl
 
 def partial_means(part: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
     """Methods whose mean over an attack's records lacks some of them -> the records that are missing."""
-    run = part[
-        (part["origin"] != "published") & ~part["method"].str.startswith(BASELINE) & ~part["method"].str.endswith(SAMPLE)
-    ]
+    here = part[part["origin"] != "published"]
+    method = here["method"]
+    run = here[method.eq(BASELINE) | ~(method.str.startswith(BASELINE) | method.str.endswith(SAMPLE))]
     records = run.groupby("column")["record"].agg(set)
     owned = run.groupby(["column", "method"])["record"].agg(set)
     return {place: sorted(absent) for place, own in owned.items() if (absent := records[place[0]] - own)}

@@ -23,9 +23,10 @@ def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
     """One row per attack and value, and AVG rows over the attacks shown.
 
     ``ours_*``, ``published_*`` and ``difference_*`` are percent; ours is the mean over seeds, empty for what was not run.
-    ``origin`` says who ran it: ``ours`` or ``backdoorbench``; ``own_attack``, which attack it is of. Left out are results on a
-    sample of the test images, and those of records with another model, attack or poison rate than the row's.
-    ``fmp_core.sweeps.paper`` has left out those of other settings.
+    ``origin`` says who ran it: ``ours`` or ``backdoorbench``; ``own_attack``, which attack it is of; ``runs``, how many seeds.
+    An average is empty, too, where BackdoorBench ran it on some attacks and we on others. Left out are results on a sample of
+    the test images, and those of records with another model, attack or poison rate than the row's. ``fmp_core.sweeps.paper``
+    has left out those of other settings.
     """
     frame = frame[frame["test_images"].isna() & (frame["model"].isna() | (frame["model"] == scale.record["model"]))]
     rows = []
@@ -33,6 +34,7 @@ def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
         results = _results_of(frame, row, scale)
         line: dict[str, Any] = {"attack": row.attack, "value": row.value, "defense": row.defense}
         line["origin"] = ", ".join(sorted(set(results["origin"])))
+        line["runs"] = len(results)
         line["own_attack"] = ", ".join(sorted(set(results["attack"].dropna()))) or row.attack
         for metric in METRICS:
             line[f"ours_{metric}"] = 100 * float(results[metric].mean())
@@ -41,7 +43,10 @@ def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
     result = pd.DataFrame(rows)
     if result["attack"].nunique() > 1:
         figures = [f"{who}_{metric}" for who in ("ours", "published") for metric in METRICS]
-        average = result.groupby(["value", "defense"], sort=False)[figures].agg(lambda x: x.mean(skipna=False)).reset_index()
+        groups = result.groupby(["value", "defense"], sort=False)
+        average = groups[figures].agg(lambda x: x.mean(skipna=False)).reset_index()
+        ours, mixed = [name for name in figures if name.startswith("ours")], groups["origin"].nunique().gt(1).to_numpy()
+        average.loc[mixed, ours] = float("nan")
         result = pd.concat([result, average.assign(attack=AVERAGE)], ignore_index=True)
     for metric in METRICS:
         result[f"difference_{metric}"] = result[f"ours_{metric}"] - result[f"published_{metric}"]
@@ -104,8 +109,14 @@ def _not_run(table: str, compared: pd.DataFrame, backdoorbench: bool) -> Iterato
         yield f"Not run: {', '.join(left_out)}, which are BackdoorBench's; --backdoorbench runs them."
     if missing:
         yield f"Without a result: {', '.join(missing)}; not run yet, or failed."
-    if "ours" in set(own.loc[own["defense"] == "ft", "origin"]):
-        yield "The row ft is this project's ft-only (fine-tuning without pruning), not BackdoorBench's."
+    tuned = own[own["defense"] == "ft"]
+    if (of_ours := tuned["origin"] == "ours").any():
+        places = "" if of_ours.all() else f" of {', '.join(ATTACK_TITLES[attack] for attack in tuned.loc[of_ours, 'attack'])}"
+        yield f"The row ft{places} is this project's ft-only (fine-tuning without pruning), not BackdoorBench's."
+    for (defense, _), rows in own[own["runs"] > 0].groupby(["defense", "value"], sort=False):
+        if rows["runs"].nunique() > 1:
+            seeds = ", ".join(f"{ATTACK_TITLES[row.attack]} {row.runs:.0f}" for row in rows.itertuples())
+            yield f"Means over different numbers of seeds: {defense} ({seeds})."
     if "ssba_like" in set(own["own_attack"]):
         yield "SSBA is this project's SSBA-like attack here, not SSBA's trained encoder (docs/records.md)."
 

@@ -122,7 +122,9 @@ def _columns(frame: pd.DataFrame) -> pd.Series:
     several = records.groupby([*SETTING, "attack"], dropna=False)["record_digest"].transform("nunique") > 1
     twice = records.duplicated([*SETTING, "attack", "record_seed"], keep=False)
     mixed = records[several | twice | records["attack"].isna()]
-    return attack.where(~frame["record"].isin(set(mixed["record"])), frame["record"])
+    taken = frame["record"].isin({*attack.dropna(), AVERAGE})  # by the column of an attack
+    names = frame["record"].mask(taken, "record " + frame["record"])
+    return attack.where(~frame["record"].isin(set(mixed["record"])), names)
 
 
 def _table(title: str, part: pd.DataFrame) -> Table:
@@ -132,9 +134,10 @@ def _table(title: str, part: pd.DataFrame) -> Table:
     long["value"] = 100 * pd.to_numeric(long["value"], errors="coerce")
     over_seeds = long.groupby(["method", "column", "metric"])["value"]
     columns = pd.MultiIndex.from_product([attacks, HEADLINES])
+    mean = over_seeds.agg(lambda values: values.mean(skipna=False))  # DER of some of the records is none of all
     means, stds = (
         values.unstack([1, 2]).reindex(index=pd.Index(methods), columns=columns)
-        for values in (over_seeds.mean(), over_seeds.std())
+        for values in (mean, over_seeds.std().where(mean.notna()))
     )
     if len(attacks) > 1:
         run_here = sorted(set(part.loc[part["origin"] != "published", "column"]))
@@ -164,7 +167,7 @@ def _minutes(part: pd.DataFrame) -> pd.Series:
 def _lost(part: pd.DataFrame) -> pd.DataFrame:
     """:attr:`Table.lost`."""
     lost = 100 * pd.to_numeric(part["acc_lost"], errors="coerce")
-    return lost.groupby([part["method"], part["column"]]).mean().unstack()
+    return lost.groupby([part["method"], part["column"]]).agg(lambda values: values.mean(skipna=False)).unstack()
 
 
 def _attack_order(name: str) -> tuple[int, str]:

@@ -124,6 +124,11 @@ def bring_back(folder: Path, aside: Path, last_file: str | None = None) -> None:
         aside.rename(folder)
 
 
+def aside_by_sweep(folder: Path) -> Path:
+    """Where a sweep keeps a result of BackdoorBench while another run writes into ``folder``."""
+    return folder.with_name(f".{folder.name}.aside")
+
+
 @contextlib.contextmanager
 def put_aside(folder: Path, aside: Path, last_file: str | None = None) -> Iterator[None]:
     """Within the block ``folder`` is called ``aside``; then it takes its place again, unless the block removed it.

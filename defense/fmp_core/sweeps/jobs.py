@@ -21,7 +21,7 @@ from typing import Any
 from fmp_core.data.names import ATTACK_FILE, DEFENSE_FILE
 from fmp_core.errors import UserError
 from fmp_core.results.read import STAMP, SWEEP_MARK, Result, read_result, read_stamp
-from fmp_core.storage.files import bring_back, file_digest, put_aside, write_text
+from fmp_core.storage.files import aside_by_sweep, bring_back, file_digest, put_aside, write_text
 from fmp_core.storage.lock import locked, result_lock
 from fmp_core.system import processes
 
@@ -157,15 +157,10 @@ def _run_alone(job: Job, sweep: Path, environment: Mapping[str, str], timeout: f
     return Outcome(seconds, result=result)
 
 
-def _aside(job: Job) -> Path:
-    """Where a BB result stands while another run writes into its folder."""
-    return job.output.with_name(f".{job.output.name}.aside")
-
-
 def _bring_back(job: Job) -> None:
     """Put back what a run that was killed had put aside."""
     if job.writes:
-        bring_back(job.writes, _aside(job), STAMP if job.writes == job.folder else None)
+        bring_back(job.writes, aside_by_sweep(job.writes), STAMP if job.writes == job.folder else None)
 
 
 @contextlib.contextmanager
@@ -178,14 +173,14 @@ def _kept_apart(job: Job, failed: Path) -> Iterator[None]:
     if job.writes is None:
         yield
         return
-    with put_aside(job.writes, _aside(job)):
+    with put_aside(job.writes, aside_by_sweep(job.writes)):
         try:
             yield
             if job.writes != job.folder:
                 shutil.rmtree(job.folder, ignore_errors=True)
                 job.writes.rename(job.folder)
             else:
-                shutil.rmtree(_aside(job), ignore_errors=True)
+                shutil.rmtree(aside_by_sweep(job.writes), ignore_errors=True)
         except BaseException:
             shutil.rmtree(failed, ignore_errors=True)
             if job.writes.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 import string
@@ -28,6 +29,7 @@ from fmp_core.settings import (
     names,
     training_settings,
 )
+from fmp_core.storage.files import file_digest
 from fmp_core.sweeps.jobs import Job
 
 OURS = {"fmp": "frg", "ft-only": "none", "random-prune": "random"}  # name in a sweep -> --selection
@@ -251,9 +253,16 @@ def _bb_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mapping
     fewer = {"test_images": sample} if sample else {}
     start = (sys.executable, str(PROJECT / "record_scripts" / "run_defense.py"))
     folder = _result_folder(sweep, record, method, flags["random_seed"])
-    command, decides = (*start, *_flags({**about, **fewer}), "--", *_flags(flags)), {"defense": defense, **flags, **fewer}
+    command = (*start, *_flags({**about, **fewer}), "--", *_flags(flags))
+    decides = {"defense": defense, **flags, **fewer, "code": _digest_of_defense(script)}
     writes = folder.with_name(defense)
     return Job(record, "backdoorbench", method, flags["random_seed"], folder, command, decides, writes=writes)
+
+
+def _digest_of_defense(script: Path) -> str:
+    """Of a defense of BackdoorBench and its own settings files, in which checkouts may differ."""
+    files = [script, *sorted((script.parents[1] / "config" / "defense" / script.stem).glob("*.y*ml"))]
+    return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()[:16]
 
 
 def _result_folder(sweep: Sweep, record: str, method: str, seed: int) -> Path:
