@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--result_file", metavar="RECORD", help="take the weights of this attack record")
     parser.add_argument("--record_root", metavar="FOLDER", default="./record", help="default ./record")
     parser.add_argument(
-        "--model", metavar="NAME", default="preactresnet18", help="without --result_file: random weights of this model"
+        "--model", metavar="NAME", help="without --result_file: random weights of this model (default preactresnet18)"
     )
     parser.add_argument("--device", metavar="DEVICE", default="auto", help="as for fmp.py")
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"], help="default: both")

@@ -18,6 +18,7 @@ from conftest import MODEL, RECORD, Ran, call_fmp
 from fmp import FMP
 from fmp_core.inputs import DefenderInputs
 from fmp_core.selection.choice import Selection, select_none
+from fmp_core.settings import load_settings, unused
 from fmp_core.storage.files import file_digest
 from narrow_resnet import NARROW_RESNET_MAPS
 from PIL import Image
@@ -216,6 +217,10 @@ def test_flags_without_effect_and_a_model_that_diverged_are_said(workplace: Path
     assert "--budget has no effect without --selection trigger\n" in ran.err
     assert "--steplr_gamma has no effect without --lr_scheduler StepLR or MultiStepLR\n" in ran.err
     assert ran.err.count("has no effect") == 2
+    quick = unused(load_settings({"preset": "strong", "epochs": "0", "distill": "0.5", "batch_size": "8"}))
+    assert quick == ["--distill has no effect without --epochs of at least 1"]
+    drawn = unused(load_settings({"selection": "none", "masked": "True", "index": "i.txt", "ratio": "0.5"}))
+    assert [sentence.split()[0] for sentence in drawn] == ["--ratio", "--masked"]
     assert "Fine-tuning diverged." in json.loads((workplace / RESULTS / "metrics.json").read_text())["warnings"][0]
 
 

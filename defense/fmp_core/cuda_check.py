@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fmp_core import PROJECT
-from fmp_core.data.names import ATTACK_FILE
 from fmp_core.errors import UserError
 
 DIGITS = ("--yaml_path", str(PROJECT / "config" / "defense" / "fmp" / "digits.yaml"))
@@ -95,8 +95,10 @@ class Checks:
         return self.call("tests", "-m", "pytest", "-n0", *flags, cwd=PROJECT)[-1]
 
     def _record(self, *flags: str) -> str:
-        if not (self.folder / "record" / "badnet_digits" / ATTACK_FILE).exists():
-            self._script("make_record", "record", *flags, "--device", "cuda:0", "--quiet")
+        shutil.rmtree(
+            self.folder / "record" / "badnet_digits", ignore_errors=True
+        )  # of an earlier check, perhaps of older code
+        self._script("make_record", "record", *flags, "--device", "cuda:0", "--quiet")
         return "badnet_digits"
 
     def _script(self, script: str, name: str, *flags: str) -> None:

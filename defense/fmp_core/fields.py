@@ -54,11 +54,11 @@ def _checked(value: T, fits: bool) -> T:
 
 
 def integer(low: int, high: int | None = None, metavar: str = "N") -> Kind:
-    """A whole number in [low, high]."""
+    """A whole number in [low, high]; torch takes none of more than 64 bits."""
 
     def parse(value: Any) -> int:
         result = int(str(value))
-        return _checked(result, low <= result and (high is None or result <= high))
+        return _checked(result, low <= result <= (2**63 - 1 if high is None else high))
 
     return Kind(parse, f"a whole number of at least {low}" + ("" if high is None else f" and at most {high}"), metavar)
 

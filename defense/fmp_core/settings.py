@@ -194,11 +194,8 @@ FIELDS = fields.fields_of(Settings)
 
 def names(*stages: Stage, decides: bool = True) -> tuple[str, ...]:
     """The settings that touch one of ``stages``; without ``decides`` also those that only say where or how fast."""
-    return tuple(
-        name
-        for name, field in FIELDS.items()
-        if set(stages) & set(field.metadata["stages"]) and (field.metadata["decides"] or not decides)
-    )
+    about = {name: field.metadata for name, field in FIELDS.items()}
+    return tuple(name for name, tags in about.items() if {*stages} & {*tags["stages"]} and (tags["decides"] or not decides))
 
 
 def deciding_result() -> tuple[str, ...]:
@@ -233,11 +230,13 @@ def changed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unused(settings: Settings) -> list[str]:
-    """What a run with these settings does not use, of that which differs from the defaults: a sentence each."""
-    select, schedule = settings.selection, settings.lr_scheduler
+    """What a run with these settings does not use, of that which differs from its preset: a sentence each."""
+    select, schedule, tuning = settings.selection, settings.lr_scheduler, groups()[Stage.FINE_TUNING.value]
     needs = (
+        ("--epochs of at least 1", settings.epochs > 0, [name for name in tuning if name not in ("epochs", "batch_size")]),
+        ("a drawn clean subset (--index names one)", settings.index is None, ["ratio"]),
         ("--selection frg", select in ("frg", "trigger"), groups()[Stage.RANKING.value]),
-        ("--selection frg", select != "none", ["p", "scope"]),
+        ("--selection frg", select != "none", ["p", "scope", "masked"]),
         ("--selection trigger", select == "trigger", ["budget", "unlearn"]),
         ("several --frg_steps", settings.frg_steps > 1, ["alpha"]),
         ("--lr_scheduler StepLR", schedule == "StepLR", ["steplr_stepsize"]),
@@ -245,7 +244,8 @@ def unused(settings: Settings) -> list[str]:
         ("--lr_scheduler StepLR or MultiStepLR", schedule in ("StepLR", "MultiStepLR"), ["steplr_gamma"]),
     )
     without = {name: f"--{name} has no effect without {flag}" for flag, met, users in needs if not met for name in users}
-    return [sentence for name, sentence in without.items() if getattr(settings, name) != FIELDS[name].default]
+    given = changed(dataclasses.asdict(settings))
+    return [sentence for name, sentence in without.items() if name in given]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

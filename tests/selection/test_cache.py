@@ -60,6 +60,16 @@ def test_another_normalisation_is_another_question() -> None:
     assert len(keys) == 6
 
 
+def test_another_number_of_threads_is_another_question(monkeypatch: pytest.MonkeyPatch):
+    images, labels = torch.zeros(2, 3, 2, 2), torch.tensor([0, 1])
+    model = PixelModel(nn.Conv2d(3, 2, 1), dataset_facts("cifar10", (2, 2, 3), None, None))
+    search = TriggerSearch(model, LAYERS, images, labels, torch.float32, 0)
+    before = score_key(model, images, labels, {}), verdict_key(search, 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    after = score_key(model, images, labels, {}), verdict_key(search, 2)
+    assert after[0] != before[0] and after[1] != before[1]
+
+
 def test_scores_come_back(tmp_path: Path):
     settled = torch.tensor([True, True, False, True])
     margin, smallest_margin = torch.rand(2, 4).double()

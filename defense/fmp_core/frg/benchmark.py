@@ -6,6 +6,7 @@ Own timing rather than ``torch.utils.benchmark``: that runs what it times at lea
 from __future__ import annotations
 
 import copy
+import math
 import resource
 import statistics
 import time
@@ -101,23 +102,32 @@ def released_scheme(model: nn.Module, layer: ConvLayer, channel: int, images: Te
         return (model(reverse).argmax(1) == labels).sum()
 
 
-def make_scorer(args: Namespace, dtype: torch.dtype) -> FeatureMapScorer:
-    """A scorer of the record ``--result_file``, or of random weights of ``--model``, on random images with random labels."""
-    device, facts = devices.choose_device(args.device).device, FACTS["cifar10"]
+def _network(args: Namespace) -> tuple[nn.Module, tuple[int, int, int], int]:
+    """What is measured: the model, the height, width and channels of its images, and how many classes it has."""
+    if args.result_file and args.model:
+        raise UserError("--model and --result_file do not go together: the record names its model.")
     if args.result_file:
         record = read_attack_record(Path(args.record_root) / args.result_file)
-        network = load_model(record.model_name, record.num_classes, record.state)
-        (height, width, channels), classes = record.image_size, record.num_classes
-    else:
-        torch.manual_seed(0)
-        network = build_model(args.model, 10)
-        (height, width, channels), classes = facts.size, 10
+        return load_model(record.model_name, record.num_classes, record.state), record.image_size, record.num_classes
+    torch.manual_seed(0)
+    return build_model(args.model or "preactresnet18", 10), FACTS["cifar10"].size, 10
+
+
+def make_scorer(args: Namespace, dtype: torch.dtype) -> FeatureMapScorer:
+    """A scorer of the record ``--result_file``, or of random weights of ``--model``, on random images with random labels."""
+    device = devices.choose_device(args.device).device
+    network, (height, width, channels), classes = _network(args)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(args.images, channels, height, width, generator=generator)
     images = images.to(device, memory_format=torch.channels_last)
     labels = torch.randint(classes, (args.images,), generator=generator).to(device)
-    model = PixelModel(network, facts).on(device)
-    layers = trace_conv_layers(network, images[:1])
+    model = PixelModel(network, FACTS["cifar10"]).on(device)
+    try:
+        layers = trace_conv_layers(network, images[:1])
+    except RuntimeError as error:
+        raise UserError(
+            f"{args.model} cannot take images of {height}x{width} ({' '.join(str(error).split())[:160]}); choose another."
+        ) from None
     return FeatureMapScorer(model, layers, images, labels, FrgSettings(EPS), dtype, Batching(args.chunk, args.memory))
 
 
@@ -130,7 +140,7 @@ def measure(args: Namespace, dtype: torch.dtype) -> dict[str, float]:
     every = max(1, total // args.maps)
     sample = torch.arange(total) % every == every // 2  # even over all layers
     with frozen(model):
-        shared = seconds(lambda: scorer.score(torch.zeros_like(sample)), device, 1)
+        shared = seconds(scorer.forward_passes, device, 1) * math.ceil(len(images) / scorer.rows)
         sampled = seconds(lambda: scorer.score(sample), device, 1, warm_up=cuda) - shared
         ranked = total * len(images) / (shared + sampled * total / int(sample.sum()))
         process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -174,10 +184,10 @@ def measure_training(args: Namespace) -> dict[str, float]:
     device, facts = chosen.device, FACTS["cifar10"]
     count = TRAINING_IMAGES[device.type]
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8).to(device)
-    labels = torch.randint(10, (count,), generator=generator).to(device)
-    torch.manual_seed(0)
-    model = PixelModel(build_model(args.model, 10), facts).on(device)
+    network, (height, width, channels), classes = _network(args)
+    images = torch.randint(0, 256, (count, channels, height, width), generator=generator, dtype=torch.uint8).to(device)
+    labels = torch.randint(classes, (count,), generator=generator).to(device)
+    model = PixelModel(network, facts).on(device)
     batch = to_unit(images[: settings.batch_size]).contiguous(memory_format=torch.channels_last)
     tested = batch[: devices.rows_per_batch(device)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
@@ -219,6 +229,8 @@ def measure_all(args: Namespace) -> pd.DataFrame:
     for name in ("images", "maps", "repeat", "chunk", "memory"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}, but must be at least 1.")
+    if args.csv and not args.csv.absolute().parent.is_dir():
+        raise UserError(f"--csv {args.csv} cannot be written: there is no folder {args.csv.parent}.")
     device, rows = devices.choose_device(args.device), []
     print(f"{device.name}, torch {torch.__version__}, {args.images} images, about {args.maps} maps, {args.repeat} run(s)")
     work: dict[str, Callable[[], dict[str, float]]] = {name: partial(measure, args, DTYPES[name]) for name in args.dtype}

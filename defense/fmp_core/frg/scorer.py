@@ -209,11 +209,8 @@ class FeatureMapScorer:
 
         Groups that ``state`` has already are passed over.
         """
-        count, multiple = len(images), min(row_multiple(self.device), state.rows)
-        padding = [0] * (-count % multiple)  # each map's images, not the batch: where an image lies in it can round otherwise
-        images, start = torch.cat([images, images[padding]]), torch.cat([start, start[padding]])
-        exact = min(min_exact_rows(self.device), state.rows)
-        copies = max(math.ceil(exact / len(images)), state.rows // len(images))
+        count = len(images)
+        images, start, copies = self._padded(images, start, state.rows)
         state.group_by(copies)
         channels_of = {layer: maps[part].nonzero().flatten().tolist() for layer, part in layer_slices(self.layers)}
         layers = [layer for layer, channels in channels_of.items() if channels]
@@ -233,6 +230,20 @@ class FeatureMapScorer:
                 # A short group is padded: kernels are chosen by shape, and round differently.
                 padded = some + [some[-1]] * (copies - len(some))
                 yield Group(ids[first : first + copies], shared.reversed_images(layer, padded, self.settings), copies, count)
+
+    def _padded(self, images: Tensor, start: Tensor, rows: int) -> tuple[Tensor, Tensor, int]:
+        """``images`` and ``start`` filled up to a number that the device computes alike, and how many maps fill ``rows``."""
+        # Each map's images, not the batch: where an image lies in it can round otherwise.
+        padding = [0] * (-len(images) % min(row_multiple(self.device), rows))
+        images, start = torch.cat([images, images[padding]]), torch.cat([start, start[padding]])
+        exact = min(min_exact_rows(self.device), rows)
+        return images, start, max(math.ceil(exact / len(images)), rows // len(images))
+
+    def forward_passes(self) -> None:
+        """The passes that all maps share, of the first batch of images: for benchmarks."""
+        with self._ready():
+            images, start, copies = self._padded(self.images[: self.rows], self.start[: self.rows], self.rows)
+            SharedForward(self.model, self.layers, images, start, copies, self._low_precision, self.precision)
 
     @torch.inference_mode()
     def _margins(

@@ -34,13 +34,19 @@ SCORES_CODE, VERDICT_CODE = source_digest(*SCORES_MODULES), source_digest(*VERDI
 
 def score_key(model: torch.nn.Module, images: Tensor, labels: Tensor, settings: dict[str, object]) -> str:
     """What FRG scores depend on; ``settings`` in plain values."""
-    return content_key(_tensors(model), images, labels, {**settings, "code": SCORES_CODE})
+    return content_key(_tensors(model), images, labels, {**settings, **_threads(images), "code": SCORES_CODE})
 
 
 def verdict_key(search: TriggerSearch, num_classes: int) -> str:
     """What the verdicts of ``search`` depend on."""
     about = {"seed": search.seed, "dtype": str(search.dtype), "classes": num_classes, "families": FAMILIES}
-    return content_key(_tensors(search.model), search.images, search.labels, {**about, "code": VERDICT_CODE})
+    about |= {**_threads(search.images), "code": VERDICT_CODE}
+    return content_key(_tensors(search.model), search.images, search.labels, about)
+
+
+def _threads(images: Tensor) -> dict[str, object]:
+    """Kernels on a CPU share their sums among threads, so their number decides how results are rounded."""
+    return {"threads": torch.get_num_threads()} if images.device.type == "cpu" else {}
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
