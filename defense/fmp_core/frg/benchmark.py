@@ -125,9 +125,8 @@ def make_scorer(args: Namespace, dtype: torch.dtype) -> FeatureMapScorer:
     try:
         layers = trace_conv_layers(network, images[:1])
     except RuntimeError as error:
-        raise UserError(
-            f"{args.model} cannot take images of {height}x{width} ({' '.join(str(error).split())[:160]}); choose another."
-        ) from None
+        why, name = " ".join(str(error).split())[:160], args.model or args.result_file
+        raise UserError(f"{name} cannot take images of {height}x{width} ({why}); choose another.") from None
     return FeatureMapScorer(model, layers, images, labels, FrgSettings(EPS), dtype, Batching(args.chunk, args.memory))
 
 
