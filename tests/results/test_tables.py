@@ -50,7 +50,7 @@ def test_all_to_all_is_an_attack_of_its_own() -> None:
     (table,) = build_tables(frame)
     assert table.attacks == ["badnet", "badnet all-to-all", "blended", "AVG"]
     assert table.means["badnet all-to-all", "test_acc"].to_dict() == {"fmp": pytest.approx(60)}
-    assert "BadNets, all-to-all Acc" in to_markdown(table)
+    assert "BadNets all-to-all Acc" in to_markdown(table)
 
 
 def test_results_of_other_settings_are_no_seeds_of_one_method() -> None:

@@ -23,4 +23,4 @@ def printable(text: object) -> str:
 def attack_title(name: str) -> str:
     """An attack's name as papers write it; an unknown one as it is, without control characters."""
     attack = name.removesuffix(ALL_TO_ALL)
-    return printable(ATTACK_TITLES.get(attack, attack) + ("," + ALL_TO_ALL) * (attack != name))
+    return printable(ATTACK_TITLES.get(attack, attack) + ALL_TO_ALL * (attack != name))
