@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -e
-IN_TESTS := --explicit-package-bases --allow-untyped-defs --check-untyped-defs --no-warn-unused-ignores $(addprefix --disable-error-code=,union-attr \
-	arg-type operator index func-returns-value misc assignment list-item call-overload var-annotated str-unpack has-type dict-item)
+IN_TESTS := --explicit-package-bases --allow-untyped-defs --check-untyped-defs --no-warn-unused-ignores \
+	$(addprefix --disable-error-code=,union-attr arg-type operator index func-returns-value misc assignment list-item \
+	call-overload var-annotated str-unpack has-type dict-item)
 
 .PHONY: demo test test-all test-cuda lint clean
 

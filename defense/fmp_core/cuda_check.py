@@ -95,9 +95,8 @@ class Checks:
         return self.call("tests", "-m", "pytest", "-n0", *flags, cwd=PROJECT)[-1]
 
     def _record(self, *flags: str) -> str:
-        shutil.rmtree(
-            self.folder / "record" / "badnet_digits", ignore_errors=True
-        )  # of an earlier check, perhaps of older code
+        # One of an earlier check may be of older code.
+        shutil.rmtree(self.folder / "record" / "badnet_digits", ignore_errors=True)
         self._script("make_record", "record", *flags, "--device", "cuda:0", "--quiet")
         return "badnet_digits"
 

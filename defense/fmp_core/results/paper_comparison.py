@@ -45,8 +45,8 @@ def compare(table: str, scale: Scale, frame: pd.DataFrame) -> pd.DataFrame:
         figures = [f"{who}_{metric}" for who in ("ours", "published") for metric in METRICS]
         groups = result.groupby(["value", "defense"], sort=False)
         average = groups[figures].agg(lambda x: x.mean(skipna=False)).reset_index()
-        ours, mixed = [name for name in figures if name.startswith("ours")], groups["origin"].nunique().gt(1).to_numpy()
-        average.loc[mixed, ours] = float("nan")
+        mixed = groups["origin"].nunique().gt(1).to_numpy()
+        average.loc[mixed, [f"ours_{metric}" for metric in METRICS]] = float("nan")
         result = pd.concat([result, average.assign(attack=AVERAGE)], ignore_index=True)
     for metric in METRICS:
         result[f"difference_{metric}"] = result[f"ours_{metric}"] - result[f"published_{metric}"]

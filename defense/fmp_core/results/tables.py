@@ -134,7 +134,7 @@ def _table(title: str, part: pd.DataFrame) -> Table:
     long["value"] = 100 * pd.to_numeric(long["value"], errors="coerce")
     over_seeds = long.groupby(["method", "column", "metric"])["value"]
     columns = pd.MultiIndex.from_product([attacks, HEADLINES])
-    mean = over_seeds.agg(lambda values: values.mean(skipna=False))  # DER of some of the records is none of all
+    mean = over_seeds.agg(_mean_of_all)
     means, stds = (
         values.unstack([1, 2]).reindex(index=pd.Index(methods), columns=columns)
         for values in (mean, over_seeds.std().where(mean.notna()))
@@ -157,6 +157,11 @@ def _table(title: str, part: pd.DataFrame) -> Table:
     return Table(title, means, stds, about, _lost(part).reindex(methods), notes, frozenset(partial))
 
 
+def _mean_of_all(values: pd.Series) -> float:
+    """NaN if one of them is missing: DER of some of the records is not that of all."""
+    return float(values.mean(skipna=False))
+
+
 def _minutes(part: pd.DataFrame) -> pd.Series:
     """Elapsed minutes of a run of each method, as text: the mean of those that did all their work themselves."""
     seconds = pd.to_numeric(part["seconds"], errors="coerce").mask(part["reused"].notna())
@@ -167,7 +172,7 @@ def _minutes(part: pd.DataFrame) -> pd.Series:
 def _lost(part: pd.DataFrame) -> pd.DataFrame:
     """:attr:`Table.lost`."""
     lost = 100 * pd.to_numeric(part["acc_lost"], errors="coerce")
-    return lost.groupby([part["method"], part["column"]]).agg(lambda values: values.mean(skipna=False)).unstack()
+    return lost.groupby([part["method"], part["column"]]).agg(_mean_of_all).unstack()
 
 
 def _attack_order(name: str) -> tuple[int, str]:
