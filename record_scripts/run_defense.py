@@ -33,7 +33,7 @@ class Parser(cli.Parser):
 
 @cli.if_it_ends_early("what BackdoorBench has written so far stays")
 def run(args: Namespace, extra: list[str]) -> int:
-    message, code = run_on_record(job_of(args), args.defense, args.analysis, args.python, extra, args.test_images)
+    message, code = run_on_record(job_of(args), args.defense, args.analysis, args.python, extra, args.test_images, args.dtype)
     print(f"run_defense: {message}", file=sys.stderr if code else sys.stdout)
     return code
 
@@ -47,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--test_images", type=int, metavar="N",
         help="test on N images only while a defense runs, and at its end on all; saves much time on a CPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32",
+        help="bf16: on a CPU with AMX or AVX512-bf16 a defense takes about half the time; the final test is in fp32",
     )  # fmt: skip
     add_job_flags(parser, ROOT)
     args = parser.parse_args(argv[:end])

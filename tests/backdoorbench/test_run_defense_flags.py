@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ def run(
     defense: str = "echo",
     analysis: str | None = None,
     few: int | None = None,
+    dtype: str = "fp32",
+    device: str = "cpu",
 ) -> int:
     job = open_job(checkout, "record", record, "data", "cpu")
-    return run_on_record(job, defense, analysis, sys.executable, list(extra), few)[1]
+    job = dataclasses.replace(job, device=device)
+    return run_on_record(job, defense, analysis, sys.executable, list(extra), few, dtype)[1]
 
 
 @pytest.mark.parametrize("where", ["{root}/record/badnet_tiny", "../record/badnet_tiny", "../{name}/record/badnet_tiny/"])
@@ -79,6 +83,22 @@ def test_labels_may_be_tensors_without_dimensions(checkout: Path, tiny_record: P
 def test_an_analysis_takes_no_test_images(checkout: Path, tiny_record: Path) -> None:
     with pytest.raises(UserError, match="--test_images is for defenses"):
         run(checkout, analysis="names", few=4)
+
+
+def test_bf16_is_noted_and_decides(checkout: Path, tiny_record: Path) -> None:
+    """So that runs in two precisions are not taken for two runs of one."""
+    results, digests = tiny_record / "defense" / "counter", set()
+    for dtype in ("fp32", "bf16", "bf16"):
+        assert run(checkout, "--keep", "yes", defense="counter", dtype=dtype) == 0
+        assert ("; bf16 autocast" in (results / "run_defense.log").read_text()) == (dtype == "bf16")
+        digests.add((dtype, read_result(results).settings_digest))
+    assert len(digests) == len({digest for _, digest in digests}) == 2
+
+
+@pytest.mark.parametrize("instead", [{"analysis": "names"}, {"device": "cuda:0"}])
+def test_bf16_is_for_defenses_on_a_cpu(instead: dict[str, str], checkout: Path, tiny_record: Path) -> None:
+    with pytest.raises(UserError, match="--dtype bf16 is for defenses on a CPU"):
+        run(checkout, dtype="bf16", **instead)  # type: ignore[arg-type]
 
 
 def test_what_a_killed_run_put_aside_does_not_replace_a_newer_result(tmp_path: Path) -> None:

@@ -87,3 +87,27 @@ def test_convolutions_over_one_pixel_are_products_in_backdoorbench_too(tmp_path:
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == "UnsqueezeBackward0"
+
+
+def test_bf16_is_for_products_only_and_sees_each_step_of_the_optimizer(tmp_path: Path) -> None:
+    """Autocast keeps copies of weights until its context is left, which here is never; and BackdoorBench opens contexts too."""
+    (tmp_path / "script.py").write_text(
+        "import torch\n"
+        "layer = torch.nn.Linear(2, 1)\n"
+        "optimizer = torch.optim.SGD(layer.parameters(), lr=1)\n"
+        "for _ in range(2):\n"
+        "    with torch.cuda.amp.autocast(enabled=True):\n"
+        "        torch.nn.init.zeros_(layer.bias)\n"
+        "        out = layer(torch.ones(1, 2))\n"
+        "    out.sum().backward()\n"
+        "    optimizer.step()\n"
+        "    torch.nn.init.ones_(layer.weight)\n"
+        "print(out.dtype, out.item(), layer.weight.dtype)\n"
+    )
+    command = [sys.executable, str(shims.__file__), "script.py"]
+    for dtype in ("bf16", "fp32"):
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", shims.DTYPE: dtype}
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=BACKSTOP)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.splitlines()[-1] == f"torch.{'bfloat16' if dtype == 'bf16' else 'float32'} 2.0 torch.float32"
+        assert ("bf16 autocast" in ran.stdout) == (dtype == "bf16")

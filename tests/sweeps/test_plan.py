@@ -132,7 +132,7 @@ def test_another_checkout_decides_by_its_code_and_settings(place: Path) -> None:
     assert len({before, changed, decided("moved")}) == 3
 
 
-def test_few_test_images_are_for_backdoorbench_and_decide(place: Path) -> None:
+def test_few_test_images_and_bf16_are_for_backdoorbench_and_decide(place: Path) -> None:
     (place / "bb" / "defense").mkdir(parents=True)
     (place / "bb" / "defense" / "ft.py").write_text("")
 
@@ -146,6 +146,9 @@ def test_few_test_images_are_for_backdoorbench_and_decide(place: Path) -> None:
     whole = jobs()
     assert settings_hash(whole[0]) == settings_hash(ours) and settings_hash(whole[1]) != settings_hash(theirs)
     assert "--test_images" not in whole[1].command
+    ours, theirs = jobs(backdoorbench_dtype="bf16")
+    assert theirs.command[theirs.command.index("--dtype") + 1] == "bf16" and "--dtype" not in (*ours.command, *whole[1].command)
+    assert settings_hash(whole[0]) == settings_hash(ours) and settings_hash(whole[1]) != settings_hash(theirs)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from fmp_core.backdoorbench.shims import TEST_IMAGES
 from fmp_core.errors import UserError
 from fmp_core.system.processes import stop
 
@@ -64,21 +63,21 @@ def run_script(
     python: str,
     log: Path,
     echo: bool = True,
-    test_images: int | None = None,
+    adapted: Mapping[str, str] | None = None,
 ) -> Ended:
     """Run ``script`` (relative to the workspace ``folder``) on the shims; everything it prints goes to ``log`` as it comes and,
     with ``echo``, to the terminal, where else a line every half minute says that it runs.
 
     The script is the head of a process group of its own, which ends with it, and on Linux also if this process is killed.
-    Device ``cpu`` hides all GPUs from it, because some scripts use one whatever ``--device`` says. With ``test_images`` it
-    tests on an even sample of so many images of each test set.
+    Device ``cpu`` hides all GPUs from it, because some scripts use one whatever ``--device`` says. ``adapted`` are environment
+    variables that the shims act on.
     """
     program = shutil.which(python)
     if program is None:
         raise UserError(f"--python {python} is not a program; name the Python that BackdoorBench runs on.")
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
     environment.pop("PYTHONPATH", None)  # ours would shadow BackdoorBench's modules
-    environment |= {TEST_IMAGES: str(test_images)} if test_images else {}
+    environment |= adapted or {}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [os.path.abspath(program), str(SHIMS), script, *arguments]

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from fmp_core.backdoorbench.process import Ended, in_own_process, run_script
+from fmp_core.backdoorbench.shims import DTYPE, TEST_IMAGES
 from fmp_core.backdoorbench.workspace import Job, workspace
 from fmp_core.data.names import BB_DATASETS, DEFENSE_FILE
 from fmp_core.errors import UserError
@@ -21,6 +22,7 @@ from fmp_core.results.read import (
     ATTACK_DIGEST,
     MODEL_DIGEST,
     NO_FINAL_TEST,
+    RUN_DTYPE,
     RUN_NOTE,
     SAMPLE_ONLY,
     SWEEP_MARK,
@@ -42,19 +44,24 @@ WRITTEN = ("--checkpoint_save", "--log", "--save_path")  # flags of BackdoorBenc
 
 
 def run_on_record(
-    job: Job, method: str, analysis: str | None, python: str, extra: list[str], test_images: int | None = None
+    job: Job, method: str, analysis: str | None, python: str, extra: list[str], test_images: int | None = None,
+    dtype: str = "fp32",
 ) -> tuple[str, int]:
     """Run ``defense/<method>.py`` on the record or, with ``analysis``, ``analysis/visual_<analysis>.py`` on what ``method``
     made of it. Returns one sentence on how it went, and the exit code.
 
     ``python`` runs BackdoorBench's script, which is given the flags ``extra`` after ours. With ``test_images`` a defense tests
     on so many images only while it runs; the model it ends with is tested on all of them by us, into ``whole_test.json``.
+    With ``dtype`` bf16 it computes under torch's autocast, on a CPU only, where BackdoorBench's own amp does nothing.
 
     Raises UserError if there is no such script or no result to analyse, BackdoorBench cannot be given the record, or another
     run writes there.
     """
     if test_images:
         _check_final_test(job, method, analysis, extra)
+    if dtype != "fp32" and (analysis or not job.device.startswith("cpu")):
+        raise UserError(f"--dtype {dtype} is for defenses on a CPU; leave it out with --analysis, and on CUDA, where amp does this.")
+    adapted = {TEST_IMAGES: str(test_images or 0), DTYPE: dtype}
     results, flags = job.folder / "defense" / method, job.flags
     if analysis is None:
         script, log = find_script(job.checkout, "defense", "", method), results / "run_defense.log"
@@ -75,13 +82,13 @@ def run_on_record(
             write_text(results / WHOLE_TEST, json.dumps({SAMPLE_ONLY: test_images}))
         with workspace(job) as folder:
             flags += [_from_here(before, word) for before, word in pairwise(["", *extra])]
-            ended = run_script(folder, script, flags, device=job.device, python=python, log=log, test_images=test_images)
+            ended = run_script(folder, script, flags, device=job.device, python=python, log=log, adapted=adapted)
         said, code = how_it_ended(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
         if test_images and not code:
             in_own_process(_final_test, job, results)
         if outcome and not code:
             outcome.ended = True
-            note = {MODEL_DIGEST: file_digest(results / DEFENSE_FILE), ATTACK_DIGEST: job.digest}
+            note = {MODEL_DIGEST: file_digest(results / DEFENSE_FILE), ATTACK_DIGEST: job.digest, RUN_DTYPE: dtype}
             write_text(results / RUN_NOTE, json.dumps(note) + "\n")
     return said.replace(str(log), str(outcome.log)) if outcome else said, code
 

@@ -24,7 +24,7 @@ FACTORIES = (
     *("zeros", "ones", "full", "empty", "rand", "randn", "randint", "arange", "eye", "tensor", "as_tensor", "linspace"),
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
 )
-TEST_IMAGES = "FMP_TEST_IMAGES"  # environment variable; set by process.py
+TEST_IMAGES, DTYPE = "FMP_TEST_IMAGES", "FMP_DTYPE"  # environment variables; run.py sets them
 COUNTS = {"--num_workers", "--num_workers_semi", "--u_num"}
 
 
@@ -45,7 +45,7 @@ def apply(root: str) -> str:
     """Put back what is missing; returns what was done, in words. ``root`` is the folder of BackdoorBench's files."""
     done = [*_numpy(root), *_torch(), *_torch_without_cuda(), *_one_pixel(), _whole_numbers(), *_stand_ins(), *_own_imports()]
     sys.meta_path.append(optional.Placeholders(root))
-    return "; ".join([*done, *_saved_by_nc(), *_fewer_test_images()])
+    return "; ".join([*done, *_saved_by_nc(), *_fewer_test_images(), *_autocast()])
 
 
 def _exists(name: str) -> bool:
@@ -207,6 +207,19 @@ def _fewer_test_images() -> list[str]:
 
     records.load_attack_result = load_attack_result  # type: ignore[attr-defined]
     return [f"tests on {count} images"]
+
+
+def _autocast() -> list[str]:
+    """Convolutions and matrix products in bf16, as BackdoorBench's amp does in fp16 where there is CUDA. Autocast keeps copies of weights
+    until its outermost context is left, which this one never is: they would stay those before the first step. BackdoorBench's
+    own contexts would turn that on again."""
+    if os.environ.get(DTYPE) != "bf16":
+        return []
+    import torch
+
+    torch.autocast("cpu", torch.bfloat16, cache_enabled=False).__enter__()
+    torch.set_autocast_cache_enabled = lambda enabled: None
+    return ["bf16 autocast"]
 
 
 def _saved_by_nc() -> list[str]:

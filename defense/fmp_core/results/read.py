@@ -29,6 +29,7 @@ SAMPLE_ONLY = "test_images"  # key of a run that has not come to that test
 MODEL_DIGEST = "defense_result"  # key of the SHA-256 of the defense_result.pt that was tested
 RUN_NOTE = "run_defense.json"  # of a BB defense: which attack_result.pt it defended, and which defense_result.pt came of it
 ATTACK_DIGEST = "attack_result"  # key of the SHA-256 of the record's attack_result.pt
+RUN_DTYPE = "dtype"  # key of the precision that the defense ran in, where torch's autocast lowers it
 ATTACK_NAMES = {"lowfrequency": "lf", "label_consistent": "lc"}  # info.pickle's names -> those of files and leaderboard
 ATTACKS = "badnet|blended|blind|bpp|ctrl|inputaware|lc|lf|lira|refool|sig|ssba|trojannn|wanet"
 DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))
@@ -96,6 +97,8 @@ def _bb_result(folder: Path) -> Result:
     deciding = {key: value for key, value in settings.items() if not re.search(NOT_OF_DEFENSE, key)}
     if tested and {path.name for path in folder.glob("*_df_summary.csv")} & DECIDE_BY_TESTS:
         deciding["test_images"] = "few"
+    if note.get(RUN_DTYPE, "fp32") != "fp32":
+        deciding[RUN_DTYPE] = str(note[RUN_DTYPE])
     no_share = logged.get("index", "None") != "None" or any((folder / f"{x}_df_summary.csv").is_file() for x in UNUSED_RATIO)
     return Result(
         metrics,

@@ -16,7 +16,7 @@ from fmp_core import PROJECT, fields
 from fmp_core.attacks.settings import AttackSettings, RecordSettings
 from fmp_core.data.names import BB_DATASETS
 from fmp_core.errors import UserError
-from fmp_core.fields import ANYTHING, DEVICE, REQUIRED, integer, list_of, mapping, number, pattern, setting, text
+from fmp_core.fields import ANYTHING, DEVICE, REQUIRED, choice, integer, list_of, mapping, number, pattern, setting, text
 from fmp_core.results.read import NO_FINAL_TEST
 from fmp_core.settings import (
     FIELDS,
@@ -75,6 +75,7 @@ class Sweep:
     ours: Mapping[str, Any] = setting(dict, mapping(), "settings of all of our defenses")
     backdoorbench: str | None = setting(None, text("FOLDER"), "root of a checkout; runs BackdoorBench's defenses")
     backdoorbench_test_images: int | None = setting(None, integer(1), "run_defense.py --test_images of its defenses")
+    backdoorbench_dtype: str = setting("fp32", choice("fp32", "bf16"), "run_defense.py --dtype of its defenses")
     slurm: Mapping[str, Any] = setting(dict, mapping(*fields.fields_of(Slurm)), "what sbatch is asked for")
 
     @property
@@ -250,11 +251,12 @@ def _bb_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mapping
     about = {"backdoorbench": sweep.backdoorbench, "defense": defense, "result_file": record}
     about |= {"record_root": sweep.record_root, "dataset_path": sweep.dataset_path, "device": sweep.job_device}
     sample = sweep.backdoorbench_test_images if defense not in NO_FINAL_TEST else None
-    fewer = {"test_images": sample} if sample else {}
+    quicker = {"test_images": sample} if sample else {}
+    quicker |= {"dtype": sweep.backdoorbench_dtype} if sweep.backdoorbench_dtype != "fp32" else {}
     start = (sys.executable, str(PROJECT / "record_scripts" / "run_defense.py"))
     folder = _result_folder(sweep, record, method, flags["random_seed"])
-    command = (*start, *_flags({**about, **fewer}), "--", *_flags(flags))
-    decides = {"defense": defense, **flags, **fewer, "code": _digest_of_defense(script)}
+    command = (*start, *_flags({**about, **quicker}), "--", *_flags(flags))
+    decides = {"defense": defense, **flags, **quicker, "code": _digest_of_defense(script)}
     writes = folder.with_name(defense)
     return Job(record, "backdoorbench", method, flags["random_seed"], folder, command, decides, writes=writes)
 
