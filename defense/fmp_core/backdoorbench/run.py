@@ -44,7 +44,12 @@ WRITTEN = ("--checkpoint_save", "--log", "--save_path")  # flags of BackdoorBenc
 
 
 def run_on_record(
-    job: Job, method: str, analysis: str | None, python: str, extra: list[str], test_images: int | None = None,
+    job: Job,
+    method: str,
+    analysis: str | None,
+    python: str,
+    extra: list[str],
+    test_images: int | None = None,
     dtype: str = "fp32",
 ) -> tuple[str, int]:
     """Run ``defense/<method>.py`` on the record or, with ``analysis``, ``analysis/visual_<analysis>.py`` on what ``method``
@@ -60,7 +65,7 @@ def run_on_record(
     if test_images:
         _check_final_test(job, method, analysis, extra)
     if dtype != "fp32" and (analysis or not job.device.startswith("cpu")):
-        raise UserError(f"--dtype {dtype} is for defenses on a CPU; leave it out with --analysis, and on CUDA, where amp does this.")
+        raise UserError(f"--dtype {dtype} is for defenses on a CPU; leave it out with --analysis, and on CUDA, which has amp.")
     adapted = {TEST_IMAGES: str(test_images or 0), DTYPE: dtype}
     results, flags = job.folder / "defense" / method, job.flags
     if analysis is None:

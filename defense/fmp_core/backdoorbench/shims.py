@@ -210,9 +210,11 @@ def _fewer_test_images() -> list[str]:
 
 
 def _autocast() -> list[str]:
-    """Convolutions and matrix products in bf16, as BackdoorBench's amp does in fp16 where there is CUDA. Autocast keeps copies of weights
-    until its outermost context is left, which this one never is: they would stay those before the first step. BackdoorBench's
-    own contexts would turn that on again."""
+    """Convolutions and matrix products in bf16, as BackdoorBench's amp does in fp16 where there is CUDA.
+
+    Autocast keeps copies of weights until its outermost context is left, which this one is not: they would stay those before
+    the first step. BackdoorBench's own contexts would turn that on again.
+    """
     if os.environ.get(DTYPE) != "bf16":
         return []
     import torch

@@ -251,7 +251,7 @@ def _bb_job(sweep: Sweep, record: str, defense: str, method: str, flags: Mapping
     about = {"backdoorbench": sweep.backdoorbench, "defense": defense, "result_file": record}
     about |= {"record_root": sweep.record_root, "dataset_path": sweep.dataset_path, "device": sweep.job_device}
     sample = sweep.backdoorbench_test_images if defense not in NO_FINAL_TEST else None
-    quicker = {"test_images": sample} if sample else {}
+    quicker: dict[str, Any] = {"test_images": sample} if sample else {}
     quicker |= {"dtype": sweep.backdoorbench_dtype} if sweep.backdoorbench_dtype != "fp32" else {}
     start = (sys.executable, str(PROJECT / "record_scripts" / "run_defense.py"))
     folder = _result_folder(sweep, record, method, flags["random_seed"])
