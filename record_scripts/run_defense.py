@@ -31,7 +31,7 @@ class Parser(cli.Parser):
         super().error(f"{message}; flags of BackdoorBench's script go last, after --, as in ... -- --epochs 10")
 
 
-@cli.if_it_ends_early("what BackdoorBench has written so far stays")
+@cli.if_it_ends_early("an earlier result stays as it was; without one, what BackdoorBench has written so far stays")
 def run(args: Namespace, extra: list[str]) -> int:
     message, code = run_on_record(job_of(args), args.defense, args.analysis, args.python, extra, args.test_images, args.dtype)
     print(f"run_defense: {message}", file=sys.stderr if code else sys.stdout)
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32",
-        help="bf16: on a CPU with AMX or AVX512-bf16 a defense takes about half the time; the final test is in fp32",
+        help="bf16: on a CPU with AMX or AVX512-bf16 a defense takes about half the time; BackdoorBench tests in bf16, too",
     )  # fmt: skip
     add_job_flags(parser, ROOT)
     args = parser.parse_args(argv[:end])

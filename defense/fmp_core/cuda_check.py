@@ -95,9 +95,9 @@ class Checks:
         return self.call("tests", "-m", "pytest", "-n0", *flags, cwd=PROJECT)[-1]
 
     def _record(self, *flags: str) -> str:
-        # One of an earlier check may be of older code.
+        # One of an earlier check may be of older code, whether or not that came to its end.
         shutil.rmtree(self.folder / "record" / "badnet_digits", ignore_errors=True)
-        self._script("make_record", "record", *flags, "--device", "cuda:0", "--quiet")
+        self._script("make_record", "record", *flags, "--device", "cuda:0", "--quiet", "--fresh")
         return "badnet_digits"
 
     def _script(self, script: str, name: str, *flags: str) -> None:

@@ -56,7 +56,7 @@ ANALYSIS = """
 import os, sys
 print(*sys.argv)
 folder = "record/" + sys.argv[sys.argv.index("--result_file_defense") + 1]
-os.mkdir(folder + "/visual")
+os.makedirs(folder + "/visual", exist_ok=True)
 open(folder + "/visual/plot.png", "w").close()
 """
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import RECORD, Ran
 from fmp_core.backdoorbench import parity
+from fmp_core.backdoorbench.workspace import open_job
 from fmp_core.results.bb_tables import TEST_COLUMNS, summary_frame, write_csv
 
 COLUMNS = ["epoch", "batch", "train_epoch_loss_avg_over_batch", "train_acc", *TEST_COLUMNS]
@@ -89,6 +90,18 @@ def test_a_run_that_backdoorbench_cannot_repeat_is_refused(
     (tiny_record / "defense" / "fmp" / "metrics.json").write_text("{")
     assert script.main(flags) == 2
     assert "metrics.json is not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".", "linked"])
+def test_a_record_may_be_named_by_its_own_folder_or_a_link(
+    name: str, tiny_record: Path, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path("data").resolve()
+    (tmp_path / "linked").symlink_to(tiny_record.resolve())
+    monkeypatch.chdir(tiny_record if name == "." else tmp_path)
+    given = "." if name == "." else str(tmp_path / "linked")
+    facts = parity.measure_with_fmp(open_job(checkout.resolve(), ".", given, data, "cpu"), tmp_path)
+    assert set(facts["attacked"]) >= {"test_acc", "test_asr", "test_ra"}
 
 
 @pytest.mark.skipif("BACKDOORBENCH_ROOT" not in os.environ, reason="BACKDOORBENCH_ROOT names no BackdoorBench checkout")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fmp_core.backdoorbench.run import refuse_more_than_data, run_on_record
+from fmp_core.backdoorbench.record_copy import write_result_copy
+from fmp_core.backdoorbench.run import run_on_record
 from fmp_core.backdoorbench.workspace import Job, open_job, workspace
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.errors import UserError
@@ -83,12 +84,13 @@ class Writer:
 
 def test_no_class_of_pillow_but_an_image_is_left_to_another_program(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
-    torch.save({"x": Writer(str(tmp_path / "precious"))}, tmp_path / "writer.pt")
+    torch.save({"model": {}, "x": Writer(str(tmp_path / "precious"))}, tmp_path / "writer.pt")
     assert load_torch_file(tmp_path / "writer.pt")["x"] is not None  # we make no such object
     with pytest.raises(UserError, match="AppendingTiffWriter"):
-        refuse_more_than_data(tmp_path / "writer.pt")
-    torch.save({"x": Image.new("RGB", (2, 2)), "y": np.arange(3)}, tmp_path / "image.pt")
-    refuse_more_than_data(tmp_path / "image.pt")
+        write_result_copy(tmp_path / "writer.pt", tmp_path / "copy.pt")
+    torch.save({"model": {"w": torch.ones(2)}, "y": np.arange(3)}, tmp_path / "result.pt")
+    write_result_copy(tmp_path / "result.pt", tmp_path / "copy.pt")
+    assert torch.load(tmp_path / "copy.pt", weights_only=False)["y"].tolist() == [0, 1, 2]
     assert (tmp_path / "precious").read_text() == "precious"
 
 

@@ -112,7 +112,7 @@ def test_with_few_test_images_the_final_model_is_tested_on_all(checkout: Path, t
 
 
 def test_a_defense_that_saves_other_weights_than_it_tests_takes_no_test_images(checkout: Path, tiny_record: Path) -> None:
-    for defense, extra in (("npd", []), ("nab", []), ("mcr", []), ("anp", ["--pruning_number", "0.1"])):
+    for defense, extra in (("npd", []), ("nab", []), ("mcr", []), ("dbd", []), ("anp", ["--pruning_number", "0.1"])):
         with pytest.raises(UserError, match=f"--test_images cannot be used with {defense}, which saves"):
             run(checkout, *extra, defense=defense, test_images=4)
 

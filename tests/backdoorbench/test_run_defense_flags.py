@@ -143,3 +143,29 @@ def test_the_first_stages_of_rnp_are_no_result(tmp_path: Path) -> None:
         read_result(tmp_path / "rnp")
     write(tmp_path / "rnp" / "rnp_df_summary.csv", one_row(0.9, 0.1, 0.8))
     assert read_result(tmp_path / "rnp").metrics["test_acc"] == 0.9
+
+
+def test_a_result_that_is_replaced_stays_however_the_old_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link is only a link; and Ctrl-C while the old result is removed comes too late."""
+    write(tmp_path / "run1" / "defense_result.pt", "old")
+    ft = tmp_path / "ft"
+    ft.symlink_to("run1")
+    with _old_result_kept(ft, ft / "run_defense.log") as outcome:
+        write(ft / "defense_result.pt", "new")
+        outcome.ended = True
+    assert (ft / "defense_result.pt").read_text() == "new" and (tmp_path / "run1" / "defense_result.pt").read_text() == "old"
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", interrupted)
+        with _old_result_kept(ft, ft / "run_defense.log") as outcome:
+            write(ft / "defense_result.pt", "newest")
+            write(ft / "run_defense.json", "{}")
+            outcome.ended = True
+    assert (ft / "defense_result.pt").read_text() == "newest"
+    with _old_result_kept(ft, ft / "run_defense.log"):
+        pass
+    assert (ft / "defense_result.pt").read_text() == "newest"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ft", "run1"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fmp_core.backdoorbench import shims
+from PIL import Image
 
 BACKSTOP = 900
 
@@ -102,7 +103,7 @@ def test_bf16_is_for_products_only_and_sees_each_step_of_the_optimizer(tmp_path:
         "    out.sum().backward()\n"
         "    optimizer.step()\n"
         "    torch.nn.init.ones_(layer.weight)\n"
-        "print(out.dtype, out.item(), layer.weight.dtype)\n"
+        "print(out.dtype, out.detach().numpy().item(), layer.weight.dtype)\n"
     )
     command = [sys.executable, str(shims.__file__), "script.py"]
     for dtype in ("bf16", "fp32"):
@@ -111,3 +112,19 @@ def test_bf16_is_for_products_only_and_sees_each_step_of_the_optimizer(tmp_path:
         assert ran.returncode == 0, ran.stderr
         assert ran.stdout.splitlines()[-1] == f"torch.{'bfloat16' if dtype == 'bf16' else 'float32'} 2.0 torch.float32"
         assert ("bf16 autocast" in ran.stdout) == (dtype == "bf16")
+
+
+def test_no_program_is_started_to_read_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Pillow starts Ghostscript for files that begin like EPS, whatever their names."""
+    (tmp_path / "script.py").write_text(
+        "from PIL import Image\nprint(Image.open('png.png').size)\nImage.open('eps.png').load()\n"
+    )
+    Image.new("RGB", (3, 2)).save(tmp_path / "png.png")
+    (tmp_path / "eps.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    command = [sys.executable, str(shims.__file__), "script.py"]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=BACKSTOP)
+    assert "(3, 2)" in ran.stdout and "UnidentifiedImageError" in ran.stderr
+    assert not (tmp_path / "started").exists()

@@ -28,9 +28,29 @@ def encoded(length: int, times: int) -> bytes:
 
 
 def test_a_large_value_cannot_be_copied_without_end() -> None:
-    with pytest.raises(RefusedError, match="the same large value again and again") as caught:
+    with pytest.raises(RefusedError, match="the same value again and again") as caught:
         read(encoded(100_000, 50))
     assert not caught.value.runs_code
+
+
+def test_a_short_list_cannot_be_copied_without_end() -> None:
+    """Each six bytes would make a dict of 64 entries."""
+    pairs = b"](" + b"".join(b"K" + bytes([key]) + b"N\x86" for key in range(64)) + b"e"
+    start = b"\x80\x02](ccollections\nOrderedDict\nq\x00" + pairs + b"\x85q\x01"
+    assert len(read(start + b"h\x00h\x01R" * 2 + b"e.")) == 4  # type: ignore[arg-type]
+    with pytest.raises(RefusedError, match="the same value again and again"):
+        read(start + b"h\x00h\x01R" * 1000 + b"e.")
+
+
+def test_the_state_of_an_array_cannot_be_copied_without_end() -> None:
+    """Whether it is a tuple, as numpy writes it, or a list: a text in it is encoded anew for each array."""
+    dtype = b"cnumpy\ndtype\n" + text("u1") + b"\x85R(K\x03" + text("|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    state = b"](K\x01M\x88\x13\x85" + dtype + b"\x89" + text("\0" * 5000) + b"eq\x01"
+    made = b"cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nK\x00\x85" + text("b") + b"\x87q\x03"
+    content = b"\x80\x02](" + state + made
+    assert len(read(content + b"h\x02h\x03Rh\x01b" * 2 + b"e.")) == 5  # type: ignore[arg-type]
+    with pytest.raises(RefusedError, match="the same value again and again"):
+        read(content + b"h\x02h\x03Rh\x01b" * 50 + b"e.")
 
 
 def test_small_values_may_be_used_often() -> None:

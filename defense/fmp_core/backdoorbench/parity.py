@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from fmp_core.backdoorbench.process import in_own_process, run_script
-from fmp_core.backdoorbench.run import refuse_more_than_data
 from fmp_core.backdoorbench.workspace import Job, workspace
 from fmp_core.data.names import DEFENSE_FILE
 from fmp_core.errors import UserError
@@ -102,9 +101,9 @@ def measure_with_fmp(job: Job, scratch: Path) -> dict[str, Any]:
     from fmp_core.settings import load_settings
     from fmp_core.system.devices import choose_device
 
-    flags = {"record_root": str(job.folder.parents[job.name.count("/")]), "dataset_path": str(job.dataset_path)}
-    settings = load_settings(flags)
-    inputs = load_inputs(settings, job.name, choose_device(job.device).device)
+    folder = job.folder.resolve()  # which may have another name than the record is called by
+    settings = load_settings({"record_root": str(folder.parent), "dataset_path": str(job.dataset_path)})
+    inputs = load_inputs(settings, folder.name, choose_device(job.device).device)
     indexed = sorted(inputs.subset)[::-1]  # a subset in an order that no seed gives
     index = scratch / "index.txt"
     index.write_text("".join(f"{i}\n" for i in indexed))
@@ -142,10 +141,7 @@ def measure_with_backdoorbench(job: Job, inputs: dict[str, Any], python: str, sc
     """Run the probe; its measurements. Raises UserError, with BackdoorBench's last error, if it fails."""
     (scratch / "inputs.json").write_text(json.dumps(inputs))
     files = [str(scratch / "inputs.json"), str(scratch / "measured.json")]
-    result = job.folder / "defense" / "fmp" / DEFENSE_FILE
-    if result.is_file():
-        in_own_process(refuse_more_than_data, result)
-    with workspace(job) as folder:
+    with workspace(job, write_through=False, analysed="fmp") as folder:
         (folder / PROBE.name).symlink_to(PROBE)
         log = scratch / "probe.log"
         ended = run_script(folder, PROBE.name, files, device=job.device, python=python, log=log, echo=False)

@@ -1,7 +1,8 @@
-"""The attack record that BackdoorBench is given: what was read of a stranger's file, written anew.
+"""The attack record and result that BackdoorBench is given: what was read of a stranger's files, written anew.
 
 BackdoorBench executes whatever a pickle says and opens whatever path it holds. So it gets a file of plain data, whose images
-lie in the record's own folders, wherever the stored paths lead. Imports torch.
+lie in the record's own folders, wherever the stored paths lead. A check of the file itself would not do, since a zip file can
+be made that two readers read differently. Imports torch.
 """
 
 from __future__ import annotations
@@ -37,6 +38,14 @@ def write_record_copy(job: Job, file: Path) -> None:
     facts = {"model_name": job.model_name, "num_classes": job.num_classes, "model": content["model"]}
     facts |= {"data_path": f"./data/{job.dataset}", "img_size": job.image_size, "clean_data": job.dataset}
     write_torch(file, {**facts, **sets})
+
+
+def write_result_copy(result: Path, file: Path) -> None:
+    """Write what ``result``, a ``defense_result.pt``, holds to ``file``. Raises UserError if that is more than plain data."""
+    content = load_torch_file(result, known_only=True)
+    if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
+        raise UserError(f"{result} holds no model; run that defense again.")
+    write_torch(file, dict(content))
 
 
 def _plain_set(state: Mapping[str, Any], job: Job) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from fmp_core.backdoorbench.process import Ended, in_own_process, run_script
 from fmp_core.backdoorbench.shims import DTYPE, TEST_IMAGES
-from fmp_core.backdoorbench.workspace import Job, workspace
+from fmp_core.backdoorbench.workspace import PLOTS, Job, workspace
 from fmp_core.data.names import BB_DATASETS, DEFENSE_FILE
 from fmp_core.errors import UserError
 from fmp_core.results.read import (
@@ -78,14 +77,14 @@ def run_on_record(
         flags += ["--result_file_attack", job.name, "--result_file_defense", f"{job.name}/defense/{method}"]
         if not (results / DEFENSE_FILE).is_file():
             raise UserError(f"There is no {results / DEFENSE_FILE} to analyse; run the defense {method} first.")
-        in_own_process(refuse_more_than_data, results / DEFENSE_FILE)
-    refuse_links_out_of(job.folder, results, log)
+    plots = (results / PLOTS, *(results / PLOTS).rglob("*"))
+    refuse_links_out_of(job.folder, results, log, *(plots if analysis else ()))
     started = time.time() - 1  # file systems with coarse clocks
     with _alone(results, method), contextlib.nullcontext() if analysis else _old_result_kept(results, log) as outcome:
         make_folders(results)
         if test_images:
             write_text(results / WHOLE_TEST, json.dumps({SAMPLE_ONLY: test_images}))
-        with workspace(job) as folder:
+        with workspace(job, analysed=method if analysis else None) as folder:
             flags += [_from_here(before, word) for before, word in pairwise(["", *extra])]
             ended = run_script(folder, script, flags, device=job.device, python=python, log=log, adapted=adapted)
         said, code = how_it_ended(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
@@ -145,12 +144,12 @@ def _old_result_kept(results: Path, log: Path) -> Iterator[_Outcome]:
         yield outcome
         return
     bring_back(results, aside_by_sweep(results))
-    with put_aside(results, aside, RUN_NOTE):
+    with put_aside(results, aside, RUN_NOTE) as earlier:
         try:
             yield outcome
         finally:
+            earlier.replaced = outcome.ended
             if outcome.ended:
-                shutil.rmtree(aside, ignore_errors=True)
                 failed.unlink(missing_ok=True)
             elif aside.exists():
                 outcome.log = failed
@@ -164,13 +163,6 @@ def _alone(results: Path, method: str) -> contextlib.AbstractContextManager[None
         return contextlib.nullcontext()
     busy = f"Another run of {method} writes into the results of this record; wait for its end."
     return locked(results.parent, wait=False, busy=busy, name=result_lock(results))
-
-
-def refuse_more_than_data(path: Path) -> None:
-    """Raises UserError if a torch file, which BackdoorBench is going to unpickle, holds anything else."""
-    from fmp_core.storage.torch_file import load_torch_file  # imports torch
-
-    load_torch_file(path, known_only=True)
 
 
 def _final_test(job: Job, results: Path) -> None:

@@ -39,11 +39,13 @@ def _file_of_fmp(path: str) -> Any:
 
 
 optional = _file_of_fmp("optional_packages.py")
+names = _file_of_fmp(os.path.join(os.pardir, "data", "names.py"))
 
 
 def apply(root: str) -> str:
     """Put back what is missing; returns what was done, in words. ``root`` is the folder of BackdoorBench's files."""
-    done = [*_numpy(root), *_torch(), *_torch_without_cuda(), *_one_pixel(), _whole_numbers(), *_stand_ins(), *_own_imports()]
+    done = [*_numpy(root), *_torch(), *_torch_without_cuda(), *_one_pixel(), _images(), _whole_numbers()]
+    done += [*_stand_ins(), *_own_imports()]
     sys.meta_path.append(optional.Placeholders(root))
     return "; ".join([*done, *_saved_by_nc(), *_fewer_test_images(), *_autocast()])
 
@@ -128,6 +130,17 @@ def _one_pixel() -> list[str]:
     return ["convolutions over one pixel are matrix products on CPUs"]
 
 
+def _images() -> str:
+    """The poisoned images are a stranger's files, and Pillow starts programs to read some formats (EPS)."""
+    from PIL import Image
+
+    Image.init()
+    for name in set(Image.OPEN).difference(names.IMAGE_FORMATS):
+        del Image.OPEN[name]
+    Image.ID[:] = [name for name in Image.ID if name in Image.OPEN]
+    return "images are " + ", ".join(names.IMAGE_FORMATS)
+
+
 def _whole_numbers() -> str:
     """BackdoorBench reads counts as decimal numbers, which torch and numpy refuse as counts: its YAML files' 4 works, but not
     ``--num_workers 4``."""
@@ -166,12 +179,13 @@ def _stand_ins() -> list[str]:
 
 
 def _own_imports() -> list[str]:
-    """What BackdoorBench's files ask of one another and do not get, whatever the versions: bnp's networks import a folder by
-    the name it once had, and nab expects three values of a function that returns only the first."""
+    """What BackdoorBench's files ask of one another and do not get, whatever the versions: networks of bnp and ep import a
+    folder by the name it once had, and nab expects three values of a function that returns only the first."""
     done = []
-    if _exists("utils.defense_utils.mbns") and not _exists("defense.mbns"):
-        sys.modules["defense.mbns"] = importlib.import_module("utils.defense_utils.mbns")
-        done.append("defense.mbns")
+    for folder in ("mbns", "dde"):
+        if _exists(f"utils.defense_utils.{folder}") and not _exists(f"defense.{folder}"):
+            sys.modules[f"defense.{folder}"] = importlib.import_module(f"utils.defense_utils.{folder}")
+            done.append(f"defense.{folder}")
     if os.path.basename(sys.argv[0]) == "nab.py" and _exists("utils.defense_utils.dbd.utils_db.setup"):
         setup = importlib.import_module("utils.defense_utils.dbd.utils_db.setup")
         load = setup.load_config
@@ -221,6 +235,12 @@ def _autocast() -> list[str]:
 
     torch.autocast("cpu", torch.bfloat16, cache_enabled=False).__enter__()
     torch.set_autocast_cache_enabled = lambda enabled: None
+    to_numpy = torch.Tensor.numpy  # which has no bf16; ac, spectral and npd ask for activations
+
+    def numpy(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return to_numpy(self.float() if self.dtype == torch.bfloat16 else self, *args, **kwargs)
+
+    setattr(torch.Tensor, "numpy", numpy)  # noqa: B010 - assigning to a method is what mypy forbids
     return ["bf16 autocast"]
 
 

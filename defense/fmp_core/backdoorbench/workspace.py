@@ -3,7 +3,8 @@
 BackdoorBench reads ``./record``, ``./config`` and the poisoned images' paths from the current folder, and takes the dataset
 from beside the record's real path (``utils/save_load_attack.py``). A temporary folder of links satisfies it, with a copy of
 ``attack_result.pt`` that we write, so that neither the checkout nor the record has to be moved or changed; only
-``record/<name>/defense`` is written through.
+``record/<name>/defense`` is written through. For an analysis the defense's result is a copy, too, and only its folder of plots
+is written through.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fmp_core.backdoorbench.process import in_own_process
-from fmp_core.data.names import ATTACK_FILE
+from fmp_core.data.names import ATTACK_FILE, DEFENSE_FILE
 from fmp_core.errors import UserError
 from fmp_core.storage.files import make_folders
 
@@ -34,6 +35,7 @@ LAYOUTS = {  # what BackdoorBench reads of a dataset; FMP reads other layouts, t
     "mnist": ("MNIST/raw",),
     "tiny": ("tiny-imagenet-200/train", "tiny-imagenet-200/val"),
 }
+PLOTS = "visual"  # the folder in that of a defense into which BackdoorBench's analyses write
 PICKLES = (".pt", ".pth", ".pickle", ".pkl")
 
 
@@ -162,11 +164,13 @@ def _refuse_layout(dataset: str, folder: Path) -> None:
 
 
 @contextmanager
-def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
+def workspace(job: Job, write_through: bool = True, analysed: str | None = None) -> Iterator[Path]:
     """Yield a temporary current folder for BackdoorBench's scripts; without ``write_through`` their results vanish with it.
 
-    Raises UserError if the temporary folder's path is such that BackdoorBench cannot work, or the record holds no poisoned sets
-    in its form.
+    With ``analysed`` they are given that defense's result.
+
+    Raises UserError if the temporary folder's path is such that BackdoorBench cannot work, the record holds no poisoned sets in
+    its form, or that result is not plain data.
     """
     folder = Path(tempfile.mkdtemp(prefix="fmp_bb_")).resolve()
     try:
@@ -178,18 +182,36 @@ def workspace(job: Job, write_through: bool = True) -> Iterator[Path]:
             if entry.name not in OURS:
                 (folder / entry.name).symlink_to(entry)
         real, seen = job.folder.resolve(), folder / "record" / job.name
-        if write_through:
+        through = write_through and not analysed
+        if through:
             make_folders(real / "defense")
         seen.mkdir(parents=True)
         in_own_process(_write_record, job, seen / ATTACK_FILE)
         for entry in real.iterdir():  # files that BackdoorBench would unpickle stay away from it
-            if entry.suffix.lower() not in PICKLES and (entry.name != "defense" or write_through):
+            if entry.suffix.lower() not in PICKLES and (entry.name != "defense" or through):
                 (seen / entry.name).symlink_to(entry)
+        if analysed:
+            _offer_result(real / "defense" / analysed, seen / "defense" / analysed, write_through)
         (folder / "data").mkdir()
         (folder / "data" / job.dataset).symlink_to(job.dataset_folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _offer_result(results: Path, seen: Path, write_through: bool) -> None:
+    """Make the folder ``seen`` of the defense that wrote ``results``: with a copy of its model, and perhaps its plots."""
+    seen.mkdir(parents=True)
+    in_own_process(_write_result, results / DEFENSE_FILE, seen / DEFENSE_FILE)
+    if write_through:
+        make_folders(results / PLOTS)
+        (seen / PLOTS).symlink_to(results / PLOTS)
+
+
+def _write_result(result: Path, file: Path) -> None:
+    from fmp_core.backdoorbench.record_copy import write_result_copy  # imports torch
+
+    write_result_copy(result, file)
 
 
 def _write_record(job: Job, file: Path) -> None:

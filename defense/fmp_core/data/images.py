@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fmp_core.data.names import IMAGE_FORMATS
 from fmp_core.errors import UserError
 
 Size = tuple[int, int, int]  # height, width, channels
-# What datasets come in. Pillow knows formats that start programs (EPS) or that few have ever attacked.
-FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP")
 MOST_PIXELS = 50_000_000  # of one file; a small PNG can claim 16 times that, which takes seconds and gigabytes
 MAX_MEAN_ENLARGEMENT = 16  # times the pixels of the record's image size, that stored images may have on average
 
@@ -88,7 +87,7 @@ def read_images(paths: Sequence[Path], size: Size, most_pixels: float = math.inf
         warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata; what matters is an error
         for row, path in enumerate(paths):
             try:
-                with Image.open(path, formats=FORMATS) as image:
+                with Image.open(path, formats=IMAGE_FORMATS) as image:
                     decoded += math.prod(image.size)
                     if math.prod(image.size) > MOST_PIXELS or decoded > most_pixels:
                         raise ValueError(f"it has {image.width}x{image.height} pixels")

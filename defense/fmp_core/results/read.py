@@ -36,8 +36,8 @@ DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))
 # Of make_record.py and of BB.
 TRIGGER_FILES = re.compile(r"trigger_file|trigger_img_path|mask_path|pattern_?path|replace_imgs_path", re.IGNORECASE)
 # BB's defenses of which defense_result.pt is not what they test: npd saves the attacked weights, nab tests images with a
-# stamp, mcr may save the weights of another epoch or place on its curve.
-NO_FINAL_TEST = {"npd", "nab", "mcr"}
+# stamp, mcr may save the weights of another epoch or place on its curve, dbd a model with a head of its own.
+NO_FINAL_TEST = {"npd", "nab", "mcr", "dbd"}
 DECIDE_BY_TESTS = {"finetune_df_summary.csv", "anp_df_summary.csv"}  # of fp and anp: the tests say how much they prune
 UNUSED_RATIO = ("d-br", "d-st")  # their settings have a ratio that the scripts never read
 NOT_DECIDING = (

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,20 @@ def bring_back(folder: Path, aside: Path, last_file: str | None = None) -> None:
 
     If ``folder`` has a file called ``last_file``, what was written there since is whole, and stays.
     """
-    if not aside.exists():
+    if not os.path.lexists(aside):
         return
     replaced = last_file is not None and (folder / last_file).exists()
-    shutil.rmtree(aside if replaced else folder, ignore_errors=True)
+    _remove(aside if replaced else folder)
     if not replaced:
         aside.rename(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Of a link only the link. What cannot be removed stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def aside_by_sweep(folder: Path) -> Path:
@@ -129,19 +138,30 @@ def aside_by_sweep(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.aside")
 
 
+@dataclass
+class PutAside:
+    """Whether what was put aside has been replaced, and can go."""
+
+    replaced: bool = False
+
+
 @contextlib.contextmanager
-def put_aside(folder: Path, aside: Path, last_file: str | None = None) -> Iterator[None]:
-    """Within the block ``folder`` is called ``aside``; then it takes its place again, unless the block removed it.
+def put_aside(folder: Path, aside: Path, last_file: str | None = None) -> Iterator[PutAside]:
+    """Within the block ``folder`` is called ``aside``; then it takes its place again, unless the block set ``replaced``.
 
     First undoes what a killed process put aside: :func:`bring_back`.
     """
     bring_back(folder, aside, last_file)
-    if folder.exists():
+    if os.path.lexists(folder):
         folder.rename(aside)
+    state = PutAside()
     try:
-        yield
+        yield state
     finally:
-        bring_back(folder, aside)
+        if state.replaced:
+            _remove(aside)
+        else:
+            bring_back(folder, aside)
 
 
 @contextlib.contextmanager

@@ -30,8 +30,8 @@ from fmp_core.storage.placeholders import (
 )
 
 MOST_INSTRUCTIONS = 20_000_000  # of one pickle; a record of CIFAR-10 has 0.4 million. Each may make an object of 64 bytes.
-MOST_COPIES = 4  # of each byte read so far, in arguments of calls: a pickle can name one large text again and again
-LARGE = 64  # length of an argument that counts
+MOST_COPIES = 4  # of each byte read so far, in arguments of calls: a pickle can name one text or list again and again
+ITEM = 4  # bytes that an item of a list counts for; it takes more in memory, and rarely fewer in the file
 LONGEST_NAME = 1000  # letters of a class and its module
 WORD = 64  # bits; of larger numbers, arithmetic takes time without end
 
@@ -71,7 +71,7 @@ class _Machine:
     marks: list[list[Any]] = field(default_factory=list)  # the stacks below each mark
     memo: dict[int, Any] = field(default_factory=dict)
     bytes_read: Callable[[], int] = int
-    copied: int = 0  # lengths of large arguments of calls so far
+    copied: int = 0  # bytes in arguments of calls so far
 
     def run(self, file: IO[bytes]) -> Any:
         start = file.tell()
@@ -144,11 +144,13 @@ class _Machine:
 
     def count_copies(self, arguments: Any) -> None:
         """Calls copy their arguments, so these must not be more than the file can hold."""
-        sized = (str, bytes, bytearray, list, tuple)
-        lengths = (len(part) for part in (arguments, *arguments) if type(part) in sized) if type(arguments) is tuple else ()
-        self.copied += sum(length for length in lengths if length > LARGE)
+        for part in (arguments, *arguments) if type(arguments) in (tuple, list) else ():
+            if type(part) in (str, bytes, bytearray):
+                self.copied += len(part)
+            elif type(part) in (tuple, list):
+                self.copied += ITEM * len(part)
         if self.copied > MOST_COPIES * self.bytes_read():
-            raise RefusedError("the same large value again and again", runs_code=False)
+            raise RefusedError("the same value again and again", runs_code=False)
 
     def call(self, _arg: None, makes_object: bool = False) -> None:
         arguments = self.stack.pop()

@@ -173,14 +173,14 @@ def _kept_apart(job: Job, failed: Path) -> Iterator[None]:
     if job.writes is None:
         yield
         return
-    with put_aside(job.writes, aside_by_sweep(job.writes)):
+    with put_aside(job.writes, aside_by_sweep(job.writes)) as earlier:
         try:
             yield
             if job.writes != job.folder:
                 shutil.rmtree(job.folder, ignore_errors=True)
                 job.writes.rename(job.folder)
             else:
-                shutil.rmtree(aside_by_sweep(job.writes), ignore_errors=True)
+                earlier.replaced = True
         except BaseException:
             shutil.rmtree(failed, ignore_errors=True)
             if job.writes.exists():
