@@ -27,6 +27,7 @@ if __name__ == "__main__":  # flags are parsed, and --help is answered, before t
     sys.exit(main())
 
 import argparse
+import dataclasses
 import logging
 from contextlib import nullcontext
 from typing import Any
@@ -81,6 +82,7 @@ class FMP(defense):
 
     def set_result(self, result_file: str) -> None:
         """Read the record, its model and all images; nothing is written yet, so bad input leaves no trace."""
+        self.settings = dataclasses.replace(self.settings, result_file=result_file)  # which the results tell
         self.stages = Stages()  # an FMP may defend several records
         with self.stages("load"):
             self.inputs = load_inputs(self.settings, result_file, self.device.device)
@@ -130,6 +132,8 @@ class FMP(defense):
             for epoch in fine_tuning.run():
                 if epoch.restored:
                     self.stages.reuse("fine-tuning")
+                elif epoch.number == 1:
+                    self.folder.remove_epochs()
                 if epoch.to_test and epoch.metrics is None:
                     epoch.metrics = self.evaluate(f"epoch {epoch.number} of {self.settings.epochs}")
                 if epoch.to_save:

@@ -27,6 +27,7 @@ HEAD = f"""# Flags
 
 A flag overrides the preset (`--preset`), which overrides the YAML file (`--yaml_path`, default
 `{DEFAULT_YAML}`; every flag is a key of it), which overrides the defaults below.
+A preset that the YAML file itself names sets only what that file leaves at its default.
 A flag that is on or off needs no value: `--fresh` is `--fresh True`.
 """
 UNTOUCHED = """### Flags that change no result

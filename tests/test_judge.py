@@ -98,6 +98,15 @@ def test_a_wrong_normalisation_is_noticed(place: Path, capsys: pytest.CaptureFix
         assert "with the --mean and --std given, and" in capsys.readouterr().err
 
 
+def test_few_test_images_are_no_proof_of_chance(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two right answers of two may be luck, but do not look like it."""
+    images, labels = coloured(16, seed=2)
+    save_split(place / "data" / "few" / "train", images, labels)
+    save_split(place / "data" / "few" / "test", images[labels < 2][:2], labels[labels < 2][:2])
+    assert run("--dataset", "data/few") == 0
+    assert "Accuracy on clean test images: 100.00 %" in capsys.readouterr().out
+
+
 def test_bad_input_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"epoch": 3}, "nothing.pth")
     torch.save(build_model("alexnet", CLASSES), "whole.pth")

@@ -7,11 +7,16 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from command import QUICK, Edit, Run, listing, refuses
 from conftest import MODEL, RECORD
+from fmp_core.errors import UserError
+from fmp_core.inputs import _check_trainable
+from fmp_core.models.build import build_model
 from hostile_files import Call
 from PIL import Image
 
@@ -157,8 +162,8 @@ def test_an_index_of_one_image_is_too_little_to_fine_tune_and_leaves_nothing(wor
     assert listing(workplace) == before
 
 
-def test_batches_of_one_image_are_refused_or_trained(workplace: Path, run_fmp: Run):
-    assert run_fmp(*QUICK, "--frg_samples", "1", "--epochs", "1", "--batch_size", "1").code in (0, 2)
+def test_batches_of_one_image_are_refused(workplace: Path, run_fmp: Run):
+    refuses(run_fmp(*QUICK, "--epochs", "1", "--batch_size", "1"), "--batch_size is '1', but must be a whole number of at least 2")
 
 
 @pytest.mark.parametrize("flags", [(), ("--log", "index.txt"), ("--checkpoint_save", "index.txt")])
@@ -169,6 +174,19 @@ def test_a_folder_that_cannot_be_made_is_one_line(flags: tuple[str, ...], workpl
     before = listing(workplace)
     refuses(run_fmp(*QUICK, *flags), "is a file; let results go elsewhere with --save_folder")
     assert listing(workplace) == before
+
+
+def test_images_too_small_for_an_auxiliary_head_are_refused_before_anything_is_ranked(tmp_path: Path):
+    network = build_model("inception_v3", 10)
+    record = SimpleNamespace(model_name="inception_v3", image_size=(96, 96, 3))
+    with pytest.raises(UserError, match=r"cannot be trained on the record's \(96, 96, 3\) images .*; give --epochs 0"):
+        _check_trainable(network.eval(), record)
+    assert not network.training
+    for name in ("googlenet", "resnet18", "vit_b_16"):
+        before = build_model(name, 10)
+        state = {key: value.clone() for key, value in before.state_dict().items()}
+        _check_trainable(before, SimpleNamespace(model_name=name, image_size=(32, 32, 3)))
+        assert all(torch.equal(value, state[key]) for key, value in before.state_dict().items())
 
 
 def test_images_too_small_for_the_model_are_one_line_and_leave_nothing(

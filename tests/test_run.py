@@ -212,6 +212,13 @@ def test_a_second_run_gives_the_same_bits(finished: Finished, workplace: Path, r
     assert frame["test_acc"].notna().all() and not list((workplace / RESULTS / "checkpoint").iterdir())
 
 
+def test_models_of_epochs_are_all_of_the_last_run(workplace: Path, run_fmp: Run):
+    for epochs in ("2", "1"):
+        assert run_fmp(*SHORT, "--epochs", epochs, "--frequency_save", "1").code == 0
+        saved = sorted(path.name for path in (workplace / RESULTS / "checkpoint").iterdir())
+        assert saved == [f"fmp_epoch_{epoch}.pt" for epoch in range(int(epochs))]
+
+
 def test_flags_without_effect_and_a_model_that_diverged_are_said(workplace: Path, run_fmp: Run):
     ran = run_fmp(*SHORT, "--budget", "0.2", "--p", "9", "--epochs", "1", "--lr", "1e30", "--steplr_gamma", "0.2")
     assert "--budget has no effect without --selection trigger\n" in ran.err
@@ -221,7 +228,9 @@ def test_flags_without_effect_and_a_model_that_diverged_are_said(workplace: Path
     assert quick == ["--distill has no effect without --epochs of at least 1"]
     drawn = unused(load_settings({"selection": "none", "masked": "True", "index": "i.txt", "ratio": "0.5"}))
     assert [sentence.split()[0] for sentence in drawn] == ["--ratio", "--masked"]
-    assert "Fine-tuning diverged." in json.loads((workplace / RESULTS / "metrics.json").read_text())["warnings"][0]
+    metrics = json.loads((workplace / RESULTS / "metrics.json").read_text())
+    assert "Fine-tuning diverged." in metrics["warnings"][0] and metrics["removal"]["outcome"] == "diverged"
+    assert "its outputs are not numbers: try a smaller --lr" in ran.out
 
 
 def test_the_clock_may_jump(workplace: Path, monkeypatch: pytest.MonkeyPatch):

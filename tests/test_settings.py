@@ -106,11 +106,12 @@ def test_yaml_beats_defaults_and_flags_beat_yaml(tmp_path: Path):
     path = settings_file(tmp_path, p=8, epochs=3)
     settings = load_settings(parsed("--yaml_path", path, "--epochs", "5"))
     assert (settings.p, settings.epochs, settings.lr) == (8, 5, 0.01)
+    path = settings_file(tmp_path, preset="strong", lr=0.05)
+    assert (load_settings({"yaml_path": path}).lr, load_settings({"yaml_path": path, "preset": "strong"}).lr) == (0.05, 0.02)
 
 
 def test_a_flag_that_is_not_given_leaves_the_yaml_value(tmp_path: Path):
-    path = settings_file(tmp_path, amp=False, pin_memory=False, frequency_test=4)
-    settings = load_settings(parsed("--yaml_path", path))
+    settings = load_settings(parsed("--yaml_path", settings_file(tmp_path, amp=False, pin_memory=False, frequency_test=4)))
     assert (settings.amp, settings.pin_memory, settings.frequency_test) == (False, False, 4)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from fmp_core.data.attack_record import AttackRecord, read_attack_record
 from fmp_core.data.clean_subset import choose_subset, in_mixed_order
@@ -78,7 +79,27 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
         raise UserError(
             f"{record.model_name} cannot take the record's {record.image_size} images ({detail}); check its img_size."
         ) from None
+    if settings.epochs:
+        _check_trainable(network, record)
     return Inputs(record, subset, DefenderInputs(model, layers, images, labels, record.num_classes, facts), test)
+
+
+def _check_trainable(network: nn.Module, record: AttackRecord) -> None:
+    """Raises UserError: images are too small for a part that is used in training only (the auxiliary head of inception_v3)."""
+    height, width, channels = record.image_size
+    state = {name: torch.empty_like(value, device="meta") for name, value in network.state_dict().items()}  # computes nothing
+    was_training = network.training
+    try:
+        functional_call(network.train(), state, torch.empty(2, channels, height, width, device="meta"))
+    except NotImplementedError:  # an operation that the meta device lacks
+        pass
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{record.model_name} cannot be trained on the record's {record.image_size} images "
+            f"({' '.join(str(error).split())[:200]}); give --epochs 0 for pruning alone."
+        ) from None
+    finally:
+        network.train(was_training)
 
 
 def _hint_at_name(root: Path, given: Path) -> None:

@@ -44,6 +44,7 @@ WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")  # w
 ENOUGH_IMAGES = 1000  # clean images; half of so many, at most 256, are held out
 SAMPLE_IMAGES = 1000  # test images that preprocessings are compared on
 LOW_ACCURACY = 0.5  # accuracy below which a verdict may be about how the model was given its images
+UNLIKELY = 0.001  # probability of so many correct answers by chance below which accuracy is not chance
 CLEARLY_BETTER = 0.05  # of accuracy, plus 1/sqrt(images) for chance: another preprocessing is named from here on
 USUAL_NORMALISATIONS = {  # mean, std
     "none": ((0.0,), (1.0,)),
@@ -189,7 +190,9 @@ def _check_preprocessing(inputs: Inputs, settings: Settings) -> float:
             f"{100 * found[best]:.1f} % normalised otherwise ({best}); give --mean {mean} --std {std}, or the model's own."
         )
     chance = 1 / inputs.record.num_classes
-    if assumed < chance + 3 * (chance * (1 - chance) / count) ** 0.5:  # three standard deviations
+    right = round(assumed * count)
+    by_chance = sum(math.comb(count, n) * chance**n * (1 - chance) ** (count - n) for n in range(right, count + 1))
+    if by_chance > UNLIKELY and assumed < (1 + chance) / 2:  # few images show little: half the way is enough then
         side = inputs.record.image_size[0]
         raise UserError(
             f"The model classifies {100 * assumed:.1f} % of {count} clean test images correctly, no more than chance, so a "

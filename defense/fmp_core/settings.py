@@ -281,7 +281,8 @@ def find_config(path: str) -> Path | None:
 
 
 def load_settings(flags: Mapping[str, Any]) -> Settings:
-    """Merge defaults, the YAML file named by ``flags['yaml_path']`` (or the default one), the preset, and ``flags``.
+    """Merge defaults, the YAML file named by ``flags['yaml_path']`` (or the default one), the preset, and ``flags``. A preset
+    that the file itself names sets only what the file leaves at its default.
 
     Raises:
         UserError: an unknown key or an impossible value anywhere, or --mean without --std.
@@ -290,11 +291,10 @@ def load_settings(flags: Mapping[str, Any]) -> Settings:
         if key not in FIELDS and key != "yaml_path" and flags[key] is not None:
             raise UserError(f"{key!r} is not a setting of FMP{did_you_mean(key, FIELDS)}; known settings: {', '.join(FIELDS)}.")
     path = find_config(str(flags.get("yaml_path") or DEFAULT_YAML))
-    about = f"Settings file {path}"
-    values = fields.parse_mapping(Settings, fields.read_yaml_mapping(path, "Settings file"), about) if path else {}
-    chosen = fields.parse_flags(Settings, flags)
-    values |= PRESETS[chosen.get("preset") or values.get("preset") or "paper"] | chosen
-    settings = Settings(**values)
+    content = fields.read_yaml_mapping(path, "Settings file") if path else {}
+    values, chosen = fields.parse_mapping(Settings, content, f"Settings file {path}"), fields.parse_flags(Settings, flags)
+    own = {name: value for name, value in values.items() if value != FIELDS[name].default and not chosen.get("preset")}
+    settings = Settings(**(values | PRESETS[chosen.get("preset") or values.get("preset") or "paper"] | own | chosen))
     if (settings.mean is None) != (settings.std is None):
         raise UserError("--mean and --std describe one preprocessing; give both, or leave both out.")
     return settings

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torchvision
 from fmp_core.data.datasets import FACTS
 from fmp_core.errors import UserError
 from fmp_core.models.build import MODEL_NAMES, VISION_TRANSFORMERS, PixelModel, build_model, load_model, state_like
@@ -260,6 +261,18 @@ def test_normalisation_inside_the_model_is_torchvisions(name: str):
 def test_normalisation_adds_no_state():
     network = build_model("squeezenet1_0", 10)
     assert list(PixelModel(network, FACTS["cifar10"]).state_dict()) == [f"network.{key}" for key in network.state_dict()]
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_auxiliary_heads_may_be_missing(name: str):
+    """As they are in torchvision's own trained weights, and in what is made of these."""
+    with torch.device("meta"):
+        state = torchvision.models.get_model(name, num_classes=10, aux_logits=False, init_weights=False).state_dict()
+    state = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in state.items()}
+    assert list(state_like(load_model(name, 10, state), state)) == list(state)
+    del state["fc.bias"]
+    with pytest.raises(UserError, match=rf"lacks the weights fc.bias of {name}\."):
+        load_model(name, 10, state)
 
 
 def test_auxiliary_heads_do_not_reach_the_loss():

@@ -7,6 +7,7 @@ import json
 import pandas as pd
 import pytest
 from fmp_core.results.removal import attack_outcome
+from fmp_core.results.summary import advice
 
 
 def predictions(before: tuple[int, int], after: tuple[int, int], images: int = 1000) -> pd.DataFrame:
@@ -44,6 +45,20 @@ def test_the_verdict(before: tuple[int, int], after: tuple[int, int], images: in
     assert found["excess"] == pytest.approx((after[0] - after[1]) / images)
     assert found["excess_low"] <= found["excess"] <= found["excess_high"]
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_model_that_diverged_removes_nothing():
+    """It says class 0 of everything, which may not be the attacker's class."""
+    found = attack_outcome(predictions((980, 5), (0, 0)), diverged=True)
+    assert (found["outcome"], found["certain"]) == ("diverged", True)
+    metrics = {"removal": found, "clean_images": 5000, "before": {"test_acc": 0.9}, "after": {"test_acc": 0.1}}
+    assert advice(metrics) == ["The repaired model is of no use, because its outputs are not numbers: try a smaller --lr."]
+
+
+def test_exactly_three_points_of_accuracy_are_no_high_price():
+    metrics = {"removal": {"outcome": "removed"}, "clean_images": 5000, "settings": {"epochs": 1}}
+    assert advice({**metrics, "before": {"test_acc": 0.92}, "after": {"test_acc": 0.89}}) == []
+    assert len(advice({**metrics, "before": {"test_acc": 0.92}, "after": {"test_acc": 0.8899}})) == 1
 
 
 def test_all_to_all_counts_each_class_against_its_own_target():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from reprlib import repr as brief
@@ -25,12 +26,15 @@ TORCHVISION = [
     "squeezenet1_0", "densenet121", "densenet161", "inception_v3", "googlenet", "shufflenet_v2_x1_0", "mobilenet_v2",
     "mobilenet_v3_large", "mnasnet1_0", "efficientnet_b0", "efficientnet_b3", "convnext_tiny",
 ]  # fmt: skip
+AUXILIARY = {"inception_v3": "AuxLogits", "googlenet": "aux1|aux2"}  # torchvision leaves them out of its own trained weights
 VISION_TRANSFORMERS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32")
 MODEL_NAMES = (*PREACT_RESNETS, *TORCHVISION, *VISION_TRANSFORMERS)
 
 
-def build_model(name: str, num_classes: int) -> nn.Module:
+def build_model(name: str, num_classes: int, auxiliary: bool = True) -> nn.Module:
     """The architecture BB's ``generate_cls_model`` builds under ``name``, with fresh weights (nothing is downloaded).
+
+    Without ``auxiliary`` it lacks the heads of :data:`AUXILIARY`, which training alone uses.
 
     Raises:
         UserError: BB has no such model, or cannot build it either.
@@ -39,7 +43,7 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         return preact_resnet(name, num_classes)
     if name not in TORCHVISION and name not in VISION_TRANSFORMERS:
         raise UserError(f"Model {brief(name)} is not one of BackdoorBench's: {', '.join(MODEL_NAMES)}.")
-    options = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+    options = {"init_weights": False, "aux_logits": auxiliary} if name in AUXILIARY else {}
     network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     # BB wraps its transformers so that small images fit; hence the prefix "1." of their state keys.
     return nn.Sequential(Resize((224, 224)), network) if name in VISION_TRANSFORMERS else network
@@ -54,8 +58,9 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
     Raises:
         UserError: names the first weights that are missing, unknown, of another shape, of the wrong kind or not finite.
     """
+    heads = name not in AUXILIARY or any(re.search(rf"\b({AUXILIARY[name]})\.", key) for key in state)
     with torch.device("meta"):  # no time is spent on fresh weights, and no random number is drawn
-        network = build_model(name, num_classes)
+        network = build_model(name, num_classes, heads)
     own = network.state_dict()
     names = _without_prefix(list(state), list(own))
     strangers = {key: value for key, value in state.items() if names[key] not in own}  # known ones of older versions among them

@@ -12,7 +12,7 @@ from fmp_core.report.data import Run
 from fmp_core.report.strips import Pruning
 from fmp_core.results.intervals import Interval
 from fmp_core.results.removal import NOT_TESTED, OUTCOMES
-from fmp_core.results.summary import MUCH_ACCURACY
+from fmp_core.results.summary import MUCH_ACCURACY, ROUNDING
 from fmp_core.selection.ablation import ROWS_SET
 from fmp_core.settings import changed
 
@@ -73,7 +73,7 @@ def warnings(run: Run, own: Pruning, precision: Precision | None, pairs: int) ->
         why = f"An even sample of {summary.test_images} images of each test set; leave --test_images out for a full test."
         yield "This is a quick look, not tested on all images.", why
     drop = run.hits("test_acc", "before").mean() - run.hits("test_acc", "after").mean()
-    if drop > MUCH_ACCURACY:
+    if drop > MUCH_ACCURACY + ROUNDING:
         less = "a smaller --lr" if summary.settings["epochs"] else "a larger --p, or --epochs, which pruning alone went without"
         yield f"Accuracy fell by {100 * drop:.1f} points.", f"More than 3 points is a high price; try {less}."
     if not run.scored and not run.by_trigger:
@@ -84,7 +84,8 @@ def warnings(run: Run, own: Pruning, precision: Precision | None, pairs: int) ->
         by_budget = f"Pruning any costs more clean accuracy than --budget {summary.settings['budget']} allows."
         yield "Nothing was pruned.", by_budget if run.by_trigger else by_p
     if tied:
-        why = f"{pruned} were pruned. Among equal scores the mean margin decided; more --frg_samples tell them apart."
+        more = "; more --frg_samples tell them apart" if run.scores.samples < summary.clean_images else ""
+        why = f"{pruned} were pruned. Among equal scores the mean margin decided{more}."
         yield f"{tied} feature maps are tied where the cut falls.", why
     if run.scored and precision and precision.chosen and precision.chance > CHANCE and pairs >= FEW_PAIRS:
         why = (

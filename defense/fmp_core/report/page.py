@@ -29,7 +29,7 @@ from fmp_core.report.strips import own_pruning, p_table, strips
 from fmp_core.results.intervals import difference, rating, wilson
 from fmp_core.results.predictions import confusion, success_by_class
 from fmp_core.results.read import read_result
-from fmp_core.results.removal import attack_outcome
+from fmp_core.results.removal import DIVERGED, attack_outcome
 from fmp_core.results.run_folder import RunFolder
 from fmp_core.settings import Settings
 from fmp_core.storage.files import refuse_links_out_of, write_text
@@ -91,7 +91,7 @@ def _other(folder: Path, attacked: str) -> MetricValues:
     try:
         result = read_result(folder)
     except UserError as error:
-        raise UserError(f"--compare {folder.name}: {error}; that defense may not have ended.") from None
+        raise UserError(f"--compare {folder.name}: {str(error).rstrip('.')}; run that defense first.") from None
     if result.attack_result not in (None, attacked):
         raise UserError(f"--compare {folder.name}: {folder} is of another attack_result.pt; run that defense again.")
     if result.test_images:
@@ -106,7 +106,8 @@ def page(run: Run, num_classes: int, trigger: Trigger | None, unknown: str, othe
     """The page's HTML. ``unknown`` says in a sentence why ``trigger`` is None; ``others``: METRICS by defense."""
     own = own_pruning(run)
     precision = trigger.precision(own.mask) if trigger else None
-    outcome, by_class = attack_outcome(run.predictions), success_by_class(run.predictions)
+    diverged = (run.summary.removal or {}).get("outcome") == DIVERGED
+    outcome, by_class = attack_outcome(run.predictions, diverged), success_by_class(run.predictions)
     facts = {
         "run": run,
         "summary": run.summary,
@@ -156,7 +157,7 @@ def _duration(seconds: float) -> str:
 
 def _flags(text: str) -> markupsafe.Markup:
     """Flags as code, so that no line breaks inside one."""
-    return markupsafe.Markup(re.sub(r"(--\w+( \d+)?)", r"<code>\1</code>", str(markupsafe.escape(text))))
+    return markupsafe.Markup(re.sub(r"(--\w+( \d+(\.\d+)?)?)", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
 def _matrices(run: Run, num_classes: int) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ from fmp_core.results.intervals import difference, share_of
 REMOVED = 0.10  # of triggered images above chance: less counts as no backdoor, as backdoor papers have it
 WEAKENED = 0.5  # of what the trigger reached above chance before the defense
 
-NOT_TESTED = "not tested"
+NOT_TESTED, DIVERGED = "not tested", "diverged"
 OUTCOMES = {  # in words, by (outcome, certain)
     ("removed", True): "The backdoor is removed",
     ("weakened", True): "The backdoor is weakened, not removed",
@@ -20,24 +20,26 @@ OUTCOMES = {  # in words, by (outcome, certain)
     ("still works", False): "The backdoor may still work",
     ("none before", True): "This record has no working backdoor to remove",
     ("none before", False): "This record shows no working backdoor to remove",
+    (DIVERGED, True): "The repaired model is of no use, because its outputs are not numbers",
     (NOT_TESTED, True): "No triggered image is known, so attack success was not measured",
 }
 
 
-def attack_outcome(predictions: pd.DataFrame) -> dict[str, Any]:
+def attack_outcome(predictions: pd.DataFrame, diverged: bool = False) -> dict[str, Any]:
     """What became of the attack, from ``predictions.csv`` (:func:`~fmp_core.results.predictions.prediction_frame`).
 
     What the trigger reaches above chance is compared, by the upper limit of its 95 % interval, with 10 points (``removed``) and
     with half of what it was (``weakened``): a success of the defense has to be shown, and few images show little. A model that
-    gives the attacker's class to most clean images is not credited with removing anything.
+    gives the attacker's class to most clean images is not credited with removing anything, nor is one that has ``diverged``,
+    whose outputs are not numbers and so mean class 0.
 
     Returns:
         ``outcome``: ``removed``, ``weakened`` or ``still works``; ``none before`` if the attacked model had no working
-        backdoor; ``not tested`` if there is no triggered image, and then only ``certain`` goes with it. ``certain``: whether
-        the whole interval says so; if not, the test set is too small to rule out the next better outcome. ``asr_before``,
-        ``asr_after``: share of the triggered images that get the attacker's class. ``chance_before``, ``chance``: share of the
-        clean images of other classes that get it, before and after the defense; None if there are no such images.
-        ``excess``: ``asr_after`` above ``chance``; ``excess_low``, ``excess_high``: its limits.
+        backdoor; ``diverged``; ``not tested`` if there is no triggered image, and then only ``certain`` goes with it.
+        ``certain``: whether the whole interval says so; if not, the test set is too small to rule out the next better outcome.
+        ``asr_before``, ``asr_after``: share of the triggered images that get the attacker's class. ``chance_before``,
+        ``chance``: share of the clean images of other classes that get it, before and after the defense; None if there are no
+        such images. ``excess``: ``asr_after`` above ``chance``; ``excess_low``, ``excess_high``: its limits.
     """
     triggered = predictions[predictions["poisoned"]]
     if triggered.empty:
@@ -53,7 +55,9 @@ def attack_outcome(predictions: pd.DataFrame) -> dict[str, Any]:
         return "weakened" if excess < WEAKENED * before.value else "still works"
 
     result, certain = outcome(after.high), outcome(after.low) == outcome(after.high)
-    if before.value < REMOVED:
+    if diverged:
+        result, certain = DIVERGED, True
+    elif before.value < REMOVED:
         result, certain = "none before", before.high < REMOVED
     elif chance.value > 0.5:
         result, certain = "still works", True

@@ -39,6 +39,7 @@ from fmp_core.system.versions import versions
 
 LOGGER = logging.getLogger("fmp_core")
 FIGURES_DIFFER = 0.02  # of a fraction; evaluation batches, device and precision explain less
+EPOCH_FILE = "fmp_epoch_{}.pt"  # by the 0-based epoch
 History = Sequence[tuple[Epoch | None, Metrics | None]]  # an untested epoch has no metrics; None: no epoch was trained
 
 
@@ -82,7 +83,12 @@ class RunFolder:
 
     def save_epoch(self, epoch: int, inputs: Inputs) -> None:
         """The model after the 0-based ``epoch``, as ``--frequency_save`` asks for."""
-        write_defense_result(self.checkpoints / f"fmp_epoch_{epoch}.pt", *_weights(inputs))
+        write_defense_result(self.checkpoints / EPOCH_FILE.format(epoch), *_weights(inputs))
+
+    def remove_epochs(self) -> None:
+        """Those of an earlier run; for when a new fine-tuning begins."""
+        for file in self.checkpoints.glob(EPOCH_FILE.format("*")):
+            file.unlink()
 
     def write(
         self,
@@ -101,7 +107,8 @@ class RunFolder:
         predictions = prediction_frame(inputs.test, first.predictions, last.predictions)
         before, after = first.metrics.headline(), last.metrics.headline()
         attack_figures, warnings = _compare_with_attack(inputs.record.folder, before, self.settings.test_images)
-        if not math.isfinite(last.metrics.clean_test_loss_avg_over_batch):
+        diverged = not math.isfinite(last.metrics.clean_test_loss_avg_over_batch)
+        if diverged:
             warnings.append("Fine-tuning diverged. The repaired model's outputs are not numbers; try a smaller --lr.")
         for warning in warnings:
             LOGGER.warning("%s", warning)
@@ -129,7 +136,7 @@ class RunFolder:
                 device=f"{device.device} ({device.name})",
                 settings=dataclasses.asdict(self.settings),
                 versions=versions(),
-                removal=attack_outcome(predictions),
+                removal=attack_outcome(predictions, diverged),
                 test_images=self.settings.test_images,
                 attack_result=inputs.record.digest,
                 attack_figures=attack_figures,

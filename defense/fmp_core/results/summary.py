@@ -10,11 +10,12 @@ from typing import Any, get_type_hints
 
 from fmp_core.errors import UserError
 from fmp_core.metrics import HEADLINES, METRICS
-from fmp_core.results.removal import OUTCOMES
+from fmp_core.results.removal import DIVERGED, OUTCOMES
 from fmp_core.results.values import is_of_type, read_json
 from fmp_core.storage.files import write_text
 
 MUCH_ACCURACY = 0.03
+ROUNDING = 1e-9  # of a difference of shares
 ADVISE_MORE_BELOW = 500
 
 
@@ -107,12 +108,14 @@ def advice(metrics: dict[str, Any]) -> list[str]:
     removal, clean = metrics["removal"], metrics["clean_images"]
     drop = metrics["before"]["test_acc"] - metrics["after"]["test_acc"]
     few = f" The defense had {clean} clean images only: give it more (--ratio, --index)." if clean < ADVISE_MORE_BELOW else ""
+    if removal["outcome"] == DIVERGED:
+        return [f"{OUTCOMES[DIVERGED, True]}: try a smaller --lr."]
     if removal["outcome"] in ("weakened", "still works"):
         strong = metrics["settings"]["preset"] == "strong"
         tuned = "try more clean data (--ratio) or a higher --lr" if metrics["settings"]["epochs"] else "leave out --epochs 0"
         attempt = tuned if strong else "try --preset strong"
         return [f"{OUTCOMES[removal['outcome'], removal['certain']]}: {attempt}.{few}"]
-    if drop > MUCH_ACCURACY:
+    if drop > MUCH_ACCURACY + ROUNDING:
         less = "a smaller --lr or fewer --epochs" if metrics["settings"]["epochs"] else "a larger --p, or some --epochs"
         return [f"Accuracy fell by {100 * drop:.1f} points: try {less}.{few}"]
     return []
