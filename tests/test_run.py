@@ -250,4 +250,5 @@ def test_results_name_the_record_that_was_read(workplace: Path):
         return select_none(defender.layers)
 
     metrics = FMP({"epochs": 0, "ratio": 1.0, "device": "cpu"}, made_again).defense(RECORD)["metrics"]
+    assert metrics["settings"]["result_file"] == RECORD  # which the report's command repeats
     assert metrics["attack_result"] == before != file_digest(path)
