@@ -49,7 +49,7 @@ if args.checkpoint_save:
 print("ran with", args.dataset, args.model, NAME)
 if args.fail:
     raise Exception(args.fail)
-torch.save({}, f"record/{args.result_file}/defense/echo/defense_result.pt")
+torch.save({"model": {}}, f"record/{args.result_file}/defense/echo/defense_result.pt")
 """
 
 ANALYSIS = """

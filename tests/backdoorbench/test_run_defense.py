@@ -245,6 +245,7 @@ def test_a_killed_command_leaves_no_process_of_backdoorbench_behind(
 ) -> None:
     (tiny_record / "defense" / "fmp").mkdir(parents=True)
     (tiny_record / "defense" / "fmp" / "metrics.json").write_text('{"after": {}}')  # check_parity wants FMP to have run
+    torch.save({"model": {}}, tiny_record / "defense" / "fmp" / "defense_result.pt")
     pids, temporary = tmp_path / "pids", tmp_path / "temporary"
     temporary.mkdir()
     flags = ["--backdoorbench", str(checkout), "--result_file", RECORD, "--device", "cpu"]
