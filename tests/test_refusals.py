@@ -163,7 +163,7 @@ def test_an_index_of_one_image_is_too_little_to_fine_tune_and_leaves_nothing(wor
 
 
 def test_batches_of_one_image_are_refused(workplace: Path, run_fmp: Run):
-    refuses(run_fmp(*QUICK, "--epochs", "1", "--batch_size", "1"), "--batch_size is '1', but must be a whole number of at least 2")
+    refuses(run_fmp(*QUICK, "--epochs", "1", "--batch_size", "1"), "'1', but must be a whole number of at least 2")
 
 
 @pytest.mark.parametrize("flags", [(), ("--log", "index.txt"), ("--checkpoint_save", "index.txt")])
