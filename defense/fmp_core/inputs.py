@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fmp_core.data.attack_record import AttackRecord, read_attack_record
 from fmp_core.data.clean_subset import choose_subset, in_mixed_order
 from fmp_core.data.datasets import DatasetFacts, Split, check_labels, dataset_facts, open_split
 from fmp_core.errors import UserError
-from fmp_core.models.build import PixelModel, load_model
+from fmp_core.models.build import PixelModel, load_model, outputs_in_training
 from fmp_core.models.evaluate import TestData, even_sample, to_unit
 from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.settings import Settings, Stage, changed, names
@@ -86,11 +85,8 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
 
 def _check_trainable(network: nn.Module, record: AttackRecord) -> None:
     """Raises UserError: images are too small for a part that is used in training only (the auxiliary head of inception_v3)."""
-    height, width, channels = record.image_size
-    state = {name: torch.empty_like(value, device="meta") for name, value in network.state_dict().items()}  # computes nothing
-    was_training = network.training
     try:
-        functional_call(network.train(), state, torch.empty(2, channels, height, width, device="meta"))
+        outputs_in_training(network, record.image_size)
     except NotImplementedError:  # an operation that the meta device lacks
         pass
     except (RuntimeError, ValueError) as error:
@@ -98,8 +94,6 @@ def _check_trainable(network: nn.Module, record: AttackRecord) -> None:
             f"{record.model_name} cannot be trained on the record's {record.image_size} images "
             f"({' '.join(str(error).split())[:200]}); give --epochs 0 for pruning alone."
         ) from None
-    finally:
-        network.train(was_training)
 
 
 def _hint_at_name(root: Path, given: Path) -> None:

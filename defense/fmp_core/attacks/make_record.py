@@ -35,7 +35,7 @@ from fmp_core.data.digits import make_digits
 from fmp_core.data.images import Size
 from fmp_core.data.write_record import write_attack_record
 from fmp_core.errors import UserError
-from fmp_core.models.build import PixelModel, build_model
+from fmp_core.models.build import PixelModel, build_model, outputs_in_training
 from fmp_core.models.evaluate import Metrics, TestData, evaluate
 from fmp_core.models.training import training_precision
 from fmp_core.results.bb_tables import history_frame, summary_frame, write_csv, write_plots
@@ -186,9 +186,8 @@ def check_model(name: str, num_classes: int, dataset: str, size: Size) -> nn.Mod
     few pixels (alexnet at 32x32), one channel (BB's models take three), or several outputs in training (inception_v3)."""
     with torch.device("meta"):  # takes no time and draws no random number
         network = build_model(name, num_classes)
-        images = torch.empty(2, size[2], *size[:2])
     try:
-        output = network(images)
+        output = outputs_in_training(network, size)
     except (RuntimeError, ValueError) as error:
         shown, reason = "x".join(map(str, size)), " ".join(str(error).split())
         raise UserError(

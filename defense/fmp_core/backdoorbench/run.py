@@ -77,8 +77,8 @@ def run_on_record(
         flags += ["--result_file_attack", job.name, "--result_file_defense", f"{job.name}/defense/{method}"]
         if not (results / DEFENSE_FILE).is_file():
             raise UserError(f"There is no {results / DEFENSE_FILE} to analyse; run the defense {method} first.")
-    plots = (results / PLOTS, *(results / PLOTS).rglob("*"))
-    refuse_links_out_of(job.folder, results, log, *(plots if analysis else ()))
+        refuse_links_out_of(job.folder, results / PLOTS, *(results / PLOTS).rglob("*"))
+    refuse_links_out_of(job.folder, results, log)
     started = time.time() - 1  # file systems with coarse clocks
     with _alone(results, method), contextlib.nullcontext() if analysis else _old_result_kept(results, log) as outcome:
         make_folders(results)

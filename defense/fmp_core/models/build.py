@@ -8,14 +8,16 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from reprlib import repr as brief
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.func import functional_call
 from torchvision.transforms import Resize
 
 from fmp_core.data.datasets import DatasetFacts
+from fmp_core.data.images import Size
 from fmp_core.errors import UserError
 from fmp_core.models.preact_resnet import BUILDERS as PREACT_RESNETS
 from fmp_core.models.preact_resnet import preact_resnet
@@ -47,6 +49,20 @@ def build_model(name: str, num_classes: int, auxiliary: bool = True) -> nn.Modul
     network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     # BB wraps its transformers so that small images fit; hence the prefix "1." of their state keys.
     return nn.Sequential(Resize((224, 224)), network) if name in VISION_TRANSFORMERS else network
+
+
+def outputs_in_training(network: nn.Module, size: Size) -> Any:
+    """What ``network`` gives for two images of ``size`` in training mode, on torch's meta device: shapes, at no cost.
+
+    Raises RuntimeError or ValueError if it cannot take them, NotImplementedError if the meta device lacks an operation.
+    """
+    height, width, channels = size
+    state = {name: torch.empty_like(value, device="meta") for name, value in network.state_dict().items()}
+    was_training = network.training
+    try:
+        return functional_call(network.train(), state, torch.empty(2, channels, height, width, device="meta"))
+    finally:
+        network.train(was_training)
 
 
 def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.Module:

@@ -12,7 +12,7 @@ from fmp_core.report.data import Run
 from fmp_core.report.strips import Pruning
 from fmp_core.results.intervals import Interval
 from fmp_core.results.removal import NOT_TESTED, OUTCOMES
-from fmp_core.results.summary import MUCH_ACCURACY, ROUNDING
+from fmp_core.results.summary import is_high_price
 from fmp_core.selection.ablation import ROWS_SET
 from fmp_core.settings import changed
 
@@ -73,7 +73,7 @@ def warnings(run: Run, own: Pruning, precision: Precision | None, pairs: int) ->
         why = f"An even sample of {summary.test_images} images of each test set; leave --test_images out for a full test."
         yield "This is a quick look, not tested on all images.", why
     drop = run.hits("test_acc", "before").mean() - run.hits("test_acc", "after").mean()
-    if drop > MUCH_ACCURACY + ROUNDING:
+    if is_high_price(drop):
         less = "a smaller --lr" if summary.settings["epochs"] else "a larger --p, or --epochs, which pruning alone went without"
         yield f"Accuracy fell by {100 * drop:.1f} points.", f"More than 3 points is a high price; try {less}."
     if not run.scored and not run.by_trigger:

@@ -15,7 +15,6 @@ from fmp_core.results.values import is_of_type, read_json
 from fmp_core.storage.files import write_text
 
 MUCH_ACCURACY = 0.03
-ROUNDING = 1e-9  # of a difference of shares
 ADVISE_MORE_BELOW = 500
 
 
@@ -103,6 +102,11 @@ def as_table(metrics: dict[str, Any], folder: Path) -> str:
     return "\n".join([*lines, *advice(metrics)])
 
 
+def is_high_price(drop: float) -> bool:
+    """Whether more clean accuracy was lost than ``MUCH_ACCURACY``, of which rounding is no part."""
+    return drop > MUCH_ACCURACY + 1e-9
+
+
 def advice(metrics: dict[str, Any]) -> list[str]:
     """At most one line: what to try if the backdoor is still there, or if accuracy was lost."""
     removal, clean = metrics["removal"], metrics["clean_images"]
@@ -115,7 +119,7 @@ def advice(metrics: dict[str, Any]) -> list[str]:
         tuned = "try more clean data (--ratio) or a higher --lr" if metrics["settings"]["epochs"] else "leave out --epochs 0"
         attempt = tuned if strong else "try --preset strong"
         return [f"{OUTCOMES[removal['outcome'], removal['certain']]}: {attempt}.{few}"]
-    if drop > MUCH_ACCURACY + ROUNDING:
+    if is_high_price(drop):
         less = "a smaller --lr or fewer --epochs" if metrics["settings"]["epochs"] else "a larger --p, or some --epochs"
         return [f"Accuracy fell by {100 * drop:.1f} points: try {less}.{few}"]
     return []
