@@ -114,6 +114,29 @@ def test_bf16_is_for_products_only_and_sees_each_step_of_the_optimizer(tmp_path:
         assert ("bf16 autocast" in ran.stdout) == (dtype == "bf16")
 
 
+def test_losses_in_bf16_are_as_on_cuda(tmp_path: Path) -> None:
+    """Of a probability of bfloat16 close to 1 nothing is left, and sau's model was NaN after one step."""
+    (tmp_path / "script.py").write_text(
+        "import torch\n"
+        "import torch.nn.functional as F\n"
+        "layer = torch.nn.Linear(2, 2)\n"
+        "torch.nn.init.constant_(layer.bias, 0)\n"
+        "with torch.no_grad():\n"
+        "    layer.weight.copy_(torch.eye(2))\n"
+        "logits = layer(torch.tensor([[10.0, 0.0]]))\n"
+        "likely = F.softmax(logits, dim=1)[0, 0]\n"
+        "loss = -torch.log(1 - likely)\n"
+        "loss.backward()\n"
+        "losses = F.cross_entropy(logits, torch.tensor([1])), logits.norm(), (logits**2).mean(), logits.sum()\n"
+        "print(logits.dtype, *{part.dtype for part in losses}, round(loss.item()), layer.weight.grad.isfinite().all().item())\n"
+    )
+    command = [sys.executable, str(shims.__file__), "script.py"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", shims.DTYPE: "bf16"}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=BACKSTOP)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "torch.bfloat16 torch.float32 10 True"
+
+
 def test_no_program_is_started_to_read_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Pillow starts Ghostscript for files that begin like EPS, whatever their names."""
     (tmp_path / "script.py").write_text(

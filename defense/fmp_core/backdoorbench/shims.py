@@ -224,23 +224,10 @@ def _fewer_test_images() -> list[str]:
 
 
 def _autocast() -> list[str]:
-    """Convolutions and matrix products in bf16, as BackdoorBench's amp does in fp16 where there is CUDA.
-
-    Autocast keeps copies of weights until its outermost context is left, which this one is not: they would stay those before
-    the first step. BackdoorBench's own contexts would turn that on again.
-    """
+    """Mixed precision where ``run_defense.py --dtype bf16`` is asked for."""
     if os.environ.get(DTYPE) != "bf16":
         return []
-    import torch
-
-    torch.autocast("cpu", torch.bfloat16, cache_enabled=False).__enter__()
-    torch.set_autocast_cache_enabled = lambda enabled: None
-    to_numpy = torch.Tensor.numpy  # which has no bf16; ac, spectral and npd ask for activations
-
-    def numpy(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        return to_numpy(self.float() if self.dtype == torch.bfloat16 else self, *args, **kwargs)
-
-    setattr(torch.Tensor, "numpy", numpy)  # noqa: B010 - assigning to a method is what mypy forbids
+    _file_of_fmp("bf16.py").begin()
     return ["bf16 autocast"]
 
 
