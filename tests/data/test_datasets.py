@@ -86,6 +86,21 @@ def test_names_may_be_written_otherwise(written: str, known: str | None):
         assert dataset_facts(written, FACTS[known].size) == FACTS[known]
 
 
+def test_the_facts_are_those_of_backdoorbench():
+    """Its ``utils/aggregate_block/dataset_and_transform_generate.py``: classes, size, mean, std, and whether it flips."""
+    zero, one = (0.0,) * 3, (1.0,) * 3
+    assert {name: (it.num_classes, it.size, it.mean, it.std, it.flip) for name, it in FACTS.items()} == {
+        "cifar10": (10, (32, 32, 3), (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), True),
+        "cifar100": (100, (32, 32, 3), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), False),
+        "gtsrb": (43, (32, 32, 3), zero, one, False),
+        "tiny": (200, (64, 64, 3), (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), False),
+        "mnist": (10, (28, 28, 1), (0.5,), (0.5,), False),
+        "celeba": (8, (64, 64, 3), zero, one, False),
+        "imagenet": (1000, (224, 224, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), False),
+    }
+    assert {it.crop_padding for it in FACTS.values()} == {4}
+
+
 def test_two_folders_of_one_dataset_are_not_guessed_between(tmp_path: Path):
     for name in ("CIFAR10", "cifar-10"):
         (tmp_path / name).mkdir()

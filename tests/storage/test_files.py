@@ -22,6 +22,21 @@ def test_a_file_is_replaced(tmp_path: Path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="only there can folders be synced")
+def test_a_file_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its content is on the disk before it has its name, and the name before the call returns."""
+    path, done, sync, replace = tmp_path / "a.txt", [], os.fsync, os.replace
+
+    def note(handle: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("named"), replace(old, new)))
+    write_text(path, "text")
+    assert done == ["file", "named", "folder"] and path.read_text() == "text"
+
+
 def test_missing_folders_are_made(tmp_path: Path):
     write_text(tmp_path / "x" / "y" / "a.txt", "text")
     assert (tmp_path / "x" / "y" / "a.txt").read_text() == "text"

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from fmp_core.results.read import STAMP, read_result
-from fmp_core.sweeps.jobs import Job, finished, run
+from fmp_core.sweeps.jobs import Job, finished, run, settings_hash
+from fmp_core.sweeps.local import run_local
 from fmp_core.sweeps.plan import plan
+from fmp_core.sweeps.slurm import _on_node
 from sweep_jobs import WORK, order, sweep_of, working
 
 SEEDED = WORK.replace('"test_acc": 0.9', '"test_acc": float(sys.argv[3])')
@@ -61,6 +65,29 @@ def test_a_file_that_a_setting_names_counts_by_its_content(place: Path) -> None:
     assert run(job, Path("s"), {}).problem is None and finished(job)
     Path("idx.txt").write_text("2\n")
     assert finished(job) is None
+
+
+def test_a_long_setting_is_no_file(place: Path) -> None:
+    long = replace(working("a"), settings={"mean": "0.5," * 100})
+    assert settings_hash(long) == settings_hash(replace(long, settings={"mean": "0.5," * 100})) != settings_hash(working("a"))
+
+
+def sees(*names: str) -> Job:
+    """A job that leaves a file with the values of these environment variables."""
+    code = f"{WORK}\nimport os\npathlib.Path('seen.txt').write_text(' '.join(os.environ.get(n, '-') for n in {names}))"
+    return working("a", code=code)
+
+
+def test_a_job_gets_the_gpu_and_threads_of_its_slot(place: Path) -> None:
+    slot = {"CUDA_VISIBLE_DEVICES": "3", "OMP_NUM_THREADS": "5"}
+    run_local([sees(*slot)], Path("sweeps/s"), [slot], lambda job, outcome: None)
+    assert Path("seen.txt").read_text() == "3 5"
+
+
+def test_a_job_on_a_node_has_as_many_threads_as_slurm_gave_cpus(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
+    assert _on_node(sees("OMP_NUM_THREADS", "MKL_NUM_THREADS"), sweep_of()).problem is None
+    assert Path("seen.txt").read_text() == "7 7"
 
 
 def test_a_record_that_changes_during_a_run_is_another_one(place: Path) -> None:

@@ -45,6 +45,20 @@ def test_numbers_that_belong_together_are_one_flag(place: Path) -> None:
     assert len(plan(sweep_of(defenses=[{"defense": "fmp", "mean": ["0.5", "0.4"], "std": 0.2}]))) == 2
 
 
+def test_the_names_of_our_defenses_say_how_maps_are_selected(place: Path) -> None:
+    jobs = plan(sweep_of(defenses=["fmp", "ft-only", "random-prune"]))
+    assert {job.method: job.settings["selection"] for job in jobs} == {
+        "fmp": "frg",
+        "ft-only": "none",
+        "random-prune": "random",
+    }
+    assert plan(sweep_of(defenses=[{"defense": "fmp", "name": None}]))[0].folder.name == "fmp"  # "name:" and nothing after it
+
+
+def test_minutes_are_seconds_for_a_job(place: Path) -> None:
+    assert sweep_of(timeout=1.5).seconds == 90 and sweep_of().seconds is None
+
+
 def test_what_is_shared(place: Path) -> None:
     """Runs that rank alike share the ranking; strong ones share the search for triggers, whatever the paper's count needs."""
 

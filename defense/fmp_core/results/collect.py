@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,7 +49,17 @@ def collect(root: str | Path, warn: Warn) -> pd.DataFrame:
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"There is no folder {root}; name the folder that holds the attack records.")
-    return _tidy([row for folder in _record_folders(root, warn) for row in _record_rows(root, folder, warn)])
+    records = _named(root, _record_folders(root, warn))
+    return _tidy([row for name, folder in records for row in _record_rows(name, folder, warn)])
+
+
+def _named(root: Path, folders: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    """The records and their paths below ``root``; of several that look the same in print, the later ones get a number."""
+    seen: Counter[str] = Counter()
+    for folder in folders:
+        name = str(_unicode(folder.resolve().name if folder == root else folder.relative_to(root).as_posix()))
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name} ({seen[name]})", folder
 
 
 def _tidy(rows: list[dict[Any, Any]]) -> pd.DataFrame:
@@ -84,14 +95,16 @@ def _record_folders(root: Path, warn: Warn) -> list[Path]:
     return list(found.values())
 
 
-def _record_rows(root: Path, folder: Path, warn: Warn) -> Iterator[dict[str, Any]]:
+def _record_rows(record: str, folder: Path, warn: Warn) -> Iterator[dict[str, Any]]:
     logged = _or_warn(read_attack_metrics, folder, warn) or {}
-    name = folder.resolve().name if folder == root else folder.relative_to(root).as_posix()
-    about: dict[str, Any] = {"record": name, "source": str(folder)}
+    about: dict[str, Any] = {"record": record, "source": str(folder)}
     about |= _or_warn(read_record, folder, warn) or {}
     places = sorted(path for path in (folder / "defense").iterdir() if path.is_dir() and not path.name.startswith("."))
     found = {place.name: _or_warn(_result_in, place, warn) for place in places}
     results = {name: result for name, result in found.items() if result}
+    for name in {BASELINE, MEASURED}.intersection(results):
+        warn(f"{folder / 'defense' / name} has the name that the attacked model has in tables; rename the folder")
+        del results[name]
     for aside in sorted(path for path in (folder / "defense").glob(".*") if path.suffix in (".before", ".aside")):
         by = "run_defense.py" if aside.suffix == ".before" else "sweep"
         warn(f"{aside} is an earlier result; a {by} that runs or was killed put it aside, and another brings it back")

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import threading
 import time
@@ -78,10 +79,13 @@ def settings_hash(job: Job) -> str:
 
 
 def _content_hash(path: Path) -> str | None:
-    """None if there is no such file."""
-    if not path.is_file():
+    """None if there is no such file; a long text is no name of one."""
+    try:
+        state = path.stat()
+    except (OSError, ValueError):
         return None
-    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        return None
     return _hash_of_state(path, state.st_size, state.st_mtime_ns)
 
 

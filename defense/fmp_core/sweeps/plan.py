@@ -145,7 +145,7 @@ def _all_jobs(sweep: Sweep, datasets: dict[str, str]) -> Iterator[Job]:
             raise UserError(f"defenses: {entry!r} is neither the name of a defense nor a mapping with the key defense.")
         for flags, chosen in _expand(entry):
             defense = flags.pop("defense")
-            method = f"{flags.pop('name', defense)}{_suffix(chosen)}"
+            method = f"{flags.pop('name', None) or defense}{_suffix(chosen)}"
             if "random_seed" in flags or (defense in OURS and "random_seed" in sweep.ours):
                 raise UserError("defenses and ours: random_seed is what the key seeds of the sweep gives; say it there.")
             if not re.fullmatch(FOLDER_NAME, method):
