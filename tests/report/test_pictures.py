@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 
+import numpy as np
 import pytest
 import torch
 from fmp_core.models.feature_maps import trace_conv_layers
@@ -12,7 +13,9 @@ from fmp_core.report.data import Trigger
 from fmp_core.report.pictures import pictures
 from made_runs import made_run, scored_maps
 from PIL import Image
+from reference import score
 from torch import nn
+from toy import Plain
 
 
 def size_of(uri: str) -> tuple[int, int]:
@@ -42,3 +45,30 @@ def test_each_layer_has_a_card_and_a_map_of_one_pixel_two_numbers() -> None:
         outputs = second.module(torch.relu(first.module(torch.stack([clean[0], poisoned[0]]) / 255)))[:, 2].flatten()
     assert [float(number) for number in one["numbers"]] == pytest.approx(outputs.tolist(), rel=1e-2)
     assert size_of(one["noise"]) == size_of(found["example"]["change"]) == (8, 8) and found["example"]["label"] == 2
+
+
+def pixels_of(uri: str) -> torch.Tensor:
+    """int64 ``[C, H, W]``."""
+    image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).long()
+
+
+def test_a_card_shows_how_frg_changes_the_image_for_its_own_map() -> None:
+    torch.manual_seed(0)
+    model, image, eps = Plain().eval(), torch.randint(0, 200, (1, 3, 8, 8), dtype=torch.uint8), 0.05
+    layers = trace_conv_layers(model, image / 255)
+    first, second = layers
+    maps = scored_maps({first.name: [4, 4, 1, 4, 4], second.name: [4, 4, 4, 4, 4, 0]}, samples=4)
+    run = made_run(maps.assign(pruned=maps["correct"] < 2), settings={"p": 4, "eps": eps})
+    tac = torch.tensor([0, 1, 2, 3, 9, 0, 1, 2, 9, 3, 4], dtype=torch.float64)
+    label = torch.tensor([2])
+    found = pictures(run, Trigger(model, layers, image, image.flip(3), label, tac))  # type: ignore[arg-type]
+    cards = {(card["layer"], card["channel"]): card for row in ("pruned", "changed") for card in found[row]}
+    assert set(cards) == {(first.name, 2), (first.name, 4), (second.name, 5), (second.name, 3)}
+    made = score(model, layers, image / 255, label, eps=eps).images[:, 0]
+    for place, card in cards.items():
+        (number,) = maps.index[(maps["layer"] == place[0]) & (maps["channel"] == place[1])]
+        change = (made[number] - image[0] / 255) / eps
+        expected = (255 * (0.5 + 0.5 * change)).round()
+        near = (pixels_of(card["noise"]) - expected).abs() <= 1  # a gradient near 0 may have either sign
+        assert near.float().mean() > 0.97, place

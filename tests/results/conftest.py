@@ -1,11 +1,14 @@
-"""A tree of result files."""
+"""A tree of result files, and the figures that are written."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from drawn import figures_written
+from matplotlib.figure import Figure
 from result_files import metrics_json, one_row, three_rows, write
 
 
@@ -38,3 +41,10 @@ def root(tmp_path: Path) -> Path:
     blended = tmp_path / "blended_cifar10" / "defense"
     write(blended / "fmp" / "metrics.json", metrics_json(0.8, 0.1, 0.7))
     return tmp_path
+
+
+@pytest.fixture
+def saved_figures() -> Iterator[list[Figure]]:
+    """The figures that are written while the test runs, in order."""
+    with figures_written() as found:
+        yield found

@@ -55,6 +55,14 @@ def test_another_model_under_the_same_name_is_run_again(workplace: Path) -> None
     assert ablate.main(command) == 0 and json.loads(path.read_text())["after"] == second["after"]
 
 
+def test_a_row_of_other_flags_is_run_again(workplace: Path) -> None:
+    command = ["--result_file", RECORD, "--rows", "ft", *FLAGS, "--epochs", "0", "--lr"]
+    path = workplace / "record" / RECORD / "defense" / "ablate-ft" / "metrics.json"
+    for lr in ("0.01", "0.02"):
+        assert ablate.main([*command, lr]) == 0
+        assert json.loads(path.read_text())["settings"]["lr"] == float(lr)
+
+
 def test_fewer_test_images_are_an_even_sample_and_lie_beside_the_others(workplace: Path) -> None:
     flags = ["--result_file", RECORD, "--rows", "oracle-pruned", "random-1", *FLAGS]
     assert ablate.main([*flags, "--epochs", "0", "--csv", "whole.csv"]) == 0

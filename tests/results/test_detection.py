@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import collect as script
+import pandas as pd
 import pytest
 import torch
 from fmp_core.results.collect import collect
 from fmp_core.results.detection import Detection, anomaly, detection_of_neural_cleanse, detection_of_verdict
-from fmp_core.results.roc import detections
+from fmp_core.results.roc import detection_table, detections, write_roc
+from matplotlib.figure import Figure
 from result_files import metrics_json, one_row, three_rows, write
 
 NORMS = [60.0, 71.5, 9.25, 66.0, 80.25, 58.5]  # class 2 is the target
@@ -118,6 +120,39 @@ def test_a_poisoned_model_without_the_backdoor_is_left_out(models: Path) -> None
 def test_only_models_that_every_detector_looked_at_are_compared(models: Path) -> None:
     (models / "attacked" / "defense" / "nc" / "log" / "2026.log").unlink()
     assert "attacked" not in set(detections(collect(models, lambda text: None))["record"])
+
+
+def test_another_class_than_the_target_is_counted(models: Path) -> None:
+    path = models / "attacked" / "defense" / "strong" / "metrics.json"
+    content = json.loads(path.read_text())
+    content["verdict"]["target"] = 3
+    path.write_text(json.dumps(content))
+    (words,) = (
+        line.split() for line in detection_table(detections(collect(models, lambda text: None))).splitlines() if "FMP" in line
+    )
+    # clean, false alarms, backdoored, missed, target not named, AUC
+    assert words[2:] == ["2", "0", "2", "1", "1", "1.00"]
+
+
+def test_of_several_runs_that_of_the_first_seed_and_then_the_most_clean_data_counts(models: Path) -> None:
+    frame = collect(models, lambda text: None)
+    ours = frame["detector"] == "FMP's verdict"
+    runs = [(1, 0.1), (0, 0.05), (0, 0.1), (1, 0.2), (0, 0.02)]
+    repeated = [frame[ours].assign(seed=seed, ratio=ratio) for seed, ratio in runs]
+    found = detections(pd.concat([frame[~ours], *repeated], ignore_index=True))
+    of_ours = found[found["detector"] == "FMP's verdict"]
+    assert len(of_ours) == 4 and set(zip(of_ours["seed"], of_ours["ratio"], strict=True)) == {(0, 0.1)}
+
+
+def test_false_alarms_are_drawn_across_and_what_is_found_upwards(models: Path, saved_figures: list[Figure]) -> None:
+    write_roc(models / "roc.svg", detections(collect(models, lambda text: None)))
+    (axes,) = saved_figures[0].axes
+    assert axes.get_xlabel().startswith("false alarms") and axes.get_ylabel().startswith("found")
+    (curve,) = (line for line in axes.lines if str(line.get_label()).startswith("FMP's verdict"))
+    (threshold,) = (line for line in axes.lines if line.get_color() == curve.get_color() and line is not curve)
+    points = curve.get_xydata().tolist()
+    assert [0, 1] in points and [1, 0] not in points  # all are found before the first false alarm
+    assert threshold.get_xydata().tolist() == [[0, 0.5]]
 
 
 def test_without_clean_models_there_is_no_curve(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import collect as script
+import numpy as np
 import pandas as pd
 import pytest
 from fmp_core.results.collect import collect
@@ -48,6 +49,15 @@ def test_a_panel_per_attack_shows_what_each_defense_costs() -> None:
     badnet = {"attacked": (91.0, 95.0), "ft": (92.0, 60.0), "clp": (88.0, 3.0), "ft (published)": (99.0, 1.0)}
     drawn = points([table(badnet=badnet, wanet={"attacked": (90.0, 80.0), "ft": (89.5, 1.0)})])
     assert drawn == {"BadNets": {"clp": (3.0, 3.0), "ft": (-1.0, 60.0)}, "WaNet": {"ft": (0.5, 1.0)}}
+
+
+def test_bars_are_deviations_over_seeds_of_accuracy_across_and_of_asr_upwards() -> None:
+    both = [(92.0, 60.0), (90.0, 20.0)]
+    seeds = [frame_of(badnet={"attacked": (91.0, 95.0), "ft": found}).assign(seed=seed) for seed, found in enumerate(both)]
+    (axes,) = draw(build_tables(pd.concat(seeds, ignore_index=True))).axes
+    (container,) = (part for part in axes.containers if isinstance(part, ErrorbarContainer))
+    bars = np.concatenate([lines.get_segments() for lines in container.lines[2]])  # [bar, end, (x, y)]
+    assert np.ptp(bars, axis=1).max(axis=0) == pytest.approx([2 * 2**0.5, 2 * 800**0.5])
 
 
 def test_accuracy_is_lost_from_the_test_that_der_compares_with(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import paper_tables
 import pytest
-from fmp_core.metrics import METRICS
+from fmp_core.metrics import HEADLINES, METRICS
 from fmp_core.results.paper import (
     BASELINES,
     FIGURES,
@@ -26,6 +26,7 @@ from fmp_core.results.paper import (
 from fmp_core.results.paper_comparison import compare, comparison_text, draw_figure
 from fmp_core.settings import load_settings
 from fmp_core.sweeps.plan import make_sweep, plan
+from matplotlib.figure import Figure
 from PIL import Image
 from result_files import metrics_json, three_rows, write
 
@@ -179,6 +180,17 @@ def test_figures(number: str, tmp_path: Path) -> None:
         assert image.size[0] >= 400
         colours = image.convert("RGB").getcolors(2**24)
         assert colours is not None and len(colours) > 50
+
+
+def test_each_line_shows_the_figures_that_its_label_names(tmp_path: Path, saved_figures: list[Figure]) -> None:
+    draw_figure(tmp_path / "f.png", "4", FULL, compare(FIGURES["4"], FULL, results(FIGURES["4"], "full")))
+    (axes,) = saved_figures[0].axes
+    drawn = {str(line.get_label()): line.get_ydata().tolist() for line in axes.lines}
+    rows, expected = published(FIGURES["4"]), {}
+    for metric in METRICS:
+        expected[f"{HEADLINES[metric]} published"] = pytest.approx((100 * rows[metric]).tolist())
+        expected[f"{HEADLINES[metric]} ours"] = pytest.approx((100 * rows[metric] - 1).tolist())
+    assert drawn == expected
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 from fmp_core.results.collect import collect
 from fmp_core.results.read import read_record, read_result
-from fmp_core.results.tables import build_tables, to_latex
+from fmp_core.results.tables import Table, build_tables, to_latex
+from fmp_core.settings import load_settings
 from fmp_core.storage.files import file_digest
 from result_files import metrics_json, one_row, three_rows, write
 
@@ -83,6 +85,31 @@ def test_a_record_and_a_link_to_it_are_one(tmp_path: Path) -> None:
 def test_a_name_breaks_no_line_of_csv(tmp_path: Path) -> None:
     write(tmp_path / "x\rbadnet_cifar10" / "defense" / "fmp" / "metrics.json", metrics_json(0.9, 0.1, 0.8))
     assert set(collect(tmp_path, pytest.fail)["record"]) == {"x?badnet_cifar10"}
+
+
+def table_of_two_seeds(root: Path, settings: dict[str, Any], commit: str = "1111111") -> Table:
+    """The second run has other ``settings`` than the defaults, and is of another commit."""
+    for seed, (others, code) in enumerate((({}, "1111111"), (settings, commit))):
+        used = dataclasses.asdict(load_settings({"random_seed": seed, **others}))
+        text = metrics_json(0.9, 0.1, 0.8, seed=seed, settings=used, versions={"git": code})
+        write(root / "badnet_cifar10" / "defense" / f"fmp-s{seed}" / "metrics.json", text)
+    (table,) = build_tables(collect(root, pytest.fail))
+    return table
+
+
+def test_our_results_of_other_settings_are_no_seeds_of_one_method(tmp_path: Path) -> None:
+    assert table_of_two_seeds(tmp_path, {"lr": 0.02}).methods == ["no defense", "fmp-s0", "fmp-s1"]
+
+
+@pytest.mark.parametrize("other", [{}, {"report": False}, {"device": "cpu"}], ids=["seed", "report", "device"])
+def test_our_results_that_differ_in_what_decides_nothing_are_seeds_of_one_method(other: dict[str, Any], tmp_path: Path) -> None:
+    table = table_of_two_seeds(tmp_path, other)
+    assert table.methods == ["no defense", "fmp"] and not table.notes
+
+
+def test_our_results_of_two_commits_have_a_note(tmp_path: Path) -> None:
+    table = table_of_two_seeds(tmp_path, {}, commit="2222222")
+    assert table.notes == ["Results of different commits of this project are in one row: fmp."]
 
 
 def test_latex_has_the_titles_of_attacks(tmp_path: Path) -> None:

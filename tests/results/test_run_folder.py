@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import RECORD, Ran
 from fmp_core.errors import UserError
 from fmp_core.frg.scores import Scores
+from fmp_core.inversion.trigger import INVERTED_TRIGGER
 from fmp_core.models.evaluate import Metrics
 from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.models.training import Epoch
@@ -19,6 +22,7 @@ from fmp_core.results import bb_tables, run_folder
 from fmp_core.results.summary import RunSummary, advice, as_table
 from fmp_core.selection.choice import Selection, select_lowest
 from fmp_core.system.versions import versions
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -99,6 +103,33 @@ def test_plots_are_pictures_of_bbs_size(tmp_path: Path, rows: list[tuple[Epoch |
         with Image.open(path) as image:
             assert (image.format, image.size) == ("PNG", (1280, 960))
             assert len(image.convert("RGB").getcolors(1280 * 960) or []) > 4  # something is drawn
+
+
+def test_plots_draw_the_columns_that_their_labels_name(tmp_path: Path, saved_figures: list[Figure]) -> None:
+    rows = [(Epoch(0, 2, 3.5, 0.1), METRICS), (Epoch(1, 2, 3.25, 0.2), LATER)]
+    bb_tables.write_plots(tmp_path, bb_tables.history_frame(rows))
+    loss, accuracy = ({line.get_label(): line.get_xydata().tolist() for line in f.axes[0].lines} for f in saved_figures)
+    assert loss == {
+        "Train Loss": [[0, 3.5], [1, 3.25]],
+        "Test Clean loss": [[0, 1.5], [1, 1.0]],
+        "Test Backdoor Loss": [[0, 2.5], [1, 3.0]],
+    }
+    assert accuracy == {
+        "Train Acc": [[0, 0.1], [1, 0.2]],
+        "Test C-Acc": [[0, 0.5], [1, 0.75]],
+        "Test ASR": [[0, 0.25], [1, 0.125]],
+        "Test RA": [[0, 0.75], [1, 0.5]],
+    }
+
+
+def test_what_an_earlier_run_left_and_this_one_does_not_write_is_gone(workplace: Path, run_fmp: Callable[..., Ran]) -> None:
+    folder = workplace / "record" / RECORD / "defense" / "fmp"
+    folder.mkdir(parents=True)
+    for name in ("report.html", INVERTED_TRIGGER):
+        (folder / name).write_text("of an earlier run")
+    assert run_fmp("--result_file", RECORD, "--selection", "none", "--epochs", "0").code == 0
+    assert (folder / "metrics.json").is_file()
+    assert not (folder / "report.html").exists() and not (folder / INVERTED_TRIGGER).exists()
 
 
 def scores() -> Scores:
