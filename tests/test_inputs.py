@@ -1,12 +1,16 @@
-"""Which clean test image belongs to which poisoned one."""
+"""Which clean test image belongs to which poisoned one, and in which order the clean subset comes."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import RECORD
 from fmp_core.errors import UserError
-from fmp_core.inputs import paired_images
+from fmp_core.inputs import Inputs, load_inputs, paired_images
 from fmp_core.models.evaluate import TestData as Data
+from fmp_core.settings import Settings
 
 
 def data(counterparts: list[int] | None, originals: list[int]) -> Data:
@@ -32,3 +36,20 @@ def test_fewer_pairs_are_spread_evenly() -> None:
 def test_without_pairs_there_is_a_sentence(counterparts: list[int] | None, says: str) -> None:
     with pytest.raises(UserError, match=says):
         paired_images(data(counterparts, [0, 1]), 9)
+
+
+def test_an_index_file_in_order_of_classes_is_mixed_by_the_seed(workplace: Path) -> None:
+    """FRG scores the first images, which should be of all classes; a file that mixes them itself is kept as it is."""
+
+    def read(indices: list[int], seed: int = 0) -> Inputs:
+        Path("index.txt").write_text("\n".join(map(str, indices)))
+        return load_inputs(Settings(index="index.txt", random_seed=seed, epochs=0), RECORD, torch.device("cpu"))
+
+    in_order = [image for label in range(10) for image in range(label, 50, 10)]
+    one, again, other = (read(in_order, seed) for seed in (0, 0, 1))
+    assert sorted(one.subset) == list(range(50)) and one.subset == again.subset != other.subset
+    assert torch.equal(one.defender.labels, torch.tensor(one.subset) % 10)
+    assert len(set(one.defender.labels[:10].tolist())) > 3
+    mixed = read(list(range(50)))
+    assert mixed.subset == list(range(50))
+    assert torch.equal(one.defender.images, mixed.defender.images[one.subset])

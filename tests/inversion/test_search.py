@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fmp_core.inversion import search
+from fmp_core.inversion import search, trigger
 from fmp_core.inversion.search import TriggerSearch
 from fmp_core.inversion.trigger import (
     ALL_TO_ALL,
@@ -22,12 +22,14 @@ from planted import (
     Planted,
     PlantedAllToAll,
     PlantedWarp,
+    a_trigger,
     edges,
     images_of,
     trigger_search,
 )
 from torch import Tensor, nn
-from toy_cases import footprint
+from toy import Plain
+from toy_cases import footprint, toy_case
 
 
 def test_a_planted_patch_is_found_and_its_map_changed_most():
@@ -130,3 +132,30 @@ def test_a_subset_of_one_class_only_shows_nothing():
     alone = TriggerSearch(found.model, found.layers, found.images[one], found.labels[one], torch.float32, 0)
     verdict = alone.test("sparse", CLASSES)
     assert float(verdict.flip_rates[TARGET]) == 0 and verdict.too_few
+
+
+def test_no_trigger_is_inverted_on_images_of_its_target(monkeypatch: pytest.MonkeyPatch):
+    """Other images of the target class change nothing, other images of another class do."""
+    monkeypatch.setattr(trigger, "STEPS", 4)
+    model, images, labels = toy_case(Plain, count=40)
+    pixels, seen = (images * 255).to(torch.uint8), torch.arange(40) < 20
+    target, other = labels[:20].bincount().topk(2).indices.tolist()
+
+    def inverted(changed: int | None) -> list[Tensor]:
+        rows = (seen & (labels == changed)) if changed is not None else torch.zeros(40, dtype=torch.bool)
+        shown = torch.where(rows[:, None, None, None], 255 - pixels, pixels)
+        found = TriggerSearch(model, [ConvLayer("conv1", model.network.conv1)], shown, labels, torch.float32, seed=0)
+        return [found.triggers(["dense-8"], towards)[0].values for towards in (target, ALL_TO_ALL)]
+
+    plain, of_target, of_other = inverted(None), inverted(target), inverted(other)
+    assert torch.equal(plain[0], of_target[0]) and not torch.equal(plain[0], of_other[0])
+    assert not torch.equal(plain[1], of_target[1])  # of all-to-all, every class is another one's
+
+
+def test_the_activation_change_is_the_mean_over_all_held_out_images():
+    found, patch = trigger_search(WHITE), a_trigger("sparse", 1.0)
+    clean = found.images[-200:] / 255
+    with torch.no_grad():
+        change = (found.model.conv(patch.apply(clean)) - found.model.conv(clean)).abs().double().mean((2, 3))
+    assert change.std(0).min() > 0
+    torch.testing.assert_close(found.activation_change(patch), change.mean(0), rtol=1e-4, atol=1e-8)

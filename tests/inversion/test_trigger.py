@@ -11,6 +11,7 @@ from fmp_core.inversion.trigger import (
     FAMILIES,
     SPARSE_PART,
     WARPS,
+    invert_trigger,
     load_trigger,
     save_trigger,
 )
@@ -19,6 +20,7 @@ from planted import (
     a_trigger,
     trigger_search,
 )
+from torch import nn
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,6 +39,20 @@ def test_triggers_stay_within_their_family(family: str):
         assert trigger.values.shape == (1, 2, 16, 16) and 0 < trigger.values.abs().max() <= 1.5 * FAMILIES[family]
     else:
         assert 0 < changed.abs().max() <= FAMILIES[family] + 1e-6
+
+
+@pytest.mark.parametrize(("side", "bound"), [(13, 13 / 32), (16, 0.5), (28, 28 / 32), (34, 1.0), (64, 1.0)])
+def test_a_warp_moves_small_images_less(side: int, bound: float):
+    """At most 1/32 of their side, and a pixel at most; that is the bound of the control points, a third of the side apart."""
+    images = torch.randint(0, 256, (8, 3, side, side), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * (side - 2) ** 2, 3))
+    network.requires_grad_(False)
+    trigger = invert_trigger(network, torch.float32, (images, torch.zeros(8, dtype=torch.int64)), "warp-1", 1, seed=0)
+    control = trigger.values[..., :: (side - 1) // 3, :: (side - 1) // 3]
+    assert control.shape[2:] == (4, 4)
+    assert float(control.abs().max()) == pytest.approx(bound, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["sparse", "warp-1"])

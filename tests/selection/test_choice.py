@@ -23,3 +23,11 @@ def test_pruning_goes_as_far_as_the_budget(budget: float, expected: int):
     order = torch.randperm(400, generator=torch.Generator().manual_seed(1))
     chosen = most_within_budget(order, budget, lambda mask: 0.9 - 0.01 * int(mask.sum()))
     assert set(chosen.nonzero().flatten().tolist()) == set(order[:expected].tolist())
+
+
+def test_no_more_than_a_quarter_of_all_maps_is_pruned():
+    """However little accuracy it costs."""
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(1))
+    chosen = most_within_budget(order, 1.0, lambda mask: 0.9)
+    assert 99 <= int(chosen.sum()) <= 100
+    assert chosen[order[:99]].all()

@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 import torch
 from fmp_core.data import clean_subset
-from fmp_core.data.datasets import DatasetFacts
 from fmp_core.frg import racing, reverse
 from fmp_core.frg.scores import layer_slices
 from fmp_core.inputs import DefenderInputs
 from fmp_core.inversion import search, trigger, verdict, warp
 from fmp_core.models import preact_resnet
-from fmp_core.models.feature_maps import trace_conv_layers
 from fmp_core.selection import cache, select
 from fmp_core.selection.choice import Selection
 from fmp_core.selection.select import select_feature_maps
@@ -27,29 +25,6 @@ from fmp_core.settings import Settings
 from fmp_core.system import devices
 from fmp_core.system.cli import Stages
 from fmp_core.system.versions import source_digest
-from toy import CLASSES, SmallPreActResNet
-from toy_cases import toy_images, toy_model
-
-
-@pytest.fixture
-def defender(monkeypatch: pytest.MonkeyPatch) -> DefenderInputs:
-    for name, fewer in (("STEPS", 2), ("SPARSE_BATCH", 4), ("DENSE_BATCH", 4)):
-        monkeypatch.setattr(trigger, name, fewer)
-    images = toy_images(24)
-    model = toy_model(SmallPreActResNet, images)
-    layers = trace_conv_layers(model.network, images[:1])
-    pixels = (images * 255).round().to(torch.uint8)
-    with torch.no_grad():
-        labels = model(pixels / 255).argmax(1)
-    return DefenderInputs(model, layers, pixels, labels, CLASSES, DatasetFacts(CLASSES, (8, 8, 3)))  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def selecting(defender: DefenderInputs, tmp_path: Path) -> Callable[..., Selection]:
-    def call(**settings: Any) -> Selection:
-        return select_feature_maps(defender, Settings(**{"frg_samples": 2, "p": 2, **settings}), tmp_path, Stages())
-
-    return call
 
 
 def pruned_by_layer(selection: Selection, defender: DefenderInputs) -> list[int]:
