@@ -166,13 +166,14 @@ def test_batches_of_one_image_are_refused(workplace: Path, run_fmp: Run):
     refuses(run_fmp(*QUICK, "--epochs", "1", "--batch_size", "1"), "'1', but must be a whole number of at least 2")
 
 
-@pytest.mark.parametrize("flags", [(), ("--log", "index.txt"), ("--checkpoint_save", "index.txt")])
+@pytest.mark.parametrize("flags", [(), ("--log", "index.txt"), ("--checkpoint_save", "index.txt/below")])
 def test_a_folder_that_cannot_be_made_is_one_line(flags: tuple[str, ...], workplace: Path, run_fmp: Run):
     (workplace / "index.txt").write_text("a file")
     if not flags:
         (workplace / "record" / RECORD / "defense").write_text("a file")
     before = listing(workplace)
-    refuses(run_fmp(*QUICK, *flags), "is a file; let results go elsewhere with --save_folder")
+    remedy = f"choose another {flags[0]}" if flags else "let results go elsewhere with --save_folder"
+    refuses(run_fmp(*QUICK, *flags), f"is a file; {remedy}")
     assert listing(workplace) == before
 
 
