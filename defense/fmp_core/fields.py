@@ -67,8 +67,8 @@ def number(low: float, high: float = math.inf, *, above: bool = False, metavar: 
     """A finite number in [low, high], or ]low, high] with ``above``; fractions such as ``1/255`` are welcome."""
 
     def parse(value: Any) -> float:
-        numerator, _, denominator = str(value).partition("/")
-        result = float(numerator) / float(denominator or 1)
+        numerator, slash, denominator = str(value).partition("/")
+        result = float(numerator) / (float(denominator) if slash else 1)
         return _checked(result, math.isfinite(result) and (low < result if above else low <= result) and result <= high)
 
     bound = f"above {low:g}" if above else f"of at least {low:g}"

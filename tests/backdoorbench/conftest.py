@@ -28,6 +28,8 @@ for flag in ("dataset", "model", "result_file", "device", "index", "checkpoint_s
     parser.add_argument("--" + flag)
 parser.add_argument("--num_workers", type=float)
 args = parser.parse_args()
+assert "PYTHONPATH" not in os.environ  # FMP's modules would be found in place of BackdoorBench's
+assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # some scripts use a GPU whatever --device says
 list(torch.utils.data.DataLoader([1, 2], num_workers=args.num_workers or 0))
 path = f"record/{args.result_file}/attack_result.pt"
 content = torch.load(path)

@@ -104,6 +104,18 @@ def test_a_record_may_be_named_by_its_own_folder_or_a_link(
     assert set(facts["attacked"]) >= {"test_acc", "test_asr", "test_ra"}
 
 
+@pytest.mark.parametrize(("results", "code"), [([True, None], 0), ([True, False, None], 1)])
+def test_the_exit_code_says_whether_all_agree(
+    results: list[bool | None], code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparisons are stood in for, since BackdoorBench cannot be shipped."""
+    monkeypatch.setattr(script, "job_of", lambda args: args)
+    monkeypatch.setattr(parity, "check_parity", lambda *_: [parity.Check("it", result, "") for result in results])
+    assert script.main(["--result_file", "r"]) == code
+    said = f"{results.count(True)} passed, {results.count(False)} failed, {results.count(None)} skipped"
+    assert capsys.readouterr().out.splitlines()[-1] == said
+
+
 @pytest.mark.skipif("BACKDOORBENCH_ROOT" not in os.environ, reason="BACKDOORBENCH_ROOT names no BackdoorBench checkout")
 def test_backdoorbench_agrees(
     run_fmp: Callable[..., Ran], tiny_record: Path, workplace: Path, capsys: pytest.CaptureFixture[str]

@@ -128,3 +128,10 @@ def test_a_batch_that_memory_runs_out_in_is_halved() -> None:
     crowded.room = 0
     with pytest.raises(torch.OutOfMemoryError):
         predict(crowded, images, labels, 256)
+
+
+def test_a_sample_is_even_within_each_class_too() -> None:
+    """Folders of images often come by scene or by day: the first ones of a class would be alike."""
+    in_order, in_turn = torch.arange(40) // 20, torch.arange(40) % 2
+    assert even_sample(in_order, 8).tolist() == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert even_sample(in_turn, 8).tolist() == [0, 1, 10, 11, 20, 21, 30, 31]

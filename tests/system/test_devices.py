@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from fmp_core.errors import UserError
 from fmp_core.system import devices
 
 
@@ -35,3 +36,27 @@ def test_bf16_is_chosen_only_where_the_hardware_has_it(monkeypatch: pytest.Monke
 )
 def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool):
     assert devices.is_out_of_memory(error) == expected
+
+
+def test_devices_are_read_as_backdoorbench_writes_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    for text, index, named in (("cuda", 0, ()), ("cuda:1", 1, (1,)), ("cuda:2,0", 2, (2, 0))):
+        assert devices.choose_device(text) == devices.Device(torch.device("cuda", index), named)
+    for text, says in (
+        ("cuda:0,3", "so cuda:3 does not exist"),
+        ("cuda:1,1", "names a GPU twice"),
+        ("cuda:", "is not a device"),
+    ):
+        with pytest.raises(UserError, match=says):
+            devices.choose_device(text)
+    for there in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        assert devices.choose_device("auto").device.type == ("cuda" if there else "cpu")
+
+
+@pytest.mark.parametrize(("capability", "fast"), [("DEFAULT", False), ("AVX2", False), ("AVX512", True)])
+def test_a_limit_on_torch_is_one_on_bfloat16(capability: str, fast: bool, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the CPU could do: ATEN_CPU_CAPABILITY is set to compare machines."""
+    monkeypatch.setattr(devices, "has_amx", lambda: True)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    assert devices.has_fast_bfloat16(torch.device("cpu")) == fast

@@ -34,9 +34,11 @@ racing.CALIBRATION_MAPS = 3
 raced, error = racing.predict_scores(scorer, 4, "layer")
 search = TriggerSearch(net, layers, (255 * images).to(torch.uint8), labels, torch.float32, 0)
 flip_rates = search.test("dense-32", 4).flip_rates
+agreed = [distributed.all_agree(True), distributed.all_agree(not distributed.is_leader())]  # the first process never does
+share = distributed.total(6.0) / (torch.distributed.get_world_size() if distributed.is_distributed() else 1)
 if distributed.is_leader():
     scored = [scores.correct.tolist() + [value.hex() for value in scores.margin.tolist()] for scores in (whole, raced)]
-    print(json.dumps([*scored, error.tolist(), flip_rates.tolist()]))
+    print(json.dumps([*scored, error.tolist(), flip_rates.tolist(), agreed, share]))
 distributed.leave()
 """
 

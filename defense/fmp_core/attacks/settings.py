@@ -87,6 +87,8 @@ class AttackSettings:
         replaced |= {"ssba_strength"} if self.attack_train_replace_imgs_path else set()
         replaced |= {"trigger_seed"} if not self.draws_trigger else set()
         replaced |= {"attack_target"} if self.attack_label_trans == "all2all" else set()
+        if self.attack == "none":
+            replaced = {field.name for field in dataclasses.fields(self)} - {"attack"}
         given = (field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default)
         return [f.name for f in given if f.name in replaced or f.metadata.get("attack", self.attack) != self.attack]
 

@@ -1,0 +1,37 @@
+"""What is reported of a model without a backdoor, and how long models are trained."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from fmp_core.attacks.recipes import FOLDER_RECIPE, RECIPES
+from fmp_core.attacks.train_model import clean_metrics, recipe
+from torch import Tensor, nn
+
+
+class Brightest(nn.Module):
+    """Logits are 4 * the mean of each channel in [0,1]."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return 4 * pixels.mean((2, 3))
+
+
+def test_sums_and_means_of_a_clean_model_are_over_its_batches() -> None:
+    """Five red images, the last of them called green, in batches of two: losses right, right and wrong."""
+    images = torch.zeros(5, 3, 2, 2, dtype=torch.uint8)
+    images[:, 0] = 255
+    found = clean_metrics(Brightest(), images, torch.tensor([0, 0, 0, 0, 1]), batch_size=2)
+    right, wrong = math.log(math.exp(4) + 2) - 4, math.log(math.exp(4) + 2)
+    assert (found["test_correct"], found["test_total"], found["test_acc"]) == (4, 5, 0.8)
+    assert found["test_loss_sum_over_batch"] == pytest.approx(2 * right + wrong, rel=1e-5)
+    assert found["test_loss_avg_over_batch"] == pytest.approx((2 * right + wrong) / 3, rel=1e-5)
+
+
+def test_each_dataset_is_trained_by_its_own_recipe() -> None:
+    normalised, bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Sequential(nn.Conv2d(3, 4, 3))
+    for name, values in {**RECIPES, "my folder": FOLDER_RECIPE}.items():
+        assert recipe(name, normalised) == values
+        assert recipe(name, bare) == {**values, "lr": 0.01}  # without batch norm more would diverge
+    assert len({tuple(values.values()) for values in RECIPES.values()}) >= 4

@@ -1,0 +1,97 @@
+"""What judge_model.py judges and advises: the images and the settings that it was given, and no others."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+import judge_model
+import pytest
+import torch
+from colours import CLASSES, SIZE, coloured, save_split
+from fmp_core import judge
+from fmp_core.data.datasets import DatasetFacts
+from fmp_core.inversion.verdict import Verdict
+from fmp_core.settings import FIELDS, PROJECT, Settings, add_arguments, load_settings
+from narrow_resnet import NARROW_RESNET
+from test_judge import trained
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    """Of a model that knows the colours."""
+    return trained(DatasetFacts(CLASSES, (SIZE, SIZE, 3), crop_padding=0))
+
+
+@pytest.fixture
+def place(colours: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with ``model.pth`` and ``data/colours``."""
+    torch.save(weights, colours / "model.pth")
+    monkeypatch.chdir(colours)
+    return colours
+
+
+def run(*flags: str) -> int:
+    size = ["--image_size", str(SIZE), "--device", "cpu", "--dtype", "fp32"]
+    return judge_model.main(["model.pth", "--model", NARROW_RESNET, "--dataset", "data/colours", *size, *flags])
+
+
+def repair(verdict: Verdict, settings: Settings) -> Settings:
+    """The settings of the command that is printed."""
+    title, command = judge._next_step(verdict, settings)
+    words = shlex.split(command)
+    assert title == "To repair it:" and words[0] == "python" and Path(words[1]).resolve() == PROJECT / "defense" / "fmp.py"
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return load_settings(vars(parser.parse_args(words[2:])))
+
+
+def test_the_model_is_repaired_by_the_settings_that_it_was_judged_by(tmp_path: Path) -> None:
+    given = {"mean": "0.5", "std": "0.25", "ratio": "0.4", "random_seed": "3", "device": "cpu", "dtype": "fp32"}
+    assert {name for name in judge_model.RUN if FIELDS[name].metadata["decides"]} <= set(given)
+    places = {"record_root": str(tmp_path / "my records"), "dataset_path": str(tmp_path / "data"), "result_file": "a-model"}
+    settings = load_settings({**given, **places, "preset": "strong"})
+    towards_a_class, towards_none = (torch.tensor([rate, 0.1, 0.1, 0.1, 0.0], dtype=torch.float64) for rate in (0.9, 0.2))
+    assert repair(Verdict("sparse", towards_a_class, 60), settings) == settings
+    assert judge._next_step(Verdict("sparse", towards_none, 60), settings) == []
+
+
+def test_a_share_that_is_given_is_used_and_otherwise_enough_images(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is asked for the same kernels each time."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    for flags, images in (((), 32), (("--ratio", "0.5"), 16)):
+        assert run(*flags) == 0
+        assert f"clean     {images} training images\n" in capsys.readouterr().err
+    assert torch.backends.cudnn.deterministic
+
+
+def test_a_record_of_other_images_is_not_judged_in_their_place(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    images, labels = coloured(16, seed=3)
+    for split in ("train", "test"):
+        save_split(place / "data" / "other" / split, images, labels)
+    capsys.readouterr()
+    assert run("--dataset", "data/other") == 2
+    assert f"is a record of {NARROW_RESNET} on colours with images (8, 8, 3)" in capsys.readouterr().err
+
+
+def test_low_accuracy_is_pointed_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Clearly better than chance, but most images are labelled otherwise than the model says."""
+    images, labels = coloured(200, seed=3)
+    save_split(place / "data" / "mixed" / "train", images, labels)
+    for turned, low in ((1, False), (3, True)):
+        other = (torch.arange(200) % 5 < turned).long()
+        save_split(place / "data" / f"mixed{turned}" / "test", images, (labels + other) % 4)
+        (place / "data" / f"mixed{turned}" / "train").symlink_to(place / "data" / "mixed" / "train")
+        assert run("--dataset", f"data/mixed{turned}", "--ratio", "0.1", "--save_folder_name", f"mixed{turned}") == 0
+        assert ("That is low: what follows may be about how the model was given" in capsys.readouterr().out) == low
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "weights"])
+def test_weights_are_found_where_training_scripts_keep_them(key: str, tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "optimizer": {"lr": 0.1}, key: {"module.w": torch.ones(2)}}, tmp_path / "model.pth")
+    found = judge.weights_in(tmp_path / "model.pth")
+    assert list(found) == ["w"] and torch.equal(found["w"], torch.ones(2))
