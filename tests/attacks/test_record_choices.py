@@ -81,7 +81,7 @@ def test_a_mask_of_zeros_and_ones_is_white(kind: type, tmp_path: Path) -> None:
         ({"attack": "lf", "trigger_file": "f", "trigger_seed": 1, "lf_amplitude": 9.0}, ["trigger_seed", "lf_amplitude"]),
         ({"attack": "ssba", "attack_train_replace_imgs_path": "f", "ssba_strength": 9.0}, ["ssba_strength"]),
         ({"attack_label_trans": "all2all", "attack_target": 10}, ["attack_target"]),
-        ({"attack": "none", "attack_target": 3, "pratio": 0.5, "trigger_file": "f"}, ["attack_target", "pratio", "trigger_file"]),
+        ({"attack": "none", "attack_target": 3, "trigger_file": "f"}, ["attack_target", "trigger_file"]),
     ],
 )
 def test_a_flag_in_whose_place_something_else_stands_is_known_to_be_unused(given: dict[str, Any], unused: list[str]) -> None:
