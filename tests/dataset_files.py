@@ -32,6 +32,17 @@ def write_cifar10(root: Path, images: np.ndarray, labels: list[int]) -> Path:
     return folder
 
 
+def write_mnist(root: Path, images: np.ndarray, labels: list[int], parts: tuple[str, ...] = ("train", "t10k")) -> Path:
+    """The same images as each of ``parts``; returns the folder of files."""
+    raw = root / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        sizes = struct.pack(">iiii", 0x803, *images.shape)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(sizes + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, len(labels)) + bytes(labels))
+    return raw
+
+
 def python2_batch(images: np.ndarray, label_key: bytes, labels: list[int]) -> bytes:
     """A batch as Python 2's cPickle (protocol 2) wrote the originals: byte strings, numpy 1 names."""
 

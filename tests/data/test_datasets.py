@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from dataset_files import CIFAR, random_pixels, save_image
+from dataset_files import CIFAR, random_pixels, save_image, write_mnist
 from fmp_core.data.datasets import FACTS, dataset_facts, known_name, open_split
 from fmp_core.data.images import read_images
 from fmp_core.errors import UserError
@@ -27,16 +26,6 @@ def test_celeba_has_the_eight_classes_of_backdoorbench(tmp_path: Path):
     train, test = (open_split(tmp_path, "celeba", part, (64, 64, 3)) for part in (True, False))
     assert train.labels.tolist() == [4, 2, 1] and test.labels.tolist() == [7, 0]
     assert test.read([1]).shape == (1, 3, 64, 64)
-
-
-def write_mnist(root: Path, images: np.ndarray, labels: list[int]) -> Path:
-    raw = root / "mnist" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part in ("train", "t10k"):
-        sizes = struct.pack(">iiii", 0x803, *images.shape)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(sizes + images.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, len(labels)) + bytes(labels))
-    return raw
 
 
 def test_mnist_has_one_channel(tmp_path: Path):

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-from dataset_files import random_pixels, save_image
+from dataset_files import random_pixels, save_image, write_mnist
 from fmp_core.data.datasets import dataset_facts, open_split
 from fmp_core.models.training import Crops
 
 
 def test_mnist_is_tested_on_its_own_test_images(tmp_path: Path) -> None:
-    raw = tmp_path / "mnist" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
     parts = {"train": (random_pixels(3, 0, (28, 28)), [4, 0, 9]), "t10k": (random_pixels(2, 1, (28, 28)), [7, 1])}
     for name, (images, labels) in parts.items():
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">iiii", 0x803, *images.shape) + images.tobytes())
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, len(labels)) + bytes(labels))
+        write_mnist(tmp_path, images, labels, (name,))
     for train, (images, labels) in zip((True, False), parts.values(), strict=True):
         split = open_split(tmp_path, "mnist", train, (28, 28, 1))
         assert split.labels.tolist() == labels

@@ -102,7 +102,7 @@ def _record_rows(record: str, folder: Path, warn: Warn) -> Iterator[dict[str, An
     places = sorted(path for path in (folder / "defense").iterdir() if path.is_dir() and not path.name.startswith("."))
     found = {place.name: _or_warn(_result_in, place, warn) for place in places}
     results = {name: result for name, result in found.items() if result}
-    for name in {BASELINE, MEASURED}.intersection(results):
+    for name in sorted({BASELINE, MEASURED} & results.keys()):
         warn(f"{folder / 'defense' / name} has the name that the attacked model has in tables; rename the folder")
         del results[name]
     for aside in sorted(path for path in (folder / "defense").glob(".*") if path.suffix in (".before", ".aside")):

@@ -72,11 +72,9 @@ class RunFolder:
     def check(self) -> None:
         """Raises UserError now rather than after an hour: a folder cannot be made, or TensorBoard is not installed."""
         another = "choose another --save_folder" if self.settings.save_folder else "let results go elsewhere with --save_folder"
-        given = {"log": self.settings.log, "checkpoint_save": self.settings.checkpoint_save}
-        for flag, folder in given.items():
-            if folder:
-                check_folders(Path(folder), remedy=f"choose another --{flag}")
-        check_folders(self.path, self.log, self.checkpoints, remedy=another)
+        check_folders(self.path, remedy=another)
+        for flag, folder in (("log", self.log), ("checkpoint_save", self.checkpoints)):
+            check_folders(folder, remedy=f"choose another --{flag}" if getattr(self.settings, flag) else another)
         if self.settings.tensorboard:
             summary_writer()
 

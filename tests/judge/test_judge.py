@@ -15,43 +15,10 @@ from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
 from fmp_core.inversion import trigger, verdict
-from fmp_core.models.build import PixelModel, build_model
-from fmp_core.models.training import Trainer
+from fmp_core.models.build import build_model
 from fmp_core.results.collect import collect
-from fmp_core.settings import Settings
-from fmp_core.system.devices import Device
+from judged import run, trained
 from narrow_resnet import NARROW_RESNET
-
-CPU = Device(torch.device("cpu"))
-
-
-def trained(facts: DatasetFacts) -> dict[str, torch.Tensor]:
-    """Weights of a clean model of the colours that normalises as ``facts`` say."""
-    images, labels = coloured(32, seed=1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = build_model(NARROW_RESNET, CLASSES)
-    settings = Settings(epochs=30, batch_size=8, lr=0.02, amp=False)
-    list(Trainer(settings, CPU, facts).epochs(PixelModel(network, facts), images, labels))
-    return network.state_dict()
-
-
-@pytest.fixture(scope="module")
-def weights() -> dict[str, torch.Tensor]:
-    return trained(DatasetFacts(CLASSES, (SIZE, SIZE, 3), crop_padding=0))
-
-
-@pytest.fixture
-def place(colours: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with ``model.pth`` and ``data/colours``."""
-    torch.save(weights, colours / "model.pth")
-    monkeypatch.chdir(colours)
-    return colours
-
-
-def run(*flags: str, model: str = "model.pth") -> int:
-    size = ["--image_size", str(SIZE), "--device", "cpu", "--dtype", "fp32"]
-    return judge_model.main([model, "--model", NARROW_RESNET, "--dataset", "data/colours", *size, *flags])
 
 
 def test_a_model_is_judged_and_its_record_can_be_defended(

@@ -9,32 +9,12 @@ from pathlib import Path
 import judge_model
 import pytest
 import torch
-from colours import CLASSES, SIZE, coloured, save_split
+from colours import coloured, save_split
 from fmp_core import judge
-from fmp_core.data.datasets import DatasetFacts
 from fmp_core.inversion.verdict import Verdict
 from fmp_core.settings import FIELDS, PROJECT, Settings, add_arguments, load_settings
+from judged import run
 from narrow_resnet import NARROW_RESNET
-from test_judge import trained
-
-
-@pytest.fixture(scope="module")
-def weights() -> dict[str, torch.Tensor]:
-    """Of a model that knows the colours."""
-    return trained(DatasetFacts(CLASSES, (SIZE, SIZE, 3), crop_padding=0))
-
-
-@pytest.fixture
-def place(colours: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with ``model.pth`` and ``data/colours``."""
-    torch.save(weights, colours / "model.pth")
-    monkeypatch.chdir(colours)
-    return colours
-
-
-def run(*flags: str) -> int:
-    size = ["--image_size", str(SIZE), "--device", "cpu", "--dtype", "fp32"]
-    return judge_model.main(["model.pth", "--model", NARROW_RESNET, "--dataset", "data/colours", *size, *flags])
 
 
 def repair(verdict: Verdict, settings: Settings) -> Settings:
