@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="jobs at a time on each GPU, or on the CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of every defense")
     parser.add_argument("--launcher", choices=["local", "slurm"], default="local", help="where jobs run")
+    parser.add_argument(
+        "--slurm", type=Path, metavar="FILE", help="YAML with what slurm: may hold in a sweep file: partition, ..."
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the commands of what would run")
     parser.add_argument("--no_run", action="store_true", help="show the results that are there")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the tables there")

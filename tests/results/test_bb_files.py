@@ -36,6 +36,17 @@ def test_the_log_of_a_later_run_that_did_not_end_says_nothing(tmp_path: Path) ->
     assert logs_until(tmp_path, time.time()) == [second, first]
 
 
+@pytest.mark.parametrize("values", ["[10, 20]", "[10,\n 20]"])
+def test_all_of_a_list_is_a_setting(tmp_path: Path, values: str) -> None:
+    """Of rnp's milestones, for example, the first alone would make two schedules one."""
+    digests = []
+    for schedule in ("[10, 20]", values, "[10, 15]"):
+        write(tmp_path / "clp_df_summary.csv", three_rows(0.9, 0.1, 0.8))
+        write(tmp_path / "log" / "2026.log", f"{{'schedule': {schedule},\n 'u': 3,\n 'random_seed': 0}}\n")
+        digests.append(read_result(tmp_path).settings_digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_settings_of_the_record_are_no_settings_of_the_defense(tmp_path: Path) -> None:
     """... so that one method on two attacks is one method."""
     digests = []

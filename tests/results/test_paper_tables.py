@@ -216,6 +216,15 @@ def test_the_command_on_an_empty_folder(empty: Path, capsys: pytest.CaptureFixtu
     assert set(pd.read_csv(empty / "o.csv", dtype=str)["table"]) == {"5", "7"}
 
 
+def test_settings_for_slurm_come_from_a_file(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--table", "5", "--scale", "demo", "--dry_run", "--launcher", "slurm", "--slurm", "s.yaml"]
+    assert paper_tables.main(command) == 2 and "Slurm file s.yaml cannot be read" in capsys.readouterr().err
+    write(empty / "s.yaml", "{partition: gpu, gpus: 1}")
+    assert paper_tables.main(command) == 0
+    write(empty / "s.yaml", "{partitoin: gpu}")
+    assert paper_tables.main(command) == 2 and "did you mean partition" in capsys.readouterr().err
+
+
 def test_digits_for_backdoorbench_are_refused_before_anything_runs(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert paper_tables.main(["--table", "1a", "--scale", "demo", "--backdoorbench", str(empty)]) == 2
     error = capsys.readouterr().err
@@ -245,6 +254,9 @@ def test_results_of_other_settings_are_left_out(empty: Path, capsys: pytest.Capt
         pd.read_csv("o.csv", dtype={"table": str}).query("attack == 'badnet'").set_index(["table", "value"])["ours_test_acc"]
     )
     assert shown["1a", "fmp"] == 93 and shown["1a", "ft"] == 91 and shown["5", "64"] == 93
+    write(record / "ft" / "run_defense.json", json.dumps({"dtype": "bf16"}))
+    assert paper_tables.main(command) == 0
+    assert "badnet_cifar10_small/defense/ft is left out: dtype bf16 instead of fp32" in capsys.readouterr().err
     assert pd.isna(shown["1a", "fp"]) and pd.isna(shown["5", "2"])
     stamp = {"hash": "0" * 64, "method": "record", "seed": None, "seconds": 1.0}
     write(record.parent / "attack_result.pt", "")

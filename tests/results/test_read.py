@@ -25,13 +25,15 @@ LOG = "... {{'ratio': 0.1, 'target_layer_name': '{layer}', 'file_name': '{file}'
         {"trigger_seed": 1},
         {"steplr_milestones": [50, 80]},
         {"pos_list": (15, 31)},
+        {"selected_layer_param_name": "linear"},
     ],
     ids=lambda other: next(iter(other)),
 )
 def test_records_of_other_triggers_or_trainings_are_no_seeds_of_one_attack(other: dict[str, Any], tmp_path: Path) -> None:
     first = {"attack": "lf", "trigger_seed": 0, "steplr_milestones": [5, 8], "pos_list": (1, 2)}
     digests = []
-    for name, info in {"a": first, "b": {**first, "random_seed": 1}, "c": {**first, **other}}.items():
+    same = {**first, "random_seed": 1, "record_root": "/elsewhere"}
+    for name, info in {"a": first, "b": same, "c": {**first, **other}}.items():
         (tmp_path / name).mkdir()
         torch.save({"random_seed": 0, **info}, tmp_path / name / "info.pickle")
         digests.append(read_record(tmp_path / name)["record_digest"])
@@ -49,6 +51,30 @@ def test_pruning_decided_by_few_test_images_is_another_setting(tmp_path: Path) -
                 write(folder / "whole_test.json", json.dumps({"test_acc": 0.9, "test_asr": 0.5, "test_ra": 0.4}))
             digests.add(read_result(folder).settings_digest)
         assert (len(digests) == 1) == alike
+
+
+def test_how_many_test_images_decided_the_pruning_is_a_setting(tmp_path: Path) -> None:
+    digests = []
+    for name, images in (("a", 100), ("b", 100), ("c", 500)):
+        write(tmp_path / name / "finetune_df_summary.csv", three_rows(0.9, 0.5, 0.4))
+        write(tmp_path / name / "log" / "x.log", LOG.format(layer="fc", file="f", seed=0))
+        write(tmp_path / name / "whole_test.json", json.dumps({"test_acc": 0.9, "test_asr": 0.5, "test_ra": 0.4}))
+        write(tmp_path / name / "run_defense.json", json.dumps({"test_images": images}))
+        result = read_result(tmp_path / name)
+        digests.append(result.settings_digest)
+        assert result.settings["test_images"] == str(images)
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("key", ["load_other_model_path", "checkpoint_path"])
+def test_another_model_that_a_defense_starts_from_is_a_setting(tmp_path: Path, key: str) -> None:
+    digests = []
+    for name, path in (("plain", None), ("none", "None"), ("ft", "'record/r/defense/ft'"), ("fp", "'record/r/defense/fp'")):
+        write(tmp_path / name / "ft_df_summary.csv", three_rows(0.9, 0.5, 0.4))
+        given = "" if path is None else f"'{key}': {path},\n "
+        write(tmp_path / name / "log" / "x.log", f"{{'ratio': 0.1,\n {given}'random_seed': 0}}\n")
+        digests.append(read_result(tmp_path / name).settings_digest)
+    assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
 def test_names_of_layers_are_settings_and_names_of_files_are_not(tmp_path: Path) -> None:

@@ -184,6 +184,17 @@ def test_a_row_means_the_same_on_every_attack() -> None:
     assert table.methods == ["fmp", "fmp-s1"] and table.means.loc["fmp", ("blended", "test_acc")] == pytest.approx(80)
 
 
+def test_other_settings_on_another_record_of_an_attack_are_no_seeds() -> None:
+    """Folders of one name on records that differ in their seed: a sweep was edited and interrupted between them."""
+    frame = frame_of(("a", "badnet", "fmp", 0.93), ("b", "badnet", "fmp", 0.8), ("c", "badnet", "fmp", 0.7))
+    frame = frame.assign(record_seed=[0, 1, 2], seed=0, settings_digest=["a", "b", None])
+    (table,) = build_tables(frame)
+    names = ["fmp (settings a)", "fmp (settings b)", "fmp (settings unknown)"]
+    assert table.methods == names and table.means["badnet", "test_acc"].tolist() == pytest.approx([93, 80, 70])
+    (table,) = build_tables(frame.assign(settings_digest=["a", "a", "b"]))
+    assert table.means["badnet", "test_acc"].to_dict() == pytest.approx({names[0]: 86.5, names[1]: 70})
+
+
 def test_a_mixture_in_one_row_has_a_note() -> None:
     frame = frame_of(("a", "badnet", "ft", 0.8), ("b", "blended", "ft", 0.9))
     (table,) = build_tables(frame.assign(origin=["ours", "backdoorbench"]))

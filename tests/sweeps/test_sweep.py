@@ -216,6 +216,26 @@ def test_waves_for_slurm() -> None:
     record = Job("n", "record", "record", None, Path("record/n"), ("make",), {})
     jobs = [record, working("lead", shared_work="k"), working("x", shared_work="k"), working("free")]
     assert [[job.folder.name for job in wave] for wave in waves(jobs)] == [["n"], ["lead", "free"], ["x"]]
+    place = Path("record/r/defense/ft")
+    seeds = [working(name, writes=place) for name in ("ft", "ft-s1", "ft-s2")]  # none waits for another with a GPU in its hands
+    assert [[job.folder.name for job in wave] for wave in waves([*seeds, *jobs])] == [
+        ["n"], ["ft", "lead", "free"], ["ft-s1", "x"], ["ft-s2"]
+    ]  # fmt: skip
+
+
+ENDED = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path("left in order").touch() or 1))
+os.kill(os.getppid(), signal.SIGTERM)  # to submitit's process, as scancel does
+time.sleep(60)
+"""
+
+
+def test_a_job_that_slurm_ends_leaves_its_files_in_order(place: Path) -> None:
+    pytest.importorskip("submitit")
+    ended: list[Outcome] = []
+    run_submitit([working("a", code=ENDED)], sweep_of(), lambda _, outcome: ended.append(outcome), "local", poll=0.2)
+    assert Path("left in order").exists() and "ended by SIGTERM" in str(ended[0].problem)
 
 
 def test_submitits_own_processes_run_a_sweep(place: Path) -> None:

@@ -92,8 +92,8 @@ def run_on_record(
             in_own_process(_final_test, job, results)
         if outcome and not code:
             outcome.ended = True
-            note = {MODEL_DIGEST: file_digest(results / DEFENSE_FILE), ATTACK_DIGEST: job.digest, RUN_DTYPE: dtype}
-            write_text(results / RUN_NOTE, json.dumps(note) + "\n")
+            note = {MODEL_DIGEST: file_digest(results / DEFENSE_FILE), ATTACK_DIGEST: job.digest}
+            write_text(results / RUN_NOTE, json.dumps({**note, RUN_DTYPE: dtype, SAMPLE_ONLY: test_images}) + "\n")
     return said.replace(str(log), str(outcome.log)) if outcome else said, code
 
 

@@ -86,8 +86,8 @@ def logged_settings(logs: Sequence[Path]) -> dict[str, str]:
             head = file.read(2**16)
         for printed in re.findall(r"\{'\w+': .*(?:\n .*)*", head):
             if seed := re.search(r"'random_seed': (\d{1,10})\b", printed):
-                found = dict(re.findall(r"'(\w+)': (\([^)\n]*\)|'[^'\n]*'|[^,}\n]+)", printed))
-                return {**found, "random_seed": seed[1]}
+                found = dict(re.findall(r"'(\w+)': (\([^)\n]*\)|\[[^]]*\]|'[^'\n]*'|[^,}\n]+)", printed))
+                return {**{key: " ".join(value.split()) for key, value in found.items()}, "random_seed": seed[1]}
     return {}
 
 

@@ -30,6 +30,7 @@ MODEL_DIGEST = "defense_result"  # key of the SHA-256 of the defense_result.pt t
 RUN_NOTE = "run_defense.json"  # of a BB defense: which attack_result.pt it defended, and which defense_result.pt came of it
 ATTACK_DIGEST = "attack_result"  # key of the SHA-256 of the record's attack_result.pt
 RUN_DTYPE = "dtype"  # key of the precision that the defense ran in, where torch's autocast lowers it
+WHOLE_RUN = {RUN_DTYPE: "fp32", SAMPLE_ONLY: "all"}  # of a BB defense that neither flag of run_defense.py changed
 ATTACK_NAMES = {"lowfrequency": "lf", "label_consistent": "lc"}  # info.pickle's names -> those of files and leaderboard
 ATTACKS = "badnet|blended|blind|bpp|ctrl|inputaware|lc|lf|lira|refool|sig|ssba|trojannn|wanet"
 DATASETS = "|".join(sorted((*BB_DATASETS, "digits"), key=len, reverse=True))
@@ -41,9 +42,10 @@ NO_FINAL_TEST = {"npd", "nab", "mcr", "dbd"}
 DECIDE_BY_TESTS = {"finetune_df_summary.csv", "anp_df_summary.csv"}  # of fp and anp: the tests say how much they prune
 UNUSED_RATIO = ("d-br", "d-st")  # their settings have a ratio that the scripts never read
 NOT_DECIDING = (
-    r"(?<!trigger_)seed|(?<!layer_)name|path|folder|save|log|file|device|worker|terminal|time|frequency|memory|blocking|"
-    r"prefetch|fresh|quiet"
+    r"(?<!trigger_)seed|(?<!layer_)(?<!param_)name|path|folder|root|save|log|file|device|worker|terminal|time|frequency|memory|"
+    r"blocking|prefetch|fresh|quiet"
 )
+OTHER_MODELS = {"load_other_model_path", "checkpoint_path"}  # of mcr and ft-sam: they do, where they are given
 # Neither do those that BB's logs tell of the attacked model.
 NOT_OF_DEFENSE = rf"{NOT_DECIDING}|^(attack|dataset|model$|num_classes|input_|img_size|pratio|result)"
 
@@ -94,11 +96,12 @@ def _bb_result(folder: Path) -> Result:
     note = _note_of_run(folder)
     # Another model than the noted one is of a run after that of run_defense.log.
     seconds, cpu = seconds_of_bb(folder) if note or not (folder / DEFENSE_FILE).is_file() else (None, None)
-    deciding = {key: value for key, value in settings.items() if not re.search(NOT_OF_DEFENSE, key)}
+    by_run = {RUN_DTYPE: str(note.get(RUN_DTYPE, "fp32")), SAMPLE_ONLY: "all"}
     if tested and {path.name for path in folder.glob("*_df_summary.csv")} & DECIDE_BY_TESTS:
-        deciding["test_images"] = "few"
-    if note.get(RUN_DTYPE, "fp32") != "fp32":
-        deciding[RUN_DTYPE] = str(note[RUN_DTYPE])
+        by_run[SAMPLE_ONLY] = str(note.get(SAMPLE_ONLY) or "few")
+    deciding = {key: value for key, value in settings.items() if not re.search(NOT_OF_DEFENSE, key)}
+    deciding |= {key: value for key, value in settings.items() if key in OTHER_MODELS and value != "None"}
+    deciding |= {key: value for key, value in by_run.items() if value != WHOLE_RUN[key]}
     no_share = logged.get("index", "None") != "None" or any((folder / f"{x}_df_summary.csv").is_file() for x in UNUSED_RATIO)
     return Result(
         metrics,
@@ -106,7 +109,7 @@ def _bb_result(folder: Path) -> Result:
         stamped=bool(stamp),
         seed=whole_number({"seed": int(logged["random_seed"]) if logged else None, **stamp}, "seed"),
         method=value_of(stamp, "method", str),
-        settings=settings,
+        settings={**settings, **by_run},
         settings_digest=_digest(deciding),
         ratio=None if no_share else finite_number(settings.get("ratio")),
         seconds=seconds,

@@ -88,11 +88,14 @@ def build_tables(frame: pd.DataFrame) -> list[Table]:
 
     A column is an attack, all-to-all another one; records of one attack that differ in their seed are averaged, other records
     of the same attack keep their own column, named after the record. Results of one method that differ in more than their seed
-    keep rows of their own, named after their folders. AVG is over the columns, for methods that have them all. What was tested
-    on a sample of the test images has a row of its own, which says so.
+    keep rows of their own, named after their folders, and where these are alike also by their ``settings_digest``. AVG is over
+    the columns, for methods that have them all. What was tested on a sample of the test images has a row of its own, which says
+    so.
     """
     frame = frame.assign(column=_columns(frame))
     frame["method"] = frame["method"].mask(_differ(frame), frame["defense"])
+    with_settings = frame["method"] + " (settings " + frame["settings_digest"].fillna("unknown").astype(str) + ")"
+    frame["method"] = frame["method"].mask(_differ(frame), with_settings)  # folders of one name on several records
     on_sample = frame["method"] + " (" + frame["test_images"].astype(str) + SAMPLE
     frame["method"] = frame["method"].where(frame["test_images"].isna(), on_sample)
     tables = []

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmp_core.data.names import ATTACK_FILE
-from fmp_core.fields import as_text
+from fmp_core.fields import as_text, parse_mapping, read_yaml_mapping
 from fmp_core.results.paper import BASELINES, FIGURES, SCALES, Scale, baseline_flags, record_name, scaled_rows, sweep_content
-from fmp_core.results.read import read_result, read_stamp
+from fmp_core.results.read import WHOLE_RUN, read_result, read_stamp
 from fmp_core.storage.files import replacing, write_text
 from fmp_core.sweeps.jobs import made_otherwise
-from fmp_core.sweeps.plan import make_sweep, plan
+from fmp_core.sweeps.plan import Slurm, make_sweep, plan
 from fmp_core.sweeps.run import run_sweep
 
 if TYPE_CHECKING:
@@ -28,12 +28,13 @@ def make(args: Namespace, warn: Callable[[str], None]) -> int:
     ``args`` are the flags of ``record_scripts/paper_tables.py``; ``warn`` gets one line for each result that cannot be read.
     """
     tables, code = list(dict.fromkeys([*args.table, *(FIGURES[number] for number in args.figure)])), 0
+    slurm = parse_mapping(Slurm, read_yaml_mapping(args.slurm, "Slurm file"), f"Slurm file {args.slurm}") if args.slurm else {}
     if not args.no_run:
         records = [path.parent for path in Path(args.record_root).glob(f"*/{ATTACK_FILE}")]
         by_hand = [folder.name for folder in records if not read_stamp(folder)]
         for table in tables:  # not one sweep: it would run the defenses of each table on the records of all
             content = sweep_content(table, SCALES[args.scale], args.backdoorbench, by_hand)
-            content |= {key: getattr(args, key) for key in SWEEP_KEYS}
+            content |= {key: getattr(args, key) for key in SWEEP_KEYS} | {"slurm": slurm}
             code = max(code, run_sweep(make_sweep(content, "paper_tables"), args.launcher, args.dry_run))
     if not args.dry_run:
         _show(tables, args, warn)
@@ -50,7 +51,7 @@ def of_other_settings(table: str, scale: Scale, frame: DataFrame, record_root: P
     wanted = {("ours", job.record, job.method): job.settings for job in ours if job.kind == "ours"}
     for row in scaled_rows(table, scale).itertuples():
         if (defense := str(row.defense)) in BASELINES:
-            wanted["backdoorbench", record_name(row, scale), defense] = baseline_flags(defense, scale)
+            wanted["backdoorbench", record_name(row, scale), defense] = baseline_flags(defense, scale) | WHOLE_RUN
     found = {}
     for index, origin, record, method, defense in frame[["origin", "record", "method", "defense"]].itertuples(name=None):
         settings = wanted.get((origin, record, method), {})

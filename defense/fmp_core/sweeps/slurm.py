@@ -1,9 +1,10 @@
-"""The jobs of a sweep on a Slurm cluster, through submitit: three arrays, each waiting for the one before."""
+"""The jobs of a sweep on a Slurm cluster, through submitit: a few arrays, each waiting for the one before."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -20,13 +21,18 @@ POLL = 5.0  # seconds between looks at the jobs' files
 
 
 def waves(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Records; then all that needs no other job; then the jobs that read scores or triggers of a job of the second wave."""
-    first: set[str] = set()
-    parts: list[list[Job]] = [[], [], []]
+    """Records; then all that needs no other job; then what reads scores or triggers of an earlier job, or writes where an
+    earlier one does, as BackdoorBench's runs of one defense on a record do (their seeds: a wave each)."""
+    parts: list[list[Job]] = [[]]
+    needed: dict[str | Path, int] = {}  # shared work -> the wave that does it; a folder -> the last wave that writes there
     for job in jobs:
-        parts[0 if job.kind == "record" else 2 if job.shared_work in first else 1].append(job)
+        earlier = [needed[key] for key in (job.shared_work, job.output) if key in needed]
+        wave = 0 if job.kind == "record" else 1 + max(earlier, default=0)
+        parts += [[] for _ in range(wave + 1 - len(parts))]
+        parts[wave].append(job)
+        needed[job.output] = wave
         if job.shared_work:
-            first.add(job.shared_work)
+            needed.setdefault(job.shared_work, wave)
     return [part for part in parts if part]
 
 
@@ -53,7 +59,9 @@ def run_submitit(jobs: Sequence[Job], sweep: Sweep, report: Report, cluster: str
                 handles = [executor.submit(_on_node, job, sweep) for job in wave]
         except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
             detail = " ".join(str(error).split())[:300]
-            raise UserError(f"The jobs could not be submitted ({detail}); check slurm: in the sweep file.") from None
+            arrays = ", ".join(sorted({str(handle.job_id).split("_")[0] for _, handle in submitted}))
+            queued = f" Already queued, and to be ended by scancel: {arrays}." if arrays else ""
+            raise UserError(f"The jobs could not be submitted ({detail}); check the settings for slurm.{queued}") from None
         submitted += zip(wave, handles, strict=True)
         before = handles
         if cluster != "slurm":  # no dependencies there
@@ -63,10 +71,16 @@ def run_submitit(jobs: Sequence[Job], sweep: Sweep, report: Report, cluster: str
 
 
 def _on_node(job: Job, sweep: Sweep) -> Outcome:
-    """What a node runs: as many threads as Slurm gave CPUs."""
+    """What a node runs: as many threads as Slurm gave CPUs. On SIGTERM, which submitit ignores, the job's process is ended in
+    order, too: it is in a session of its own, where Slurm need not signal it."""
+    signal.signal(signal.SIGTERM, _stop)
     threads = os.environ.get("SLURM_CPUS_PER_TASK")
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if threads else {}
     return run(job, sweep.folder, environment, sweep.seconds)
+
+
+def _stop(_signal: int, _frame: Any) -> None:
+    raise UserError("ended by SIGTERM (scancel, or another job took its place)")
 
 
 def _parameters(sweep: Sweep, cluster: str, before: Sequence[Any]) -> dict[str, Any]:
