@@ -54,12 +54,12 @@ def test_the_copy_is_the_record_with_paths_inside_the_workspace(
             assert (folder / "data" / "cifar10" / "cifar-10-batches-py").is_dir()
 
 
-def test_files_to_unpickle_stay_away_from_backdoorbench(checkout: Path, tiny_record: Path) -> None:
+def test_backdoorbench_is_given_images_and_what_we_wrote_only(checkout: Path, tiny_record: Path) -> None:
     (tiny_record / "clean_model.pth").write_bytes(b"a pickle")
     (tiny_record / "notes.csv").write_text("a,b")
     with workspace(job(checkout)) as folder:
         names = {path.name for path in (folder / "record" / RECORD).iterdir()}
-    assert "clean_model.pth" not in names and {"notes.csv", "attack_result.pt", "bd_test_dataset"} <= names
+    assert names == {"attack_result.pt", "bd_test_dataset", "bd_train_dataset", "defense"}
 
 
 def test_an_analysis_reads_no_result_that_holds_more_than_data(checkout: Path, tiny_record: Path) -> None:

@@ -82,7 +82,7 @@ def run_script(
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [os.path.abspath(program), str(SHIMS), script, *arguments]
     started, used = time.monotonic(), _children_seconds()
-    with open(log, "w", encoding="utf-8") as file, _started(command, folder, environment) as process:
+    with open(log, "w+", encoding="utf-8") as file, _started(command, folder, environment) as process:
         assert process.stdout is not None
         if not echo:
             threading.Thread(target=_heartbeat, args=(process, log), daemon=True).start()
@@ -92,9 +92,14 @@ def run_script(
             if echo:
                 print(line, end="", flush=True)
         code, seconds = process.wait(), time.monotonic() - started
-        reason = reason_of(log.read_text(encoding="utf-8")) if code else ""
-        file.write(f"\nexit code {code} after {seconds:.0f} s; CPU {_children_seconds() - used:.0f} s\n")
-    return Ended(code, seconds, reason)
+        file.seek(0)
+        printed = file.read()
+        end = f"\nexit code {code} after {seconds:.0f} s; CPU {_children_seconds() - used:.0f} s\n"
+        file.write(end)
+    if not log.exists():  # mcr removes the folder of its results
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(printed + end, encoding="utf-8")
+    return Ended(code, seconds, reason_of(printed) if code else "")
 
 
 def _children_seconds() -> float:

@@ -23,8 +23,11 @@ from fmp_core.storage.placeholders import PickledImage
 from fmp_core.storage.torch_file import load_torch_file
 
 
-def write_record_copy(job: Job, file: Path) -> None:
-    """Write the record of ``job`` to ``file``. Raises UserError: a part is not as BackdoorBench writes it."""
+def write_record_copy(job: Job, file: Path) -> set[str]:
+    """Write the record of ``job`` to ``file``; returns the names of the record's folders in which its images lie.
+
+    Raises UserError: a part is not as BackdoorBench writes it.
+    """
     content = load_torch_file(job.folder / ATTACK_FILE)
     if isinstance(content["bd_test"], Mapping) and "x" in content["bd_test"]:
         raise UserError(f"The record {job.name} is of BackdoorBench v1, which today's BackdoorBench cannot read.")
@@ -38,6 +41,9 @@ def write_record_copy(job: Job, file: Path) -> None:
     facts = {"model_name": job.model_name, "num_classes": job.num_classes, "model": content["model"]}
     facts |= {"data_path": f"./data/{job.dataset}", "img_size": job.image_size, "clean_data": job.dataset}
     write_torch(file, {**facts, **sets})
+    items = [item for part in sets.values() if part for item in part["bd_data_container"]["data_dict"].values()]
+    inside = [item["path"].removeprefix(f"./record/{job.name}/") for item in items if isinstance(item, dict)]
+    return {path.partition("/")[0] for path in inside}
 
 
 def write_result_copy(result: Path, file: Path) -> None:

@@ -39,6 +39,7 @@ from fmp_core.storage.files import (
 from fmp_core.storage.lock import locked, result_lock
 
 NO_DEFENSES = {"__init__", "base", "dataset_load_mode", "fmp"}  # of defense/*.py
+JOINED = {"nc": ["--log"], "nab": ["--log", "--checkpoint_save"]}  # they take these to lie below the current folder
 WRITTEN = ("--checkpoint_save", "--log", "--save_path")  # flags of BackdoorBench for folders it writes into
 
 
@@ -63,6 +64,8 @@ def run_on_record(
     """
     if test_images:
         _check_final_test(job, method, analysis, extra)
+    if joined := [flag for flag in JOINED.get(method, []) if any(word.partition("=")[0] == flag for word in extra)]:
+        raise UserError(f"{joined[0]} cannot be used with {method}, which writes elsewhere then; leave it out.")
     if dtype != "fp32" and (analysis or not job.device.startswith("cpu")):
         raise UserError(f"--dtype {dtype} is for defenses on a CPU; leave it out with --analysis, and on CUDA, which has amp.")
     adapted = {TEST_IMAGES: str(test_images or 0), DTYPE: dtype}

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib.machinery
 import importlib.util
+import multiprocessing
 import os
 import runpy
 import sys
@@ -44,8 +45,8 @@ names = _file_of_fmp(os.path.join(os.pardir, "data", "names.py"))
 
 def apply(root: str) -> str:
     """Put back what is missing; returns what was done, in words. ``root`` is the folder of BackdoorBench's files."""
-    done = [*_numpy(root), *_torch(), *_torch_without_cuda(), *_one_pixel(), _images(), _whole_numbers()]
-    done += [*_stand_ins(), *_own_imports()]
+    done = [*_numpy(root), *_torch(root), *_torch_without_cuda(), *_one_pixel(), _images(), _whole_numbers()]
+    done += [*_workers(), *_stand_ins(), *_own_imports()]
     sys.meta_path.append(optional.Placeholders(root))
     return "; ".join([*done, *_saved_by_nc(), *_fewer_test_images(), *_autocast()])
 
@@ -82,17 +83,18 @@ def _numpy(root: str) -> list[str]:
     return ["arrays of unequal rows", *(f"np.{name}" for name in missing)]
 
 
-def _torch() -> list[str]:
+def _torch(root: str) -> list[str]:
+    import torchvision.datasets.celeba
     import torchvision.datasets.cifar
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-    # torch 2.6 reads tensors only unless told otherwise; records hold numpy arrays too.
-    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+    _file_of_fmp("loading.py").begin(root)
     # torch 1.13 dropped iter(loader).next(), which bnp calls.
     _BaseDataLoaderIter.next = _BaseDataLoaderIter.__next__  # type: ignore[attr-defined]
-    # torchvision downloads CIFAR again if a file's md5 is not the original's; here a file that exists is taken as it is.
-    torchvision.datasets.cifar.check_integrity = lambda path, md5=None: os.path.isfile(path)
-    return ["torch.load reads whole pickles", "iter(loader).next()", "CIFAR files are read whatever their md5"]
+    # torchvision downloads a dataset again if a file's md5 is not the original's; here a file that exists is taken as it is.
+    for dataset in (torchvision.datasets.cifar, torchvision.datasets.celeba):
+        setattr(dataset, "check_integrity", lambda path, md5=None: os.path.isfile(path))  # noqa: B010
+    return ["torch.load reads whole pickles of this run", "iter(loader).next()", "datasets are read whatever their md5"]
 
 
 def _torch_without_cuda() -> list[str]:
@@ -139,6 +141,15 @@ def _images() -> str:
         del Image.OPEN[name]
     Image.ID[:] = [name for name in Image.ID if name in Image.OPEN]
     return "images are " + ", ".join(names.IMAGE_FORMATS)
+
+
+def _workers() -> list[str]:
+    """Workers of a DataLoader must be copies of this process: others (macOS; Linux since Python 3.14) have nothing of what is
+    put right here, and cannot unpickle BackdoorBench's dataset."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return []
+    multiprocessing.set_start_method("fork", force=True)
+    return ["workers are forked"]
 
 
 def _whole_numbers() -> str:
@@ -209,6 +220,8 @@ def _fewer_test_images() -> list[str]:
 
     def load_attack_result(path: str) -> dict[str, Any]:
         found: dict[str, Any] = load(path)
+        if "clean_test" not in found:  # of a defense, which ft-sam may begin with
+            return found
         for name in ("clean_test", "bd_test"):
             whole = found[name].wrapped_dataset
             size = min(count, len(whole))

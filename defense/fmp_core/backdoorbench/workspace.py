@@ -2,9 +2,9 @@
 
 BackdoorBench reads ``./record``, ``./config`` and the poisoned images' paths from the current folder, and takes the dataset
 from beside the record's real path (``utils/save_load_attack.py``). A temporary folder of links satisfies it, with a copy of
-``attack_result.pt`` that we write, so that neither the checkout nor the record has to be moved or changed; only
-``record/<name>/defense`` is written through. For an analysis the defense's result is a copy, too, and only its folder of plots
-is written through.
+``attack_result.pt`` that we write and links to the images it names, so that neither the checkout nor the record has to be moved
+or changed; only ``record/<name>/defense`` is written through. For an analysis the defense's result is a copy, too, and only its
+folder of plots is written through.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ DATASET_CODE = "utils/aggregate_block/dataset_and_transform_generate.py"
 LANDMARKS = ("defense/base.py", DATASET_CODE, "config/defense")
 OURS = (".git", "record", "data", "record_scripts")  # not linked into the workspace
 MODEL_CODE = "utils/aggregate_block/model_trainer_generate.py"
+CELEBA = ("list_attr_celeba", "list_eval_partition", "identity_CelebA", "list_bbox_celeba", "list_landmarks_align_celeba")
 LAYOUTS = {  # what BackdoorBench reads of a dataset; FMP reads other layouts, too
     "cifar10": ("cifar-10-batches-py",),
     "cifar100": ("cifar-100-python",),
     "gtsrb": ("Train/00000/GT-00000.csv", "Test/GT-final_test.csv"),
     "mnist": ("MNIST/raw",),
+    "celeba": ("celeba/img_align_celeba", *(f"celeba/{name}.txt" for name in CELEBA)),
+    "imagenet": ("train", "val"),
     "tiny": ("tiny-imagenet-200/train", "tiny-imagenet-200/val"),
 }
 PLOTS = "visual"  # the folder in that of a defense into which BackdoorBench's analyses write
-PICKLES = (".pt", ".pth", ".pickle", ".pkl")
 
 
 def find_checkout(path: str | Path) -> Path:
@@ -172,8 +174,10 @@ def workspace(job: Job, write_through: bool = True, analysed: str | None = None)
     Raises UserError if the temporary folder's path is such that BackdoorBench cannot work, the record holds no poisoned sets in
     its form, or that result is not plain data.
     """
-    folder = Path(tempfile.mkdtemp(prefix="fmp_bb_")).resolve()
+    top = Path(tempfile.mkdtemp(prefix="fmp_bb_")).resolve()
+    folder = top / "up" / "here"  # its scripts import from ../ and ../../ too, which must not be where anybody may write
     try:
+        folder.mkdir(parents=True)
         if "record" in str(folder):
             raise UserError(
                 f"BackdoorBench misreads paths with 'record' in them, such as {folder}; set TMPDIR to another folder."
@@ -186,17 +190,16 @@ def workspace(job: Job, write_through: bool = True, analysed: str | None = None)
         if through:
             make_folders(real / "defense")
         seen.mkdir(parents=True)
-        in_own_process(_write_record, job, seen / ATTACK_FILE)
-        for entry in real.iterdir():  # files that BackdoorBench would unpickle stay away from it
-            if entry.suffix.lower() not in PICKLES and (entry.name != "defense" or through):
-                (seen / entry.name).symlink_to(entry)
+        images = in_own_process(_write_record, job, seen / ATTACK_FILE)
+        for name in {*images, "defense"} if through else images:
+            (seen / name).symlink_to(real / name)
         if analysed:
             _offer_result(real / "defense" / analysed, seen / "defense" / analysed, write_through)
         (folder / "data").mkdir()
         (folder / "data" / job.dataset).symlink_to(job.dataset_folder)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(top, ignore_errors=True)
 
 
 def _offer_result(results: Path, seen: Path, write_through: bool) -> None:
@@ -205,7 +208,8 @@ def _offer_result(results: Path, seen: Path, write_through: bool) -> None:
     in_own_process(_write_result, results / DEFENSE_FILE, seen / DEFENSE_FILE)
     if write_through:
         make_folders(results / PLOTS)
-        (seen / PLOTS).symlink_to(results / PLOTS)
+        for place in (seen, seen.parents[1]):  # network and quality draw into the record's folder
+            (place / PLOTS).symlink_to(results / PLOTS)
 
 
 def _write_result(result: Path, file: Path) -> None:
@@ -214,7 +218,7 @@ def _write_result(result: Path, file: Path) -> None:
     write_result_copy(result, file)
 
 
-def _write_record(job: Job, file: Path) -> None:
+def _write_record(job: Job, file: Path) -> set[str]:
     from fmp_core.backdoorbench.record_copy import write_record_copy  # imports torch
 
-    write_record_copy(job, file)
+    return write_record_copy(job, file)
