@@ -226,6 +226,8 @@ def test_flags_without_effect_and_a_model_that_diverged_are_said(workplace: Path
     assert ran.err.count("has no effect") == 2
     quick = unused(load_settings({"preset": "strong", "epochs": "0", "distill": "0.5", "batch_size": "8"}))
     assert quick == ["--distill has no effect without --epochs of at least 1"]
+    seldom = unused(load_settings({"epochs": "3", "frequency_save": "5"}))
+    assert seldom == ["--frequency_save has no effect without --epochs of at least that number"]
     drawn = unused(load_settings({"selection": "none", "masked": "True", "index": "i.txt", "ratio": "0.5"}))
     assert [sentence.split()[0] for sentence in drawn] == ["--ratio", "--masked"]
     metrics = json.loads((workplace / RESULTS / "metrics.json").read_text())

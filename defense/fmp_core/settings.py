@@ -234,6 +234,7 @@ def unused(settings: Settings) -> list[str]:
     select, schedule, tuning = settings.selection, settings.lr_scheduler, groups()[Stage.FINE_TUNING.value]
     needs = (
         ("--epochs of at least 1", settings.epochs > 0, [name for name in tuning if name not in ("epochs", "batch_size")]),
+        ("--epochs of at least that number", settings.epochs >= settings.frequency_save, ["frequency_save"]),
         ("a drawn clean subset (--index names one)", settings.index is None, ["ratio"]),
         ("--selection frg", select in ("frg", "trigger"), groups()[Stage.RANKING.value]),
         ("--selection frg", select != "none", ["p", "scope", "masked"]),
@@ -244,8 +245,7 @@ def unused(settings: Settings) -> list[str]:
         ("--lr_scheduler StepLR or MultiStepLR", schedule in ("StepLR", "MultiStepLR"), ["steplr_gamma"]),
     )
     without = {name: f"--{name} has no effect without {flag}" for flag, met, users in needs if not met for name in users}
-    given = changed(dataclasses.asdict(settings))
-    return [sentence for name, sentence in without.items() if name in given]
+    return [without[name] for name in changed(dataclasses.asdict(settings)) if name in without]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

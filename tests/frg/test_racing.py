@@ -70,6 +70,20 @@ def test_a_map_whose_count_may_be_wrong_is_scored_in_full():
     assert scored == 5
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_of_many_images_may_be_wrong_by_more_than_one(seed: int):
+    """Bfloat16 counts about 3 in 10000 images otherwise: of 5000 more than one a map."""
+    generator = torch.Generator().manual_seed(seed)
+    correct = torch.randint(4300, 4310, (1024,), generator=generator)
+    margin = torch.randn(1024, generator=generator, dtype=torch.float64)
+    wrong = torch.poisson(torch.full((2, 1024), 0.7), generator=generator).long()
+    exact = replace(scores_of(correct, margin, (512, 512)), samples=5000)
+    cheap = replace(exact, correct=correct + wrong[0] - wrong[1])
+    raced, scored = contend(cheap, exact, 16, "layer")
+    assert torch.equal(lowest(raced, 16, "layer")[0], lowest(exact, 16, "layer")[0])
+    assert scored < 1024
+
+
 def test_maps_that_predictions_drop_are_judged_by_full_precision_too():
     """Predicted from bfloat16 margins, then scored in bfloat16, then in float32: what bfloat16 errs by counts in each step."""
     generator = torch.Generator().manual_seed(0)

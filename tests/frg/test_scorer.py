@@ -65,6 +65,23 @@ def test_wide_networks_score_alike_in_small_batches() -> None:
     assert all(torch.equal(scores.margin, large.margin) for scores in small)
 
 
+@pytest.mark.parametrize("count", [17, 33])
+def test_images_that_fill_no_second_batch_score_as_in_one(count: int) -> None:
+    """Shared passes of 9 and 8 images would round otherwise than one of 17, in 1x1 convolutions of 512 maps."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        torch.manual_seed(0)
+        first = (nn.Conv2d(3, 512, 3, 2, 1), nn.ReLU(), nn.Conv2d(512, 128, 1), nn.ReLU(), nn.Conv2d(128, 16, 3, 2, 1))
+        model, images = nn.Sequential(*first, nn.Flatten(), nn.Linear(256, 10)).eval(), torch.rand(count, 3, 16, 16)
+        about = (model, trace_conv_layers(model, images[:1]), images, torch.arange(count) % 10)
+        maps = torch.arange(656) % 8 == 0
+        large, small = (score_feature_maps(*about, eps=8 / 255, rows=rows, maps=maps) for rows in (64, 16))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(small.margin, large.margin)
+
+
 def test_one_step_on_paper() -> None:
     # torch.rand with seed 0 draws 0.4963 0.7682 | 0.0885 0.1320, so the noise 2u-1 is (-0.0075, +0.5364) | (-0.8230, -0.7359).
     # x0 = clamp(x + 0.1*noise):  A (0.4993, 0.4036), so x0 - x = (-0.0007, +0.0536)

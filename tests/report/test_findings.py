@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +96,22 @@ def test_the_command_repeats_the_run(preset: dict[str, str]) -> None:
     parser = Parser("fmp")
     add_arguments(parser)
     assert load_settings(vars(parser.parse_args(shlex.split(words)[2:]))) == settings
+
+
+@pytest.mark.parametrize("content", ["ratio: 0.5", "{ratio: 0.5, preset: strong, lr: 0.3}"])
+def test_the_command_repeats_the_run_where_a_settings_file_says_otherwise(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BackdoorBench's users edit theirs, and it is read by every command."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config/defense/fmp").mkdir(parents=True)
+    (tmp_path / "config/defense/fmp/config.yaml").write_text(content)
+    parser = Parser("fmp")
+    add_arguments(parser)
+    for flags in ({"ratio": "0.1"}, {"preset": "paper", "ratio": "0.1"}, {"preset": "strong", "lr": "0.01"}, {"p": "8"}):
+        settings = load_settings({"result_file": "x", **flags})
+        words = command(json.loads(json.dumps(vars(settings))))
+        assert load_settings(vars(parser.parse_args(shlex.split(words)[2:]))) == settings
 
 
 def test_the_command_of_an_ablation_leaves_out_what_its_rows_set() -> None:

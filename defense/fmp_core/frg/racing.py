@@ -16,6 +16,7 @@ The selection is the exact one with high probability, not with certainty.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -108,7 +109,8 @@ def score_contenders(
     """Scores whose lowest N/p maps are ``scorer``'s; ``settled`` marks all maps that it scored.
 
     A map is dropped if its cheap score stays above the full score at the cut by more than cheap scores err, :data:`CONFIDENCE`
-    or :data:`STUDENT` standard deviations: in the mean margin, and, for its count, in the smallest margin of a correct image.
+    or :data:`STUDENT` standard deviations: in the mean margin and, if the smallest margin of a correct image is no larger than
+    an error, in its count (at least one image).
 
     Args:
         cheap: scores of all maps; where they are not ``settled``, ``margin`` is the least it may be.
@@ -121,6 +123,7 @@ def score_contenders(
     floor, contenders = cheap.margin, settled.clone()
     for cut in cuts(cheap, p, scope):
         contenders[cut.order[: CONTENDERS * cut.count]] = True
+    first = contenders & known  # not chosen for a count that may be wrong
     while contenders.any():
         checkpoint = checkpoints.of(scorer.precision, contenders) if checkpoints else None
         full = scorer.score(contenders, checkpoint=checkpoint)
@@ -128,16 +131,20 @@ def score_contenders(
             own[contenders] = found[contenders]
         settled |= contenders
         if error is None:
-            wrong = (margin - cheap.margin)[settled & known]
-            slack = torch.full_like(margin, CONFIDENCE * float(wrong.square().mean().sqrt()))
+            slack = torch.full_like(margin, CONFIDENCE * _rms((margin - cheap.margin)[settled & known]))
             fragile = cheap.smallest_margin < slack * cheap.samples**0.5  # one image errs more than the mean of all
+            wrong = fragile * max(1, math.ceil(CONFIDENCE * _rms((correct - cheap.correct)[first])))
         else:
-            slack, fragile = STUDENT * error, torch.zeros_like(settled)
+            slack, wrong = STUDENT * error, torch.zeros_like(correct)
         floor = cheap.margin - slack
         scores = replace(cheap, correct=correct, margin=margin, settled=settled)
-        contenders = _may_be_below_cut(scores, cheap.correct - fragile.long(), floor, p, scope)
+        contenders = _may_be_below_cut(scores, cheap.correct - wrong, floor, p, scope)
     margin = torch.where(settled, margin, floor)
     return replace(cheap, correct=correct, margin=margin, smallest_margin=smallest_margin, settled=settled)
+
+
+def _rms(errors: Tensor) -> float:
+    return float(errors.double().square().mean().sqrt()) if len(errors) else 0.0
 
 
 def _may_be_below_cut(scores: Scores, least: Tensor, floor: Tensor, p: int, scope: str) -> Tensor:

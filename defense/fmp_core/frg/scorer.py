@@ -139,7 +139,7 @@ class FeatureMapScorer:
         file = StateFile(checkpoint)
 
         def score_batch(part: slice, state: RankingState) -> None:
-            for group in self._groups(images[part], start[part], maps, state):
+            for group in self._groups(images[part], start[part], maps, state, len(images)):
                 state.part.put(group.map_ids, Counts.over_images(*self._margins(group, labels[part], ids[part], predictor)))
                 state.groups += 1
                 file.save_if_due(state)
@@ -161,7 +161,7 @@ class FeatureMapScorer:
         maps, summaries = distributed.my_share(maps), list[T]()
 
         def scored(part: slice, ids: Tensor, state: RankingState) -> Iterator[Scored]:
-            for group in self._groups(self.images[part], self.start[part], maps, state):
+            for group in self._groups(self.images[part], self.start[part], maps, state, len(self.images)):
                 reverse = group.without_padding(group.padded)
                 yield Scored(group.map_ids, reverse, self._margins(group, self.labels[part], ids)[0])
                 self.progress(len(group.map_ids) * group.images)
@@ -204,13 +204,13 @@ class FeatureMapScorer:
                 continue
             state.end_batch(size)
 
-    def _groups(self, images: Tensor, start: Tensor, maps: Tensor, state: RankingState) -> Iterator[Group]:
+    def _groups(self, images: Tensor, start: Tensor, maps: Tensor, state: RankingState, total: int) -> Iterator[Group]:
         """The FRG images of ``maps`` (bool ``[N]``), as many maps at a time as fill ``state.rows``.
 
-        Groups that ``state`` has already are passed over.
+        Groups that ``state`` has already are passed over. ``images`` are a batch of ``total``.
         """
         count = len(images)
-        images, start, copies = self._padded(images, start, state.rows)
+        images, start, copies = self._padded(images, start, state.rows, total)
         state.group_by(copies)
         channels_of = {layer: maps[part].nonzero().flatten().tolist() for layer, part in layer_slices(self.layers)}
         layers = [layer for layer, channels in channels_of.items() if channels]
@@ -231,18 +231,22 @@ class FeatureMapScorer:
                 padded = some + [some[-1]] * (copies - len(some))
                 yield Group(ids[first : first + copies], shared.reversed_images(layer, padded, self.settings), copies, count)
 
-    def _padded(self, images: Tensor, start: Tensor, rows: int) -> tuple[Tensor, Tensor, int]:
+    def _padded(self, images: Tensor, start: Tensor, rows: int, total: int) -> tuple[Tensor, Tensor, int]:
         """``images`` and ``start`` filled up to a number that the device computes alike, and how many maps fill ``rows``."""
-        # Each map's images, not the batch: where an image lies in it can round otherwise.
-        padding = [0] * (-len(images) % min(row_multiple(self.device), rows))
-        images, start = torch.cat([images, images[padding]]), torch.cat([start, start[padding]])
         exact = min(min_exact_rows(self.device), rows)
+        # Each map's images, not the batch: where an image lies in it can round otherwise. And the passes that all maps share
+        # have this number of rows: that of other batches of the same images, if these are enough.
+        size = max(len(images), min(exact, total))
+        size += -size % min(row_multiple(self.device), rows)
+        padding = [0] * (size - len(images))
+        images, start = torch.cat([images, images[padding]]), torch.cat([start, start[padding]])
         return images, start, max(math.ceil(exact / len(images)), rows // len(images))
 
     def forward_passes(self) -> None:
         """The passes that all maps share, of the first batch of images: for benchmarks."""
         with self._ready():
-            images, start, copies = self._padded(self.images[: self.rows], self.start[: self.rows], self.rows)
+            some = slice(min(self.rows, len(self.images)))
+            images, start, copies = self._padded(self.images[some], self.start[some], self.rows, some.stop)
             SharedForward(self.model, self.layers, images, start, copies, self._low_precision, self.precision)
 
     @torch.inference_mode()

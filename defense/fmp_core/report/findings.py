@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
+from fmp_core.errors import UserError
 from fmp_core.fields import as_text
 from fmp_core.models.activation_change import Precision
 from fmp_core.report.data import Run
@@ -14,7 +16,7 @@ from fmp_core.results.intervals import Interval
 from fmp_core.results.removal import NOT_TESTED, OUTCOMES
 from fmp_core.results.summary import is_high_price
 from fmp_core.selection.ablation import ROWS_SET
-from fmp_core.settings import changed
+from fmp_core.settings import changed, load_settings
 
 FEW_FRG_IMAGES = 16
 WARN_BELOW = 250
@@ -113,14 +115,26 @@ def warnings(run: Run, own: Pruning, precision: Precision | None, pairs: int) ->
 
 
 def command(settings: Mapping[str, Any], selected_by: str | None = None) -> str:
-    """The command of a run with these settings; what equals the default of the program or of the preset is left out.
+    """The command of a run with these settings; what it takes from the program's defaults or the preset is left out.
 
     ``selected_by``: the script of ours and its flags (``ablate.py --rows oracle``), if FMP alone cannot repeat the run.
     """
-    words, flags = ["python", "defense/fmp.py"], changed(settings)
+    words, flags = ["python", "defense/fmp.py"], _flags(settings)
     if selected_by:
         words = ["python", *f"record_scripts/{selected_by}".split()]
         flags = {name: value for name, value in flags.items() if name not in ROWS_SET}
     for name, value in flags.items():
         words += [f"--{name}", as_text(value)]
     return shlex.join(words)
+
+
+def _flags(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a command must name: those that differ from the defaults, or from the settings file it will read."""
+    flags, preset = changed(settings), settings.get("preset", "paper")
+    with suppress(UserError):  # a damaged file, which the command itself will refuse
+        read = vars(load_settings({}))
+        if "preset" in flags or read["preset"] != preset:
+            flags, read = {"preset": preset, **flags}, vars(load_settings({"preset": preset}))
+        others = {name: value for name, value in settings.items() if name in read and value is not None}
+        flags |= {name: value for name, value in others.items() if as_text(value) != as_text(read[name])}
+    return flags
