@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,27 @@ def test_a_sweep_through_slurm(slurm: None, place: Path) -> None:
     assert "exit code 4" in str(ended["b"].problem) and ended["dies"].problem
     assert finished(jobs[0]) and finished(jobs[2])
     assert order() == ["a begins", "a ends", "x begins", "x ends"]  # the sibling waited for the ranking
+
+
+ENDED = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path("left in order").touch() or 1))
+pathlib.Path("began").touch()
+time.sleep(120)
+"""
+
+
+def test_a_cancelled_job_leaves_its_files_in_order(slurm: None, place: Path) -> None:
+    """Its process is in a session of its own, which the signal that submitit ignores does not reach."""
+    pytest.importorskip("submitit")
+    ended: list[Outcome] = []
+    sweep = sweep_of(slurm={"partition": "debug", "time": 5, "cpus": 1})
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(run_submitit, [working("a", code=ENDED)], sweep, lambda _, outcome: ended.append(outcome), poll=0.5)
+        wait_for(Path("began").exists, "the job did not begin")
+        subprocess.run(["scancel", "--user=root"], check=True)
+        running.result(600)
+    assert Path("left in order").exists() and "ended by SIGTERM" in str(ended[0].problem)
 
 
 def test_fmp_through_slurm_after_a_kill(slurm: None, workplace: Path) -> None:
