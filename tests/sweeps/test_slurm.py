@@ -126,8 +126,9 @@ def test_a_cancelled_job_leaves_its_files_in_order(slurm: None, place: Path) -> 
     pytest.importorskip("submitit")
     ended: list[Outcome] = []
     sweep = sweep_of(slurm={"partition": "debug", "time": 5, "cpus": 1})
+    jobs = [working("a", code=ENDED)]
     with ThreadPoolExecutor() as pool:
-        running = pool.submit(run_submitit, [working("a", code=ENDED)], sweep, lambda _, outcome: ended.append(outcome), poll=0.5)
+        running = pool.submit(run_submitit, jobs, sweep, lambda _, outcome: ended.append(outcome), poll=0.5)
         wait_for(Path("began").exists, "the job did not begin")
         subprocess.run(["scancel", "--user=root"], check=True)
         running.result(600)
