@@ -111,6 +111,8 @@ def test_no_attack_leaves_what_backdoorbenchs_prototype_leaves(data: Path, tmp_p
     control = make(data, tmp_path / "control", "--pratio", "0")  # the same training, bit by bit
     clean = torch.load(folder / "clean_model.pth", weights_only=True)
     assert all(torch.equal(value, clean[key]) for key, value in state(control).items())
+    info = load_torch_file(folder / "info.pickle")
+    assert info["attack"] == "none" and not {"pratio", "attack_target", "patch_size"} & set(info)
 
 
 # The command, but its process is killed with SIGKILL in the middle of the second epoch (5th batch; an epoch has 3).
@@ -227,6 +229,16 @@ def test_a_dataset_may_be_named_as_its_archive_is_or_by_its_path(
     record = tmp_path / "record" / "badnet_gtsrb"
     assert load_torch_file(record / "info.pickle")["dataset"] == "gtsrb"
     assert load_torch_file(record / "attack_result.pt")["clean_data"] == read_attack_record(record).dataset == "gtsrb"
+
+
+def test_a_path_is_not_read_from_a_folder_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A record calls both gtsrb, and the folder of just that name would win."""
+    for name in ("GTSRB", "gtsrb"):
+        (tmp_path / name).mkdir()
+    assert make_record.main(["--dataset", str(tmp_path / "GTSRB"), "--record_root", str(tmp_path / "record")]) == 2
+    error = capsys.readouterr().err
+    assert f"--dataset {tmp_path}/GTSRB would be read from {tmp_path}/gtsrb, which has the same name; move one" in error
+    assert not (tmp_path / "record").exists()
 
 
 def test_a_record_that_appeared_meanwhile_is_not_made_again(

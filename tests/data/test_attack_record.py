@@ -13,7 +13,7 @@ import pytest
 import torch
 from fmp_core.data.attack_record import ATTACK_KEYS, find_records, read_attack_record
 from fmp_core.data.images import Split
-from fmp_core.data.write_record import write_defense_result
+from fmp_core.data.write_record import PoisonedImages, write_attack_record, write_defense_result
 from fmp_core.errors import UserError
 from fmp_core.models.build import load_model
 from PIL import Image
@@ -57,6 +57,17 @@ def test_a_defense_result_has_three_keys(tmp_path: Path):
     content = torch.load(tmp_path / "r.pt", weights_only=True)
     assert list(content) == ["model_name", "num_classes", "model"]
     assert list(content["model"]) == list(STATE) and content["model"]["a"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("wrong", [{"indices": [7, 7]}, {"indices": [0, 10]}, {"images": torch.zeros(3, 3, 4, 4).byte()}])
+def test_images_that_fit_no_indices_are_not_written(wrong: dict[str, Any], tmp_path: Path):
+    """Of two images at one index the second would replace the first."""
+    images = torch.zeros(2, 3, 4, 4).byte()
+    poisoned = PoisonedImages(10, **{"indices": [0, 1], "images": images, "targets": [0, 0], "original": [1, 2], **wrong})
+    about = {"name": "r", "model_name": "resnet18", "num_classes": 3, "state": {}, "dataset": "cifar10", "bd_train": None}
+    with pytest.raises(UserError, match="bd_test_dataset do not fit: "):
+        write_attack_record(tmp_path, bd_test=poisoned, **about)
+    assert not list(tmp_path.iterdir())
 
 
 def test_records_are_found_by_name(record: Path):

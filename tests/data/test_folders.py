@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from dataset_files import CIFAR, random_pixels, save_image
 from fmp_core.data.datasets import open_split
+from fmp_core.data.images import read_images
 from fmp_core.errors import UserError
 from PIL import Image
 
@@ -130,6 +131,14 @@ def test_a_corrupt_image_is_named(content: bytes | None, tmp_path: Path):
     assert split.read([0]).shape == (1, 3, 32, 32)
     with pytest.raises(UserError, match=r"ant/b\.png cannot be decoded"):
         split.read([0, 1])
+
+
+@pytest.mark.parametrize("kind", ["uint16", "float32", "int32"])
+def test_pixels_of_more_than_8_bits_are_refused(kind: str, tmp_path: Path) -> None:
+    """Pillow cuts them off at 255: nearly all of a photograph is white then."""
+    Image.fromarray(np.linspace(0, 1000, 64).reshape(8, 8).astype(kind)).save(tmp_path / "deep.tif")
+    with pytest.raises(UserError, match=r"deep\.tif cannot be decoded \(its pixels have more than 8 bits"):
+        read_images([tmp_path / "deep.tif"], (8, 8, 3))
 
 
 def test_an_image_that_went_away_is_named(tmp_path: Path):

@@ -65,6 +65,24 @@ def test_a_wrong_normalisation_is_noticed(place: Path, capsys: pytest.CaptureFix
         assert "with the --mean and --std given, and" in capsys.readouterr().err
 
 
+def test_a_constant_answer_is_chance_whatever_the_classes_hold(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nine of ten test images are of one class, and the model calls all of them that, for its preprocessing is another's."""
+    images, labels = coloured(400, seed=2)
+    rows = torch.cat([(labels == 0).nonzero().flatten()[:90], (labels == 1).nonzero().flatten()[:10]])
+    save_split(place / "data" / "skewed" / "train", images[::10], labels[::10])
+    save_split(place / "data" / "skewed" / "test", images[rows], labels[rows])
+    constant = {key: torch.zeros_like(value) for key, value in torch.load("model.pth").items()}
+    constant[next(key for key in reversed(constant) if key.endswith("bias"))][0] = 1
+    torch.save(constant, "constant.pth")
+    assert run("--dataset", "data/skewed", model="constant.pth") == 2
+    assert (
+        "classifies 50.0 % of 100 clean test images (mean over classes) correctly, no more than chance"
+        in capsys.readouterr().err
+    )
+    assert run("--dataset", "data/skewed") == 0
+    assert "Accuracy on clean test images: 100.00 %" in capsys.readouterr().out
+
+
 def test_few_test_images_are_no_proof_of_chance(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two right answers of two may be luck, but do not look like it."""
     images, labels = coloured(16, seed=2)

@@ -111,6 +111,17 @@ def test_rows_of_strong_lack_one_part_each(workplace: Path, monkeypatch: pytest.
         assert sorted(most) == list(moved.index[(moved["layer"] == layer) & moved["pruned"]])
 
 
+def test_where_no_target_is_named_rows_of_strong_change_what_strong_then_prunes(workplace: Path) -> None:
+    """The record has too few clean images for a verdict, and FRG selects."""
+    rows = ["strong", "strong-random", "strong-unpruned", "strong-moved"]
+    assert ablate.main(["--result_file", RECORD, "--rows", *rows, *FLAGS]) == 0
+    folder = workplace / "record" / RECORD / "defense"
+    masks = {row: pd.read_csv(folder / f"ablate-{row}" / "feature_maps.csv").groupby("layer")["pruned"] for row in rows}
+    strong, drawn, unpruned, moved = (mask.sum() for mask in masks.values())
+    assert strong.any() and drawn.equals(strong) and not unpruned.any()
+    assert moved.equals(strong) and not masks["strong-random"].obj.equals(masks["strong"].obj)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -28,6 +28,7 @@ from fmp_core.data.datasets import (
     Split,
     check_labels,
     dataset_facts,
+    dataset_folder,
     known_name,
     open_split,
 )
@@ -168,12 +169,15 @@ def image_size_of(record: RecordSettings) -> Size:
 def with_dataset_name(record: RecordSettings) -> RecordSettings:
     """``record`` with its dataset as a record calls it. A path given as ``--dataset`` is split: a record holds a name only."""
     path = Path(record.dataset)
-    if path.name != record.dataset.rstrip("/"):  # "cifar10/" is a name
+    is_path = path.name != record.dataset.rstrip("/")  # "cifar10/" is a name
+    if is_path:
         record = replace(record, dataset_path=str(path.parent))
-    record = replace(record, dataset=path.name)
-    if not re.fullmatch(DATASET_NAME, record.dataset):
+    name = known_name(path.name) or path.name
+    if not re.fullmatch(DATASET_NAME, path.name):
         raise UserError(f"--dataset {path} is no name that a record can hold: letters, digits, '.', '_', '-' and spaces.")
-    return replace(record, dataset=known_name(record.dataset) or record.dataset)
+    if is_path and path.is_dir() and not dataset_folder(path.parent, name).samefile(path):
+        raise UserError(f"--dataset {path} would be read from {path.parent / name}, which has the same name; move one of them.")
+    return replace(record, dataset=name)
 
 
 def _refuse_existing(folder: Path) -> None:
@@ -278,7 +282,8 @@ def write_record(plan: Plan, state: dict[str, Tensor], history: History) -> None
 def _info(plan: Plan) -> dict[str, Any]:
     """``info.pickle``: the settings under BB's names, and what follows from the dataset."""
     record, size, name = plan.record, plan.facts.size, plan.folder.name
-    info = {**asdict(record), "image_size": size[0], **asdict(plan.attack), "attack": plan.attack.bb_name}
+    poisons = asdict(plan.attack) if plan.poison else {}
+    info = {**asdict(record), "image_size": size[0], **poisons, "attack": plan.attack.bb_name}
     info |= {setting: getattr(plan.training, setting) for setting in training_settings()}
     info |= {"num_classes": plan.num_classes, "img_size": size, "terminal_info": sys.argv}
     info |= dict(zip(("input_height", "input_width", "input_channel"), size, strict=True))

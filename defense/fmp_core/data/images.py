@@ -53,8 +53,13 @@ def most_pixels(count: int, size: Size) -> int:
 
 
 def to_pixels(image: Image.Image, size: Size) -> Tensor:
-    """A PIL image as uint8 ``[C, H, W]``, resized the way BB's ``Resize((H, W))`` does (bilinear)."""
+    """A PIL image as uint8 ``[C, H, W]``, resized the way BB's ``Resize((H, W))`` does (bilinear).
+
+    Raises ValueError: its pixels have more than 8 bits, which Pillow would cut off at 255.
+    """
     height, width, channels = size
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}), convert them to 8")
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fmp_core.data.images import Size, to_pil
 from fmp_core.data.names import ATTACK_FILE
+from fmp_core.errors import UserError
 from fmp_core.storage.files import write_torch
 
 
@@ -69,6 +70,14 @@ def write_attack_record(
 
 def _backdoor_state(folder: Path, record: str, images: str, poisoned: PoisonedImages, keep_all: bool) -> dict[str, Any]:
     saved_below = f"./record/{record}/{images}"
+    numbers = sorted({int(index) for index in poisoned.indices})
+    if not len(poisoned.images) == len(poisoned.indices) == len(numbers) or (
+        numbers and not 0 <= numbers[0] <= numbers[-1] < poisoned.total
+    ):
+        raise UserError(
+            f"The poisoned images for {images} do not fit: {len(poisoned.images)} images, {len(poisoned.indices)} indices, of "
+            f"which {len(numbers)} differ, and each must be one of 0..{poisoned.total - 1}."
+        )
     items = {}
     for row, (index, target, label) in enumerate(zip(poisoned.indices, poisoned.targets, poisoned.original, strict=True)):
         inside = f"{int(label)}/{int(index)}.png"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmp_core.inputs import DefenderInputs
 from fmp_core.selection.choice import Selection, highest_in_each_layer, select_at_random, select_none, shuffled_in_each_layer
-from fmp_core.selection.select import select_by_trigger, test_for_backdoor
+from fmp_core.selection.select import select_feature_maps
 from fmp_core.settings import Settings
 from fmp_core.system import distributed
 from fmp_core.system.cli import Stages
@@ -48,22 +48,20 @@ def _oracle(tac: Tensor, defender: DefenderInputs, settings: Settings, *_: Any) 
 
 
 def _strong_with(mask_of: Callable[[Selection, DefenderInputs, Settings], Tensor]) -> Callable[..., Selection]:
-    """The selection of ``--preset strong``, verdict and triggers included, with another mask where it shows a backdoor."""
+    """The selection of ``--preset strong``, verdict and triggers included, with another mask."""
 
     def select(_tac: Tensor, defender: DefenderInputs, settings: Settings, cache: Path, stages: Stages) -> Selection:
-        verdict = test_for_backdoor(defender, settings, cache, stages)
-        if not verdict.backdoored:
-            return replace(select_none(defender.layers), verdict=verdict)
-        selection = select_by_trigger(defender, settings, verdict, stages)
+        selection = select_feature_maps(defender, settings, cache, stages)
         if not distributed.is_leader():  # which alone goes on from here
             return selection
-        return replace(selection, mask=mask_of(selection, defender, settings))
+        return replace(selection, mask=mask_of(selection, defender, settings), ties=0, scores=None)
 
     return select
 
 
 def _highest_change(selection: Selection, defender: DefenderInputs, settings: Settings) -> Tensor:
-    assert selection.activation_change is not None
+    if selection.activation_change is None:  # no target was named: `strong` itself takes N/p of each layer, by FRG
+        return selection.mask
     return highest_in_each_layer(selection.activation_change, defender.layers, settings.p)
 
 
