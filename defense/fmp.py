@@ -100,7 +100,8 @@ class FMP(defense):
         logs.set_up(self.folder.log, self.settings)
         for line in describe(self.inputs, self.settings, self.device):
             LOGGER.info(line)
-        for sentence in unused(self.settings):
+        other = self.select is not select_feature_maps  # may use whatever trigger inversion and ranking do
+        for sentence in unused(self.settings, "trigger" if other else self.settings.selection):
             LOGGER.warning(sentence)
 
     def mitigation(self) -> dict[str, Any]:
@@ -120,6 +121,8 @@ class FMP(defense):
         history = self.fine_tune(fine_tuning, selection)
         metrics = self.write(selection, history)
         defender.model.eval()
+        if not settings.epochs and not fine_tuning.state.exists():  # with one, they are of an interrupted run
+            self.folder.remove_epochs()
         fine_tuning.forget()
         return {"model": defender.model.network, "metrics": metrics}
 
@@ -127,13 +130,14 @@ class FMP(defense):
         """Train the pruned model on the clean subset, test it now and then; the last epoch is always tested."""
         if not self.settings.epochs:
             return [(None, self.evaluate("pruned") if selection.pruned else self.evaluations[0].metrics)]
-        epochs = []
-        with self.stages("fine-tuning"):
+        epochs, left = [], "earlier results are unchanged"
+        left += ", but for their saved epochs" if self.folder.saved_epochs() else ""
+        with self.stages("fine-tuning"), if_it_ends_early(left):
             for epoch in fine_tuning.run():
                 if epoch.restored:
                     self.stages.reuse("fine-tuning")
                 elif epoch.number == 1:
-                    self.folder.remove_epochs()
+                    self.folder.remove_epochs()  # of an earlier run
                 if epoch.to_test and epoch.metrics is None:
                     epoch.metrics = self.evaluate(f"epoch {epoch.number} of {self.settings.epochs}")
                 if epoch.to_save:

@@ -137,7 +137,7 @@ def test_a_quick_look_tests_an_even_sample_and_says_so(workplace: Path, run_fmp:
     whole = pd.read_csv(workplace / RESULTS / "predictions.csv")
     ran = run_fmp(*flags, "--test_images", "5")
     assert ran.code == 0
-    assert "5 clean and 5 poisoned (--test_images 5" in ran.err and "even sample of 5 images" in ran.out
+    assert "5 clean and 5 poisoned (--test_images 5" in ran.err and "even sample of at most 5 images" in ran.out
     metrics = json.loads((workplace / RESULTS / "metrics.json").read_text())
     assert metrics["test_images"] == 5 == metrics["settings"]["test_images"]
     part = pd.read_csv(workplace / RESULTS / "predictions.csv")

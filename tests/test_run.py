@@ -17,6 +17,7 @@ from command import FT_COLUMNS, MAPS, QUICK, RESULTS, SHORT, Run, listing, table
 from conftest import MODEL, RECORD, Ran, call_fmp
 from fmp import FMP
 from fmp_core.inputs import DefenderInputs
+from fmp_core.results.read import read_result
 from fmp_core.selection.choice import Selection, select_none
 from fmp_core.settings import load_settings, unused
 from fmp_core.storage.files import file_digest
@@ -219,6 +220,24 @@ def test_models_of_epochs_are_all_of_the_last_run(workplace: Path, run_fmp: Run)
         assert saved == [f"fmp_epoch_{epoch}.pt" for epoch in range(int(epochs))]
 
 
+def test_models_of_epochs_are_of_the_run_that_the_results_are_of(workplace: Path, run_fmp: Run):
+    place = ("--frequency_save", "1", "--epochs", "1", "--checkpoint_save", "saved")
+    assert run_fmp(*SHORT, *place).code == 0
+    other = run_fmp(*SHORT, *place, "--defense_name", "other")
+    assert other.code == 2 and "--checkpoint_save saved holds epochs of " in other.err and "fmp; name another" in other.err
+    assert (workplace / "saved" / "fmp_epoch_0.pt").exists()
+    assert run_fmp(*SHORT, "--epochs", "0", "--checkpoint_save", "saved").code == 0  # pruning alone has no epochs
+    assert [path.name for path in (workplace / "saved").iterdir()] == ["run.txt"]
+    assert run_fmp(*SHORT, *place, "--defense_name", "other").code == 0
+
+
+def test_a_sample_that_leaves_nothing_out_is_none(workplace: Path, run_fmp: Run):
+    ran = run_fmp(*SHORT, "--epochs", "0", "--test_images", "1000")
+    metrics = json.loads((workplace / RESULTS / "metrics.json").read_text())
+    assert metrics["test_images"] is None and "even sample" not in ran.out + ran.err
+    assert read_result(workplace / RESULTS).test_images is None
+
+
 def test_flags_without_effect_and_a_model_that_diverged_are_said(workplace: Path, run_fmp: Run):
     ran = run_fmp(*SHORT, "--budget", "0.2", "--p", "9", "--epochs", "1", "--lr", "1e30", "--steplr_gamma", "0.2")
     assert "--budget has no effect without --selection trigger\n" in ran.err
@@ -230,6 +249,7 @@ def test_flags_without_effect_and_a_model_that_diverged_are_said(workplace: Path
     assert seldom == ["--frequency_save has no effect without --epochs of at least that number"]
     drawn = unused(load_settings({"selection": "none", "masked": "True", "index": "i.txt", "ratio": "0.5"}))
     assert [sentence.split()[0] for sentence in drawn] == ["--ratio", "--masked"]
+    assert unused(load_settings({"selection": "none", "p": "9"}), "trigger") == []  # of an ablation, which selects otherwise
     metrics = json.loads((workplace / RESULTS / "metrics.json").read_text())
     assert "Fine-tuning diverged." in metrics["warnings"][0] and metrics["removal"]["outcome"] == "diverged"
     assert "its outputs are not numbers: try a smaller --lr" in ran.out

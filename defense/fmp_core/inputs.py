@@ -40,12 +40,14 @@ class DefenderInputs:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a run reads. Only evaluation sees ``test``; ``subset`` are positions in the clean training set."""
+    """All that a run reads. Only evaluation sees ``test``; ``subset`` are positions in the clean training set; ``sample``
+    is the ``--test_images`` of a run that left images out."""
 
     record: AttackRecord
     subset: list[int]
     defender: DefenderInputs
     test: TestData
+    sample: int | None = None
 
 
 def load_inputs(settings: Settings, result_file: str, device: torch.device) -> Inputs:
@@ -68,6 +70,7 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
     if settings.epochs and len(subset) < 2:
         raise UserError("Fine-tuning needs at least 2 clean images, not 1; raise --ratio or add to --index.")
     test = read_test_data(record, test_set, device, settings.test_images)
+    sample = settings.test_images if len(test) < len(test_set) + len(record.bd_test) else None
     network = load_model(record.model_name, record.num_classes, record.state)
     model = PixelModel(network, facts).on(device)
     images, labels = train_set.read(subset).to(device), train_set.labels[subset].to(device)
@@ -80,7 +83,7 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
         ) from None
     if settings.epochs:
         _check_trainable(network, record)
-    return Inputs(record, subset, DefenderInputs(model, layers, images, labels, record.num_classes, facts), test)
+    return Inputs(record, subset, DefenderInputs(model, layers, images, labels, record.num_classes, facts), test, sample)
 
 
 def _check_trainable(network: nn.Module, record: AttackRecord) -> None:
@@ -172,8 +175,8 @@ def describe(inputs: Inputs, settings: Settings, device: Device) -> list[str]:
     record, defender, test = inputs.record, inputs.defender, inputs.test
     height, width, channels = record.image_size
     tested = f"{len(test.clean_labels)} clean and {len(test.targets) or 'no'} poisoned"
-    if settings.test_images:
-        tested += f" (--test_images {settings.test_images}: an even sample)"
+    if inputs.sample:
+        tested += f" (--test_images {inputs.sample}: an even sample)"
     maps = sum(layer.channels for layer in defender.layers)
     named = {"preset", "result_file", "record_root", "dataset_path", *names(Stage.NO_EFFECT, decides=False)}
     differing = {key: value for key, value in changed(vars(settings)).items() if key not in named}

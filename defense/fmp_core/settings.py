@@ -74,7 +74,7 @@ class Settings:
     )
     defense_name: str = _place("fmp", NAME, "the result folder's name, in <record>/defense/ (see --save_folder)")
     log: str | None = _place(None, _FOLDER, "folder of the log (default: log/ in the result folder)")
-    checkpoint_save: str | None = _place(None, _FOLDER, "folder of saved epochs (default: checkpoint/ in the result folder)")
+    checkpoint_save: str | None = _place(None, _FOLDER, "folder of the saved epochs of one run (default: checkpoint/ in the result folder)")
 
     # Does not decide: what it sets, does.
     preset: str = _run(
@@ -229,9 +229,9 @@ def changed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if plain(value) != plain(defaults.get(name)) and value is not None}
 
 
-def unused(settings: Settings) -> list[str]:
-    """What a run with these settings does not use, of that which differs from its preset: a sentence each."""
-    select, schedule, tuning = settings.selection, settings.lr_scheduler, groups()[Stage.FINE_TUNING.value]
+def unused(settings: Settings, select: str | None = None) -> list[str]:
+    """What a run with these settings, or one that selects as ``select``, does not use of what differs from its preset."""
+    select, schedule, tuning = select or settings.selection, settings.lr_scheduler, groups()[Stage.FINE_TUNING.value]
     needs = (
         ("--epochs of at least 1", settings.epochs > 0, [name for name in tuning if name not in ("epochs", "batch_size")]),
         ("--epochs of at least that number", settings.epochs >= settings.frequency_save, ["frequency_save"]),

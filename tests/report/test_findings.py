@@ -58,17 +58,20 @@ def test_each_warning_has_its_cause() -> None:
     assert "Accuracy fell by 4.0 points" in said(APART, predictions((0.86, 0.02)))
     few = said(APART, precision=GOOD._replace(chance=0.3), pairs=6)
     assert "measured on 6 pairs of images only" in few and "no better than random" not in few
+    assert "The record holds few poisoned images" in few and "raise it" in said(APART, pairs=6, test_images=500)
     assert "on 8 images only" in said(APART, samples=8)
     assert "has 100 images only" in said(APART, clean_images=100)
     assert "test sets are small" in said(APART, predictions((0.9, 0.02), images=50))
     assert "Nothing was pruned" in said(APART, settings={"p": 8}) and "lower --p" in said(APART, settings={"p": 8})
-    assert "An even sample of 500 images" in said(APART, test_images=500)
+    assert "An even sample of at most 500 images" in said(APART, test_images=500)
     sentence = "The attack reported other figures in record/x/attack_df_summary.csv: Acc 12.0 % here, 28.5 % there. Perhaps."
     assert sentence in said(APART, warnings=[sentence])
 
 
-def test_a_budget_that_allows_nothing_is_named() -> None:
+def test_a_budget_that_allows_nothing_is_named_and_one_that_allows_much() -> None:
     maps = scored_maps({"a": APART}).drop(columns=["correct", "samples", "margin", "rank"]).assign(moved=0.0)
+    dear = made_run(maps, predictions((0.86, 0.02)), {"selection": "trigger", "epochs": 0})
+    assert "a smaller --budget, or" in dict(warnings(dear, own_pruning(dear), None, 0))["Accuracy fell by 4.0 points."]
     run = made_run(maps, settings={"selection": "trigger", "budget": 0.02})
     assert "--budget 0.02" in dict(warnings(run, own_pruning(run), None, 0))["Nothing was pruned."]
 
@@ -118,3 +121,12 @@ def test_the_command_of_an_ablation_leaves_out_what_its_rows_set() -> None:
     settings = Settings(result_file="x", selection="none", scope="global", masked=True, p=8, defense_name="ablate-oracle")
     words = command(vars(settings), "ablate.py --rows oracle")
     assert words == "python record_scripts/ablate.py --rows oracle --result_file x --p 8"
+
+
+@pytest.mark.parametrize("targets", [1, 2])
+def test_what_a_backdoor_looks_like_by_class(targets: int) -> None:
+    rows = predictions((0.9, 0.02))
+    rows.loc[rows["poisoned"] & (rows.index % 2 == 0), ["label", "target"]] = (2, 0 if targets == 1 else 3)
+    text = page(made_run(scored_maps({"a": APART}), rows), 10, None, "No pairs.", {})
+    assert ("a full column at the attacker" in text) == (targets == 1)
+    assert ("all-to-all, the one beside the diagonal" in text) == (targets == 2)

@@ -199,7 +199,7 @@ def test_the_table_is_in_percent() -> None:
     ]
     assert text.splitlines()[-1] == "DER 98.77 %   results: there"  # nothing to advise
     text = as_table(summary(test_images=500).as_dict(), Path("there"))
-    assert "even sample of 500 images" in text
+    assert "even sample of at most 500 images" in text
 
 
 STILL_WORKS = {"removal": {"outcome": "still works", "certain": True}}
@@ -219,6 +219,14 @@ STILL_WORKS = {"removal": {"outcome": "still works", "certain": True}}
         (
             {"after": {"test_acc": 0.8, "test_asr": 0.0, "test_ra": 0.5}, "settings": {"preset": "paper", "epochs": 0}},
             "Accuracy fell by 11.2 points: try a larger --p, or some --epochs",
+        ),
+        (
+            {
+                "after": {"test_acc": 0.8, "test_asr": 0.0, "test_ra": 0.5},
+                "settings": {"preset": "strong", "epochs": 0},
+                "verdict": {"backdoored": True},
+            },
+            "Accuracy fell by 11.2 points: try a smaller --budget, or some --epochs",
         ),
         ({"after": {"test_acc": 0.89, "test_asr": 0.0, "test_ra": 0.5}}, None),
     ],

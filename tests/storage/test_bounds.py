@@ -60,6 +60,15 @@ def test_a_file_is_hidden_while_it_is_replaced(how: type[BaseException] | None, 
     assert [path.name for path in tmp_path.iterdir()] == ["other.csv"]  # with the old one it would be a mixture of two
 
 
+def test_a_link_to_nothing_beside_a_hidden_file_does_no_harm(tmp_path: Path) -> None:
+    """The model that it led to may have gone with a scratch disk."""
+    (tmp_path / "metrics.json").write_text("old")
+    (tmp_path / "best.pt").symlink_to(tmp_path / "gone")
+    with contextlib.suppress(KeyboardInterrupt), hidden(tmp_path / "metrics.json"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "metrics.json").read_text() == "old"
+
+
 def test_a_pipe_is_no_table(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "predictions.csv")
     with pytest.raises(UserError, match="cannot be read"):

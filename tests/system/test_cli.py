@@ -16,6 +16,15 @@ PROJECT = Path(__file__).parents[2]
 SCRIPTS = ["defense/fmp.py", *sorted(f"record_scripts/{path.name}" for path in (PROJECT / "record_scripts").glob("*.py"))]
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
+def test_names_that_the_terminal_cannot_show_are_escaped(encoding: str) -> None:
+    """A folder may be called in no encoding at all. All results were written when the table ended in a traceback."""
+    code = "from fmp_core.system.cli import run_main; run_main('fmp', lambda: print('results: caf\\u00e9 \\udce9'))"
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "defense"), "PYTHONIOENCODING": encoding}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert ran.returncode == 0 and ran.stdout.startswith(b"results: caf") and ran.stdout.endswith(b" \\udce9\n"), ran.stderr
+
+
 def raising(error: BaseException, stage: str | None = None, words: str | None = None):
     def function() -> None:
         stages = Stages()

@@ -232,9 +232,10 @@ def check_class(job: Job) -> Check:
     name = "from defense.fmp import FMP is a BB defense"
     if not (job.checkout / "defense" / "fmp.py").exists():
         return Check(name, None, "FMP is not installed there (record_scripts/install.py)")
-    code = "from defense.fmp import FMP; import defense.base as b; print(b.__file__, issubclass(FMP, b.defense))"
+    code = "from defense.fmp import FMP; import defense.base as b; print(issubclass(FMP, b.defense), b.__file__)"
     # -B: no compiled files in the checkout. The current folder is the checkout, as it is for BackdoorBench's users.
     ran = subprocess.run([sys.executable, "-B", "-c", code], cwd=job.checkout, capture_output=True, text=True)
-    words = ran.stdout.split()
-    passed = len(words) == 2 and Path(words[0]).resolve().is_relative_to(job.checkout) and words[1] == "True"
-    return Check(name, passed, (ran.stdout or ran.stderr).strip().splitlines()[-1])
+    said, _, file = ran.stdout.strip().partition(" ")
+    passed = said == "True" and Path(file).resolve().is_relative_to(job.checkout)
+    lines = (ran.stdout or ran.stderr).strip().splitlines()
+    return Check(name, passed, lines[-1] if lines else f"exit code {ran.returncode}")

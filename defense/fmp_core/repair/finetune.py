@@ -126,7 +126,7 @@ class FineTuning:
     def forget(self) -> None:
         """Remove the state of an unfinished run; for when all results are written."""
         if self.settings.epochs:  # without, the state of another, interrupted run may lie there
-            self._path.unlink(missing_ok=True)
+            self.state.unlink(missing_ok=True)
 
     def _plan(self, epoch: Epoch, metrics: Metrics | None = None) -> TrainedEpoch:
         number, test, save = epoch.epoch + 1, self.settings.frequency_test, self.settings.frequency_save
@@ -135,7 +135,8 @@ class FineTuning:
         return TrainedEpoch(epoch, to_test, bool(save and number % save == 0), metrics)
 
     @property
-    def _path(self) -> Path:
+    def state(self) -> Path:
+        """The file of an unfinished run."""
         return self.folder / "interrupted.pt"
 
     def _checkpoint(self) -> Checkpoint:
@@ -153,7 +154,7 @@ class FineTuning:
             "precision of trigger inversion": str(choose_dtype(self.settings.dtype, self.device.device)),
             "digest of model, images, code and versions": pruned[:16],
         }
-        checkpoint = Checkpoint(self._path, made_with)
+        checkpoint = Checkpoint(self.state, made_with)
         if self.settings.fresh:
             checkpoint.remove()
         return checkpoint

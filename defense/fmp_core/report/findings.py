@@ -72,11 +72,14 @@ def warnings(run: Run, own: Pruning, precision: Precision | None, pairs: int) ->
         what, stop, why = sentence.partition(". ")
         yield what + stop.strip(), why
     if summary.test_images:
-        why = f"An even sample of {summary.test_images} images of each test set; leave --test_images out for a full test."
+        why = (
+            f"An even sample of at most {summary.test_images} images of each test set; leave --test_images out for a full test."
+        )
         yield "This is a quick look, not tested on all images.", why
     drop = run.hits("test_acc", "before").mean() - run.hits("test_acc", "after").mean()
     if is_high_price(drop):
-        less = "a smaller --lr" if summary.settings["epochs"] else "a larger --p, or --epochs, which pruning alone went without"
+        pruning = "a smaller --budget" if run.by_trigger else "a larger --p"
+        less = "a smaller --lr" if summary.settings["epochs"] else f"{pruning}, or --epochs, which pruning alone went without"
         yield f"Accuracy fell by {100 * drop:.1f} points.", f"More than 3 points is a high price; try {less}."
     if not run.scored and not run.by_trigger:
         by = summary.chosen_by or f"--selection {summary.settings['selection']}"
@@ -97,9 +100,9 @@ def warnings(run: Run, own: Pruning, precision: Precision | None, pairs: int) ->
         )
         yield "The ranking is no better than random on this record.", why
     if 0 < pairs < FEW_PAIRS:
-        why = (
-            "Few poisoned images tested have their clean counterpart among those tested; leave --test_images out, or raise it."
-        )
+        why = "The record holds few poisoned images whose clean counterpart is known."
+        sampled = "Few poisoned images tested have their clean counterpart among those tested; "
+        why = sampled + "leave --test_images out, or raise it." if summary.test_images else why
         yield f"What the trigger changes was measured on {pairs} pairs of images only.", why
     if run.scored and (samples := run.scores.samples) < FEW_FRG_IMAGES:
         few = "one image" if samples == 1 else f"{samples} images"

@@ -119,6 +119,7 @@ def page(run: Run, num_classes: int, trigger: Trigger | None, unknown: str, othe
         "others": _others(run, others),
         "matrices": _matrices(run, num_classes),
         "by_class": figures.success_by_class(by_class) if len(by_class) else None,
+        "one_target": run.predictions.query("poisoned")["target"].nunique() < 2,
         "many_classes": num_classes > figures.MOST_CLASSES,
         "p_table": p_table(run, trigger),
         "strips": strips(run, trigger) if run.scored or run.by_trigger else None,

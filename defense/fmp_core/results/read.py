@@ -138,7 +138,7 @@ def _our_result(path: Path) -> Result:
         dataset=value_of(content, "dataset", str),
         model=value_of(content, "model", str),
         ratio=None if settings.get("index") else finite_number(settings.get("ratio")),
-        test_images=whole_number(content, "test_images") or whole_number(settings, "test_images"),
+        test_images=whole_number(content if "test_images" in content else settings, "test_images"),
         seconds=sum(filter(None, map(finite_number, (value_of(content, "seconds", dict) or {}).values()))) or None,
         cpu_seconds=finite_number(content.get("cpu_seconds")),
         reused=", ".join(map(str, value_of(content, "reused", list) or [])) or None,

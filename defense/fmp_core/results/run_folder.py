@@ -30,6 +30,7 @@ from fmp_core.results.predictions import prediction_frame
 from fmp_core.results.read import read_attack_metrics
 from fmp_core.results.removal import attack_outcome
 from fmp_core.results.summary import RunSummary
+from fmp_core.results.values import read_text
 from fmp_core.selection.choice import Selection
 from fmp_core.settings import Settings
 from fmp_core.storage.files import check_folders, hidden, make_folders, refuse_links_out_of, write_text
@@ -40,6 +41,7 @@ from fmp_core.system.versions import versions
 LOGGER = logging.getLogger("fmp_core")
 FIGURES_DIFFER = 0.02  # of a fraction; evaluation batches, device and precision explain less
 EPOCH_FILE = "fmp_epoch_{}.pt"  # by the 0-based epoch
+OWNER = "run.txt"  # in the folder of --checkpoint_save: the result folder of the run whose epochs lie there
 History = Sequence[tuple[Epoch | None, Metrics | None]]  # an untested epoch has no metrics; None: no epoch was trained
 
 
@@ -69,27 +71,44 @@ class RunFolder:
         refuse_links_out_of(home, *(path / name for name in ("log", "checkpoint", "tensorboard")), shared / "cache")
         return RunFolder(settings, path, Path(log), Path(checkpoints), shared)
 
+    @property
+    def _name(self) -> str:
+        """Of the run among others on this machine."""
+        return ascii(str(self.path.resolve()))[1:-1]
+
     def check(self) -> None:
         """Raises UserError now rather than after an hour: a folder cannot be made, or TensorBoard is not installed."""
         another = "choose another --save_folder" if self.settings.save_folder else "let results go elsewhere with --save_folder"
         check_folders(self.path, remedy=another)
         for flag, folder in (("log", self.log), ("checkpoint_save", self.checkpoints)):
             check_folders(folder, remedy=f"choose another --{flag}" if getattr(self.settings, flag) else another)
+        owner = self.checkpoints / OWNER  # of a folder that --checkpoint_save names
+        theirs = read_text(owner).strip() if owner.is_file() else self._name
+        if theirs != self._name and (self.saved_epochs() or (self.checkpoints / "interrupted.pt").exists()):
+            raise UserError(
+                f"--checkpoint_save {self.checkpoints} holds epochs of {theirs}; name another folder, or remove them."
+            )
         if self.settings.tensorboard:
             summary_writer()
 
     def make(self, subset: Sequence[int]) -> None:
         """Make the folders; the clean subset goes where BB's ft keeps it."""
         make_folders(self.log, self.checkpoints)
+        if self.settings.checkpoint_save:
+            write_text(self.checkpoints / OWNER, self._name + "\n")
         write_text(self.log / "index.txt", _index_text(subset))
 
     def save_epoch(self, epoch: int, inputs: Inputs) -> None:
         """The model after the 0-based ``epoch``, as ``--frequency_save`` asks for."""
         write_defense_result(self.checkpoints / EPOCH_FILE.format(epoch), *_weights(inputs))
 
+    def saved_epochs(self) -> list[Path]:
+        """The models that ``--frequency_save`` left, of this run or an earlier one."""
+        return sorted(self.checkpoints.glob(EPOCH_FILE.format("*")))
+
     def remove_epochs(self) -> None:
-        """Those of an earlier run; for when a new fine-tuning begins."""
-        for file in self.checkpoints.glob(EPOCH_FILE.format("*")):
+        """Remove :meth:`saved_epochs`."""
+        for file in self.saved_epochs():
             file.unlink()
 
     def write(
@@ -108,7 +127,7 @@ class RunFolder:
         first, last = evaluations[0], evaluations[-1]
         predictions = prediction_frame(inputs.test, first.predictions, last.predictions)
         before, after = first.metrics.headline(), last.metrics.headline()
-        attack_figures, warnings = _compare_with_attack(inputs.record.folder, before, self.settings.test_images)
+        attack_figures, warnings = _compare_with_attack(inputs.record.folder, before, inputs.sample)
         diverged = not math.isfinite(last.metrics.clean_test_loss_avg_over_batch)
         if diverged:
             warnings.append("Fine-tuning diverged. The repaired model's outputs are not numbers; try a smaller --lr.")
@@ -139,7 +158,7 @@ class RunFolder:
                 settings=dataclasses.asdict(self.settings),
                 versions=versions(),
                 removal=attack_outcome(predictions, diverged),
-                test_images=self.settings.test_images,
+                test_images=inputs.sample,
                 attack_result=inputs.record.digest,
                 attack_figures=attack_figures,
                 warnings=warnings,

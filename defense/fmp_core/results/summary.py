@@ -96,7 +96,7 @@ def as_table(metrics: dict[str, Any], folder: Path) -> str:
         shares = (metrics[row][name] for name in METRICS)
         lines += [f"{row + ' FMP':<16}" + "".join(f"{'-':>8}" if share is None else f"{100 * share:8.2f}" for share in shares)]
     if metrics["test_images"]:
-        lines.append(f"on an even sample of {metrics['test_images']} images of each test set")
+        lines.append(f"on an even sample of at most {metrics['test_images']} images of each test set")
     der = "" if metrics["der"] is None else f"DER {100 * metrics['der']:.2f} %   "
     lines += ["", f"{der}results: {folder}"]
     return "\n".join([*lines, *advice(metrics)])
@@ -120,6 +120,8 @@ def advice(metrics: dict[str, Any]) -> list[str]:
         attempt = tuned if strong else "try --preset strong"
         return [f"{OUTCOMES[removal['outcome'], removal['certain']]}: {attempt}.{few}"]
     if is_high_price(drop):
-        less = "a smaller --lr or fewer --epochs" if metrics["settings"]["epochs"] else "a larger --p, or some --epochs"
+        by_budget = (metrics.get("verdict") or {}).get("backdoored")
+        pruning_less = f"a {'smaller --budget' if by_budget else 'larger --p'}, or some --epochs"
+        less = "a smaller --lr or fewer --epochs" if metrics["settings"]["epochs"] else pruning_less
         return [f"Accuracy fell by {100 * drop:.1f} points: try {less}.{few}"]
     return []

@@ -172,13 +172,14 @@ def hidden(file: Path) -> Iterator[None]:
     """
 
     def others() -> dict[str, tuple[int, int]]:
-        states = {path.name: path.stat() for path in file.parent.iterdir() if not path.name.startswith(".")}
+        states = {path.name: path.lstat() for path in file.parent.iterdir() if not path.name.startswith(".")}
         return {name: (state.st_ino, state.st_mtime_ns) for name, state in states.items()}
 
     aside, before = file.with_name(f".{file.name}.before"), {}
     if moved := file.exists():
-        file.replace(aside)
         before = others()
+        del before[file.name]
+        file.replace(aside)
     try:
         yield
     except BaseException:

@@ -148,6 +148,9 @@ def run_main(
         again: what to run after an interruption, and ``effect``: to what end.
     """
     _let_threads_sleep()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be letters of the terminal
     try:
         with _stopping_gently():
             return function() or 0
