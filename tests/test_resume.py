@@ -128,6 +128,7 @@ def test_a_race_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.
     checkpoints = RankingCheckpoints(tmp_path, "k" * 64, fresh=False)
     found = race(scorer, 4, "global", checkpoints, torch.float32)
     assert equal(found, expected) and found.settled is not None and torch.equal(found.settled, expected.settled)
+    (tmp_path / "ranking_kkkkkkkkkkkkkkkk_00000000_1of2.pt").touch()  # of a process that there is no more
     checkpoints.remove()
     assert not list(tmp_path.iterdir())
 

@@ -13,6 +13,7 @@ from fmp_core.data.datasets import DatasetFacts
 from fmp_core.models.evaluate import TestData as BothTestSets
 from fmp_core.models.evaluate import evaluate
 from fmp_core.models.feature_maps import trace_conv_layers
+from fmp_core.models.pruning import parts_of, set_to_zero
 from fmp_core.models.training import Epoch, Trainer, _InBfloat16
 from fmp_core.settings import Settings
 from fmp_core.storage.checkpoint import Checkpoint
@@ -94,6 +95,17 @@ def test_the_host_waits_for_no_batch_of_an_epoch_or_an_evaluation(device: str) -
         return training.count, testing.count
 
     assert waits(10) == waits(2)
+
+
+@everywhere
+def test_the_host_waits_for_no_mask_of_a_batch(device: str) -> None:
+    model, images, _ = toy_case(SmallPreActResNet)
+    layers = trace_conv_layers(model.network, images[:1])
+    model.to(device)
+    pruned = parts_of(layers, {layer.name: torch.arange(layer.channels) % 2 == 0 for layer in layers})
+    with CountWaits() as counted:
+        set_to_zero(pruned)
+    assert counted.count == 0 and not any(layer.module.weight[::2].any() for layer in layers)
 
 
 @everywhere

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from fmp_core.data.datasets import FACTS
 from fmp_core.frg import benchmark
+from fmp_core.models.build import PixelModel, build_model
 from narrow_resnet import NARROW_RESNET, NARROW_RESNET_MAPS
 
 # A convolution's output positions at 32x32, and its weights, in the order of the run.
@@ -20,6 +22,26 @@ SECONDS = {"forward_passes": 0.5, "<lambda>": 4.0, "forward": 1.0, "with_gradien
 def told(work: Any, *_: object, **__: object) -> float:
     """Instead of measuring: so many seconds for the work of that name."""
     return SECONDS[(work.func if isinstance(work, partial) else work).__name__]
+
+
+def test_a_batch_that_does_not_fit_is_no_best_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4096 images with gradients take 17 GiB of a GPU."""
+    sizes: list[int] = []
+
+    def crowded(work: Any, *_: object) -> float:
+        sizes.append(len(work.args[0]))
+        if sizes[-1] >= limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 1.0
+
+    monkeypatch.setattr(benchmark, "CEILING_BATCHES", {"cpu": (2, 4, 8)})
+    monkeypatch.setattr(benchmark, "seconds", crowded)
+    model, images = PixelModel(build_model(NARROW_RESNET, 10), FACTS["cifar10"]), torch.rand(3, 3, 32, 32)
+    limit = 8
+    assert benchmark.ceilings(model, torch.float32, images) == [4.0, 4.0] and sizes == [2, 4, 8] * 2
+    limit = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        benchmark.ceilings(model, torch.float32, images)
 
 
 def test_the_figures_follow_from_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

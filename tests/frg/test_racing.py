@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fmp_core.frg import racing
+from fmp_core.frg import margin_taylor, racing
 from fmp_core.frg.margin_taylor import MarginTaylor
 from fmp_core.frg.racing import mean_reverse, predict_scores, race, score_contenders
 from fmp_core.frg.reverse import SharedForward
@@ -77,8 +77,9 @@ def test_counts_of_many_images_may_be_wrong_by_more_than_one(seed: int):
     correct = torch.randint(4300, 4310, (1024,), generator=generator)
     margin = torch.randn(1024, generator=generator, dtype=torch.float64)
     wrong = torch.poisson(torch.full((2, 1024), 0.7), generator=generator).long()
-    exact = replace(scores_of(correct, margin, (512, 512)), samples=5000)
-    cheap = replace(exact, correct=correct + wrong[0] - wrong[1])
+    noise = 1e-4 * torch.randn(1024, generator=generator, dtype=torch.float64)
+    exact = replace(scores_of(correct, margin, (512, 512)), samples=5000, smallest_margin=torch.full((1024,), 1e-5))
+    cheap = replace(exact, correct=correct + wrong[0] - wrong[1], margin=margin + noise)
     raced, scored = contend(cheap, exact, 16, "layer")
     assert torch.equal(lowest(raced, 16, "layer")[0], lowest(exact, 16, "layer")[0])
     assert scored < 1024
@@ -191,6 +192,22 @@ def test_first_order_is_exact_on_a_linear_model():
     found = MarginTaylor(net, images, labels).margins(reverse[:, image_ids], image_ids)
     expected = logits[..., 0] - logits[..., 1:].amax(-1)  # both images are of class 0
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_expansions_take_fewer_images_at_a_time_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch):
+    net, images, labels = wide_net(0)
+    expected, whole, sizes = MarginTaylor(net, images, labels), margin_taylor._expansion, []
+
+    def crowded(model: nn.Module, some: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(some))
+        if len(some) > 3:
+            raise MemoryError
+        return whole(model, some, own)
+
+    monkeypatch.setattr(margin_taylor, "_expansion", crowded)
+    found = MarginTaylor(net, images, labels, rows=8)
+    assert sizes[:3] == [8, 4, 2] and max(sizes[3:]) == 2
+    assert torch.allclose(found.values, expected.values, atol=1e-5) and found.slopes.shape == expected.slopes.shape
 
 
 def test_the_model_is_run_where_a_prediction_cannot_be_trusted():

@@ -1,6 +1,8 @@
 """Cached scores and verdicts answer only the question they were computed for."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,12 +62,22 @@ def test_another_normalisation_is_another_question() -> None:
     assert len(keys) == 6
 
 
-def test_another_number_of_threads_is_another_question(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("what", "other"),
+    [
+        ("torch.get_num_threads", lambda: 64),
+        ("torch.backends.cpu.get_cpu_capability", lambda: "another"),
+        ("fmp_core.system.devices.has_amx", lambda: None),
+        ("fmp_core.system.devices.has_fast_bfloat16", lambda device: None),
+    ],
+)
+def test_other_kernels_are_another_question(what: str, other: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    """A ranking that is killed on one node of a cluster and goes on on another would mix their roundings."""
     images, labels = torch.zeros(2, 3, 2, 2), torch.tensor([0, 1])
     model = PixelModel(nn.Conv2d(3, 2, 1), dataset_facts("cifar10", (2, 2, 3), None, None))
     search = TriggerSearch(model, LAYERS, images, labels, torch.float32, 0)
     before = score_key(model, images, labels, {}), verdict_key(search, 2)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(what, other)
     after = score_key(model, images, labels, {}), verdict_key(search, 2)
     assert after[0] != before[0] and after[1] != before[1]
 

@@ -38,6 +38,17 @@ def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected:
     assert devices.is_out_of_memory(error) == expected
 
 
+def test_no_product_is_rounded_where_convolutions_are_exact():
+    """Containers and callers may ask for TF32 in matrix products, too; theirs is what it was afterwards."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        with devices.exact_convolutions():
+            assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_devices_are_read_as_backdoorbench_writes_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     for text, index, named in (("cuda", 0, ()), ("cuda:1", 1, (1,)), ("cuda:2,0", 2, (2, 0))):

@@ -78,6 +78,25 @@ def test_processes_take_the_gpus_that_are_named(named: str, taken: int, monkeypa
         distributed.join(choose_device("cuda:3"))
 
 
+def test_processes_on_different_hardware_work_in_one_precision(tmp_path: Path):
+    """Of two, one could do with bfloat16 what the other could not: each would wait for what the other does not send."""
+    (tmp_path / "worker.py").write_text(
+        f"import json, os, sys; sys.path.insert(0, {str(Path(__file__).parents[2] / 'defense')!r})\n"
+        "import torch\n"
+        "from fmp_core.system import devices, distributed\n"
+        "torch.backends.cpu.get_cpu_capability = lambda: 'AVX2' if os.environ.get('RANK') == '1' else 'AVX512'\n"
+        "devices._cpu_has = lambda feature: True\n"
+        "cpu = torch.device('cpu')\n"
+        "before = devices.has_fast_bfloat16(cpu)\n"
+        "distributed.join(devices.Device(cpu))\n"
+        "if distributed.is_leader(): print(json.dumps([before, devices.has_fast_bfloat16(cpu)]))\n"
+        "distributed.leave()\n"
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert run(*torchrun, str(tmp_path / "worker.py")) == [True, False]
+    assert run(str(tmp_path / "worker.py")) == [True, True]
+
+
 def test_two_processes_score_to_the_bits_of_one(worker: Path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert run(*torchrun, str(worker)) == run(str(worker))

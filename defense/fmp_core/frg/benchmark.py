@@ -84,9 +84,15 @@ def ceilings(model: PixelModel, dtype: torch.dtype, images: Tensor) -> list[floa
 
     def speed(work: Callable[[Tensor], None], size: int) -> float:
         batch = images.repeat(-(-size // len(images)), 1, 1, 1)[:size].to(dtype, memory_format=torch.channels_last)
-        return size / seconds(partial(work, batch), images.device)
+        try:
+            return size / seconds(partial(work, batch), images.device)
+        except (RuntimeError, MemoryError) as error:
+            if size == sizes[0] or not devices.is_out_of_memory(error):
+                raise
+            return 0.0  # a smaller batch is the best one then
 
-    return [max(speed(work, size) for size in CEILING_BATCHES[images.device.type]) for work in (forward, with_gradient)]
+    sizes = CEILING_BATCHES[images.device.type]
+    return [max(speed(work, size) for size in sizes) for work in (forward, with_gradient)]
 
 
 def released_scheme(model: nn.Module, layer: ConvLayer, channel: int, images: Tensor, labels: Tensor, start: Tensor) -> Tensor:
@@ -138,6 +144,8 @@ def measure(args: Namespace, dtype: torch.dtype) -> dict[str, float]:
     device, cuda = images.device, images.device.type == "cuda"
     every = max(1, total // args.maps)
     sample = torch.arange(total) % every == every // 2  # even over all layers
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
     with frozen(model):
         shared = seconds(scorer.forward_passes, device, 1) * math.ceil(len(images) / scorer.rows)
         sampled = seconds(lambda: scorer.score(sample), device, 1, warm_up=cuda) - shared

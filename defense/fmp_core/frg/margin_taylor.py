@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fmp_core.models.feature_maps import frozen
+from fmp_core.system.devices import is_out_of_memory, min_rows
 
 RIVALS = 3  # classes that could overtake the true one: those with the largest logits
 ROWS = 64  # images per forward and backward pass
@@ -23,12 +24,13 @@ class MarginTaylor:
     Args:
         model: takes pixels in [0,1]; left as it was found.
         images: the x, float ``[M, C, H, W]`` in [0,1], close to the FRG images; ``labels`` int64 ``[M]``.
+        rows: images per forward and backward pass, at most :data:`ROWS`; fewer if memory runs out.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor):
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, rows: int = ROWS):
         self.images = images
         with frozen(model), torch.enable_grad():
-            parts = [_expansion(model, x, y) for x, y in zip(images.split(ROWS), labels.split(ROWS), strict=True)]
+            parts = _expansions(model, images, labels, min(rows, ROWS))
         self.values, self.slopes = (torch.cat(column) for column in zip(*parts, strict=True))  # [M, R], [M, R, C, H, W]
 
     def margins(self, reverse: Tensor, image_ids: Tensor) -> Tensor:
@@ -37,6 +39,23 @@ class MarginTaylor:
         # Summed in float64: then the bits do not depend on how many maps are predicted at once.
         moved = (change[:, :, None] * self.slopes[image_ids]).flatten(3).sum(3, dtype=torch.float64)
         return (self.values[image_ids] + moved).amin(2).float()
+
+
+def _expansions(model: nn.Module, images: Tensor, labels: Tensor, rows: int) -> list[tuple[Tensor, Tensor]]:
+    """:func:`_expansion` of all images, ``rows`` at a time."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    done, fewest = 0, min_rows(images.device)
+    while done < len(images):
+        some = slice(done, done + rows)
+        try:
+            parts.append(_expansion(model, images[some], labels[some]))
+        except (RuntimeError, MemoryError) as error:
+            if rows <= fewest or not is_out_of_memory(error):
+                raise
+            rows = max(fewest, rows // 2)
+            continue
+        done += rows
+    return parts
 
 
 def _expansion(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

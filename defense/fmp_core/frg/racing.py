@@ -68,7 +68,7 @@ def predict_scores(
     ``settled`` marks the maps whose margin is known: those at or below a cut, and the calibration maps.
     """
     layers, images = scorer.layers, len(scorer.images)
-    taylor = MarginTaylor(scorer.model, mean_reverse(scorer), scorer.labels)
+    taylor = MarginTaylor(scorer.model, mean_reverse(scorer), scorer.labels, scorer.rows)
     calibration = _evenly(layers, CALIBRATION_MAPS)
     counts, predictors = calibrate(scorer, taylor, calibration)
 

@@ -110,8 +110,12 @@ class RankingCheckpoints:
         return checkpoint
 
     def remove(self) -> None:
+        """What was saved on the way to scores that are known now, also by an earlier run of other processes."""
         for checkpoint in self.made:
             checkpoint.remove()
+        if distributed.is_leader():
+            for path in self.folder.glob(f"ranking_{self.key[:16]}_*.pt"):
+                path.unlink(missing_ok=True)
 
 
 class StateFile:

@@ -11,7 +11,6 @@ from fmp_core.models.evaluate import predict
 from fmp_core.models.feature_maps import ConvLayer
 
 
-@torch.no_grad()
 def prune_feature_maps(layers: Sequence[ConvLayer], chosen: Mapping[str, Tensor]) -> None:
     """Zero, in place, the filter and bias of every chosen map, and weight and bias of its own batch norms (of one without
     these: its running mean).
@@ -19,10 +18,21 @@ def prune_feature_maps(layers: Sequence[ConvLayer], chosen: Mapping[str, Tensor]
     ``chosen`` maps a layer name to a bool tensor ``[channels]``. Afterwards the channel's output, and that of its batch norm,
     is exactly 0. A batch norm fed by anything else (a residual sum) is left alone.
     """
-    for layer in layers:
-        mask = chosen[layer.name]
-        for values in _values_of_maps(layer):
-            values[mask.to(values.device)] = 0
+    set_to_zero(parts_of(layers, chosen))
+
+
+def parts_of(layers: Sequence[ConvLayer], chosen: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The tensors that :func:`prune_feature_maps` changes, each with a bool mask on its device that broadcasts to it: made
+    once, since a GPU's host waits for each copy."""
+    parts = [(values, chosen[layer.name].to(values.device)) for layer in layers for values in _values_of_maps(layer)]
+    return [(values, mask.view(-1, *[1] * (values.dim() - 1))) for values, mask in parts]
+
+
+@torch.no_grad()
+def set_to_zero(parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Zero, in place, what :func:`parts_of` found."""
+    for values, mask in parts:
+        values.masked_fill_(mask, 0)
 
 
 def _values_of_maps(layer: ConvLayer) -> list[Tensor]:

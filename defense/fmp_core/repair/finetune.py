@@ -11,7 +11,7 @@ from pathlib import Path
 from fmp_core import inversion, models, repair
 from fmp_core.inputs import DefenderInputs
 from fmp_core.models.evaluate import Metrics
-from fmp_core.models.pruning import prune_feature_maps
+from fmp_core.models.pruning import parts_of, set_to_zero
 from fmp_core.models.training import Epoch, Trainer, training_precision
 from fmp_core.repair.distillation import Teacher
 from fmp_core.repair.interpolation import Interpolation
@@ -98,11 +98,11 @@ class FineTuning:
         yield from done
         batches = -(-len(self.defender.images) // settings.batch_size) * (settings.epochs - len(done))
         trainer = Trainer(settings, self.device, self.defender.facts, checkpoint)
+        pruned = parts_of(self.defender.layers, self.selection.by_layer(self.defender.layers)) if settings.masked else []
         with Progress("Fine-tuning", batches, "batches", LOGGER) as bar:
 
             def on_batch(*_: object) -> None:
-                if settings.masked:
-                    prune_feature_maps(self.defender.layers, self.selection.by_layer(self.defender.layers))
+                set_to_zero(pruned)
                 bar.add()
 
             for epoch in trainer.epochs(

@@ -24,29 +24,34 @@ from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.storage.checkpoint import content_key
 from fmp_core.storage.files import write_text, write_torch
 from fmp_core.storage.torch_file import load_torch_file
-from fmp_core.system import devices
+from fmp_core.system import devices, distributed
 from fmp_core.system.versions import source_digest
 
-SCORES_MODULES = (frg, models, devices)  # the code that scores depend on
-VERDICT_MODULES = (inversion, models, clean_subset, devices)
+SCORES_MODULES = (frg, models, devices, distributed)  # the code that scores depend on
+VERDICT_MODULES = (inversion, models, clean_subset, devices, distributed)
 SCORES_CODE, VERDICT_CODE = source_digest(*SCORES_MODULES), source_digest(*VERDICT_MODULES)
 
 
 def score_key(model: torch.nn.Module, images: Tensor, labels: Tensor, settings: dict[str, object]) -> str:
     """What FRG scores depend on; ``settings`` in plain values."""
-    return content_key(_tensors(model), images, labels, {**settings, **_threads(images), "code": SCORES_CODE})
+    return content_key(_tensors(model), images, labels, {**settings, **_kernels(images.device), "code": SCORES_CODE})
 
 
 def verdict_key(search: TriggerSearch, num_classes: int) -> str:
     """What the verdicts of ``search`` depend on."""
     about = {"seed": search.seed, "dtype": str(search.dtype), "classes": num_classes, "families": FAMILIES}
-    about |= {**_threads(search.images), "code": VERDICT_CODE}
+    about |= {**_kernels(search.images.device), "code": VERDICT_CODE}
     return content_key(_tensors(search.model), search.images, search.labels, about)
 
 
-def _threads(images: Tensor) -> dict[str, object]:
-    """Kernels on a CPU share their sums among threads, so their number decides how results are rounded."""
-    return {"threads": torch.get_num_threads()} if images.device.type == "cpu" else {}
+def _kernels(device: torch.device) -> dict[str, object]:
+    """What decides which kernels compute, and so how results are rounded: the hardware, and on a CPU also the number of
+    threads, among which kernels share their sums."""
+    found: dict[str, object] = {"fast bfloat16": devices.has_fast_bfloat16(device)}
+    if device.type == "cpu":
+        instructions = torch.backends.cpu.get_cpu_capability()
+        return found | {"threads": torch.get_num_threads(), "instructions": instructions, "AMX": devices.has_amx()}
+    return found | {"GPU": torch.cuda.get_device_name(device)}
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -143,15 +143,16 @@ def score_or_load(defender: DefenderInputs, settings: Settings, cache: Path, sta
         LOGGER.warning("--ranking racing needs --dtype fp32; every feature map is scored in full here")
     about = {**frg._asdict(), "dtype": str(precision), "racing": [settings.p, settings.scope] if racing else None}
     key = score_key(defender.model, images, labels, about)
+    checkpoints = RankingCheckpoints(cache / "cache", key, settings.fresh)
     scores = _if_all_have(None if settings.fresh else load_scores(cache, key, defender.layers))
     if scores is not None:
         stages.reuse("ranking")
+        checkpoints.remove()  # of a run that was killed between saving scores and this
         LOGGER.info("scores of %d feature maps read from %s (--fresh ranks again)", scores.total, cache_file(cache, key))
         return scores
     maps = sum(layer.channels for layer in defender.layers)
     LOGGER.info("ranking %d feature maps on %d clean images in %s", maps, count, str(precision).removeprefix("torch."))
     own_maps = int(distributed.my_share(torch.ones(maps, dtype=torch.bool)).sum())
-    checkpoints = RankingCheckpoints(cache / "cache", key, settings.fresh)
     batching = Batching(None if settings.chunk == "auto" else int(settings.chunk), settings.memory)
     with stages("ranking"), Progress("Ranking", own_maps * count, "map-images", LOGGER) as bar:
         scorer = FeatureMapScorer(defender.model, defender.layers, images, labels, frg, precision, batching, bar.add)

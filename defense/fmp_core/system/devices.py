@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,8 +69,20 @@ def has_amx() -> bool:
     return _cpu_has("amx_tile")
 
 
+_everywhere = True  # all processes that work together have it
+
+
+def do_without_bfloat16() -> None:
+    """From now on this process has no fast bfloat16, since one that it ranks with has none."""
+    global _everywhere
+    _everywhere = False
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware; a CPU: unless ``ATEN_CPU_CAPABILITY`` limits torch."""
+    """Whether the device multiplies bfloat16 matrices in hardware; a CPU: unless ``ATEN_CPU_CAPABILITY`` limits torch. Several
+    processes that work together have it all, or none."""
+    if not _everywhere:
+        return False
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     limited = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
@@ -128,9 +140,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-def exact_convolutions() -> AbstractContextManager[None]:
-    """A block in which a GPU's convolutions use the same kernels every time, and do not round float32 to TF32."""
-    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """A block in which a GPU's convolutions use the same kernels every time, and no product rounds float32 to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def make_deterministic() -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmp_core.errors import UserError
-from fmp_core.system.devices import Device
+from fmp_core.system.devices import Device, do_without_bfloat16, has_fast_bfloat16, is_out_of_memory
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets; clusters set some of these too
 
@@ -34,6 +34,8 @@ def join(device: Device) -> Device:
     if not dist.is_initialized():
         # Long, because the others wait where the first one waits for a lock (--wait).
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        if not all_agree(has_fast_bfloat16(own)):  # they must take the same steps, in one precision
+            do_without_bfloat16()
     return Device(own)
 
 
@@ -98,6 +100,8 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo and nccl report a lost connection
+        if is_out_of_memory(error):
+            raise
         detail = " ".join(str(error).split())[:100]
         raise UserError(
             f"Another process of torchrun ended early ({detail}); it says why. Run the same command again to go on from here."
