@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fmp_core.data.datasets import DatasetFacts
+from fmp_core.errors import UserError
 from fmp_core.inputs import DefenderInputs
 from fmp_core.inversion.trigger import ALL_TO_ALL, InvertedTrigger
 from fmp_core.inversion.verdict import Verdict
@@ -140,6 +141,25 @@ def test_pruned_maps_stay_zero_in_every_epoch_if_masked(masked: bool, tmp_path: 
     for _ in fine_tuning.run():
         zero.append(not any(layer.module.weight[chosen[layer.name]].any() for layer in defender.layers))
     assert selection.pruned == 9 and zero == [masked] * 3
+
+
+def test_other_pruned_maps_than_at_a_kill_are_named(tmp_path: Path) -> None:
+    """As another processor selects them. No setting that could be given again differs."""
+    for first in (0, 1):
+        defender, mask = attacked(), torch.zeros(36, dtype=torch.bool)
+        mask[first] = True
+        selection = Selection(mask)
+        fine_tuning = FineTuning.prepare(defender, selection, Settings(epochs=3, batch_size=4, amp=False), CPU, tmp_path)
+        prune_feature_maps(defender.layers, selection.by_layer(defender.layers))
+        epochs = fine_tuning.run()
+        if first:
+            with pytest.raises(
+                UserError, match=r"was made with pruned feature maps \(another .* others\) 1, \w+ \(now 1, \w+\)"
+            ):
+                next(epochs)
+        else:
+            assert [next(epochs).number, next(epochs).number] == [1, 2]  # the first is saved as the second is asked for
+            epochs.close()  # type: ignore[attr-defined]
 
 
 def test_images_move_as_those_of_the_dataset(tmp_path: Path) -> None:

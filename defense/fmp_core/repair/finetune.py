@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from fmp_core import inversion, models, repair
 from fmp_core.inputs import DefenderInputs
@@ -152,9 +155,15 @@ class FineTuning:
         made_with |= {
             "precision of training": str(training_precision(self.settings, self.device.device)),
             "precision of trigger inversion": str(choose_dtype(self.settings.dtype, self.device.device)),
+            "pruned feature maps (another processor or number of threads may select others)": _named(self.selection.mask),
             "digest of model, images, code and versions": pruned[:16],
         }
         checkpoint = Checkpoint(self.state, made_with)
         if self.settings.fresh:
             checkpoint.remove()
         return checkpoint
+
+
+def _named(mask: Tensor) -> str:
+    """How many maps are chosen, and a digest of which: ``75, 1a2b3c4d``."""
+    return f"{int(mask.sum())}, {hashlib.sha256(mask.numpy().tobytes()).hexdigest()[:8]}"
