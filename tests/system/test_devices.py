@@ -1,6 +1,10 @@
 """Which precision a device gets, and what counts as running out of memory."""
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,15 +42,33 @@ def test_out_of_memory_is_told_from_other_errors(error: BaseException, expected:
     assert devices.is_out_of_memory(error) == expected
 
 
-def test_no_product_is_rounded_where_convolutions_are_exact():
-    """Containers and callers may ask for TF32 in matrix products, too; theirs is what it was afterwards."""
-    torch.set_float32_matmul_precision("high")
-    try:
-        with devices.exact_convolutions():
-            assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "torch.set_float32_matmul_precision('high')",
+        "products.allow_tf32 = True",
+        pytest.param(
+            "products.fp32_precision = 'tf32'",
+            marks=pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="since torch 2.9"),
+        ),
+    ],
+)
+def test_no_product_is_rounded_where_convolutions_are_exact(asked: str):
+    """Containers and callers may ask for TF32 in matrix products, in one of three ways; afterwards they have it again."""
+    code = (
+        "import torch\n"
+        "from fmp_core.system.devices import exact_convolutions\n"
+        "products = torch.backends.cuda.matmul\n"
+        "name = 'fp32_precision' if hasattr(products, 'fp32_precision') else 'allow_tf32'\n"
+        f"{asked}\n"
+        "before = getattr(products, name)\n"
+        "for _ in range(2):\n"
+        "    with exact_convolutions(): print(getattr(products, name), before, torch.backends.cudnn.allow_tf32)\n"
+        "assert getattr(products, name) == before\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "defense")}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.stdout.splitlines() in (["ieee tf32 False"] * 2, ["False True False"] * 2), ran.stderr
 
 
 def test_devices_are_read_as_backdoorbench_writes_them(monkeypatch: pytest.MonkeyPatch):

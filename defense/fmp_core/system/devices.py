@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,13 +144,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
     """A block in which a GPU's convolutions use the same kernels every time, and no product rounds float32 to TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    products: Any = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(products, "fp32_precision") else ("allow_tf32", False)  # torch < 2.9
+    before = getattr(products, name)
+    setattr(products, name, exact)
     try:
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setattr(products, name, before)
 
 
 def make_deterministic() -> None:
