@@ -74,7 +74,7 @@ class Settings:
     )
     defense_name: str = _place("fmp", NAME, "the result folder's name, in <record>/defense/ (see --save_folder)")
     log: str | None = _place(None, _FOLDER, "folder of the log (default: log/ in the result folder)")
-    checkpoint_save: str | None = _place(None, _FOLDER, "saved epochs of one run (default: checkpoint/ in the result folder)")
+    checkpoint_save: str | None = _place(None, _FOLDER, "saved epochs, below <record>/<defense_name> (default: in the results)")
 
     # Does not decide: what it sets, does.
     preset: str = _run(

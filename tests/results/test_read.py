@@ -69,12 +69,15 @@ def test_how_many_test_images_decided_the_pruning_is_a_setting(tmp_path: Path) -
 @pytest.mark.parametrize("key", ["load_other_model_path", "checkpoint_path"])
 def test_another_model_that_a_defense_starts_from_is_a_setting(tmp_path: Path, key: str) -> None:
     digests = []
-    for name, path in (("plain", None), ("none", "None"), ("ft", "'record/r/defense/ft'"), ("fp", "'record/r/defense/fp'")):
+    for name, path in (
+        ("plain", None), ("none", "None"), ("ft", "'record/r/defense/ft'"), ("seed", "'record/r1/defense/ft'"),
+        ("fp", "'record/r/defense/fp'"),
+    ):  # fmt: skip
         write(tmp_path / name / "ft_df_summary.csv", three_rows(0.9, 0.5, 0.4))
         given = "" if path is None else f"'{key}': {path},\n "
         write(tmp_path / name / "log" / "x.log", f"{{'ratio': 0.1,\n {given}'random_seed': 0}}\n")
         digests.append(read_result(tmp_path / name).settings_digest)
-    assert digests[0] == digests[1] and len(set(digests)) == 3
+    assert digests[0] == digests[1] and digests[2] == digests[3] and len(set(digests)) == 3
 
 
 def test_names_of_layers_are_settings_and_names_of_files_are_not(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def begin(root: str) -> None:
     names) are read as weights: plain data, or torch's error.
     """
     load, began = torch.load, time.time() - CLOCK
-    folders = [os.path.realpath(root)]
+    folders = [os.path.realpath(root), os.path.realpath(torch.hub.get_dir())]  # the second is the user's cache
     folders += [os.path.realpath(os.path.join(root, name)) for name in os.listdir(root) if name not in STRANGERS]
     can_refuse = "weights_only" in inspect.signature(load).parameters  # since torch 1.13
 

@@ -100,7 +100,8 @@ def _bb_result(folder: Path) -> Result:
     if tested and {path.name for path in folder.glob("*_df_summary.csv")} & DECIDE_BY_TESTS:
         by_run[SAMPLE_ONLY] = str(note.get(SAMPLE_ONLY) or "few")
     deciding = {key: value for key, value in settings.items() if not re.search(NOT_OF_DEFENSE, key)}
-    deciding |= {key: value for key, value in settings.items() if key in OTHER_MODELS and value != "None"}
+    others = {key: value for key, value in settings.items() if key in OTHER_MODELS and value != "None"}
+    deciding |= {key: value.rpartition("defense/")[2] for key, value in others.items()}  # on whatever record
     deciding |= {key: value for key, value in by_run.items() if value != WHOLE_RUN[key]}
     no_share = logged.get("index", "None") != "None" or any((folder / f"{x}_df_summary.csv").is_file() for x in UNUSED_RATIO)
     return Result(

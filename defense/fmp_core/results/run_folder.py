@@ -30,7 +30,6 @@ from fmp_core.results.predictions import prediction_frame
 from fmp_core.results.read import read_attack_metrics
 from fmp_core.results.removal import attack_outcome
 from fmp_core.results.summary import RunSummary
-from fmp_core.results.values import read_text
 from fmp_core.selection.choice import Selection
 from fmp_core.settings import Settings
 from fmp_core.storage.files import check_folders, hidden, make_folders, refuse_links_out_of, write_text
@@ -41,7 +40,6 @@ from fmp_core.system.versions import versions
 LOGGER = logging.getLogger("fmp_core")
 FIGURES_DIFFER = 0.02  # of a fraction; evaluation batches, device and precision explain less
 EPOCH_FILE = "fmp_epoch_{}.pt"  # by the 0-based epoch
-OWNER = "run.txt"  # in the folder of --checkpoint_save: the result folder of the run whose epochs lie there
 History = Sequence[tuple[Epoch | None, Metrics | None]]  # an untested epoch has no metrics; None: no epoch was trained
 
 
@@ -67,14 +65,11 @@ class RunFolder:
             name = record.relative_to(root) if record.is_relative_to(root) else Path(record.name)
             home = Path(settings.save_folder) / (record.name if ".." in name.parts else name)
         path, shared = home / "defense" / settings.defense_name, home / "defense" / "fmp"
-        log, checkpoints = settings.log or path / "log", settings.checkpoint_save or path / "checkpoint"
+        log, checkpoints = settings.log or path / "log", path / "checkpoint"
+        if settings.checkpoint_save:  # several runs may be given one
+            checkpoints = Path(settings.checkpoint_save) / record.name / settings.defense_name
         refuse_links_out_of(home, *(path / name for name in ("log", "checkpoint", "tensorboard")), shared / "cache")
-        return RunFolder(settings, path, Path(log), Path(checkpoints), shared)
-
-    @property
-    def _name(self) -> str:
-        """Of the run among others on this machine."""
-        return ascii(str(self.path.resolve()))[1:-1]
+        return RunFolder(settings, path, Path(log), checkpoints, shared)
 
     def check(self) -> None:
         """Raises UserError now rather than after an hour: a folder cannot be made, or TensorBoard is not installed."""
@@ -82,20 +77,12 @@ class RunFolder:
         check_folders(self.path, remedy=another)
         for flag, folder in (("log", self.log), ("checkpoint_save", self.checkpoints)):
             check_folders(folder, remedy=f"choose another --{flag}" if getattr(self.settings, flag) else another)
-        owner = self.checkpoints / OWNER  # of a folder that --checkpoint_save names
-        theirs = read_text(owner).strip() if owner.is_file() else self._name
-        if theirs != self._name and (self.saved_epochs() or (self.checkpoints / "interrupted.pt").exists()):
-            raise UserError(
-                f"--checkpoint_save {self.checkpoints} holds epochs of {theirs}; name another folder, or remove them."
-            )
         if self.settings.tensorboard:
             summary_writer()
 
     def make(self, subset: Sequence[int]) -> None:
         """Make the folders; the clean subset goes where BB's ft keeps it."""
         make_folders(self.log, self.checkpoints)
-        if self.settings.checkpoint_save:
-            write_text(self.checkpoints / OWNER, self._name + "\n")
         write_text(self.log / "index.txt", _index_text(subset))
 
     def save_epoch(self, epoch: int, inputs: Inputs) -> None:

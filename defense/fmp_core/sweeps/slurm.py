@@ -104,10 +104,14 @@ def _await(
         queued = unfinished()
         for job, handle in list(left):
             number = str(handle.job_id)
-            if handle.done():
+            ended, runs = (
+                handle.done(),
+                queued is not None and number in queued,
+            )  # one that is requeued may have a result already
+            if ended and not runs:
                 left.remove((job, handle))
                 report(job, _outcome(handle))
-            elif queued is not None and number not in queued:
+            elif not ended and queued is not None and not runs:
                 if number in gone:  # twice, so that a result just written has had time to appear
                     left.remove((job, handle))
                     report(job, Outcome(0, f"Slurm ended it without a result (log: {handle.paths.stderr})"))
