@@ -9,7 +9,7 @@ IN_TESTS := --explicit-package-bases --allow-untyped-defs --check-untyped-defs -
 .PHONY: demo test test-all test-cuda lint clean
 
 .venv/run: setup.cfg
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(PIP) .
 	touch $@
 
