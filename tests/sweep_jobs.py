@@ -26,6 +26,13 @@ with open("order.txt", "a") as file: file.write(folder.name + " ends\\n")
 """
 
 
+# Begins a job that leaves a file when it is asked to end.
+LEAVING = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path("left in order").touch() or 1))
+"""
+
+
 def wait_for(condition: Callable[[], bool], otherwise: str, seconds: float = 600) -> None:
     """Wait until ``condition`` holds; fail with the sentence ``otherwise`` where even a busy machine would have got there."""
     end = time.monotonic() + seconds

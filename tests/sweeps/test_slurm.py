@@ -21,7 +21,7 @@ import sweep as script
 from conftest import RECORD
 from fmp_core.sweeps.jobs import Outcome, finished
 from fmp_core.sweeps.slurm import run_submitit
-from sweep_jobs import order, sweep_of, wait_for, working
+from sweep_jobs import LEAVING, order, sweep_of, wait_for, working
 
 pytestmark = pytest.mark.slow  # daemons are started; `make test-all`
 PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "squeue"]
@@ -113,20 +113,12 @@ def test_a_sweep_through_slurm(slurm: None, place: Path) -> None:
     assert order() == ["a begins", "a ends", "x begins", "x ends"]  # the sibling waited for the ranking
 
 
-ENDED = """
-import pathlib, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path("left in order").touch() or 1))
-pathlib.Path("began").touch()
-time.sleep(120)
-"""
-
-
 def test_a_cancelled_job_leaves_its_files_in_order(slurm: None, place: Path) -> None:
     """Its process is in a session of its own, which the signal that submitit ignores does not reach."""
     pytest.importorskip("submitit")
     ended: list[Outcome] = []
     sweep = sweep_of(slurm={"partition": "debug", "time": 5, "cpus": 1})
-    jobs = [working("a", code=ENDED)]
+    jobs = [working("a", code=LEAVING + "pathlib.Path('began').touch()\ntime.sleep(120)\n")]
     with ThreadPoolExecutor() as pool:
         running = pool.submit(run_submitit, jobs, sweep, lambda _, outcome: ended.append(outcome), poll=0.5)
         wait_for(Path("began").exists, "the job did not begin")

@@ -18,7 +18,7 @@ from fmp_core.sweeps.jobs import Job, Outcome, finished, run
 from fmp_core.sweeps.local import Board, local_slots, may_start, readable, run_local
 from fmp_core.sweeps.plan import plan
 from fmp_core.sweeps.slurm import run_submitit, waves
-from sweep_jobs import WORK, order, run_all, sweep_of, working
+from sweep_jobs import LEAVING, WORK, order, run_all, sweep_of, working
 
 DEFENSE = Path(__file__).resolve().parents[2] / "defense"
 
@@ -223,18 +223,11 @@ def test_waves_for_slurm() -> None:
     ]  # fmt: skip
 
 
-ENDED = """
-import os, pathlib, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path("left in order").touch() or 1))
-os.kill(os.getppid(), signal.SIGTERM)  # to submitit's process, as scancel does
-time.sleep(60)
-"""
-
-
 def test_a_job_that_slurm_ends_leaves_its_files_in_order(place: Path) -> None:
     pytest.importorskip("submitit")
     ended: list[Outcome] = []
-    run_submitit([working("a", code=ENDED)], sweep_of(), lambda _, outcome: ended.append(outcome), "local", poll=0.2)
+    code = LEAVING + "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"  # to submitit's process, as scancel does
+    run_submitit([working("a", code=code)], sweep_of(), lambda _, outcome: ended.append(outcome), "local", poll=0.2)
     assert Path("left in order").exists() and "ended by SIGTERM" in str(ended[0].problem)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fmp_core.models.feature_maps import frozen
-from fmp_core.system.devices import is_out_of_memory, min_rows
+from fmp_core.system.devices import by_batch
 
 RIVALS = 3  # classes that could overtake the true one: those with the largest logits
 ROWS = 64  # images per forward and backward pass
@@ -29,8 +29,12 @@ class MarginTaylor:
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, rows: int = ROWS):
         self.images = images
+
+        def expand(some: slice) -> tuple[Tensor, Tensor]:
+            return _expansion(model, images[some], labels[some])
+
         with frozen(model), torch.enable_grad():
-            parts = _expansions(model, images, labels, min(rows, ROWS))
+            parts = by_batch(len(images), min(rows, ROWS), images.device, expand)
         self.values, self.slopes = (torch.cat(column) for column in zip(*parts, strict=True))  # [M, R], [M, R, C, H, W]
 
     def margins(self, reverse: Tensor, image_ids: Tensor) -> Tensor:
@@ -39,23 +43,6 @@ class MarginTaylor:
         # Summed in float64: then the bits do not depend on how many maps are predicted at once.
         moved = (change[:, :, None] * self.slopes[image_ids]).flatten(3).sum(3, dtype=torch.float64)
         return (self.values[image_ids] + moved).amin(2).float()
-
-
-def _expansions(model: nn.Module, images: Tensor, labels: Tensor, rows: int) -> list[tuple[Tensor, Tensor]]:
-    """:func:`_expansion` of all images, ``rows`` at a time."""
-    parts: list[tuple[Tensor, Tensor]] = []
-    done, fewest = 0, min_rows(images.device)
-    while done < len(images):
-        some = slice(done, done + rows)
-        try:
-            parts.append(_expansion(model, images[some], labels[some]))
-        except (RuntimeError, MemoryError) as error:
-            if rows <= fewest or not is_out_of_memory(error):
-                raise
-            rows = max(fewest, rows // 2)
-            continue
-        done += rows
-    return parts
 
 
 def _expansion(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fmp_core.metrics import METRICS
 from fmp_core.models.fast_ops import FastOps
 from fmp_core.models.feature_maps import frozen
-from fmp_core.system.devices import is_out_of_memory, min_rows, rows_per_batch
+from fmp_core.system.devices import by_batch, rows_per_batch
 
 
 @dataclass(frozen=True)
@@ -98,22 +98,15 @@ def predict(
         batch_size: shapes the loss only; forward passes have the size that suits the device, less if memory runs out.
         on_images: called after each forward pass with the number of its images.
     """
+
+    def outputs(part: slice) -> Tensor:
+        found: Tensor = model(to_unit(images[part]).contiguous(memory_format=torch.channels_last))
+        if on_images is not None:
+            on_images(len(found))
+        return found
+
     with frozen(model), torch.inference_mode(), FastOps():
-        outputs: list[Tensor] = []
-        rows, done = rows_per_batch(images.device), 0
-        while done < len(images):
-            part = images[done : done + rows]
-            try:
-                outputs.append(model(to_unit(part).contiguous(memory_format=torch.channels_last)))
-            except (RuntimeError, MemoryError) as error:
-                if rows == min_rows(images.device) or not is_out_of_memory(error):
-                    raise
-                rows = max(min_rows(images.device), rows // 2)
-                continue
-            done += len(part)
-            if on_images is not None:
-                on_images(len(part))
-        logits = torch.cat(outputs)
+        logits = torch.cat(by_batch(len(images), rows_per_batch(images.device), images.device, outputs))
         losses = [F.cross_entropy(*pair) for pair in zip(logits.split(batch_size), labels.split(batch_size), strict=True)]
         return logits.argmax(1), torch.stack(losses).double().mean()
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fmp_core.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,22 @@ def min_exact_rows(device: torch.device) -> int:
 def min_rows(device: torch.device) -> int:
     """Batches are halved down to this when memory runs out; below :func:`min_exact_rows` near ties may be decided otherwise."""
     return 2 if device.type == "cpu" else 1
+
+
+def by_batch(count: int, rows: int, device: torch.device, work: Callable[[slice], T]) -> list[T]:
+    """What ``work`` returns for each batch of ``count`` images: ``rows`` at a time, half as many once memory runs out."""
+    found, done, fewest = list[T](), 0, min_rows(device)
+    while done < count:
+        part = slice(done, min(done + rows, count))
+        try:
+            found.append(work(part))
+        except (RuntimeError, MemoryError) as error:
+            if rows <= fewest or not is_out_of_memory(error):
+                raise
+            rows = max(fewest, rows // 2)
+            continue
+        done = part.stop
+    return found
 
 
 def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
