@@ -1,4 +1,4 @@
-"""Images held as numbers whose range fits two readings, of which one is right."""
+"""Images held as numbers whose range or layout fits two readings, of which one is right."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ def test_levels_between_whole_ones_are_rounded() -> None:
     assert torch.equal(pixels_of(pixels + 0.3, SIZE, SCALES), pixels)
     with pytest.raises(ValueError, match="neither pixels"):
         pixels_of(between(0, 3) + 1.3, SIZE, SCALES)
+
+
+def test_whole_numbers_are_grey_levels_however_dark_they_are() -> None:
+    dark = between(0, 2)
+    assert torch.equal(pixels_of(dark, SIZE, SCALES), dark)
+    assert torch.equal(pixels_of(dark.long(), SIZE, SCALES), dark)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_grey_images_may_come_without_their_channel(stacked: bool) -> None:
+    grey = between(0, 256)[:, 0]
+    images = grey.numpy() if stacked else list(grey.numpy())
+    assert torch.equal(pixels_of(images, (4, 4, 1), []), grey[:, None])

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from fmp_core.models.feature_maps import ConvLayer
-from fmp_core.selection.choice import in_equal_shares, most_within_budget
+from fmp_core.selection.choice import in_equal_shares, most_within_budget, shuffled_in_each_layer
 from torch import nn
 
 
+LAYERS = (ConvLayer("a", nn.Conv2d(1, 64, 1)), ConvLayer("b", nn.Conv2d(1, 128, 1)))
+
+
 def test_in_equal_shares_takes_the_same_share_of_every_layer():
-    layers = (ConvLayer("a", nn.Conv2d(1, 64, 1)), ConvLayer("b", nn.Conv2d(1, 128, 1)))
     change = torch.rand(192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     change[64:] *= 1000  # layers have scales of their own
-    first = in_equal_shares(change, layers)[:30]
+    first = in_equal_shares(change, LAYERS)[:30]
     assert set(first[first < 64].tolist()) == set(change[:64].topk(10).indices.tolist())
     assert set(first[first >= 64].tolist()) == set((change[64:].topk(20).indices + 64).tolist())
 
@@ -31,3 +33,20 @@ def test_no_more_than_a_quarter_of_all_maps_is_pruned():
     chosen = most_within_budget(order, 1.0, lambda mask: 0.9)
     assert 99 <= int(chosen.sum()) <= 100
     assert chosen[order[:99]].all()
+
+
+def test_of_maps_that_a_trigger_changes_alike_the_first_come_first():
+    """Maps that are always zero, of which trained networks have some, all change by 0."""
+    order = in_equal_shares(torch.zeros(192, dtype=torch.float64), LAYERS)
+    assert order[order < 64].tolist() == list(range(64))
+    assert order[order >= 64].tolist() == list(range(64, 192))
+
+
+def test_a_random_control_has_as_many_maps_of_each_layer_and_depends_on_its_seed_alone():
+    mask = torch.zeros(192, dtype=torch.bool)
+    mask[:5] = mask[64:74] = True
+    drawn, again, other = (shuffled_in_each_layer(mask, LAYERS, seed) for seed in (1, 1, 2))
+    assert (drawn[:64].sum(), drawn[64:].sum()) == (5, 10)
+    assert drawn.equal(again)
+    assert not drawn.equal(other)
+    assert not drawn.equal(mask)

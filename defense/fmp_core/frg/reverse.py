@@ -110,8 +110,6 @@ class SharedForward:
         call, difference = self.calls[key], self.difference[key]
         parts = {channel: _through_one_channel(call, difference[:, channel], channel) for channel in set(channels)}
         into = torch.cat([parts[channel] for channel in channels])
-        if call.input is self.start:
-            return into.detach()
         return torch.autograd.grad(call.input, self.start, into, retain_graph=True)[0]
 
     def reversed_images(self, layer: ConvLayer, channels: Sequence[int], settings: FrgSettings) -> Tensor:
