@@ -105,3 +105,20 @@ def test_a_part_that_comes_class_by_class_is_enough_to_mix() -> None:
         assert subset != list(range(1200)) and sorted(subset) == list(range(1200))
         assert len({labels[place] for place in subset[:32]}) > 5 and len({labels[place] for place in subset[-256:]}) == 10
     assert in_mixed_order(list(range(600)), mixed, seed=0) == list(range(600))
+
+
+@pytest.mark.parametrize(
+    ("images", "changes", "expected"),
+    [
+        (256, 110, "mixed"),  # of 255 neighbours 229.5 would differ in a random order; half of them are 114.75
+        (256, 122, "as it is"),
+        (36, 5, "mixed"),  # six classes: of 35 neighbours 29.2 would differ; that 5 do is 4.5 standard deviations away
+        (36, 10, "as it is"),  # ten classes: 31.3 would differ; that 10 do, less than half, is 3.8 away
+    ],
+)
+def test_classes_may_come_in_runs_that_chance_may_make(images: int, changes: int, expected: str) -> None:
+    """Ten classes (six where there are six runs); the class changes ``changes`` times, evenly over all images."""
+    runs = [position * (changes + 1) // images for position in range(images)]
+    labels = [run % 10 for run in runs]
+    order = list(range(images))
+    assert (in_mixed_order(order, labels, seed=0) == order) == (expected == "as it is")

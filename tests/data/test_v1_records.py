@@ -114,9 +114,16 @@ def test_a_v1_index_outside_the_test_set_is_refused(index: int, record: Path, ed
 
 
 @pytest.mark.parametrize(
-    "more", [{"original_targets": TRUE[:3]}, {"original_index": AT[:3]}], ids=lambda more: next(iter(more))
+    "more",
+    [
+        {"original_targets": TRUE[:3]},
+        {"original_index": AT[:3]},
+        {"y": [0] * 3, "original_targets": TRUE},
+        {"y": [0] * 5, "original_targets": TRUE},
+    ],
+    ids=["true labels", "indices", "fewer targets", "more targets"],
 )
-def test_v1_true_labels_must_be_as_many_as_images(more: dict[str, Any], record: Path, edit_record: Edit):
+def test_v1_labels_must_be_as_many_as_images(more: dict[str, Any], record: Path, edit_record: Edit):
     edit_record(record, v1(pil_images(), **more))
     with pytest.raises(UserError):
         read_attack_record(record).bd_test.true_labels(clean_test())
