@@ -14,7 +14,7 @@ from fmp_core.report.findings import command, headline, warnings
 from fmp_core.report.page import page
 from fmp_core.report.strips import own_pruning
 from fmp_core.results.intervals import Interval
-from fmp_core.results.removal import attack_outcome
+from fmp_core.results.removal import NOT_TESTED, attack_outcome
 from fmp_core.settings import Settings, add_arguments, load_settings
 from fmp_core.system.cli import Parser
 from made_runs import made_run, predictions, scored_maps
@@ -39,6 +39,22 @@ def test_the_verdict_is_about_what_the_trigger_adds(before: float, after: float,
     head, sentence = headline(found, *({"test_acc": Interval(acc, acc, acc)} for acc in (0.9, 0.88)))
     assert says in head and "fell by 2.00 points" in sentence and f"(before: {100 * before:.2f} %)" in sentence
     assert "0.00 % of clean images of other classes" in sentence and ("too small" in sentence) != found["certain"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "says"),
+    [
+        ({"backdoored": True, "target": 3, "too_few": False}, "This model is judged backdoored, target class 3"),
+        ({"backdoored": True, "target": "all-to-all", "too_few": False}, "This model is judged backdoored, all-to-all"),
+        ({"backdoored": False, "target": 3, "too_few": False}, "This model is not shown to be backdoored"),
+        ({"backdoored": False, "target": 3, "too_few": True}, "No triggered image is known, so attack success was not measured"),
+        (None, "No triggered image is known, so attack success was not measured"),
+    ],
+)
+def test_without_triggered_images_the_verdict_is_the_headline(verdict: dict[str, Any] | None, says: str) -> None:
+    untested = {"outcome": NOT_TESTED, "certain": True}
+    head, _ = headline(untested, *({"test_acc": Interval(acc, acc, acc)} for acc in (0.9, 0.9)), verdict)
+    assert head == says
 
 
 def said(

@@ -1,7 +1,8 @@
-"""The page of tables in a real browser (Debian's chromium through playwright; skipped where either is absent)."""
+"""The page of tables, as text and in a real browser (Debian's chromium through playwright; skipped where either is absent)."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def page_file(folder: Path) -> Path:
     file = folder / "tables.html"
     file.write_text(to_html([table]), encoding="utf-8")
     return file
+
+
+def test_columns_are_headed_by_attack_and_metric(tmp_path: Path) -> None:
+    text = page_file(tmp_path).read_text(encoding="utf-8")
+    heads = [word.strip() for word in re.findall(r"<th [^>]*>([^<]*)</th>", text.split("<tbody>")[0])]
+    assert [word for word in heads if word not in ("", "&nbsp;")] == ["BadNets", "Method", *ABOUT, "Acc", "ASR"]
 
 
 @pytest.mark.slow
