@@ -47,13 +47,17 @@ def test_the_verdict_is_about_what_the_trigger_adds(before: float, after: float,
         ({"backdoored": True, "target": 3, "too_few": False}, "This model is judged backdoored, target class 3"),
         ({"backdoored": True, "target": "all-to-all", "too_few": False}, "This model is judged backdoored, all-to-all"),
         ({"backdoored": False, "target": 3, "too_few": False}, "This model is not shown to be backdoored"),
-        ({"backdoored": False, "target": 3, "too_few": True}, "No triggered image is known, so attack success was not measured"),
+        (
+            {"backdoored": False, "target": 3, "too_few": True},
+            "No triggered image is known, so attack success was not measured",
+        ),
         (None, "No triggered image is known, so attack success was not measured"),
     ],
 )
 def test_without_triggered_images_the_verdict_is_the_headline(verdict: dict[str, Any] | None, says: str) -> None:
     untested = {"outcome": NOT_TESTED, "certain": True}
-    head, _ = headline(untested, *({"test_acc": Interval(acc, acc, acc)} for acc in (0.9, 0.9)), verdict)
+    accuracy = {"test_acc": Interval(0.9, 0.9, 0.9)}
+    head, _ = headline(untested, accuracy, accuracy, verdict)
     assert head == says
 
 

@@ -8,7 +8,6 @@ from fmp_core.models.feature_maps import ConvLayer
 from fmp_core.selection.choice import in_equal_shares, most_within_budget, shuffled_in_each_layer
 from torch import nn
 
-
 LAYERS = (ConvLayer("a", nn.Conv2d(1, 64, 1)), ConvLayer("b", nn.Conv2d(1, 128, 1)))
 
 
