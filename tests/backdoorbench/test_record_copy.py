@@ -54,6 +54,36 @@ def test_the_copy_is_the_record_with_paths_inside_the_workspace(
             assert (folder / "data" / "cifar10" / "cifar-10-batches-py").is_dir()
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_the_copy_says_what_the_record_says(
+    held: bool, checkout: Path, tiny_record: Path, edit_record: Callable[..., None]
+) -> None:
+    """... whether it names image files or holds the images."""
+
+    def hold(content: dict[str, Any]) -> None:
+        items = content["bd_test"]["bd_data_container"]["data_dict"]
+        for number, item in items.items():
+            items[number] = (Image.new("RGB", (32, 32), (number, 0, 0)), *item["other_info"])
+
+    if held:
+        edit_record(tiny_record, hold)
+    own = torch.load(tiny_record / "attack_result.pt", weights_only=False)
+    with workspace(job(checkout)) as folder:
+        copy = torch.load(folder / "record" / RECORD / "attack_result.pt", weights_only=False)
+    facts = ("model_name", "num_classes", "img_size", "clean_data")
+    assert [copy[name] for name in facts] == [own[name] for name in facts]
+    for part in ("bd_train", "bd_test"):
+        for name in ("original_index_array", "poison_indicator", "getitem_all", "getitem_all_switch"):
+            np.testing.assert_array_equal(copy[part][name], own[part][name])
+        given, held_here = (content[part]["bd_data_container"]["data_dict"] for content in (copy, own))
+        assert list(given) == list(held_here)
+        for one, other in zip(given.values(), held_here.values(), strict=True):
+            if isinstance(other, dict):
+                assert one["other_info"] == other["other_info"] and Path(one["path"]).name == Path(other["path"]).name
+            else:
+                assert one[1:] == other[1:] and np.array_equal(one[0], other[0])
+
+
 def test_backdoorbench_is_given_images_and_what_we_wrote_only(checkout: Path, tiny_record: Path) -> None:
     (tiny_record / "clean_model.pth").write_bytes(b"a pickle")
     (tiny_record / "notes.csv").write_text("a,b")

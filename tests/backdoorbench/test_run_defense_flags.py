@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import run_defense
 import torch
 from command import Edit
 from conftest import RECORD
@@ -15,8 +17,9 @@ from fmp_core.backdoorbench.run import _old_result_kept, run_on_record
 from fmp_core.backdoorbench.workspace import open_job
 from fmp_core.errors import UserError
 from fmp_core.results.collect import collect
-from fmp_core.results.read import read_result
-from fmp_core.storage.files import bring_back
+from fmp_core.results.read import SWEEP_MARK, read_result
+from fmp_core.storage.files import aside_by_sweep, bring_back, file_digest
+from fmp_core.storage.lock import locked, result_lock
 from result_files import one_row, three_rows, write
 
 
@@ -169,3 +172,36 @@ def test_a_result_that_is_replaced_stays_however_the_old_one_goes(tmp_path: Path
         pass
     assert (ft / "defense_result.pt").read_text() == "newest"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ft", "run1"]
+
+
+def test_each_flag_reaches_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(run_defense, "job_of", lambda args: "job")
+    monkeypatch.setattr(run_defense, "run_on_record", lambda *about: (given.append(about), ("ended", 0))[1])
+    flags = ["--result_file", "r", "--python", "py", "--defense", "ft"]
+    assert run_defense.main([*flags, "--test_images", "50", "--dtype", "bf16", "--", "--epochs", "1"]) == 0
+    assert run_defense.main([*flags, "--analysis", "tsne"]) == 0
+    assert given == [("job", "ft", None, "py", ["--epochs", "1"], 50, "bf16"), ("job", "ft", "tsne", "py", [], None, "fp32")]
+
+
+def test_within_a_sweep_the_sweep_holds_the_lock_and_keeps_the_old_result(
+    checkout: Path, tiny_record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tiny_record / "defense" / "echo"
+    write(aside_by_sweep(results) / "who", "another seed")
+    monkeypatch.setenv(SWEEP_MARK, "sweeps/s")
+    with locked(results.parent, wait=False, name=result_lock(results)):
+        assert run(checkout) == 0
+    assert (aside_by_sweep(results) / "who").read_text() == "another seed"
+    assert (results / "defense_result.pt").is_file()
+
+
+def test_the_note_says_what_was_defended_and_how(checkout: Path, tiny_record: Path) -> None:
+    assert run(checkout, "--keep", "yes", defense="counter", few=4) == 0
+    results = tiny_record / "defense" / "counter"
+    assert json.loads((results / "run_defense.json").read_text()) == {
+        "defense_result": file_digest(results / "defense_result.pt"),
+        "attack_result": file_digest(tiny_record / "attack_result.pt"),
+        "dtype": "fp32",
+        "test_images": 4,
+    }
