@@ -17,6 +17,7 @@ from fmp_core.attacks.make_record import LOCK
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.settings import PROJECT
 from fmp_core.storage.lock import locked
+from sklearn.datasets import load_digits
 
 # A record as the demo's in all but training, which is next to nothing.
 QUICK = ["--model", "squeezenet1_0", "--limit_train", "40", "--epochs", "1", "--patch_size", "6", "--device", "cpu", "--quiet"]
@@ -32,6 +33,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("demo")
     assert make_record.main([*QUICK, *places(root)]) == 0
     return root
+
+
+def test_the_digits_are_divided_alike_everywhere(place: Path) -> None:
+    tests = sorted((place / "data" / "digits" / "test").rglob("*.png"), key=lambda file: file.stem)
+    assert [int(file.stem) for file in tests[:8]] == [5, 8, 11, 21, 23, 24, 32, 35]
+    labels = load_digits().target
+    assert all(int(file.parent.name) == labels[int(file.stem)] for file in tests)
 
 
 def test_the_digits_are_laid_out_and_the_record_is_whole(place: Path) -> None:

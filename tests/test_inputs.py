@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from command import Edit
 from conftest import RECORD
+from fmp_core.data.attack_record import read_attack_record
 from fmp_core.errors import UserError
-from fmp_core.inputs import Inputs, load_inputs, paired_images
+from fmp_core.inputs import Inputs, load_inputs, paired_images, preprocessing
 from fmp_core.models.evaluate import TestData as Data
 from fmp_core.settings import Settings
 
@@ -53,3 +57,26 @@ def test_an_index_file_in_order_of_classes_is_mixed_by_the_seed(workplace: Path)
     mixed = read(list(range(50)))
     assert mixed.subset == list(range(50))
     assert torch.equal(one.defender.images, mixed.defender.images[one.subset])
+
+
+def test_mean_and_std_reach_images_that_are_held_as_numbers(workplace: Path, edit_record: Edit) -> None:
+    home = workplace / "record" / RECORD
+    bad = read_attack_record(home).bd_test
+    pixels = bad.pixels((32, 32, 3))
+
+    def normalise(content: dict[str, Any]) -> None:
+        x = (pixels.float() / 255 - 0.5) / 0.25
+        content["bd_test"] = {"x": x, "y": bad.targets, "original_targets": bad.original}
+
+    edit_record(home, normalise)
+    inputs = load_inputs(Settings(mean=(0.5,), std=(0.25,), epochs=0), RECORD, torch.device("cpu"))
+    assert torch.equal(inputs.test.poisoned_images, pixels)
+    with pytest.raises(UserError, match="--mean and --std name others"):
+        load_inputs(Settings(epochs=0), RECORD, torch.device("cpu"))
+
+
+def test_mean_and_std_have_one_number_or_one_for_each_channel() -> None:
+    grey: Any = SimpleNamespace(dataset="toys", image_size=(8, 8, 1))
+    with pytest.raises(UserError, match=r"--std has 3 numbers, but the record's images have 1 channel"):
+        preprocessing(grey, (0.5,), (0.1, 0.2, 0.3))
+    assert preprocessing(grey, (0.5,), (0.2,)).std == (0.2,)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from dataset_files import random_pixels, write_cifar10
+from fmp_core.attacks.make_record import make_plan
 from fmp_core.attacks.recipes import FOLDER_RECIPE, RECIPES
+from fmp_core.attacks.settings import AttackSettings, RecordSettings
 from fmp_core.attacks.train_model import clean_metrics, recipe
 from torch import Tensor, nn
 
@@ -35,3 +39,11 @@ def test_each_dataset_is_trained_by_its_own_recipe() -> None:
         assert recipe(name, normalised) == values
         assert recipe(name, bare) == {**values, "lr": 0.01}  # without batch norm more would diverge
     assert len({tuple(values.values()) for values in RECIPES.values()}) >= 4
+
+
+def test_a_record_follows_the_recipe_of_its_dataset_where_no_flag_says_otherwise(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, random_pixels(60), [number % 10 for number in range(60)])
+    places = {"dataset_path": str(tmp_path), "record_root": str(tmp_path / "record")}
+    record = RecordSettings(dataset="CIFAR-10", model="preactresnet18", **places)
+    found = make_plan(record, AttackSettings(), {"epochs": 3}).training
+    assert (found.epochs, found.batch_size, found.lr) == (3, 128, 0.1)

@@ -48,6 +48,32 @@ def test_an_unfinished_record_of_other_test_images_is_refused(
     assert make_record.main([*command, "--fresh"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "says"),
+    [
+        ("TRAINING_CODE", "another", "digest of the code"),
+        ("training_precision", lambda *_: torch.bfloat16, "precision torch.float32 (now torch.bfloat16)"),
+    ],
+    ids=["code", "precision"],
+)
+def test_an_unfinished_record_of_other_code_or_precision_is_refused(
+    name: str,
+    other: Any,
+    says: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = flags(data, tmp_path, "--save_folder_name", "mine", "--amp", "False")
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "write_record", stopped)
+        assert make_record.main(command) == 130
+    monkeypatch.setattr(making, name, other)
+    assert make_record.main(command) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_there_is_no_accuracy_of_clean_images_where_none_is_trained_on(data: Path, tmp_path: Path) -> None:
     folder = make(data, tmp_path, "--pratio", "1", "--epochs", "1")
     assert load_torch_file(folder / "train_poison_index_list.pickle").sum() == TRAIN

@@ -97,6 +97,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "dataset empty": (("clean_data",), "", "names no dataset"),
     "model name": (("model_name",), None, "model_name is None"),
     "one class": (("num_classes",), 1, "num_classes is 1"),
+    "an image twice": (("bd_test", "original_index_array"), np.array([1, 1, 4]), "names an image twice"),
     "classes text": (("num_classes",), "ten", "ten"),
     "classes none": (("num_classes",), None, "TypeError"),
     "size of two": (("img_size",), (32, 32), "ValueError"),

@@ -167,10 +167,11 @@ def test_grey_images_become_three_channels_and_coloured_ones_one(tmp_path: Path)
     assert open_split(tmp_path, "toys", True, (32, 32, 1)).read([0]).shape == (1, 1, 32, 32)
 
 
-def test_imagenet_is_tested_on_val_as_backdoorbench_does(tmp_path: Path):
+@pytest.mark.parametrize("name", ["imagenet", "tiny"])
+def test_a_folder_val_is_what_is_tested_on_as_in_backdoorbench(name: str, tmp_path: Path):
     for part, colour in (("train", 1), ("val", 2), ("test", 3)):
-        save_image(tmp_path / "imagenet" / part / "ant" / "a.png", colour)
-    assert open_split(tmp_path, "imagenet", False, CIFAR).read([0])[0, 0, 0, 0] == 2
+        save_image(tmp_path / name / part / "ant" / "a.png", colour)
+    assert open_split(tmp_path, name, False, CIFAR).read([0])[0, 0, 0, 0] == 2
 
 
 def test_a_class_whose_images_are_linked_is_a_class(tmp_path: Path):

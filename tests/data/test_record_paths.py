@@ -88,3 +88,22 @@ def test_a_broken_image_is_named(content: bytes | None, record: Path):
     file.write_bytes(file.read_bytes()[:60] if content is None else content)
     with pytest.raises(UserError, match=r"2/4\.png cannot be decoded"):
         images_in(record)
+
+
+def test_an_image_beside_the_record_file_may_be_no_link_out_of_it(record: Path, tmp_path: Path, edit_record: Edit):
+    edit_record(record, set_to("bd_test", "bd_data_container", "data_dict", 4, "path", value="a.png"))
+    Image.new("RGB", (4, 4)).save(record / "a.png")
+    assert read_attack_record(record).bd_test.images[1].name == "a.png"
+    (record / "a.png").rename(tmp_path / "secret.png")
+    (record / "a.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(UserError, match="names an image outside its folder"):
+        read_attack_record(record)
+
+
+def test_files_that_decode_to_very_many_pixels_are_refused(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmp_core.data.images.MOST_PIXELS", 300)
+    monkeypatch.setattr("fmp_core.data.images.MAX_MEAN_ENLARGEMENT", 1)
+    for file in (record / "bd_test_dataset").rglob("*.png"):
+        Image.new("RGB", (20, 15)).save(file)
+    with pytest.raises(UserError, match="it has 20x15 pixels"):
+        images_in(record)

@@ -140,3 +140,10 @@ def test_nothing_but_weights_is_read_from_a_model_file(place: Path) -> None:
     torch.save(build_model(NARROW_RESNET, CLASSES), "whole.pth")
     with pytest.raises(UserError, match=r"whole\.pth"):
         judge.weights_in(Path("whole.pth"))
+
+
+def test_a_record_of_another_image_size_is_not_judged_in_its_place(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    capsys.readouterr()
+    assert run("--image_size", "16") == 2
+    assert f"images ({SIZE}, {SIZE}, 3)" in capsys.readouterr().err

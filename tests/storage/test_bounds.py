@@ -102,3 +102,10 @@ def test_one_large_image_cannot_stand_for_many() -> None:
     assert len(pixels_of([large] * 2, (8, 8, 3), SCALES)) == 2
     with pytest.raises(ValueError, match="200 images that are far larger than 8x8"):
         pixels_of([large] * 200, (8, 8, 3), SCALES)
+
+
+def test_a_small_image_cannot_stand_for_large_ones_or_for_very_many() -> None:
+    with pytest.raises(ValueError, match="far smaller than 400x400"):
+        pixels_of([torch.zeros(3, 8, 8, dtype=torch.uint8)] * 2, (400, 400, 3), SCALES)
+    with pytest.raises(ValueError, match="the same image again and again"):
+        pixels_of([torch.zeros(3, 512, 512, dtype=torch.uint8)] * 100, (512, 512, 3), SCALES)

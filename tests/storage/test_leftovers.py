@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from fmp_core.storage.files import HOST, write_text
 
 
@@ -35,3 +36,14 @@ def test_only_leftovers_of_the_same_file_and_of_ended_processes_of_this_machine_
 def test_the_name_of_a_file_may_be_no_unicode(tmp_path: Path) -> None:
     write_text(tmp_path / "names.txt", os.fsdecode(b"caf\xe9.png") + " é\n")
     assert (tmp_path / "names.txt").read_text(encoding="utf-8") == "caf\\udce9.png é\n"
+
+
+def test_files_of_another_users_process_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(process: int, signal: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    theirs = tmp_path / f".a.{HOST}-{ended_process()}.ab12.csv"
+    theirs.touch()
+    monkeypatch.setattr(os, "kill", refuse)
+    write_text(tmp_path / "a.csv", "text")
+    assert theirs.exists()

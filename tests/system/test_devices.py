@@ -12,6 +12,12 @@ from fmp_core.errors import UserError
 from fmp_core.system import devices
 
 
+@pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_gpus_have_bf16_from_ampere_on(capability: tuple[int, int], has: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    assert devices.has_fast_bfloat16(torch.device("cuda", 0)) == has
+
+
 def test_bf16_is_chosen_only_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     cpu = torch.device("cpu")
     monkeypatch.setattr(devices, "has_fast_bfloat16", lambda _device: True)

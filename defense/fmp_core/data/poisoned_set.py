@@ -166,7 +166,8 @@ def inside_record(stored: str, saved_below: str | None, folder: Path) -> PurePos
     base = PurePosixPath(saved_below.replace("\\", "/")) if saved_below else None
     inside = base.name / path.relative_to(base) if base and path.is_relative_to(base) else PurePosixPath(*path.parts[-3:])
     climbs = inside.is_absolute() or ".." in inside.parts or not inside.parts
-    if climbs or not (root / inside).resolve().is_relative_to((root / inside.parts[0]).resolve()):
+    images = root.joinpath(*inside.parts[:-1][:1])  # the image folder, which may be a link
+    if climbs or not (root / inside).resolve().is_relative_to(images.resolve()):
         raise UserError(f"The record in {folder} names an image outside its folder ({stored}), and was refused.")
     return inside
 
