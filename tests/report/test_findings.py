@@ -61,6 +61,19 @@ def test_without_triggered_images_the_verdict_is_the_headline(verdict: dict[str,
     assert head == says
 
 
+def test_sentences_tell_before_from_after() -> None:
+    outcome = {"outcome": "weakened", "certain": True, "asr_before": 0.95, "asr_after": 0.3, "chance_before": 0.01}
+    outcome |= {"chance": 0.04, "excess": 0.26, "excess_low": 0.2, "excess_high": 0.32}
+    high, low = ({"test_acc": Interval(acc, acc, acc)} for acc in (0.9, 0.88))
+    assert headline(outcome, high, low)[1] == (
+        "The trigger now succeeds on 30.00 % of triggered test images (before: 95.00 %). Without any trigger, 4.00 % of clean "
+        "images of other classes get the attacker's class, so the trigger itself adds 26.0 points (95 % interval 20.0 to "
+        "32.0). Accuracy on clean images fell by 2.00 points, to 88.00 %."
+    )
+    assert headline(outcome, low, high)[1].endswith("rose by 2.00 points, to 90.00 %.")
+    assert headline(outcome, low, low)[1].endswith("stayed at 88.00 %.")
+
+
 def said(
     correct: list[int], rows: Any = None, precision: Precision | None = GOOD, samples: int = 32, pairs: int = 256, **more: Any
 ) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from drawn import figures_written
-from fmp_core.report.figures import confusion_matrix
+from fmp_core.report import page as page_module
+from fmp_core.report.data import Trigger
+from fmp_core.report.figures import MOST_OPAQUE, confusion_matrix, success_by_class
 from fmp_core.report.page import page
 from made_runs import made_run, predictions, scored_maps
 
@@ -82,3 +86,32 @@ def test_epoch_0_of_the_curves_is_the_attacked_model(made: Page) -> None:
     attacked = [[0, 50]]
     assert {"train Acc": [[1, 50], [2, 60]], **dict.fromkeys(("Acc", "RA", "ASR"), attacked)} in made.lines
     assert {"train": [[1, 1.0], [2, 0.9]]} in made.lines
+
+
+def test_cells_are_shares_of_the_true_class() -> None:
+    with figures_written() as figures:
+        confusion_matrix(np.array([[3, 1], [0, 4]]), "x")
+    (axes,) = figures[0].axes
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {(0, 0): "75", (1, 0): "25", (1, 1): "100"}
+    assert (np.asarray(axes.images[0].get_array())[..., 3] / MOST_OPAQUE).tolist() == [[0.75, 0.25], [0, 1]]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+
+
+def test_of_many_classes_those_of_highest_success_are_shown() -> None:
+    with figures_written() as figures:
+        success_by_class(pd.DataFrame({"before": 1.0, "after": [number / 40 for number in range(40)]}))
+    labels = figures[0].axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == [str(number) for number in range(10, 40)]
+
+
+def test_precision_stands_beside_that_of_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight maps two are pruned, one of them among the two that the trigger changes most."""
+    run, nothing = made_run(scored_maps({"a": [1, 2, 8, 9, 10, 11, 12, 13]}), settings={"p": 4}), torch.zeros(0)
+    tac = torch.tensor([8, 1, 7, 2, 3, 4, 5, 6], dtype=torch.float64)
+    unused: Any = None
+    trigger = Trigger(unused, run.layers, nothing, nothing, nothing, tac)
+    monkeypatch.setattr(page_module, "pictures", lambda _run, _trigger: None)
+    text = page(run, CLASSES, trigger, "", {})
+    assert [figure.strip() for figure in re.findall(r"<dd>([^<]*)", text)] == ["1", "50.0 %", "25.0 %", "50"]
+    row = re.search(r'<th scope="row">4<small>this run</small></th>(.*?)</tr>', text, re.DOTALL)[1]
+    assert re.findall(r"<td>([^<]*)", row) == ["2", "0", "1", "50.0", "25.0", "0.464"]

@@ -19,7 +19,7 @@ from fmp_core.data.attack_record import read_attack_record
 from fmp_core.errors import UserError
 from fmp_core.inversion.trigger import INVERTED_TRIGGER, InvertedTrigger, save_trigger
 from fmp_core.metrics import METRICS
-from fmp_core.report.data import read_summary
+from fmp_core.report.data import load_attacked, read_summary
 from fmp_core.report.figures import training_curves
 from fmp_core.results.intervals import wilson
 from fmp_core.results.removal import OUTCOMES, attack_outcome
@@ -286,3 +286,10 @@ def edit_metrics(root: Path, settings: dict[str, Any], **more: Any) -> None:
 def test_curves_without_a_finite_loss_are_drawn():
     history = pd.DataFrame({"epoch": [0, 1], "loss": [float("nan"), float("nan")]})
     assert "<svg" in training_curves(history, {"loss": ("train", "#010101")}, "Loss", False)
+
+
+def test_the_model_is_looked_at_with_the_normalisation_of_the_run(place: Path):
+    images, given = torch.rand(2, 3, 32, 32), {"mean": [0.5], "std": [0.25]}
+    model, _ = load_attacked(read_attack_record(place / "record" / RECORD), given, torch.device("cpu"))
+    with torch.no_grad():
+        assert model(images).equal(model.network((images - 0.5) / 0.25))

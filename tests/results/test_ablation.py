@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from fmp_core.inversion import trigger, verdict
+from fmp_core.metrics import METRICS
 from fmp_core.report.findings import command as report_command
 
 RECORD = "badnet_tiny"
@@ -35,6 +36,14 @@ def test_rows_are_runs_and_are_not_repeated(workplace: Path, capsys: pytest.Capt
     assert ablate.main(command) == 0
     assert stamps == {row: (folder / f"ablate-{row}" / "metrics.json").stat().st_mtime_ns for row in rows}
     assert "oracle-pruned" in capsys.readouterr().out
+    path = folder / "ablate-ft" / "metrics.json"  # the first row: (attacked) is what it was before
+    content = json.loads(path.read_text())
+    for when, figures in (("before", (0.9, 0.95, 0.05)), ("after", (0.8, 0.1, 0.7))):
+        content[when] = dict(zip(METRICS, figures, strict=True))
+    path.write_text(json.dumps(content))
+    assert ablate.main(command) == 0
+    shown = pd.read_csv("rows.csv").set_index("row")[["Acc", "ASR", "RA"]]
+    assert shown.loc[["(attacked)", "ft"]].to_numpy().tolist() == [[90, 95, 5], [80, 10, 70]]
     metrics = json.loads((folder / "ablate-oracle" / "metrics.json").read_text())
     assert "record_scripts/ablate.py --rows oracle " in report_command(metrics["settings"], metrics["chosen_by"])
 

@@ -112,3 +112,15 @@ def test_without_an_attacked_model_there_is_nothing_to_draw(root: Path, capsys: 
     path.write_text(json.dumps({"after": json.loads(path.read_text())["after"], "seed": 0}))
     assert script.main([str(root), "--csv", str(root / "out.csv"), "--figure", str(root / "out.svg")]) == 2
     assert "--figure needs" in capsys.readouterr().err and not list(root.glob("out.*"))
+
+
+def test_means_that_lack_a_record_are_not_drawn() -> None:
+    frame = frame_of(badnet={"attacked": (91.0, 95.0), "fmp": (92.0, 60.0), "ft": (92.0, 60.0)})
+    second = frame[frame["method"] != "ft"].assign(record="second", record_seed=1)
+    assert set(points(build_tables(pd.concat([frame, second], ignore_index=True)))["BadNets"]) == {"fmp"}
+
+
+def test_the_dotted_line_is_the_attacked_models_success() -> None:
+    (axes,) = draw([table(badnet={"attacked": (91.0, 95.0), "ft": (92.0, 60.0)})]).axes
+    (line,) = (line for line in axes.lines if line.get_label() == "attacked model")
+    assert set(line.get_ydata()) == {95}

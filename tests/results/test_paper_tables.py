@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import paper_tables
@@ -264,3 +265,20 @@ def test_results_of_other_settings_are_left_out(empty: Path, capsys: pytest.Capt
     assert paper_tables.main(command) == 0
     assert "1a: badnet_cifar10_small/defense/fmp is left out: a sweep made the record with" in capsys.readouterr().err
     assert pd.read_csv("o.csv")["ours_test_acc"].isna().all()
+
+
+def test_the_seeds_that_were_asked_for_are_averaged(empty: Path) -> None:
+    place = empty / "record" / "badnet_cifar10_small" / "defense"
+    for seed, accuracy in ((0, 0.93), (1, 0.91), (2, 0.5)):
+        given = load_settings({"epochs": 3, "frg_samples": 8, "frequency_test": 0, "random_seed": seed})
+        text = metrics_json(accuracy, 0.02, 0.9, seed=seed, settings=dataclasses.asdict(given))
+        write(place / (f"fmp-s{seed}" if seed else "fmp") / "metrics.json", text)
+    command = ["--table", "1a", "--scale", "small", "--no_run", "--csv", "o.csv", "--seeds", "0", "1"]
+    assert paper_tables.main(command) == 0
+    (row,) = pd.read_csv("o.csv").query("attack == 'badnet' and defense == 'fmp'").to_dict("records")
+    assert row["runs"] == 2 and row["ours_test_acc"] == pytest.approx(92)
+
+
+@pytest.mark.parametrize("other", [{"model": "vgg19"}, {"pratio": 0.5}], ids=["model", "rate"])
+def test_records_of_another_model_or_poison_rate_are_left_out(other: dict[str, Any]) -> None:
+    assert compare("1a", FULL, results("1a", "full").assign(**other))["ours_test_acc"].isna().all()

@@ -145,3 +145,19 @@ def test_latex_has_the_titles_of_attacks(tmp_path: Path) -> None:
     write(tmp_path / "a" / "defense" / "fmp" / "metrics.json", metrics_json(0.9, 0.1, 0.8))
     (table,) = build_tables(collect(tmp_path, pytest.fail).assign(attack="ssba_like"))
     assert "SSBA-like" in to_latex(table) and r"ssba\_like" not in to_latex(table)
+
+
+def test_a_quick_look_parts_no_seeds(tmp_path: Path) -> None:
+    used = dataclasses.asdict(load_settings({"random_seed": 2, "test_images": 50}))
+    text = metrics_json(0.9, 0.1, 0.8, seed=2, settings=used, test_images=50, versions={"git": "1111111"})
+    write(tmp_path / "badnet_cifar10" / "defense" / "fmp-s2" / "metrics.json", text)
+    assert table_of_two_seeds(tmp_path, {}).methods == ["no defense", "fmp", "fmp (50 test images)"]
+
+
+def test_a_baseline_is_ours_where_only_the_attack_success_differs(tmp_path: Path) -> None:
+    write(tmp_path / "badnet_cifar10" / "attack_df_summary.csv", three_rows(0.9, 0.98, 0.01))
+    before = {"test_acc": 0.9, "test_asr": 0.95, "test_ra": 0.01}
+    write(tmp_path / "badnet_cifar10" / "defense" / "fmp" / "metrics.json", metrics_json(0.9, 0.1, 0.8, before=before))
+    said: list[str] = []
+    rows = collect(tmp_path, said.append).set_index("defense")
+    assert len(said) == 1 and rows.loc["fmp", "der"] == pytest.approx((0.95 - 0.1 + 1) / 2)

@@ -32,6 +32,7 @@ def predictions(before: tuple[int, int], after: tuple[int, int], images: int = 1
         ((980, 5), (600, 200), 1000, "weakened", True),  # above half of before, not above chance
         ((50, 5), (20, 5), 1000, "none before", True),
         ((150, 120), (20, 5), 1000, "none before", True),
+        ((5, 0), (2, 0), 100, "none before", False),
         ((9, 0), (0, 0), 9, "weakened", False),  # 9 images show little
         ((1, 0), (0, 0), 1, "still works", False),
         ((980, 5), (1000, 1000), 1000, "still works", True),  # a model that says the attacker's class of everything

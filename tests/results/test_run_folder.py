@@ -24,6 +24,7 @@ from fmp_core.selection.choice import Selection, select_lowest
 from fmp_core.system.versions import versions
 from matplotlib.figure import Figure
 from PIL import Image
+from result_files import three_rows, write
 from torch import nn
 
 # The first line of BB's own ft_df.csv and ft_df_summary.csv.
@@ -265,3 +266,14 @@ def test_versions_name_what_a_result_depends_on() -> None:
     assert versions()["torch"] == torch.__version__
     assert {"fmp", "git", "python", "torchvision", "numpy"} <= versions().keys()
     assert all(isinstance(value, str) and value for value in versions().values())
+
+
+def test_other_figures_than_the_attacks_are_said_in_either_direction(tmp_path: Path) -> None:
+    write(tmp_path / "attack_df_summary.csv", three_rows(0.5, 0.5, 0.5))
+
+    def said(asr: float, sample: int | None = None) -> list[str]:
+        return run_folder._compare_with_attack(tmp_path, {"test_acc": 0.5, "test_asr": asr, "test_ra": 0.5}, sample)[1]
+
+    assert said(0.519) == [] and said(0.47)
+    assert "ASR 53.0 % here, 50.0 % there" in said(0.53)[0]
+    assert said(0.6, 100) == [] and said(0.7, 100)  # a sample of 100 explains 15 points more

@@ -232,3 +232,8 @@ def test_a_dry_run_runs_nothing(place: Path, capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     assert "# r.ft-only\n" in printed and "--selection none" in printed and "# 2 jobs" in printed
     assert not (place / "sweeps").exists() and not (place / "record" / "r" / "defense").exists()
+
+
+def test_an_entry_overrides_what_is_said_of_all(place: Path) -> None:
+    (job,) = plan(sweep_of(defenses=[{"defense": "fmp", "name": "short", "epochs": 1}], ours={"epochs": 9}))
+    assert "--epochs 1" in " ".join(job.command) and job.settings["epochs"] == 1

@@ -40,6 +40,7 @@ TRIGGER_FILES = re.compile(r"trigger_file|trigger_img_path|mask_path|pattern_?pa
 # stamp, mcr may save the weights of another epoch or place on its curve, dbd a model with a head of its own.
 NO_FINAL_TEST = {"npd", "nab", "mcr", "dbd"}
 DECIDE_BY_TESTS = {"finetune_df_summary.csv", "anp_df_summary.csv"}  # of fp and anp: the tests say how much they prune
+APART = ("random_seed", "test_images")  # settings of ours that tables keep apart by themselves
 UNUSED_RATIO = ("d-br", "d-st")  # their settings have a ratio that the scripts never read
 NOT_DECIDING = (
     r"(?<!trigger_)seed|(?<!layer_)(?<!param_)name|path|folder|root|save|log|file|device|worker|terminal|time|frequency|memory|"
@@ -133,7 +134,7 @@ def _our_result(path: Path) -> Result:
         seed=whole_number({**content, **stamp}, "seed"),
         method=value_of(stamp, "method", str),
         settings=settings,
-        settings_digest=_digest({key: settings.get(key) for key in deciding_result() if settings and key != "random_seed"}),
+        settings_digest=_digest({key: settings.get(key) for key in deciding_result() if settings and key not in APART}),
         code=value_of(value_of(content, "versions", dict) or {}, "git", str),
         before=_our_fractions(before, path) if before else {},
         dataset=value_of(content, "dataset", str),
