@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pytest
 import torch
-from command import FT_COLUMNS, MAPS, QUICK, RESULTS, SHORT, Run, listing, table, weights
+from command import FT_COLUMNS, MAPS, QUICK, RESULTS, SHORT, Edit, Run, listing, table, weights
 from conftest import MODEL, RECORD, Ran, call_fmp
 from fmp import FMP
 from fmp_core.inputs import DefenderInputs
@@ -272,3 +272,16 @@ def test_results_name_the_record_that_was_read(workplace: Path):
     metrics = FMP({"epochs": 0, "ratio": 1.0, "device": "cpu"}, made_again).defense(RECORD)["metrics"]
     assert metrics["settings"]["result_file"] == RECORD  # which the report's command repeats
     assert metrics["attack_result"] == before != file_digest(path)
+
+
+def test_one_object_defends_several_records(workplace: Path, edit_record: Edit) -> None:
+    def always_class_0(content: dict[str, Any]) -> None:
+        content["model"]["fc.bias"][0] += 100
+
+    shutil.copytree(workplace / "record" / RECORD, workplace / "record" / "other")
+    edit_record(workplace / "record" / "other", always_class_0)
+    method = FMP({"device": "cpu", "report": False, "epochs": 0, "selection": "none"})
+    first, stages = method.defense(RECORD)["metrics"]["before"], method.stages
+    second = method.defense("other")["metrics"]["before"]
+    assert (first["test_asr"], second["test_asr"], second["test_ra"]) == (0, 1, 0)
+    assert method.stages is not stages

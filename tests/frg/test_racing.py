@@ -103,6 +103,21 @@ def test_maps_that_predictions_drop_are_judged_by_full_precision_too():
         assert torch.equal(lowest(raced, 64, "layer")[0], lowest(exact, 64, "layer")[0])
 
 
+@pytest.mark.parametrize(("error", "distance"), [(None, 0.4), (0.1, 0.625)], ids=["cheap", "predicted"])
+def test_a_map_is_dropped_only_so_many_deviations_from_the_cut(error: float | None, distance: float):
+    """Errors are 0.1 and the cut is at 0.9; of the maps 4 and 5 one lies just within, one just beyond."""
+    cheap = torch.full((128,), 10.0, dtype=torch.float64)
+    cheap[:6] = torch.tensor([0, 1, 1.1, 1.2, 0.9 + distance - 0.01, 0.9 + distance + 0.01])
+    exact = cheap.clone()
+    exact[:5] += torch.tensor([0.1, -0.1, 0.1, -0.1, 0.1])
+    told = scores_of(torch.full((128,), 20), cheap, (128,))
+    told.smallest_margin.fill_(100.0)  # no count is in doubt
+    scorer: Any = Lookup(scores_of(told.correct, exact, (128,)))
+    errors = None if error is None else torch.full((128,), error, dtype=torch.float64)
+    score_contenders(told, scorer, 64, "layer", error=errors)
+    assert scorer.scored.nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+
+
 def test_dropped_maps_rank_behind_all_settled_ones():
     scores = scores_of(torch.full((128,), 5), torch.arange(128, dtype=torch.float64), (128,))
     raced, scored = contend(scores, scores, 64, "layer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fmp_core.frg.reverse import SharedForward, fgsm, noisy_start
+from fmp_core.frg.reverse import FrgSettings, SharedForward, fgsm, noisy_start
 from fmp_core.models.build import PixelModel
 from fmp_core.models.feature_maps import frozen, trace_conv_layers
 from reference import score, start
@@ -151,3 +151,13 @@ def test_the_model_normalises_once() -> None:
     pixels = torch.cat(network.pixels) * std + mean
     distance = (pixels[:, None] - images[None]).abs().flatten(2).amax(2).amin(1)
     assert (distance <= 1 / 255 + 1e-5).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_frg_images_carry_no_graph(steps: int) -> None:
+    """Also where the convolution reads the pixels themselves."""
+    model, images = Seen(), torch.rand(2, 3, 6, 6)
+    layers = trace_conv_layers(model, images)
+    with frozen(model):
+        shared = SharedForward(model, layers, images, start(images, EPS, 0))
+        assert not shared.reversed_images(layers[0], [0], FrgSettings(EPS, steps)).requires_grad

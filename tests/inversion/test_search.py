@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fmp_core.inversion import search, trigger
@@ -159,3 +161,9 @@ def test_the_activation_change_is_the_mean_over_all_held_out_images():
         change = (found.model.conv(patch.apply(clean)) - found.model.conv(clean)).abs().double().mean((2, 3))
     assert change.std(0).min() > 0
     torch.testing.assert_close(found.activation_change(patch), change.mean(0), rtol=1e-4, atol=1e-8)
+
+
+def test_at_most_256_images_are_held_out():
+    images, labels = images_of(600)
+    found = replace(trigger_search(None), images=images, labels=labels)
+    assert torch.equal(found.held_out[0], images[-256:]) and torch.equal(found.held_out[1], labels[-256:])

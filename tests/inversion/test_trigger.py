@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fmp_core.errors import UserError
+from fmp_core.inversion import trigger as module
 from fmp_core.inversion.trigger import (
     FAMILIES,
     SPARSE_PART,
@@ -15,6 +16,7 @@ from fmp_core.inversion.trigger import (
     load_trigger,
     save_trigger,
 )
+from fmp_core.inversion.warp import warped
 from planted import (
     WHITE,
     a_trigger,
@@ -68,3 +70,23 @@ def test_a_trigger_file_is_read_back_or_refused(tmp_path: Path, family: str):
     torch.save({"family": "sparse"}, path)
     with pytest.raises(UserError, match="run the defense again"):
         load_trigger(path, (3, 16, 16))
+
+
+@pytest.mark.parametrize(("family", "drawn"), [("dense-8", [32] * 4), ("warp-1", [8] * 16)])
+def test_a_quick_trigger_takes_an_eighth(family: str, drawn: list[int], monkeypatch: pytest.MonkeyPatch):
+    seen, genuine = [], module._logits_of
+    monkeypatch.setattr(module, "_logits_of", lambda net, dtype, batch: seen.append(len(batch)) or genuine(net, dtype, batch))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).requires_grad_(False)
+    clean = torch.randint(0, 256, (8, 3, 16, 16)).to(torch.uint8), torch.zeros(8, dtype=torch.int64)
+    invert_trigger(network, torch.float32, clean, family, 1, 0, quick=True)
+    assert seen == drawn
+    network[1].bias[0] = 1000.0  # no trigger flips anything: the first, without a pixel, is the one
+    assert not invert_trigger(network, torch.float32, clean, "sparse", 1, 0).where.any()
+
+
+def test_what_a_warp_brings_in_from_outside_is_the_border():
+    images, right = torch.rand(2, 3, 5, 7), torch.zeros(1, 2, 5, 7)
+    right[:, 0] = 1
+    torch.testing.assert_close(warped(images, right), torch.cat([images[..., 1:], images[..., -1:]], 3), rtol=0, atol=1e-5)
+    down = torch.cat([images[:, :, 1:], images[:, :, -1:]], 2)
+    torch.testing.assert_close(warped(images, right.flip(1)), down, rtol=0, atol=1e-5)

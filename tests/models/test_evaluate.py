@@ -34,14 +34,14 @@ def test_known_predictions_give_known_fractions() -> None:
         clean_labels=torch.tensor([0, 1, 2, 0]),
         poisoned_images=shades(RED, RED, GREEN, BLUE, BLUE),
         targets=torch.tensor([0, 0, 0, 0, 0]),
-        originals=torch.tensor([1, 2, 1, 1, 2]),
+        originals=torch.tensor([1, 2, 1, 1, 1]),
     )
     images: list[int] = []
     metrics, predictions = evaluate(Brightest(), data, batch_size=2, on_images=images.append)
     assert (predictions.clean.tolist(), predictions.poisoned.tolist()) == ([0, 1, 2, 2], [0, 0, 1, 2, 2])
     assert sum(images) == len(data) == 9  # progress counts every image once
-    assert metrics.headline() == {"test_acc": 3 / 4, "test_asr": 2 / 5, "test_ra": 2 / 5}
-    assert (metrics.test_acc, metrics.test_asr, metrics.test_ra) == (0.75, 0.4, 0.4)
+    assert metrics.headline() == {"test_acc": 3 / 4, "test_asr": 2 / 5, "test_ra": 1 / 5}
+    assert (metrics.test_acc, metrics.test_asr, metrics.test_ra) == (0.75, 0.4, 0.2)
 
 
 def test_the_loss_is_the_mean_of_batch_means() -> None:

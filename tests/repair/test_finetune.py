@@ -174,3 +174,22 @@ def test_images_move_as_those_of_the_dataset(tmp_path: Path) -> None:
     plain = attacked()
     assert len(list(Trainer(settings, CPU, MOVING).epochs(plain.model, plain.images, plain.labels))) == 2
     assert same(found[MOVING], weights(plain.model))
+
+
+NOTHING = Selection(torch.zeros(36, dtype=torch.bool))
+
+
+def test_only_the_last_epochs_model_is_averaged(tmp_path: Path) -> None:
+    start, found = weights(attacked().model), []
+    for share in (0.0, 0.5):
+        found.append(tuned(attacked(), NOTHING, Settings(epochs=2, batch_size=4, amp=False, interpolate=share), tmp_path))
+    plain, averaged = found
+    floats = [name for name, value in plain.items() if value.is_floating_point()]
+    assert all(torch.equal(averaged[name], plain[name].lerp(start[name], 0.5)) for name in floats)
+
+
+def test_every_nth_epoch_is_tested_and_saved(tmp_path: Path) -> None:
+    settings = Settings(epochs=5, batch_size=4, amp=False, frequency_test=2, frequency_save=3)
+    epochs = list(FineTuning.prepare(attacked(), NOTHING, settings, CPU, tmp_path).run())
+    assert [epoch.number for epoch in epochs if epoch.to_test] == [2, 4, 5]
+    assert [epoch.number for epoch in epochs if epoch.to_save] == [3]

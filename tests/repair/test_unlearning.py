@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
+from fmp_core.inversion.search import TriggerSearch
 from fmp_core.repair.unlearning import Unlearning, _seed_of_epoch, with_random_triggers
 from planted import TARGET, WHITE, a_trigger, images_of, trigger_search
 
@@ -48,3 +50,12 @@ def test_each_epoch_and_each_seed_draw_their_own_images():
     search, triggers = trigger_search(WHITE), [a_trigger("sparse", value) for value in (0.0, 1.0)]
     made = [Unlearning(replace(search, seed=seed), triggers).substitutes(0) for seed in (0, 1)]
     assert not torch.equal(*made)
+
+
+def test_each_epoch_inverts_on_batches_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    seeds: list[int] = []
+    monkeypatch.setattr(TriggerSearch, "triggers", lambda self, *_: seeds.append(self.seed) or [])
+    unlearning = Unlearning(trigger_search(WHITE), [a_trigger("sparse", 0.0)])
+    for epoch in range(3):
+        unlearning.substitutes(epoch)
+    assert seeds == [_seed_of_epoch(0, 1), _seed_of_epoch(0, 2)]

@@ -75,3 +75,10 @@ def test_another_setting_of_the_inversion_inverts_again(
     assert read() == []
     assert read(**{name: INVERSION[name]}) == []
     assert read() == ["trigger inversion"] == read(eps=2 / 255, budget=0.5, p=2)
+    assert read(fresh=True) == []
+
+
+def test_a_fresh_run_ranks_again(defender: DefenderInputs, tmp_path: Path) -> None:
+    assert reused(defender, tmp_path) == []
+    assert reused(defender, tmp_path) == ["ranking"]
+    assert reused(defender, tmp_path, fresh=True) == []

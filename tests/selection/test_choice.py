@@ -49,3 +49,9 @@ def test_a_random_control_has_as_many_maps_of_each_layer_and_depends_on_its_seed
     assert drawn.equal(again)
     assert not drawn.equal(other)
     assert not drawn.equal(mask)
+
+
+def test_a_small_layer_does_not_come_first() -> None:
+    """Half a map of four is an eighth of its layer: sixteen of 128 come before."""
+    layers = (ConvLayer("a", nn.Conv2d(1, 4, 1)), ConvLayer("b", nn.Conv2d(1, 128, 1)))
+    assert in_equal_shares(torch.rand(132, generator=torch.Generator().manual_seed(0)), layers)[:16].min() >= 4

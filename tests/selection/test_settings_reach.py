@@ -103,3 +103,12 @@ def test_of_all_verdicts_the_first_backdoor_or_else_the_largest_margin_counts(
     stages = Stages()
     found = select.test_for_backdoor(defender, Settings(), tmp_path, stages)
     assert stages.reused == ["trigger inversion"] and found.family == family and found.backdoored == (family == "dense-8")
+
+
+def test_feature_maps_are_ranked_in_the_precision_of_the_run(
+    defender: DefenderInputs, selecting: Callable[..., Selection]
+) -> None:
+    images, labels = to_unit(defender.images[:2]), defender.labels[:2]
+    expected = score_feature_maps(defender.model, defender.layers, images, labels, eps=8 / 255, dtype=torch.bfloat16)
+    assert torch.equal(selecting(dtype="bf16", eps=8 / 255).scores.margin, expected.margin)
+    assert selecting(dtype="bf16", ranking="racing", p=8).scores.settled is None  # there is no race in bf16

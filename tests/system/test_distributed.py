@@ -37,7 +37,8 @@ flip_rates = search.test("dense-32", 4).flip_rates
 agreed = [distributed.all_agree(True), distributed.all_agree(not distributed.is_leader())]  # the first process never does
 share = distributed.total(6.0) / (torch.distributed.get_world_size() if distributed.is_distributed() else 1)
 if distributed.is_leader():
-    scored = [scores.correct.tolist() + [value.hex() for value in scores.margin.tolist()] for scores in (whole, raced)]
+    told = [(scores.correct, scores.margin, scores.smallest_margin) for scores in (whole, raced)]
+    scored = [[value.hex() for values in told_of for value in values.double().tolist()] for told_of in told]
     print(json.dumps([*scored, error.tolist(), flip_rates.tolist(), agreed, share]))
 distributed.leave()
 """

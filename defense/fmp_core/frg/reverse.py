@@ -110,7 +110,7 @@ class SharedForward:
         call, difference = self.calls[key], self.difference[key]
         parts = {channel: _through_one_channel(call, difference[:, channel], channel) for channel in set(channels)}
         into = torch.cat([parts[channel] for channel in channels])
-        return torch.autograd.grad(call.input, self.start, into, retain_graph=True)[0]
+        return torch.autograd.grad(call.input, self.start, into, retain_graph=True)[0].detach()
 
     def reversed_images(self, layer: ConvLayer, channels: Sequence[int], settings: FrgSettings) -> Tensor:
         """FRG images of ``channels`` (one per copy), ``[copies*B, C, H, W]`` in [0,1].
@@ -140,7 +140,7 @@ class SharedForward:
         call, out = reached[0][0], reached[0][1].detach()
         rows = [slice(copy * self.rows, (copy + 1) * self.rows) for copy in range(self.copies)]
         parts = [_through_one_channel(call, out[r, c] - clean[:, c], c) for r, c in zip(rows, channels, strict=True)]
-        return torch.autograd.grad(call.input, images, torch.cat(parts))[0]
+        return torch.autograd.grad(call.input, images, torch.cat(parts))[0].detach()
 
 
 def _forward(
