@@ -135,5 +135,5 @@ def test_it_fits_and_follows_the_colour_scheme(browser: Any, report: Path, width
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     # A strip is drawn in the colours of the scheme, and so is the ink of the charts.
     ink = tab.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
-    assert sum(map(int, ink.strip("rgb()").split(","))) > 380 if scheme == "dark" else True
+    assert (sum(map(int, ink.strip("rgb()").split(","))) > 380) == (scheme == "dark")
     assert noise == []
