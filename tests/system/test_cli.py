@@ -93,7 +93,7 @@ def test_an_error_that_is_nobodys_input_keeps_its_traceback():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_end_is_like_an_interruption_and_cleans_up(number: int, capsys: pytest.CaptureFixture[str]):
-    before, cleaned = signal.getsignal(number), []
+    cleaned = []
 
     def work() -> None:
         try:
@@ -102,8 +102,12 @@ def test_a_signal_to_end_is_like_an_interruption_and_cleans_up(number: int, caps
         finally:
             cleaned.append(True)
 
-    assert run_main("tool", work, again="it without --fresh") == 143
-    assert cleaned and signal.getsignal(number) is before
+    before = signal.signal(number, signal.SIG_DFL)  # below nohup it would be ignored
+    try:
+        assert run_main("tool", work, again="it without --fresh") == 143
+        assert cleaned and signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert "terminated; earlier results are unchanged. Run it without --fresh again" in capsys.readouterr().err
 
 
