@@ -20,8 +20,15 @@ from fmp_core.storage.torch_file import load_torch_file
 from made_records import TRAIN, flags, make
 
 
-def stopped(*_: Any) -> None:
-    raise KeyboardInterrupt
+def leave_unfinished(command: list[str]) -> None:
+    """Train, and be interrupted before the record is written."""
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(making, "write_record", stopped)
+        assert make_record.main(command) == 130
 
 
 @pytest.mark.parametrize("pratio", [0.1, 0.05])
@@ -33,14 +40,12 @@ def test_a_defender_with_the_attackers_seed_does_not_own_the_poisoned_images(pra
 
 
 def test_an_unfinished_record_of_other_test_images_is_refused(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = tmp_path / "data"
     shutil.copytree(data, own)
     command = flags(own, tmp_path, "--save_folder_name", "mine")
-    with monkeypatch.context() as patch:
-        patch.setattr(making, "write_record", stopped)
-        assert make_record.main(command) == 130
+    leave_unfinished(command)
     (own / "toys" / "test" / "class0" / "00.png").unlink()
     assert make_record.main(command) == 2
     assert "images " in capsys.readouterr().err
@@ -66,9 +71,7 @@ def test_an_unfinished_record_of_other_code_or_precision_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = flags(data, tmp_path, "--save_folder_name", "mine", "--amp", "False")
-    with monkeypatch.context() as patch:
-        patch.setattr(making, "write_record", stopped)
-        assert make_record.main(command) == 130
+    leave_unfinished(command)
     monkeypatch.setattr(making, name, other)
     assert make_record.main(command) == 2
     assert says in capsys.readouterr().err

@@ -31,6 +31,7 @@ from toy_cases import same, toy_case, weights
 CPU = Device(torch.device("cpu"))
 STILL = DatasetFacts(5, (8, 8, 3), crop_padding=0)
 MOVING = DatasetFacts(5, (8, 8, 3), flip=True, crop_padding=2)
+NOTHING = Selection(torch.zeros(36, dtype=torch.bool))  # of the maps of the toy network
 
 
 def corner(size: int, side: int, target: int = TARGET) -> InvertedTrigger:
@@ -167,16 +168,12 @@ def test_images_move_as_those_of_the_dataset(tmp_path: Path) -> None:
     found = {}
     for facts in (STILL, replace(MOVING, flip=False), MOVING):
         defender = attacked(facts)
-        nothing = Selection(torch.zeros(36, dtype=torch.bool))
-        found[facts] = tuned(defender, nothing, settings, tmp_path)
+        found[facts] = tuned(defender, NOTHING, settings, tmp_path)
     for one, other in combinations(found, 2):
         assert not same(found[one], found[other]), (one, other)
     plain = attacked()
     assert len(list(Trainer(settings, CPU, MOVING).epochs(plain.model, plain.images, plain.labels))) == 2
     assert same(found[MOVING], weights(plain.model))
-
-
-NOTHING = Selection(torch.zeros(36, dtype=torch.bool))
 
 
 def test_only_the_last_epochs_model_is_averaged(tmp_path: Path) -> None:

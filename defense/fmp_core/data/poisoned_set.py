@@ -166,7 +166,7 @@ def inside_record(stored: str, saved_below: str | None, folder: Path) -> PurePos
     base = PurePosixPath(saved_below.replace("\\", "/")) if saved_below else None
     inside = base.name / path.relative_to(base) if base and path.is_relative_to(base) else PurePosixPath(*path.parts[-3:])
     climbs = inside.is_absolute() or ".." in inside.parts or not inside.parts
-    images = root.joinpath(*inside.parts[:-1][:1])  # the image folder, which may be a link
+    images = root / inside.parts[0] if len(inside.parts) > 1 else root  # the image folder, which may be a link
     if climbs or not (root / inside).resolve().is_relative_to(images.resolve()):
         raise UserError(f"The record in {folder} names an image outside its folder ({stored}), and was refused.")
     return inside

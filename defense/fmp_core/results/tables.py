@@ -94,9 +94,8 @@ def build_tables(frame: pd.DataFrame) -> list[Table]:
     """
     frame = frame.assign(column=_columns(frame))
     frame["method"] = frame["method"].mask(_differ(frame), frame["defense"])
-    with_settings = (
-        frame["method"] + " (settings " + frame["settings_digest"].astype(object).fillna("unknown").astype(str) + ")"
-    )
+    digests = frame["settings_digest"].astype(object).fillna("unknown").astype(str)
+    with_settings = frame["method"] + " (settings " + digests + ")"
     frame["method"] = frame["method"].mask(_differ(frame), with_settings)  # folders of one name on several records
     on_sample = frame["method"] + " (" + frame["test_images"].astype(str) + SAMPLE
     frame["method"] = frame["method"].where(frame["test_images"].isna(), on_sample)

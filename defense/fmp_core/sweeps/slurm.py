@@ -104,10 +104,8 @@ def _await(
         queued = unfinished()
         for job, handle in list(left):
             number = str(handle.job_id)
-            ended, runs = (
-                handle.done(),
-                queued is not None and number in queued,
-            )  # one that is requeued may have a result already
+            ended = handle.done()
+            runs = queued is not None and number in queued  # also where there is a result: of a job that was requeued
             if ended and not runs:
                 left.remove((job, handle))
                 report(job, _outcome(handle))
