@@ -7,7 +7,8 @@
 The dataset is one that BackdoorBench knows, or a folder {train,test}/<class>/* whose folders, in alphabetical order, are the
 model's classes. About 130 clean training images are needed (150 of five or six classes, 160 of four, 180 of three, 250 of two),
 and 1000 are better. The model is put into a record, record/<file's name>, which defense/fmp.py can repair: the last line
-printed says how. docs/results.md says how far to trust a verdict.
+printed says how. verdict.json there says the outcome to programs; the exit code is 0 whatever it is. docs/results.md says how
+far to trust a verdict.
 """
 
 from __future__ import annotations

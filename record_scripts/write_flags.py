@@ -26,15 +26,16 @@ HEAD = f"""# Flags
 ## fmp.py
 
 A flag overrides the preset (`--preset`), which overrides the YAML file (`--yaml_path`, default
-`{DEFAULT_YAML}`; every flag is a key of it), which overrides the defaults below.
-A preset that the YAML file itself names sets only what that file leaves at its default.
+`{DEFAULT_YAML}`; every flag below is a key of it), which overrides the defaults below.
+Of a preset that the YAML file itself names, the file's other keys override what it sets, unless their value is the default
+below: with `preset: strong` there, `lr: 0.05` stands, and `lr: 0.01` becomes 0.02.
 A flag that is on or off needs no value: `--fresh` is `--fresh True`.
 """
 UNTOUCHED = """### Flags that change no result
 
-Sweeps, caches and interrupted runs do not compare these flags, only what they refer to where it matters: the content of
-the record and the dataset, what a preset sets, the type of the device. `--chunk` and `--memory` have exceptions
-([performance](performance.md#memory)):
+With other values of these flags a result, a cached score or an interrupted run still serves. What they refer to is
+compared where it matters: the content of the record and the dataset, what a preset sets, the type of the device. `--chunk`
+and `--memory` have exceptions ([performance](performance.md#memory)):
 """
 RECORD = """## make_record.py
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
 import math
 import re
@@ -27,22 +29,25 @@ from fmp_core.data.write_record import write_attack_record
 from fmp_core.errors import UserError
 from fmp_core.fields import as_text
 from fmp_core.inputs import Inputs, describe, load_inputs
-from fmp_core.inversion.verdict import Verdict, in_words
+from fmp_core.inversion.verdict import in_words
 from fmp_core.models.build import PixelModel, load_model
 from fmp_core.models.evaluate import even_sample, predict
 from fmp_core.report.findings import command
 from fmp_core.results.run_folder import RunFolder
 from fmp_core.selection.select import test_for_backdoor
 from fmp_core.settings import Settings, load_settings
+from fmp_core.storage.files import write_text
 from fmp_core.storage.torch_file import NotDataError, load_torch_file
 from fmp_core.system import logs
 from fmp_core.system.cli import Stages, from_here
-from fmp_core.system.devices import choose_device, make_deterministic
+from fmp_core.system.devices import Device, choose_device, make_deterministic
+from fmp_core.system.versions import versions
 
 LOGGER = logging.getLogger("fmp_core")
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")  # where training scripts keep the weights
 ENOUGH_IMAGES = 1000  # clean images; half of so many, at most 256, are held out
 SAMPLE_IMAGES = 1000  # test images that preprocessings are compared on
+VERDICT_FILE = "verdict.json"  # in the record's folder
 LOW_ACCURACY = 0.5  # accuracy below which a verdict may be about how the model was given its images
 UNLIKELY = 0.001  # probability of so many correct answers by chance below which accuracy is not chance
 CLEARLY_BETTER = 0.05  # of accuracy, plus 1/sqrt(images) for chance: another preprocessing is named from here on
@@ -58,6 +63,7 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
     """Judge the model whose weights ``model_file`` holds; returns the lines that say the outcome and what to do next.
 
     The record ``record`` describes is written if there is none, without triggered images. ``flags`` are settings of fmp.py.
+    The outcome is written to ``verdict.json`` in the record's folder, too.
 
     Raises UserError: the file holds no weights of that model, the dataset is not usable, the record is there and of another
     model, or the model classifies its clean images clearly better with another preprocessing than the one assumed.
@@ -82,13 +88,19 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
             if is_new:
                 shutil.rmtree(folder)
             raise
-        verdict = test_for_backdoor(inputs.defender, settings, RunFolder.of(settings, folder).shared, Stages())
+        stages = Stages()
+        verdict = test_for_backdoor(inputs.defender, settings, RunFolder.of(settings, folder).shared, stages)
     finally:
         logs.close()
+    repair = _repair_command(settings) if verdict.backdoored else None
+    found = {"model_file": str(model_file), "accuracy": accuracy, "verdict": verdict.as_dict(), "repair": repair}
+    content = {**found, **_conditions(inputs, settings, device, stages)}
+    write_text(folder / VERDICT_FILE, json.dumps(content, indent=2, default=str) + "\n")
     lines = [f"Accuracy on clean test images: {100 * accuracy:.2f} %."]
     if accuracy < LOW_ACCURACY:
         lines.append("That is low: what follows may be about how the model was given its images, not about a backdoor.")
-    return [*lines, in_words(verdict.as_dict()), *_next_step(verdict, settings)]
+    lines += [in_words(verdict.as_dict()), f"For programs: {folder / VERDICT_FILE}"]
+    return [*lines, "To repair it:", f"    {repair}"] if repair else lines
 
 
 def weights_in(path: Path) -> OrderedDict[str, Tensor]:
@@ -209,9 +221,26 @@ def _check_preprocessing(inputs: Inputs, settings: Settings) -> float:
     return accuracy
 
 
-def _next_step(verdict: Verdict, settings: Settings) -> list[str]:
-    """The command that repairs the model, where there is something to repair."""
+def _conditions(inputs: Inputs, settings: Settings, device: Device, stages: Stages) -> dict[str, Any]:
+    """What the model was judged with; the keys, and what they say, are those of ``metrics.json``."""
+    record = inputs.record
+    return {
+        "record": record.folder.name,
+        "dataset": record.dataset,
+        "model": record.model_name,
+        "attack_result": record.digest,
+        "clean_images": len(inputs.subset),
+        "seconds": stages.seconds,
+        "reused": stages.reused,
+        "seed": settings.random_seed,
+        "device": f"{device.device} ({device.name})",
+        "settings": dataclasses.asdict(settings),
+        "versions": versions(),
+    }
+
+
+def _repair_command(settings: Settings) -> str:
+    """The command that repairs the model."""
     names = ("preset", "result_file", "record_root", "dataset_path", "ratio", "mean", "std", "device", "random_seed", "dtype")
     script = from_here(PROJECT / "defense" / "fmp.py")
-    repair = command({name: getattr(settings, name) for name in names}).replace("defense/fmp.py", script, 1)
-    return ["To repair it:", f"    {repair}"] if verdict.backdoored else []
+    return command({name: getattr(settings, name) for name in names}).replace("defense/fmp.py", script, 1)

@@ -11,17 +11,15 @@ import pytest
 import torch
 from colours import coloured, save_split
 from fmp_core import judge
-from fmp_core.inversion.verdict import Verdict
 from fmp_core.settings import FIELDS, PROJECT, Settings, add_arguments, load_settings
 from judged import run
 from narrow_resnet import NARROW_RESNET
 
 
-def repair(verdict: Verdict, settings: Settings) -> Settings:
+def repair(command: str) -> Settings:
     """The settings of the command that is printed."""
-    title, command = judge._next_step(verdict, settings)
     words = shlex.split(command)
-    assert title == "To repair it:" and words[0] == "python" and Path(words[1]).resolve() == PROJECT / "defense" / "fmp.py"
+    assert words[0] == "python" and Path(words[1]).resolve() == PROJECT / "defense" / "fmp.py"
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return load_settings(vars(parser.parse_args(words[2:])))
@@ -32,9 +30,7 @@ def test_the_model_is_repaired_by_the_settings_that_it_was_judged_by(tmp_path: P
     assert {name for name in judge_model.RUN if FIELDS[name].metadata["decides"]} <= set(given)
     places = {"record_root": str(tmp_path / "my records"), "dataset_path": str(tmp_path / "data"), "result_file": "a-model"}
     settings = load_settings({**given, **places, "preset": "strong"})
-    towards_a_class, towards_none = (torch.tensor([rate, 0.1, 0.1, 0.1, 0.0], dtype=torch.float64) for rate in (0.9, 0.2))
-    assert repair(Verdict("sparse", towards_a_class, 60), settings) == settings
-    assert judge._next_step(Verdict("sparse", towards_none, 60), settings) == []
+    assert repair(judge._repair_command(settings)) == settings
 
 
 def test_a_share_that_is_given_is_used_and_otherwise_enough_images(

@@ -15,6 +15,7 @@ from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import DatasetFacts
 from fmp_core.errors import UserError
 from fmp_core.inversion import trigger, verdict
+from fmp_core.inversion.verdict import in_words
 from fmp_core.models.build import build_model
 from fmp_core.results.collect import collect
 from judged import run, trained
@@ -37,7 +38,11 @@ def test_a_model_is_judged_and_its_record_can_be_defended(
         monkeypatch.setattr(trigger, name, fewer)
     torch.save({f"module.{key}": value for key, value in weights.items()}, "model.pth")  # the same, of DataParallel
     assert run() == 0  # again: the record is there
-    assert "Verdict of trigger inversion" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    written = json.loads((place / "record" / "model" / "verdict.json").read_text())
+    assert in_words(written["verdict"]) in out and str(Path("record", "model", "verdict.json")) in out
+    assert written["accuracy"] == 1 and written["model_file"] == "model.pth" and written["attack_result"] == record.digest
+    assert (written["repair"] is None) == ("To repair it" not in out) == (not written["verdict"]["backdoored"])
 
     assert fmp_main(["--result_file", "model", "--device", "cpu", *FLAGS, "--report", "True"]) == 0
     captured = capsys.readouterr()
