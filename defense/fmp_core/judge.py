@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,17 +77,13 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
     if "ratio" not in flags:
         settings = replace(settings, ratio=max(settings.ratio, min(1.0, math.ceil(100 * ENOUGH_IMAGES / total) / 100)))
     make_deterministic()
-    inputs = load_inputs(settings, name, device.device)
-    logs.set_up(folder, settings)
     try:
-        for line in describe(inputs, settings, device):
-            LOGGER.info(line)
-        try:
+        with _removed_if_refused(folder if is_new else None):
+            inputs = load_inputs(replace(settings, epochs=0), name, device.device)  # a verdict trains nothing
+            logs.set_up(folder, settings)
+            for line in describe(inputs, settings, device):
+                LOGGER.info(line)
             accuracy = _check_preprocessing(inputs, settings)
-        except UserError:
-            if is_new:
-                shutil.rmtree(folder)
-            raise
         stages = Stages()
         verdict = test_for_backdoor(inputs.defender, settings, RunFolder.of(settings, folder).shared, stages)
     finally:
@@ -101,6 +97,17 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
         lines.append("That is low: what follows may be about how the model was given its images, not about a backdoor.")
     lines += [in_words(verdict.as_dict()), f"For programs: {folder / VERDICT_FILE}"]
     return [*lines, "To repair it:", f"    {repair}"] if repair else lines
+
+
+@contextlib.contextmanager
+def _removed_if_refused(folder: Path | None) -> Iterator[None]:
+    """Remove the ``folder`` that was just made if a UserError is raised."""
+    try:
+        yield
+    except UserError:
+        if folder:
+            shutil.rmtree(folder)
+        raise
 
 
 def weights_in(path: Path) -> OrderedDict[str, Tensor]:
@@ -128,6 +135,8 @@ def _write_or_compare_record(model_file: Path, record: RecordSettings) -> tuple[
     classes = dataset_facts(record.dataset, size).num_classes or _classes_of(splits)
     for split in splits:
         check_labels(split, classes, record.dataset)
+    if classes < 2:
+        raise UserError(f"{record.dataset} has images of one class only; a verdict needs two.")
     state = weights_in(model_file)
     _check_fit(model_file, record, state, classes, size)
     if (folder / ATTACK_FILE).exists():

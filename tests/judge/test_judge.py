@@ -9,7 +9,7 @@ import judge_model
 import pytest
 import torch
 from colours import CLASSES, FLAGS, NAME, SIZE, coloured, save_split
-from fmp_core import judge
+from fmp_core import inputs, judge
 from fmp_core.command import main as fmp_main
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import DatasetFacts
@@ -105,6 +105,7 @@ def test_bad_input_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[st
     torch.save(build_model("alexnet", CLASSES).state_dict(), "alexnet.pth")
     images, labels = coloured(16, seed=2)
     for split in ("train", "test"):
+        save_split(place / "data" / "one" / split, images[labels < 1], labels[labels < 1])
         save_split(place / "data" / "two" / split, images[labels < 2], labels[labels < 2])
         save_split(place / "data" / "turned" / split, images, (labels + 1) % CLASSES)
     for flags, model, said in (
@@ -119,6 +120,8 @@ def test_bad_input_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[st
         (("--dataset", "data/turned"), "model.pth", "no more than chance, so a verdict would mean nothing"),
         (("--save_folder_name", NAME), "changed.pth", "is a record of another model"),
         (("--mean", "0.5"), "model.pth", "--std"),
+        (("--dataset", "data/one"), "model.pth", "one has images of one class only"),
+        (("--ratio", "0.001"), "model.pth", "raise --ratio"),
     ):
         assert run(*flags, model=model) == 2
         err = capsys.readouterr().err
@@ -152,3 +155,13 @@ def test_a_record_of_another_image_size_is_not_judged_in_its_place(place: Path, 
     capsys.readouterr()
     assert run("--image_size", "16") == 2
     assert f"images ({SIZE}, {SIZE}, 3)" in capsys.readouterr().err
+
+
+def test_images_may_be_too_small_for_training(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of 96 pixels are for the auxiliary head of inception_v3: a verdict trains nothing."""
+
+    def too_small(*_: object) -> None:
+        raise RuntimeError("Output size is too small")
+
+    monkeypatch.setattr(inputs, "outputs_in_training", too_small)
+    assert run() == 0

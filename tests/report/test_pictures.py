@@ -25,7 +25,7 @@ def size_of(uri: str) -> tuple[int, int]:
 def test_each_layer_has_a_card_and_a_map_of_one_pixel_two_numbers() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 8), nn.ReLU(), nn.Flatten(), nn.Linear(6, 5)
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 8), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(6, 5)
     ).eval()
     clean = torch.randint(0, 200, (3, 3, 8, 8), dtype=torch.uint8)
     poisoned = clean.clone()
@@ -43,6 +43,7 @@ def test_each_layer_has_a_card_and_a_map_of_one_pixel_two_numbers() -> None:
     assert [size_of(uri) for uri in eight["activations"]] == [(8, 8), (8, 8)] and one["activations"] is None
     with torch.no_grad():
         outputs = second.module(torch.relu(first.module(torch.stack([clean[0], poisoned[0]]) / 255)))[:, 2].flatten()
+    assert outputs.min() < 0  # a ReLU that works in place leaves no such number
     assert [float(number) for number in one["numbers"]] == pytest.approx(outputs.tolist(), rel=1e-2)
     assert size_of(one["noise"]) == size_of(found["example"]["change"]) == (8, 8) and found["example"]["label"] == 2
 

@@ -21,6 +21,7 @@ from fmp_core.models.training import Epoch
 from fmp_core.results import bb_tables, run_folder
 from fmp_core.results.summary import RunSummary, advice, as_table
 from fmp_core.selection.choice import Selection, select_lowest
+from fmp_core.settings import Settings
 from fmp_core.system.versions import versions
 from matplotlib.figure import Figure
 from PIL import Image
@@ -277,3 +278,10 @@ def test_other_figures_than_the_attacks_are_said_in_either_direction(tmp_path: P
     assert said(0.519) == [] and said(0.47)
     assert "ASR 53.0 % here, 50.0 % there" in said(0.53)[0]
     assert said(0.6, 100) == [] and said(0.7, 100)  # a sample of 100 explains 15 points more
+
+
+def test_records_of_one_name_have_folders_of_their_own(tmp_path: Path) -> None:
+    settings = Settings(record_root=str(tmp_path), save_folder=str(tmp_path / "out"), checkpoint_save=str(tmp_path / "epochs"))
+    one, other = (run_folder.RunFolder.of(settings, tmp_path / dataset / "badnet") for dataset in ("cifar10", "gtsrb"))
+    assert one.path == tmp_path / "out" / "cifar10" / "badnet" / "defense" / "fmp" != other.path
+    assert one.checkpoints == tmp_path / "epochs" / "cifar10" / "badnet" / "fmp" != other.checkpoints

@@ -51,7 +51,8 @@ class SharedForward:
     """The forward passes that all feature maps share, for ``copies`` stacked copies of a batch of images.
 
     The rows of the stacked batch are independent, so one backward pass answers for ``copies`` feature maps of a layer. Map
-    differences and ReLU masks always come from ``model`` in float32; only the backward passes run in ``dtype``.
+    differences and ReLU masks always come from ``model`` in float32; only the backward pass of the first
+    step runs in ``dtype``.
 
     Args:
         model: frozen, float32, takes pixels in [0,1].

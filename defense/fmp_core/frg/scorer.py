@@ -27,7 +27,8 @@ UNTRUSTED_MULTIPLE = 16
 
 class Batching(NamedTuple):
     """How much is computed at once: ``rows`` images per batch (default: what suits the device), fewer if the graph kept for
-    them would take more than ``memory_mib`` (an estimate from one image). On a CPU no score depends on it."""
+    them would take more than ``memory_mib`` (an estimate from one image). On a CPU no score depends on it, but with attention,
+    whose products are not :mod:`~fmp_core.models.fast_ops`'."""
 
     rows: int | None = None
     memory_mib: int | None = None
@@ -75,7 +76,8 @@ class FeatureMapScorer:
         layers: from :func:`~fmp_core.models.feature_maps.trace_conv_layers`.
         images: float ``[M, C, H, W]`` in [0,1], not augmented, on the model's device; ``labels`` int64 ``[M]``.
         settings: how FRG images are made.
-        precision: of backward passes and of the inference on FRG images (the first convolution and the logits stay float32).
+        precision: of the first step's backward passes and of the inference on FRG images (the first convolution and the logits
+            stay float32).
         batching: on out of memory, batches are halved, down to :func:`~fmp_core.system.devices.min_rows`.
         progress: called with the number of (map, image) pairs just scored.
     """

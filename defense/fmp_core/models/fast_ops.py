@@ -5,14 +5,15 @@ Ranking runs thousands of backward passes through one retained graph: what is sa
 * batch norm in evaluation mode is one multiplication and addition, and a ReLU after it only masks: both together are a single
   multiplication on the way back;
 * on a CPU, oneDNN's convolutions are 2-3 times slower than a matrix product where the output has few positions (4x4): in
-  bfloat16, and on CPUs with AMX in float32 too (on an AMD EPYC float32 is the other way round);
+  bfloat16, for kernels of one pixel, and on CPUs with AMX always (on an AMD EPYC in float32 oneDNN is faster otherwise);
 * with a low-precision ``dtype``, the first convolution stays in float32, because bfloat16 cannot hold a pixel plus 1/255, and
   ReLUs can replay the masks of a float32 pass: with those a bfloat16 gradient of a trained PreActResNet18 keeps the sign of
   99.9 % of its float32 pixels, without them of 85-96 %.
 
 And two that cost a little, on a CPU, without which the chunk would decide near ties between feature maps. Matrix products run
-in tiles of one size: MKL and oneDNN choose a kernel by the number of rows, and kernels round differently. Smooth activations
-run on whole vectors: what is left over at the end of a tensor rounds differently.
+in tiles of one size: MKL and oneDNN choose a kernel by the number of rows, and kernels round differently. (Those of torch's
+multi-head attention do not: it hides them from function modes.) Smooth activations run on whole vectors: what is left over at
+the end of a tensor rounds differently.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fmp_core import inversion, models, repair
+from fmp_core.data import clean_subset
 from fmp_core.inputs import DefenderInputs
 from fmp_core.models.evaluate import Metrics
 from fmp_core.models.pruning import parts_of, set_to_zero
@@ -29,7 +30,7 @@ from fmp_core.system.progress import Progress
 from fmp_core.system.versions import source_digest
 
 LOGGER = logging.getLogger("fmp_core")
-REPAIR_CODE = source_digest(repair, inversion, models, devices)
+REPAIR_CODE = source_digest(repair, inversion, models, clean_subset, devices)
 
 
 @dataclass

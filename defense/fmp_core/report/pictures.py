@@ -103,7 +103,9 @@ def _activations(trigger: Trigger, images: Tensor, shown: pd.DataFrame) -> dict[
     outputs: dict[str, Tensor] = {}
     with contextlib.ExitStack() as hooks, frozen(trigger.model), torch.inference_mode():
         for name, layer in _layers_of(shown, trigger).items():
-            hook = layer.module.register_forward_hook(lambda _module, _in, out, name=name: outputs.update({name: out.cpu()}))
+            hook = layer.module.register_forward_hook(  # a copy: a ReLU after the convolution may work in place
+                lambda _module, _in, out, name=name: outputs.update({name: out.to("cpu", copy=True)})
+            )
             hooks.callback(hook.remove)
         trigger.model(images)
     return {place: outputs[one["layer"]][:, int(one["channel"])] for place, one in shown.iterrows()}

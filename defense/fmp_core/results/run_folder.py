@@ -55,19 +55,19 @@ class RunFolder:
 
     @staticmethod
     def of(settings: Settings, record: Path) -> RunFolder:
-        """Below the folder of the record, or below ``--save_folder`` as that lies below ``--record_root``.
+        """In the folder of the record, or below ``--save_folder``, ``--checkpoint_save`` as that lies below ``--record_root``.
 
         Raises UserError: a link in the record leads out of it.
         """
-        home = record
-        if settings.save_folder:
-            root = Path(settings.record_root)
-            name = record.relative_to(root) if record.is_relative_to(root) else Path(record.name)
-            home = Path(settings.save_folder) / (record.name if ".." in name.parts else name)
+        root = Path(settings.record_root)
+        name = record.relative_to(root) if record.is_relative_to(root) else Path(record.name)
+        if ".." in name.parts:
+            name = Path(record.name)
+        home = Path(settings.save_folder) / name if settings.save_folder else record
         path, shared = home / "defense" / settings.defense_name, home / "defense" / "fmp"
         log, checkpoints = settings.log or path / "log", path / "checkpoint"
         if settings.checkpoint_save:  # several runs may be given one
-            checkpoints = Path(settings.checkpoint_save) / record.name / settings.defense_name
+            checkpoints = Path(settings.checkpoint_save) / name / settings.defense_name
         refuse_links_out_of(home, *(path / name for name in ("log", "checkpoint", "tensorboard")), shared / "cache")
         return RunFolder(settings, path, Path(log), checkpoints, shared)
 
