@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from colours import CLASSES, NAME
 from command import Edit
 from conftest import RECORD
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.errors import UserError
-from fmp_core.inputs import Inputs, load_inputs, paired_images, preprocessing
+from fmp_core.inputs import Inputs, load_inputs, paired_images, preprocessing, record_folder
 from fmp_core.models.evaluate import TestData as Data
 from fmp_core.settings import Settings
 
@@ -80,3 +82,23 @@ def test_mean_and_std_have_one_number_or_one_for_each_channel() -> None:
     with pytest.raises(UserError, match=r"--std has 3 numbers, but the record's images have 1 channel"):
         preprocessing(grey, (0.5,), (0.1, 0.2, 0.3))
     assert preprocessing(grey, (0.5,), (0.2,)).std == (0.2,)
+
+
+def test_a_class_folder_that_is_missing_is_noticed_without_triggered_images(colours: Path) -> None:
+    """All labels after it would be others."""
+    settings = Settings(record_root=str(colours / "record"), dataset_path=str(colours / "data"), epochs=0)
+    assert load_inputs(settings, NAME, torch.device("cpu"))
+    for split in ("train", "test"):
+        shutil.rmtree(colours / "data" / "colours" / split / "class0")
+    path = colours / "record" / NAME / "attack_result.pt"
+    torch.save({**torch.load(path, weights_only=False), "bd_test": None}, path)
+    with pytest.raises(UserError, match=f"training images of {CLASSES - 1} classes, but the record's model {CLASSES}"):
+        load_inputs(settings, NAME, torch.device("cpu"))
+
+
+def test_a_record_has_a_name_wherever_the_command_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "badnet" / "inner").mkdir(parents=True)
+    for place, root, given in (("badnet/inner", ".", ".."), ("badnet", ".", "."), (".", ".", "badnet"), (".", "badnet", ".")):
+        monkeypatch.chdir(tmp_path / place)
+        folder = record_folder(root, given)
+        assert folder.name == "badnet" and folder.samefile(tmp_path / "badnet")

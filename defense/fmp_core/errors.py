@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -15,6 +16,11 @@ class UserError(Exception):
         if len(message) > 1500:
             message = f"{message[:1000]} ... {message[-300:]}"
         super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message))
+
+
+def what_is_there(path: Path) -> str:
+    """Why ``path`` is no file to read, as a sentence has it after the path."""
+    return "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from fmp_core.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 LARGEST_YAML = 2**18  # bytes; ours have 3000
+LARGEST_NUMBER = 3e38  # of float32, in which torch computes
 REQUIRED = dataclasses.MISSING  # the default of a setting that has none
 
 
@@ -64,12 +66,12 @@ def integer(low: int, high: int | None = None, metavar: str = "N") -> Kind:
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, metavar: str = "") -> Kind:
-    """A finite number in [low, high], or ]low, high] with ``above``; fractions such as ``1/255`` are welcome."""
+    """A number in [low, high], or ]low, high] with ``above``, that float32 can hold; fractions such as ``1/255`` will do."""
 
     def parse(value: Any) -> float:
         numerator, slash, denominator = str(value).partition("/")
         result = float(numerator) / (float(denominator) if slash else 1)
-        return _checked(result, math.isfinite(result) and (low < result if above else low <= result) and result <= high)
+        return _checked(result, (low < result if above else low <= result) and result <= min(high, LARGEST_NUMBER))
 
     bound = f"above {low:g}" if above else f"of at least {low:g}"
     return Kind(parse, f"a number {bound}" + (f" and at most {high:g}" if high < math.inf else ""), metavar)
@@ -82,14 +84,23 @@ def choice(*names: str) -> Kind:
 
 
 def text(metavar: str = "TEXT") -> Kind:
-    """A text that is not empty; ``metavar`` FILE or FOLDER: a path."""
+    """A text that is not empty; ``metavar`` FILE or FOLDER: a path, whose ``~`` is the user's home."""
     expects = {"FILE": "the path of a file", "FOLDER": "the path of a folder"}.get(metavar, "a text")
-    return Kind(lambda value: _checked(str(value), isinstance(value, (str, Path)) and bool(str(value))), expects, metavar)
+
+    def parse(value: Any) -> str:
+        result = _checked(str(value), isinstance(value, (str, Path)) and bool(str(value)))
+        return result if expects == "a text" else os.path.expanduser(result)  # shells do not after "--flag="
+
+    return Kind(parse, expects, metavar)
 
 
 def pattern(expression: str, expects: str, metavar: str = "NAME") -> Kind:
-    """A text that the regular expression matches as a whole."""
-    return Kind(lambda value: _checked(str(value), bool(re.fullmatch(expression, str(value)))), expects, metavar)
+    """A text that the regular expression matches as a whole; ``yes`` in YAML is none unless it is quoted."""
+
+    def parse(value: Any) -> str:
+        return _checked(str(value), not isinstance(value, bool) and bool(re.fullmatch(expression, str(value))))
+
+    return Kind(parse, expects, metavar)
 
 
 def or_word(kind: Kind, word: str) -> Kind:
@@ -129,7 +140,7 @@ def mapping(*keys: str) -> Kind:
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 BOOLEAN = Kind(lambda value: _BOOLEANS[str(value).lower()], "True or False", "BOOL", boolean=True)
 ANYTHING = Kind(lambda value: value, "anything")
-NAME = pattern(r"[A-Za-z0-9_][A-Za-z0-9._=-]{0,99}", "a folder name of letters, digits, '.', '_', '=' and '-'")
+NAME = pattern(r"[A-Za-z0-9_][A-Za-z0-9._=-]{0,99}", "a folder name of at most 100 letters, digits, '.', '_', '=' and '-'")
 DEVICE = pattern(r"auto|cpu|cuda(:\d+(,\d+)*)?", "auto, cpu, cuda, cuda:0 or cuda:0,1", "DEVICE")
 
 
@@ -185,9 +196,20 @@ def parse_mapping(cls: type, content: Mapping[Any, Any], source: str) -> dict[st
     return values
 
 
+_NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9_]*)$"),
+    "tag:yaml.org,2002:float": re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$", re.IGNORECASE),
+}
+
+
 class _PlainLoader(yaml.SafeLoader):
     """YAML without aliases, of which a few can stand for a value whose text fills any memory, and without keys that stand
-    twice, of which YAML would take the last."""
+    twice, of which YAML would take the last. ``0123`` and ``1:30`` are texts, not octal and sexagesimal numbers."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as in the base class
+        first: [(tag, expression) for tag, expression in resolvers if tag not in _NUMBERS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -202,6 +224,10 @@ class _PlainLoader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
                 names.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+for _tag, _expression in _NUMBERS.items():
+    _PlainLoader.add_implicit_resolver(_tag, _expression, list("-+.0123456789"))
 
 
 def read_yaml_mapping(path: Path, what: str) -> Mapping[Any, Any]:

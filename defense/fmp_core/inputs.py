@@ -55,8 +55,7 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
 
     Raises UserError if the record, the dataset, the index file or a flag that contradicts them is not usable.
     """
-    _hint_at_name(Path(settings.record_root), Path(result_file))
-    record = read_attack_record(Path(settings.record_root) / result_file, settings.mean, settings.std)
+    record = read_attack_record(record_folder(settings.record_root, result_file), settings.mean, settings.std)
     _check_flags(settings, record)
     facts = preprocessing(record, settings.mean, settings.std)
     train_set, test_set = (
@@ -64,6 +63,12 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
     )
     for split in (train_set, test_set):
         check_labels(split, record.num_classes, record.dataset)
+    known = int(train_set.labels.max()) + 1
+    if known < record.num_classes:
+        raise UserError(
+            f"Dataset {record.dataset} has training images of {known} classes, but the record's model {record.num_classes}. "
+            "Where classes are folders, a missing one shifts the labels of others; complete them, or check --dataset_path."
+        )
     subset = choose_subset(len(train_set), settings.ratio, settings.random_seed, settings.index)
     if settings.index is not None:
         subset = in_mixed_order(subset, train_set.labels[subset].tolist(), settings.random_seed)
@@ -99,12 +104,17 @@ def _check_trainable(network: nn.Module, record: AttackRecord) -> None:
         ) from None
 
 
-def _hint_at_name(root: Path, given: Path) -> None:
-    """Raises UserError if ``--result_file`` is the path of a record, as shells complete it, and not its name."""
+def record_folder(record_root: str, result_file: str) -> Path:
+    """The folder of the record ``--result_file``, under a name of its own where that ends in ``..``.
+
+    Raises UserError if it is the path of a record, as shells complete it, and not its name.
+    """
+    root, given = Path(record_root), Path(result_file)
     if not (root / given).exists() and given.is_dir() and given.is_relative_to(root):
         raise UserError(
             f"--result_file names a record below --record_root {root}: give --result_file {given.relative_to(root)}."
         )
+    return root / given if (root / given).name not in ("", "..") else (root / given).resolve()
 
 
 def read_test_data(record: AttackRecord, test_set: Split, device: torch.device, test_images: int | None = None) -> TestData:

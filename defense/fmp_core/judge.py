@@ -26,7 +26,7 @@ from fmp_core.data.datasets import FACTS, DatasetFacts, Split, check_labels, dat
 from fmp_core.data.images import Size
 from fmp_core.data.names import ATTACK_FILE
 from fmp_core.data.write_record import write_attack_record
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, what_is_there
 from fmp_core.fields import as_text
 from fmp_core.inputs import Inputs, describe, load_inputs
 from fmp_core.inversion.verdict import in_words
@@ -44,7 +44,9 @@ from fmp_core.system.devices import Device, choose_device, make_deterministic
 from fmp_core.system.versions import versions
 
 LOGGER = logging.getLogger("fmp_core")
-WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")  # where training scripts keep the weights
+WEIGHT_KEYS = (  # where training scripts keep the weights
+    "state_dict", "model_state_dict", "model", "net", "network", "weights", "state_dict_ema", "model_ema",
+)  # fmt: skip
 ENOUGH_IMAGES = 1000  # clean images; half of so many, at most 256, are held out
 SAMPLE_IMAGES = 1000  # test images that preprocessings are compared on
 VERDICT_FILE = "verdict.json"  # in the record's folder
@@ -113,19 +115,22 @@ def _removed_if_refused(folder: Path | None) -> Iterator[None]:
 def weights_in(path: Path) -> OrderedDict[str, Tensor]:
     """The state dict in a file of torch, by itself or as training scripts wrap it. Raises UserError: there is none."""
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}; name the file that holds the model's weights.")
+        raise UserError(f"{path} {what_is_there(path)}; name the file that holds the model's weights.")
     try:
         content = load_torch_file(path)
     except NotDataError as error:
         advice = "Of a model of yours that was saved whole, torch.save model.state_dict() instead."
         raise UserError(f"{error} {advice}") from None
-    nested = [content[key] for key in WEIGHT_KEYS if key in content] if isinstance(content, Mapping) else []
-    for state in (content, *nested):
+    nested = _below_weight_keys(content)
+    for state in (content, *nested, *(inner for part in nested for inner in _below_weight_keys(part))):
         if isinstance(state, Mapping) and state:
             with contextlib.suppress(ValueError):
                 return plain_state(state)
     raise UserError(f"{path} holds no weights that could be read; save them with torch.save(model.state_dict(), FILE).")
+
+
+def _below_weight_keys(content: Any) -> list[Any]:
+    return [content[key] for key in WEIGHT_KEYS if key in content] if isinstance(content, Mapping) else []
 
 
 def _write_or_compare_record(model_file: Path, record: RecordSettings) -> tuple[Path, int, bool]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fmp_core import PROJECT, fields
-from fmp_core.errors import UserError, did_you_mean
+from fmp_core.errors import UserError, did_you_mean, what_is_there
 from fmp_core.fields import BOOLEAN, DEVICE, NAME, choice, integer, number, numbers, or_word, setting, text
 
 DEFAULT_YAML = "./config/defense/fmp/config.yaml"
@@ -275,8 +275,8 @@ def find_config(path: str) -> Path | None:
             return candidate
     if path == DEFAULT_YAML:
         return None
-    if Path(path).is_dir():
-        raise UserError(f"--yaml_path {path} is a folder; name a settings file.")
+    if Path(path).exists():
+        raise UserError(f"--yaml_path {path} {what_is_there(Path(path))}; name a settings file.")
     raise UserError(f"--yaml_path {path} does not exist; it was looked for in {Path.cwd()} and beside FMP, in {PROJECT}.")
 
 

@@ -47,3 +47,12 @@ def test_a_record_follows_the_recipe_of_its_dataset_where_no_flag_says_otherwise
     record = RecordSettings(dataset="CIFAR-10", model="preactresnet18", **places)
     found = make_plan(record, AttackSettings(), {"epochs": 3}).training
     assert (found.epochs, found.batch_size, found.lr) == (3, 128, 0.1)
+
+
+def test_the_seed_of_a_record_draws_its_poisoned_images(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, random_pixels(60), [number % 10 for number in range(60)])
+    places = {"dataset_path": str(tmp_path), "record_root": str(tmp_path / "record")}
+    record = RecordSettings(dataset="cifar10", model="preactresnet18", limit_train=40, **places)
+    plans = [make_plan(record, AttackSettings(pratio=0.5), {"random_seed": seed}) for seed in (0, 0, 1)]
+    one, same, other = [(list(plan.used), plan.poison and plan.poison.train.indices) for plan in plans]
+    assert one == same and one[0] != other[0] and one[1] != other[1]

@@ -19,6 +19,7 @@ from fmp_core.attacks import make_record as making
 from fmp_core.attacks.recipes import RECIPES
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import open_split
+from fmp_core.errors import UserError
 from fmp_core.storage.torch_file import load_torch_file
 from made_records import CLASSES, TEST, TRAIN, flags, make
 from PIL import Image
@@ -254,6 +255,9 @@ def test_a_record_that_appeared_meanwhile_is_not_made_again(
     monkeypatch.setattr(making, "make_plan", slowly)
     assert make_record.main(flags(data, tmp_path, "--save_folder_name", "mine")) == 2
     assert "mine exists already" in capsys.readouterr().err and names(tmp_path / "record") == {"mine"}
+    (tmp_path / "record" / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="link exists already"):
+        making._refuse_existing(tmp_path / "record" / "link")
 
 
 def test_a_limited_record_numbers_its_images_as_the_whole_dataset(

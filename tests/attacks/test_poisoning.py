@@ -152,6 +152,17 @@ def test_npy_patterns_are_in_grey_levels(array: np.ndarray, expected: float, tmp
     torch.testing.assert_close(pattern.double(), torch.full((3, 8, 8), float(expected), dtype=torch.float64), rtol=1e-6, atol=0)
 
 
+def test_a_pattern_lies_as_it_is_in_its_file(tmp_path: Path):
+    values = np.arange(8 * 8 * 3).reshape(8, 8, 3)
+    np.save(tmp_path / "t.npy", values)
+    np.save(tmp_path / "grey.npy", values[..., 0])
+    pattern, grey = read_trigger(tmp_path / "t.npy", SIZE), read_trigger(tmp_path / "grey.npy", SIZE)
+    assert pattern.shape == (3, 8, 8) and pattern[2, 1, 5] == values[1, 5, 2]
+    assert torch.equal(pattern, torch.from_numpy(values).permute(2, 0, 1).double()) and torch.equal(
+        grey, pattern[:1].expand(3, 8, 8)
+    )
+
+
 def test_encoded_images_replace_their_originals(tmp_path: Path):
     rng = np.random.default_rng(0)
     train, test = (rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8) for count in (40, 12))

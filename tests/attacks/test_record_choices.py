@@ -134,3 +134,9 @@ def test_a_datasets_name_may_end_with_a_slash(tmp_path: Path, capsys: pytest.Cap
     where = ["--dataset_path", str(tmp_path / "elsewhere"), "--record_root", str(tmp_path)]
     assert make_record.main(["--dataset", "mine/", *where]) == 2
     assert str(tmp_path / "elsewhere" / "mine") in capsys.readouterr().err
+
+
+def test_a_flag_that_changes_nothing_is_said_to(data: Path, tmp_path: Path) -> None:
+    (log,) = make(data, tmp_path, "--epochs", "1", "--blend_alpha", "0.5", "--trigger_seed", "3").glob("*.log")
+    for name in ("blend_alpha", "trigger_seed"):
+        assert f"--{name} changes nothing of --attack badnet" in log.read_text()

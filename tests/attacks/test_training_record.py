@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import make_record
+import pandas as pd
 import pytest
 import torch
 from fmp_core.attacks import make_record as making
 from fmp_core.attacks.train_model import TrainingSet, train_attacked_model
 from fmp_core.data.datasets import dataset_facts
+from fmp_core.inputs import load_inputs
 from fmp_core.models.build import PixelModel
+from fmp_core.models.evaluate import evaluate
 from fmp_core.settings import Settings
 from fmp_core.storage.checkpoint import Checkpoint
 from fmp_core.system.devices import Device
-from made_records import flags
+from made_records import flags, make
 from torch import Tensor, nn
 
 
@@ -59,3 +63,13 @@ def test_another_seed_begins_with_other_weights(data: Path, tmp_path: Path, monk
     one, same, other = begun
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one if name.endswith("weight"))
+
+
+def test_the_table_ends_with_what_the_records_model_does(data: Path, tmp_path: Path) -> None:
+    folder = make(data, tmp_path, "--pratio", "0.25")
+    settings = Settings(record_root=str(folder.parent), dataset_path=str(data), epochs=0)
+    inputs = load_inputs(settings, folder.name, torch.device("cpu"))
+    found = asdict(evaluate(inputs.defender.model, inputs.test, 8).metrics)
+    last = pd.read_csv(folder / "attack_df.csv", index_col=0).iloc[-1]
+    assert found["test_asr"] != found["test_ra"]
+    assert {name: last[name] for name in found} == pytest.approx(found, rel=1e-5)

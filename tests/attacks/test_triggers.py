@@ -188,3 +188,22 @@ def test_ssba_like_perturbations_are_small_and_differ_between_images():
     assert alike.min() > 0.05 and alike.max() < 0.9  # sample-specific, but with something common that can be learnt
     other = triggers.sample_specific(images, 8, 1)
     assert not torch.equal(other, triggers.sample_specific(images, 8, 0))
+
+
+@pytest.mark.parametrize("rescale", [1.0, 0.5])
+def test_the_warp_and_its_noise_are_backdoorbenchs(rescale: float):
+    """As ``attack/wanet.py`` writes them, on square images; the noise is drawn once for each image."""
+    drawn = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    drawn = drawn / torch.mean(torch.abs(drawn))
+    enlarged = torch.nn.functional.interpolate(drawn, size=32, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    steps = torch.linspace(-1, 1, 32)
+    still = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1)[None]
+    grid = torch.clamp((still + 0.5 * enlarged / 32) * rescale, -1, 1)
+    noise = torch.rand(1, 32, 32, 2, generator=torch.Generator().manual_seed(9)) * 2 - 1
+    images, field = pictures(1), triggers.warp_field(SIZE, 3)
+    torch.testing.assert_close(field, 0.5 * enlarged[0] / 32)
+    for seeds, where in ((None, grid), (torch.tensor([9]), torch.clamp(grid + noise / 32, -1, 1))):
+        expected = 255 * torch.nn.functional.grid_sample(images.float() / 255, where, align_corners=True)
+        made = triggers.wanet(images, field, seeds, rescale)
+        assert (made.float() - expected.floor()).abs().max() <= 1  # where rounding decides what is truncated
+        assert (made == expected.byte()).double().mean() > 0.99

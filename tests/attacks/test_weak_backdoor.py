@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import make_record
 import numpy as np
 import pandas as pd
 import pytest
+from fmp_core.attacks import make_record as making
+from made_records import make
 from PIL import Image
 
 
@@ -35,3 +38,20 @@ def test_a_weak_backdoor_is_warned_of_unless_there_is_none(pratio: str, weak: bo
     assert ("the backdoor is weak: ASR is" in log.read_text()) == weak
     asr = pd.read_csv(tmp_path / "mine" / "attack_df.csv")["test_asr"].iloc[-1]
     assert (asr < 0.5) == (pratio != "0.9")  # of the control, too, which is not warned of
+
+
+@pytest.mark.parametrize(("rates", "weak"), [((0.1, 0.9), False), ((0.9, 0.125), True)])
+def test_a_backdoor_is_weak_if_it_is_so_in_the_end(
+    rates: tuple[float, float], weak: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = making.train_attacked_model
+
+    def measured(*about: Any) -> Any:
+        history = real(*about)
+        for (_, metrics), rate in zip(history, rates, strict=True):
+            metrics["test_asr"] = rate
+        return history
+
+    monkeypatch.setattr(making, "train_attacked_model", measured)
+    (log,) = make(data, tmp_path).glob("*.log")
+    assert ("the backdoor is weak: ASR is 12.5 %" in log.read_text()) == weak == ("is weak" in log.read_text())

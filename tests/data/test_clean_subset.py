@@ -74,8 +74,10 @@ def test_a_wrong_index_file_is_refused_with_the_reason(text: str, says: str, tmp
 
 
 def test_a_missing_index_file_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match=r"gone\.txt cannot be read"):
+    with pytest.raises(UserError, match=r"gone\.txt does not exist; name a text file"):
         choose_subset(50, 0.1, 0, str(tmp_path / "gone.txt"))
+    with pytest.raises(UserError, match=r" is a folder; name a text file"):
+        choose_subset(50, 0.1, 0, str(tmp_path))
 
 
 def test_a_binary_index_file_is_refused(tmp_path: Path):

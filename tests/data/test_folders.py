@@ -55,6 +55,7 @@ def test_a_folder_of_images_may_lie_deeper(inside: str, tmp_path: Path):
         save_image(base / part / ".ipynb_checkpoints" / "a.png", 99)
         (base / part / "aardvark").mkdir()
     (tmp_path / "toys" / ".DS_Store").touch()
+    save_image(tmp_path / "toys" / "__MACOSX" / "toys" / "train" / "ant" / "._a.png", 99)
     for train in (True, False):
         split = open_split(tmp_path, "toys", train, CIFAR)
         assert split.labels.tolist() == [0, 1] and split.read([0, 1])[:, 0, 0, 0].tolist() == [0, 10]

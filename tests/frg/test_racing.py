@@ -59,12 +59,13 @@ def test_contenders_give_the_exact_selection_at_a_fraction_of_the_cost(seed: int
     assert scored < 768 // 10
 
 
-def test_a_map_whose_count_may_be_wrong_is_scored_in_full():
+@pytest.mark.parametrize("smallest", [0.0001, 0.02])  # errors are 0.001 in the mean of 32 images, 32**0.5 times that in one
+def test_a_map_whose_count_may_be_wrong_is_scored_in_full(smallest: float):
     margin = torch.arange(128, dtype=torch.float64)
     exact = scores_of(torch.full((128,), 20), margin, (128,))
     exact.correct[100] = 19  # bfloat16 counted one more: an image that is barely right, barely wrong in float32
     cheap = scores_of(torch.full((128,), 20), margin + 0.001, (128,))
-    cheap.smallest_margin[100] = 0.0001
+    cheap.smallest_margin[100] = smallest
     raced, scored = contend(cheap, exact, 64, "layer")
     assert lowest(raced, 64, "layer")[0].nonzero().flatten().tolist() == [0, 100]
     assert scored == 5

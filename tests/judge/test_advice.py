@@ -11,6 +11,8 @@ import pytest
 import torch
 from colours import coloured, save_split
 from fmp_core import judge
+from fmp_core.attacks.settings import RecordSettings
+from fmp_core.models.build import build_model
 from fmp_core.settings import FIELDS, PROJECT, Settings, add_arguments, load_settings
 from judged import run
 from narrow_resnet import NARROW_RESNET
@@ -44,6 +46,22 @@ def test_a_share_that_is_given_is_used_and_otherwise_enough_images(
     assert torch.backends.cudnn.deterministic
 
 
+@pytest.mark.parametrize(("wanted", "images"), [(1, 3), (7, 7), (1000, 32)])
+def test_so_many_images_are_taken_as_a_verdict_needs(
+    wanted: int, images: int, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 32, but never less than the preset's tenth."""
+    monkeypatch.setattr(judge, "ENOUGH_IMAGES", wanted)
+    assert run() == 0
+    assert f"clean     {images} training images\n" in capsys.readouterr().err
+
+
+def test_a_model_is_tried_as_it_is_used() -> None:
+    """Resnet18 makes one pixel of 32x32, of which batch norm cannot train on one image alone."""
+    state = build_model("resnet18", 4).state_dict()
+    judge._check_fit(Path("model.pth"), RecordSettings(model="resnet18", dataset="mine"), state, 4, (32, 32, 3))
+
+
 def test_a_record_of_other_images_is_not_judged_in_their_place(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
     images, labels = coloured(16, seed=3)
@@ -66,8 +84,11 @@ def test_low_accuracy_is_pointed_out(place: Path, capsys: pytest.CaptureFixture[
         assert ("That is low: what follows may be about how the model was given" in capsys.readouterr().out) == low
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "weights"])
-def test_weights_are_found_where_training_scripts_keep_them(key: str, tmp_path: Path) -> None:
-    torch.save({"epoch": 3, "optimizer": {"lr": 0.1}, key: {"module.w": torch.ones(2)}}, tmp_path / "model.pth")
+@pytest.mark.parametrize("keys", [*([key] for key in judge.WEIGHT_KEYS), ["model", "state_dict"]])
+def test_weights_are_found_where_training_scripts_keep_them(keys: list[str], tmp_path: Path) -> None:
+    content = {"module.w": torch.ones(2)}
+    for key in reversed(keys):
+        content = {"epoch": 3, "optimizer": {"lr": 0.1}, key: content}
+    torch.save(content, tmp_path / "model.pth")
     found = judge.weights_in(tmp_path / "model.pth")
     assert list(found) == ["w"] and torch.equal(found["w"], torch.ones(2))

@@ -195,6 +195,14 @@ def test_amp_trains_the_same_bits_where_maps_are_one_pixel() -> None:
     assert all(same(results[0], other) for other in results[1:])
 
 
+def test_a_model_in_evaluation_mode_is_trained_in_training_mode() -> None:
+    """So that the statistics of batch norms follow."""
+    model = toy_case(Plain)[0].eval()
+    before = model.network.bn1.num_batches_tracked.clone()
+    run(model)
+    assert model.network.bn1.num_batches_tracked == before + 2 * 3
+
+
 def test_training_trains() -> None:
     model = toy_case(Plain)[0]
     epochs = run(model, epochs=40, lr=0.05)

@@ -163,6 +163,32 @@ def test_other_pruned_maps_than_at_a_kill_are_named(tmp_path: Path) -> None:
             epochs.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "says"),
+    [
+        ("training_precision", torch.bfloat16, r"precision of training torch\.float32 \(now torch\.bfloat16\)"),
+        ("choose_dtype", torch.bfloat16, r"precision of trigger inversion torch\.float32 \(now torch\.bfloat16\)"),
+        ("device", Device(torch.device("cpu"), (0, 1)), "digest of model"),
+    ],
+    ids=["training", "inversion", "GPUs"],
+)
+def test_a_run_does_not_go_on_in_another_precision_or_on_another_number_of_gpus(
+    name: str, other: Any, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another node of a cluster. No setting that could be given again differs."""
+    settings = Settings(epochs=3, batch_size=4, amp=False, dtype="fp32")
+    epochs = FineTuning.prepare(attacked(), NOTHING, settings, CPU, tmp_path).run()
+    assert [next(epochs).number, next(epochs).number] == [1, 2]
+    epochs.close()  # type: ignore[attr-defined]
+    again = FineTuning.prepare(attacked(), NOTHING, settings, CPU, tmp_path)
+    if name == "device":
+        again = replace(again, device=other)
+    else:
+        monkeypatch.setattr(f"fmp_core.repair.finetune.{name}", lambda *_: other)
+    with pytest.raises(UserError, match=says):
+        next(again.run())
+
+
 def test_images_move_as_those_of_the_dataset(tmp_path: Path) -> None:
     settings = Settings(epochs=2, batch_size=4, amp=False)
     found = {}

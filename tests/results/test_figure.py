@@ -105,6 +105,8 @@ def test_the_figure_is_written(root: Path) -> None:
 def test_an_unknown_format_is_refused_before_anything_is_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main([str(root), "--csv", str(root / "out.csv"), "--figure", str(root / "out.gif")]) == 2
     assert "must end in .svg, .pdf, .png" in capsys.readouterr().err and not (root / "out.csv").exists()
+    assert script.main([str(root), "--csv", str(root / "out.csv"), "--html", str(root / "out.csv")]) == 2
+    assert "--csv and --html name one file" in capsys.readouterr().err and not (root / "out.csv").exists()
 
 
 def test_without_an_attacked_model_there_is_nothing_to_draw(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

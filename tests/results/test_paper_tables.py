@@ -282,3 +282,10 @@ def test_the_seeds_that_were_asked_for_are_averaged(empty: Path) -> None:
 @pytest.mark.parametrize("other", [{"model": "vgg19"}, {"pratio": 0.5}], ids=["model", "rate"])
 def test_records_of_another_model_or_poison_rate_are_left_out(other: dict[str, Any]) -> None:
     assert compare("1a", FULL, results("1a", "full").assign(**other))["ours_test_acc"].isna().all()
+
+
+def test_a_failure_in_one_table_is_the_commands(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = iter([1, 0])
+    monkeypatch.setattr("fmp_core.sweeps.paper.run_sweep", lambda *_: next(codes))
+    (empty / "record").mkdir()
+    assert paper_tables.main(["--table", "1a", "5", "--scale", "demo"]) == 1

@@ -103,3 +103,10 @@ def test_a_defense_that_saves_other_weights_tests_on_all_images(place: Path) -> 
         (place / "bb" / "defense" / f"{name}.py").touch()
     jobs = plan(sweep_of(defenses=["ft", "npd"], backdoorbench=str(place / "bb"), backdoorbench_test_images=50))
     assert ["--test_images" in job.command for job in jobs] == [True, False]
+
+
+def test_a_result_without_its_model_is_not_done(place: Path) -> None:
+    job = working("a")
+    assert run(job, Path("s"), {}).problem is None and finished(job)
+    (job.folder / "defense_result.pt").unlink()
+    assert finished(job) is None

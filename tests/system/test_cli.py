@@ -111,6 +111,28 @@ def test_a_signal_to_end_is_like_an_interruption_and_cleans_up(number: int, caps
     assert "terminated; earlier results are unchanged. Run it without --fresh again" in capsys.readouterr().err
 
 
+def test_a_signal_that_makes_an_import_fail_is_an_interruption(capsys: pytest.CaptureFixture[str]):
+    def importing() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+        except KeyboardInterrupt:
+            raise RecursionError from None  # as numpy does
+
+    assert run_main("tool", importing) == 130
+    assert "tool: interrupted" in capsys.readouterr().err
+
+
+def test_streams_that_are_closed_and_a_backend_of_a_notebook_are_no_reason_to_fail():
+    """As daemons and Jupyter start programs."""
+    code = "import sys; sys.path.insert(0, 'defense'); from fmp_core.system.cli import run_main\n"
+    code += "def work():\n import matplotlib.figure\n sys.stderr.isatty(), sys.stdout.isatty()\n return 7\n"
+    code += "sys.exit(run_main('tool', work))"
+    backend = {"MPLBACKEND": "module://matplotlib_inline.absent"}
+    command = ["sh", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable, code]
+    assert subprocess.run(command, cwd=PROJECT, env={**os.environ, **backend}, check=False).returncode == 7
+
+
 def test_a_closed_terminal_that_is_to_be_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import sys
@@ -168,7 +169,7 @@ def image_size_of(record: RecordSettings) -> Size:
 
 def with_dataset_name(record: RecordSettings) -> RecordSettings:
     """``record`` with its dataset as a record calls it. A path given as ``--dataset`` is split: a record holds a name only."""
-    path = Path(record.dataset)
+    path = Path(record.dataset).expanduser()
     is_path = path.name != record.dataset.rstrip("/")  # "cifar10/" is a name
     if is_path:
         record = replace(record, dataset_path=str(path.parent))
@@ -181,7 +182,7 @@ def with_dataset_name(record: RecordSettings) -> RecordSettings:
 
 
 def _refuse_existing(folder: Path) -> None:
-    if folder.exists():
+    if os.path.lexists(folder):  # or a link to nothing
         raise UserError(f"{folder} exists already; remove it or choose another --save_folder_name.")
 
 

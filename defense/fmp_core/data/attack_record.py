@@ -78,7 +78,9 @@ def read_attack_record(
     folder = Path(folder)
     path = folder / ATTACK_FILE
     if folder.is_file():
-        raise UserError(f"{folder} is a file, but a record is a folder; docs/records.md says how to make one of a model.")
+        of_a_model = "docs/records.md says how to make one of a model"
+        advice = "name the folder that it is in" if folder.name == ATTACK_FILE else of_a_model
+        raise UserError(f"{folder} is a file, but a record is a folder; {advice}.")
     if not folder.is_dir():
         meant = did_you_mean(folder.name, [path.name for path in visible(folder.parent)])
         raise UserError(f"Record folder {folder} does not exist{meant}; check --result_file and --record_root.")
@@ -118,8 +120,10 @@ def _attack_record(
         raise ValueError(f"model_name is {brief(model_name)}")
     num_classes = integer(content["num_classes"])
     height, width, channels = integers(content["img_size"])
-    if not 2 <= num_classes <= MOST_CLASSES or not (0 < height <= 4096 and 0 < width <= 4096 and channels in (1, 3)):
-        raise ValueError(f"num_classes is {brief(num_classes)} and img_size {brief(content['img_size'])}")
+    if not 2 <= num_classes <= MOST_CLASSES:
+        raise ValueError(f"num_classes is {brief(num_classes)}")
+    if not (0 < height <= 4096 and 0 < width <= 4096 and channels in (1, 3)):
+        raise ValueError(f"img_size is {brief(content['img_size'])}, but must be (height, width, channels)")
     size = (height, width, channels)
     bd_test = content["bd_test"]
     if not (bd_test is None or isinstance(bd_test, Mapping)):

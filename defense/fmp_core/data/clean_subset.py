@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, what_is_there
 from fmp_core.settings import Settings
 
 HELD_OUT = 256  # clean images, the last ones, that triggers are tested on and never inverted on; half of a smaller subset
@@ -51,7 +51,7 @@ def _read_index(path: str, total: int) -> list[int]:
     file = Path(path)
     try:
         if not file.is_file():
-            raise UserError(f"--index {path} cannot be read (no such file).")
+            raise UserError(f"--index {path} {what_is_there(file)}; name a text file with one index a line.")
         if file.stat().st_size > LARGEST_INDEX_FILE:
             raise UserError(f"--index {path} is larger than {LARGEST_INDEX_FILE >> 20} MiB, which no list of indices is.")
         lines = file.read_text(encoding="utf-8").splitlines()

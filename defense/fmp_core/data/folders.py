@@ -15,6 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from fmp_core.data.images import Size, Split, file_split
 
+HIDDEN = (".", "__MACOSX")  # how names begin that nobody means
 LARGEST_TABLE = 256 * 2**20  # bytes; CelebA's has 27 million
 LOGGER = logging.getLogger("fmp_core")
 
@@ -29,8 +30,9 @@ class LayoutError(Exception):
 
 
 def visible(folder: Path) -> list[Path]:
-    """What ``folder`` (none if it is no folder) holds, but for hidden files and folders (``.ipynb_checkpoints``)."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    """What ``folder`` (none if it is no folder) holds, but for hidden files and folders (``.ipynb_checkpoints``) and those that
+    macOS adds to archives (``__MACOSX``)."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(HIDDEN)) if folder.is_dir() else []
 
 
 def image_folder(folder: Path, train: bool, size: Size, test_names: Sequence[str] = ("test", "val")) -> Split:

@@ -17,7 +17,7 @@ from fmp_core.data.attack_record import AttackRecord, read_attack_record
 from fmp_core.data.datasets import open_split
 from fmp_core.data.names import ATTACK_FILE
 from fmp_core.errors import UserError
-from fmp_core.inputs import read_test_data
+from fmp_core.inputs import read_test_data, record_folder
 from fmp_core.inversion.verdict import in_words
 from fmp_core.metrics import HEADLINES, MetricValues
 from fmp_core.models.evaluate import TestData
@@ -45,7 +45,7 @@ MEANINGS = {
 
 def report_on(settings: Settings, compare: Sequence[str]) -> Path:
     """:func:`write_report` about the finished run that ``settings`` (of record, folders and device) names."""
-    home = Path(settings.record_root) / str(settings.result_file)
+    home = record_folder(settings.record_root, str(settings.result_file))
     folder = RunFolder.of(settings, home).path
     if not settings.save_folder:
         refuse_links_out_of(home, folder)

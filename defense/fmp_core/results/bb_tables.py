@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from fmp_core.errors import UserError
 from fmp_core.models.evaluate import Metrics
 from fmp_core.models.training import Epoch
+from fmp_core.results.plot_style import PLAIN
 from fmp_core.storage.files import replacing
 
 # The columns of BB's ft_df.csv after those of an epoch, in its order (``utils/trainer_cls.py``, Metric_Aggregator).
@@ -86,6 +87,7 @@ def write_plots(folder: Path, history: pd.DataFrame) -> None:
     _plot(folder / "acc_like_metric_plots.png", history, ACCURACIES, "ACC", 1.0)
 
 
+@PLAIN
 def _plot(path: Path, history: pd.DataFrame, lines: list[tuple[str, str, str, str]], ylabel: str, top: float | None) -> None:
     figure = Figure(figsize=(12.8, 9.6), dpi=100)
     axes = figure.add_subplot(111)

@@ -25,6 +25,8 @@ def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width
     for kind in ("figure", "roc"):
         if kind in files and files[kind].suffix not in FORMATS:
             raise UserError(f"--{kind} {files[kind]} must end in {', '.join(FORMATS)}, which says what to write.")
+    if twice := [kind for kind in files if sum(files[kind].absolute() == path.absolute() for path in files.values()) > 1]:
+        raise UserError(f"{' and '.join(f'--{kind}' for kind in twice)} name one file, {files[twice[0]]}; give each its own.")
     if "parquet" in files and not importlib.util.find_spec("pyarrow"):
         raise UserError("--parquet needs pyarrow; run: pip install pyarrow")
     frame = collect(root, lambda text: warn(printable(text)))

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from fmp_core.errors import UserError
 from fmp_core.results.collect import BASELINE
 from fmp_core.results.notes import PUBLISHED, SAMPLE
+from fmp_core.results.plot_style import PLAIN
 from fmp_core.results.tables import Table
 from fmp_core.results.titles import AVERAGE, attack_title, printable
 
@@ -28,12 +29,13 @@ def write_figure(path: Path, tables: Sequence[Table]) -> None:
     save(draw(tables), path)
 
 
+@PLAIN
 def save(figure: Figure, path: Path) -> None:
     """Write ``figure`` in the format of ``FORMATS`` that the suffix of ``path`` names; the same figure gives the same bytes."""
-    with matplotlib.rc_context({"svg.hashsalt": "fmp"}):
-        figure.savefig(path, dpi=150, metadata=FORMATS[path.suffix])
+    figure.savefig(path, dpi=150, metadata=FORMATS[path.suffix])
 
 
+@PLAIN
 def draw(tables: Sequence[Table]) -> Figure:
     """Every attack of every table as a panel. Published rows are left out: they are of other models; so are tests on a
     sample, and means that lack some records.

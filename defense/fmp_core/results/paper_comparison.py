@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from fmp_core.metrics import HEADLINES, METRICS
 from fmp_core.results import paper
 from fmp_core.results.paper import FIGURES, NOT_RUNNABLE, VARIED, Scale
+from fmp_core.results.plot_style import PLAIN
 from fmp_core.results.titles import ATTACK_TITLES, AVERAGE
 from fmp_core.storage.files import replacing
 
@@ -121,6 +122,7 @@ def _not_run(table: str, compared: pd.DataFrame, backdoorbench: bool) -> Iterato
         yield "SSBA is this project's SSBA-like attack here, not SSBA's trained encoder (docs/records.md)."
 
 
+@PLAIN
 def draw_figure(path: Path, number: str, scale: Scale, compared: pd.DataFrame) -> None:
     """Figure 1 to 4: Acc, ASR and RA over what the table varies, one panel per attack; ours solid, published dashed."""
     table = FIGURES[number]

@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from fmp_core.errors import UserError
 from fmp_core.results.collect import BASELINE
 from fmp_core.results.figure import save
+from fmp_core.results.plot_style import PLAIN
 
 LEAST_ASR = 0.5  # of a model that counts as backdoored; a poisoned one below it is left out
 
@@ -58,6 +59,7 @@ def area(rows: pd.DataFrame) -> float:
     return float(roc_auc_score(rows["backdoored"].astype(bool), rows["detection_score"])) if both else float("nan")
 
 
+@PLAIN
 def write_roc(path: Path, found: pd.DataFrame) -> None:
     """A curve per detector, with its own threshold as a dot, in the format that the suffix of ``path`` names.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 import string
 import sys
@@ -112,7 +113,7 @@ def plan(sweep: Sweep) -> list[Job]:
     """All jobs of a sweep, records first. Raises UserError: a setting is unknown or impossible, two jobs would write the same
     folder, or BackdoorBench's defenses are asked to run on a dataset that it does not know."""
     datasets: dict[str, str] = {}  # of each record; that of an existing one run_defense.py looks up
-    jobs: dict[Path, Job] = {}
+    jobs: dict[str, Job] = {}  # by the folder they write, which several names may lead to
     for job in _all_jobs(sweep, datasets):
         dataset = datasets[job.record]
         if job.kind == "backdoorbench" and dataset not in BB_DATASETS:
@@ -120,11 +121,12 @@ def plan(sweep: Sweep) -> list[Job]:
                 f"BackdoorBench's {job.settings['defense']} cannot run on {job.record}: it knows no dataset {dataset}, only "
                 f"{', '.join(BB_DATASETS)}; choose one of these, or leave BackdoorBench's defenses out."
             )
-        if job.folder in jobs:
+        folder = os.path.realpath(job.folder)
+        if folder in jobs:
             raise UserError(
                 f"Two jobs of the sweep would write {job.folder}; give one of them another name: in the sweep file."
             )
-        jobs[job.folder] = job
+        jobs[folder] = job
     return list(jobs.values())
 
 
@@ -148,8 +150,6 @@ def _all_jobs(sweep: Sweep, datasets: dict[str, str]) -> Iterator[Job]:
             method = f"{flags.pop('name', None) or defense}{_suffix(chosen)}"
             if "random_seed" in flags or (defense in OURS and "random_seed" in sweep.ours):
                 raise UserError("defenses and ours: random_seed is what the key seeds of the sweep gives; say it there.")
-            if not re.fullmatch(FOLDER_NAME, method):
-                raise UserError(f"defenses: name {method!r} must be letters, digits, '-', '_' or '.'; it names a folder.")
             make = _our_job if defense in OURS else _bb_job
             yield make(sweep, record, defense, method, {**flags, "random_seed": seed})
 
@@ -191,6 +191,7 @@ def _record_job(sweep: Sweep, flags: dict[str, Any], chosen: Mapping[str, Any]) 
         raise UserError(
             f"records: dataset {known['dataset']!r} must be a name; the folder it is in is the sweep's dataset_path."
         )
+    fields.parse_value(RecordSettings, "save_folder_name", name, "records: name")
     if known["attack"] == "none":
         raise UserError(
             "records: attack none makes no poisoned test images, which defenses need; a clean control has pratio: 0."
@@ -268,7 +269,8 @@ def _digest_of_defense(script: Path) -> str:
 
 
 def _result_folder(sweep: Sweep, record: str, method: str, seed: int) -> Path:
-    return Path(sweep.record_root) / record / "defense" / (method + (f"-s{seed}" if seed else ""))
+    name = fields.parse_value(Settings, "defense_name", method + (f"-s{seed}" if seed else ""), "defenses: name")
+    return Path(sweep.record_root) / record / "defense" / name
 
 
 def _flags(values: Mapping[str, Any]) -> list[str]:

@@ -99,7 +99,7 @@ def _await(
     submitted: Sequence[tuple[Job, Any]], report: Report, poll: float, unfinished: Callable[[], set[str] | None]
 ) -> None:
     left = list(submitted)
-    gone: set[str] = set()  # in no queue when last looked at
+    gone: set[str] = set()  # in no queue when last looked for
     while left:
         queued = unfinished()
         for job, handle in list(left):
@@ -114,6 +114,8 @@ def _await(
                     left.remove((job, handle))
                     report(job, Outcome(0, f"Slurm ended it without a result (log: {handle.paths.stderr})"))
                 gone.add(number)
+            elif runs:
+                gone.discard(number)  # squeue missed it
         if left:
             time.sleep(poll)
 

@@ -39,6 +39,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help lists the flags.\n")
 
 
+def file_path(value: str) -> Path:
+    """A path on the command line, whose ``~`` is the user's home, which shells leave after ``--flag=``."""
+    return Path(value).expanduser()
+
+
 def from_here(path: Path) -> str:
     """``path`` as a word of a command typed in the current folder: relative where it lies below."""
     return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
@@ -106,20 +111,29 @@ class Terminated(KeyboardInterrupt):
 def _stopping_gently() -> Iterator[None]:
     """Raise :class:`Terminated` in the block on SIGTERM and SIGHUP, so that locks, files and checkpoints are left in order.
 
-    SIGHUP only where it is not ignored, as under nohup.
+    SIGHUP only where it is not ignored, as under nohup. A signal in the middle of an import may make a library fail otherwise
+    (numpy: RecursionError); that is raised as the signal, too.
     """
+    came: list[KeyboardInterrupt] = []
 
-    def stop(_signal: int, _frame: Any) -> None:
-        raise Terminated
+    def stop(number: int, _frame: Any) -> None:
+        came.append(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
+        raise came[-1]
 
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [number for number in map(signal.Signals.__getitem__, names) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
+    except (UserError, OSError):
+        raise
+    except Exception:
+        if came:
+            raise came[0] from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -148,6 +162,10 @@ def run_main(
         again: what to run after an interruption, and ``effect``: to what end.
     """
     _let_threads_sleep()
+    os.environ.pop("MPLBACKEND", None)  # plots are files; a notebook's backend need not be installed here
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # a daemon closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be letters of the terminal
