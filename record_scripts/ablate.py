@@ -24,14 +24,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this copy, not an installed one
 
 from fmp_core.settings import add_arguments
-from fmp_core.system.cli import Parser, file_path, run_main
+from fmp_core.system.cli import Parser, run_main
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("ablate", __doc__)
     parser.add_argument("--result_file", nargs="+", required=True, metavar="RECORD", help="attack records")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="the rows to run (default: all)")
-    parser.add_argument("--csv", type=file_path, metavar="FILE", help="write the tables of all records there")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the tables of all records there")
     args, rest = parser.parse_known_args(argv)
     fmp_parser = Parser("ablate")
     add_arguments(fmp_parser)

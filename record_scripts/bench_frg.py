@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this copy, not an installed one
 
-from fmp_core.system.cli import Parser, file_path, run_main
+from fmp_core.system.cli import Parser, run_main
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--operations", action="store_true", help="also count operations per map, of both schemes")
     parser.add_argument("--training", action="store_true", help="also measure fine-tuning and testing")
     parser.add_argument("--repeat", metavar="N", type=int, default=1, help="measure N times; shows the median and the range")
-    parser.add_argument("--csv", metavar="FILE", type=file_path, help="also write device,dtype,figure,value rows")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="also write device,dtype,figure,value rows")
     args = parser.parse_args(argv)
     return run_main("bench_frg", lambda: run(args))
 

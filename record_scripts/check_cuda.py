@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this copy, not an installed one
 
-from fmp_core.system.cli import Parser, file_path, run_main
+from fmp_core.system.cli import Parser, run_main
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("check_cuda", __doc__)
     parser.add_argument("--probe", action="store_true", help="only ask the driver for a GPU; needs no installed package")
     parser.add_argument("--quick", action="store_true", help="small model, few images")
-    parser.add_argument("--folder", metavar="DIR", type=file_path, default=Path("cuda_check"), help="default: cuda_check")
+    parser.add_argument("--folder", metavar="DIR", type=Path, default=Path("cuda_check"), help="default: cuda_check")
     args = parser.parse_args(argv)
     return run_main("check_cuda", lambda: run(args))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this copy, not an installed one
 
-from fmp_core.system.cli import Parser, file_path, run_main
+from fmp_core.system.cli import Parser, run_main
 
 FILES = {
     "csv": "tidy table, fractions",
@@ -34,9 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("collect", __doc__)
     parser.add_argument("record_root", nargs="?", default="./record", help="the folder of attack records (default ./record)")
     for name, what in FILES.items():
-        parser.add_argument(f"--{name}", type=file_path, metavar="FILE", help=what)
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
     parser.add_argument(
-        "--leaderboard", type=file_path, metavar="FILE", help="BackdoorBench's leaderboard csv; its rows are labelled published"
+        "--leaderboard", type=Path, metavar="FILE", help="BackdoorBench's leaderboard csv; its rows are labelled published"
     )
     args = parser.parse_args(argv)
     return run_main("collect", lambda: run(args))

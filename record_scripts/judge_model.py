@@ -22,7 +22,7 @@ from fmp_core.attacks.settings import RecordSettings
 from fmp_core.errors import UserError
 from fmp_core.fields import add_flags, parse_flags
 from fmp_core.settings import Settings
-from fmp_core.system.cli import Parser, file_path, run_main
+from fmp_core.system.cli import Parser, run_main
 
 RECORD = ("model", "dataset", "dataset_path", "image_size", "save_folder_name", "record_root")
 RUN = ("mean", "std", "ratio", "random_seed", "device", "dtype", "fresh", "quiet", "log_level")
@@ -41,7 +41,7 @@ def run(model_file: str, flags: dict[str, str | None]) -> None:
 
     from fmp_core.judge import judge_model  # imports torch, which takes seconds
 
-    print("\n".join(["", *judge_model(file_path(model_file), record, settings)]))
+    print("\n".join(["", *judge_model(Path(model_file), record, settings)]))
 
 
 def main(argv: list[str] | None = None) -> int:

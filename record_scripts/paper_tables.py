@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this
 
 from fmp_core.results.paper import FIGURES, SCALES, TABLES
 from fmp_core.sweeps.paper import make
-from fmp_core.system.cli import Parser, file_path, if_it_ends_early, run_main
+from fmp_core.system.cli import Parser, if_it_ends_early, run_main
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,12 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of every defense")
     parser.add_argument("--launcher", choices=["local", "slurm"], default="local", help="where jobs run")
     parser.add_argument(
-        "--slurm", type=file_path, metavar="FILE", help="YAML with what slurm: may hold in a sweep file: partition, ..."
+        "--slurm", type=Path, metavar="FILE", help="YAML with what slurm: may hold in a sweep file: partition, ..."
     )
     parser.add_argument("--dry_run", action="store_true", help="print the commands of what would run")
     parser.add_argument("--no_run", action="store_true", help="show the results that are there")
-    parser.add_argument("--csv", type=file_path, metavar="FILE", help="write the tables there")
-    parser.add_argument("--markdown", type=file_path, metavar="FILE", help="write the tables there")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the tables there")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
     parser.add_argument("--output", default=".", metavar="FOLDER", help="folder of the figures")
     args = parser.parse_args(argv)
     if not args.table and not args.figure:

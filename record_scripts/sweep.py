@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "defense"))  # this
 
 from fmp_core.sweeps.plan import read_sweep
 from fmp_core.sweeps.run import run_sweep
-from fmp_core.system.cli import Parser, file_path, if_it_ends_early, run_main
+from fmp_core.system.cli import Parser, if_it_ends_early, run_main
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("sweep", __doc__)
-    parser.add_argument("sweep", type=file_path, metavar="SWEEP.yaml")
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     parser.add_argument("--launcher", choices=["local", "slurm", "submitit-local"], default="local", help="default: local")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and what is done, run nothing")
     args = parser.parse_args(argv)

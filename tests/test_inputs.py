@@ -92,8 +92,14 @@ def test_a_class_folder_that_is_missing_is_noticed_without_triggered_images(colo
         shutil.rmtree(colours / "data" / "colours" / split / "class0")
     path = colours / "record" / NAME / "attack_result.pt"
     torch.save({**torch.load(path, weights_only=False), "bd_test": None}, path)
-    with pytest.raises(UserError, match=f"training images of {CLASSES - 1} classes, but the record's model {CLASSES}"):
+    with pytest.raises(UserError, match=f"has folders of {CLASSES - 1} classes, but the record's model has {CLASSES}"):
         load_inputs(settings, NAME, torch.device("cpu"))
+    (colours / "data" / "colours").rename(colours / "data" / "gtsrb")
+    for part in ("train", "test"):
+        for number, folder in enumerate(sorted((colours / "data" / "gtsrb" / part).iterdir())):
+            folder.rename(folder.with_name(f"{number:05d}"))  # numbers are labels, whichever are missing
+    torch.save({**torch.load(path, weights_only=False), "clean_data": "gtsrb"}, path)
+    assert load_inputs(settings, NAME, torch.device("cpu")).test.clean_labels.max() == CLASSES - 2
 
 
 def test_a_record_has_a_name_wherever_the_command_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

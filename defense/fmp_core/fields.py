@@ -26,7 +26,6 @@ from fmp_core.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 LARGEST_YAML = 2**18  # bytes; ours have 3000
-LARGEST_NUMBER = 3e38  # of float32, in which torch computes
 REQUIRED = dataclasses.MISSING  # the default of a setting that has none
 
 
@@ -66,12 +65,12 @@ def integer(low: int, high: int | None = None, metavar: str = "N") -> Kind:
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, metavar: str = "") -> Kind:
-    """A number in [low, high], or ]low, high] with ``above``, that float32 can hold; fractions such as ``1/255`` will do."""
+    """A finite number in [low, high], or ]low, high] with ``above``; fractions such as ``1/255`` are welcome."""
 
     def parse(value: Any) -> float:
         numerator, slash, denominator = str(value).partition("/")
         result = float(numerator) / (float(denominator) if slash else 1)
-        return _checked(result, (low < result if above else low <= result) and result <= min(high, LARGEST_NUMBER))
+        return _checked(result, math.isfinite(result) and (low < result if above else low <= result) and result <= high)
 
     bound = f"above {low:g}" if above else f"of at least {low:g}"
     return Kind(parse, f"a number {bound}" + (f" and at most {high:g}" if high < math.inf else ""), metavar)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fmp_core.data.attack_record import AttackRecord, read_attack_record
 from fmp_core.data.clean_subset import choose_subset, in_mixed_order
-from fmp_core.data.datasets import DatasetFacts, Split, check_labels, dataset_facts, open_split
+from fmp_core.data.datasets import DatasetFacts, Split, check_labels, dataset_facts, known_name, open_split
 from fmp_core.errors import UserError
 from fmp_core.models.build import PixelModel, load_model, outputs_in_training
 from fmp_core.models.evaluate import TestData, even_sample, to_unit
@@ -64,10 +64,10 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
     for split in (train_set, test_set):
         check_labels(split, record.num_classes, record.dataset)
     known = int(train_set.labels.max()) + 1
-    if known < record.num_classes:
+    if known < record.num_classes and known_name(record.dataset) is None and not len(record.bd_test):
         raise UserError(
-            f"Dataset {record.dataset} has training images of {known} classes, but the record's model {record.num_classes}. "
-            "Where classes are folders, a missing one shifts the labels of others; complete them, or check --dataset_path."
+            f"{record.dataset} has folders of {known} classes, but the record's model has {record.num_classes}, and without "
+            "the labels of triggered images nothing says which are missing; complete the folders, or check --dataset_path."
         )
     subset = choose_subset(len(train_set), settings.ratio, settings.random_seed, settings.index)
     if settings.index is not None:
@@ -104,8 +104,17 @@ def _check_trainable(network: nn.Module, record: AttackRecord) -> None:
         ) from None
 
 
+def can_be_trained(inputs: Inputs) -> bool:
+    """Whether images are large enough for every part of the model that is used in training."""
+    try:
+        _check_trainable(inputs.defender.model.network, inputs.record)
+    except UserError:
+        return False
+    return True
+
+
 def record_folder(record_root: str, result_file: str) -> Path:
-    """The folder of the record ``--result_file``, under a name of its own where that ends in ``..``.
+    """The folder of the record ``--result_file``, resolved where that ends in ``.`` or ``..``, which name no record.
 
     Raises UserError if it is the path of a record, as shells complete it, and not its name.
     """

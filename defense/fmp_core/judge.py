@@ -28,7 +28,7 @@ from fmp_core.data.names import ATTACK_FILE
 from fmp_core.data.write_record import write_attack_record
 from fmp_core.errors import UserError, what_is_there
 from fmp_core.fields import as_text
-from fmp_core.inputs import Inputs, describe, load_inputs
+from fmp_core.inputs import Inputs, can_be_trained, describe, load_inputs
 from fmp_core.inversion.verdict import in_words
 from fmp_core.models.build import PixelModel, load_model
 from fmp_core.models.evaluate import even_sample, predict
@@ -90,7 +90,7 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
         verdict = test_for_backdoor(inputs.defender, settings, RunFolder.of(settings, folder).shared, stages)
     finally:
         logs.close()
-    repair = _repair_command(settings) if verdict.backdoored else None
+    repair = _repair_command(settings, can_be_trained(inputs)) if verdict.backdoored else None
     found = {"model_file": str(model_file), "accuracy": accuracy, "verdict": verdict.as_dict(), "repair": repair}
     content = {**found, **_conditions(inputs, settings, device, stages)}
     write_text(folder / VERDICT_FILE, json.dumps(content, indent=2, default=str) + "\n")
@@ -253,8 +253,21 @@ def _conditions(inputs: Inputs, settings: Settings, device: Device, stages: Stag
     }
 
 
-def _repair_command(settings: Settings) -> str:
-    """The command that repairs the model."""
-    names = ("preset", "result_file", "record_root", "dataset_path", "ratio", "mean", "std", "device", "random_seed", "dtype")
+def _repair_command(settings: Settings, trainable: bool = True) -> str:
+    """The command that repairs the model; by pruning alone if it is not ``trainable`` on such images."""
+    settings = settings if trainable else replace(settings, epochs=0)
+    names = [
+        "preset",
+        "result_file",
+        "record_root",
+        "dataset_path",
+        "ratio",
+        "mean",
+        "std",
+        "device",
+        "random_seed",
+        "dtype",
+        "epochs",
+    ]
     script = from_here(PROJECT / "defense" / "fmp.py")
     return command({name: getattr(settings, name) for name in names}).replace("defense/fmp.py", script, 1)

@@ -149,19 +149,19 @@ class Settings:
     )
     epochs: int = _training(10, integer(0), "fine-tuning epochs; 0 prunes and evaluates only")
     batch_size: int = _batch(256, integer(2), "batch size of fine-tuning, and of the mean loss of tests")
-    lr: float = _training(0.01, number(0, above=True), "learning rate")
+    lr: float = _training(0.01, number(0, 1e30, above=True), "learning rate")
     lr_scheduler: str = _training(
         "CosineAnnealingLR",
         choice("CosineAnnealingLR", "StepLR", "MultiStepLR", "ReduceLROnPlateau"),
         "learning-rate schedule, per epoch",
     )
     steplr_stepsize: int = _training(5, integer(1), "StepLR: epochs between steps")
-    steplr_gamma: float = _training(0.1, number(0, above=True, metavar="FACTOR"), "StepLR, MultiStepLR: factor of a step")
+    steplr_gamma: float = _training(0.1, number(0, 10, above=True, metavar="FACTOR"), "StepLR, MultiStepLR: factor of a step")
     steplr_milestones: tuple[int, ...] = _training(
         (5, 8), numbers(integer(1), "epochs separated by commas, such as 5,8", "N,N"), "MultiStepLR: epochs of the steps"
     )
     sgd_momentum: float = _training(0.9, number(0, 1), "momentum of SGD")
-    wd: float = _training(5e-4, number(0), "weight decay of SGD")
+    wd: float = _training(5e-4, number(0, 1e30), "weight decay of SGD")
     amp: bool = _training(True, BOOLEAN, "train under bfloat16 autocast where the device has it in hardware")
     client_optimizer: str = _tuning("sgd", choice("sgd"), "optimizer of fine-tuning")
 

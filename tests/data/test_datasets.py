@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dataset_files import CIFAR, random_pixels, save_image, write_mnist
+from fmp_core import PROJECT
 from fmp_core.data.datasets import FACTS, dataset_facts, known_name, open_split
 from fmp_core.data.images import read_images
 from fmp_core.errors import UserError
@@ -113,3 +115,13 @@ def test_small_files_that_decode_to_very_many_pixels_are_refused(tmp_path: Path)
     assert read_images(files, CIFAR, 180_000).shape == (3, 3, 32, 32)
     with pytest.raises(UserError, match="it has 300x200 pixels"):
         read_images(files, CIFAR, 179_999)
+
+
+def test_the_page_of_records_states_every_normalisation() -> None:
+    page = (PROJECT / "docs" / "records.md").read_text(encoding="utf-8")
+    for name, facts in FACTS.items():
+        if facts.mean != (0.0, 0.0, 0.0):
+            mean, std = (", ".join(map(str, values)) for values in (facts.mean, facts.std))
+            assert f"| `{name}` | {mean} | {std} |" in page
+        else:
+            assert re.search(rf"`{name}`.*every other name \| 0 \| 1 \|", page)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import judge_model
@@ -33,6 +34,7 @@ def test_the_model_is_repaired_by_the_settings_that_it_was_judged_by(tmp_path: P
     places = {"record_root": str(tmp_path / "my records"), "dataset_path": str(tmp_path / "data"), "result_file": "a-model"}
     settings = load_settings({**given, **places, "preset": "strong"})
     assert repair(judge._repair_command(settings)) == settings
+    assert repair(judge._repair_command(settings, trainable=False)) == replace(settings, epochs=0)
 
 
 def test_a_share_that_is_given_is_used_and_otherwise_enough_images(

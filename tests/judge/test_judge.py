@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import judge_model
@@ -18,6 +19,8 @@ from fmp_core.inversion import trigger, verdict
 from fmp_core.inversion.verdict import in_words
 from fmp_core.models.build import build_model
 from fmp_core.results.collect import collect
+from fmp_core.results.summary import RunSummary
+from fmp_core.settings import Settings
 from judged import run, trained
 from narrow_resnet import NARROW_RESNET
 
@@ -42,6 +45,7 @@ def test_a_model_is_judged_and_its_record_can_be_defended(
     written = json.loads((place / "record" / "model" / "verdict.json").read_text())
     assert in_words(written["verdict"]) in out and str(Path("record", "model", "verdict.json")) in out
     assert written["accuracy"] == 1 and written["model_file"] == "model.pth" and written["attack_result"] == record.digest
+    assert written.keys() - {"model_file", "accuracy", "repair"} < {field.name for field in fields(RunSummary)}
     assert (written["repair"] is None) == ("To repair it" not in out) == (not written["verdict"]["backdoored"])
 
     assert fmp_main(["--result_file", "model", "--device", "cpu", *FLAGS, "--report", "True"]) == 0
@@ -165,3 +169,7 @@ def test_images_may_be_too_small_for_training(place: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(inputs, "outputs_in_training", too_small)
     assert run() == 0
+    loaded = inputs.load_inputs(Settings(result_file="model", epochs=0), "model", torch.device("cpu"))
+    assert not inputs.can_be_trained(loaded)
+    monkeypatch.undo()
+    assert inputs.can_be_trained(loaded)

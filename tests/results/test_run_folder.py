@@ -285,3 +285,5 @@ def test_records_of_one_name_have_folders_of_their_own(tmp_path: Path) -> None:
     one, other = (run_folder.RunFolder.of(settings, tmp_path / dataset / "badnet") for dataset in ("cifar10", "gtsrb"))
     assert one.path == tmp_path / "out" / "cifar10" / "badnet" / "defense" / "fmp" != other.path
     assert one.checkpoints == tmp_path / "epochs" / "cifar10" / "badnet" / "fmp" != other.checkpoints
+    itself = run_folder.RunFolder.of(dataclasses.replace(settings, record_root=str(tmp_path / "badnet")), tmp_path / "badnet")
+    assert itself.checkpoints == tmp_path / "epochs" / "badnet" / "fmp"  # --result_file .

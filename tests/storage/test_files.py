@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from fmp_core.storage import files
@@ -40,6 +41,14 @@ def test_a_file_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_missing_folders_are_made(tmp_path: Path):
     write_text(tmp_path / "x" / "y" / "a.txt", "text")
     assert (tmp_path / "x" / "y" / "a.txt").read_text() == "text"
+
+
+def test_a_relative_path_is_not_taken_for_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As pandas would."""
+    monkeypatch.chdir(tmp_path)
+    with replacing("~/table.csv") as temporary:
+        pd.DataFrame({"a": [1]}).to_csv(temporary)
+    assert (tmp_path / "~" / "table.csv").is_file()
 
 
 def test_until_the_end_the_old_content_stands(tmp_path: Path):

@@ -47,6 +47,15 @@ def test_flags_are_not_abbreviated_and_a_wrong_one_is_one_sentence(capsys: pytes
     assert capsys.readouterr().err == said
 
 
+def test_a_home_that_shells_leave_is_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = Parser("tool")
+    parser.add_argument("--folder")
+    parser.add_argument("word")
+    given = vars(parser.parse_args(["--folder=~/x=~", "~/y"]))  # a quoted word is meant as it is
+    assert given == {"folder": "/home/me/x=~", "word": "~/y"}
+
+
 def test_a_function_that_returns_gives_its_exit_code():
     assert run_main("tool", lambda: None) == 0
     assert run_main("tool", lambda: 1) == 1
@@ -119,8 +128,13 @@ def test_a_signal_that_makes_an_import_fail_is_an_interruption(capsys: pytest.Ca
         except KeyboardInterrupt:
             raise RecursionError from None  # as numpy does
 
-    assert run_main("tool", importing) == 130
-    assert "tool: interrupted" in capsys.readouterr().err
+    def writing() -> None:
+        with if_it_ends_early("a table is half written"):
+            importing()
+
+    for work, left in ((importing, "earlier results are unchanged"), (writing, "a table is half written")):
+        assert run_main("tool", work) == 130
+        assert f"tool: interrupted; {left}" in capsys.readouterr().err
 
 
 def test_streams_that_are_closed_and_a_backend_of_a_notebook_are_no_reason_to_fail():
@@ -128,7 +142,7 @@ def test_streams_that_are_closed_and_a_backend_of_a_notebook_are_no_reason_to_fa
     code = "import sys; sys.path.insert(0, 'defense'); from fmp_core.system.cli import run_main\n"
     code += "def work():\n import matplotlib.figure\n sys.stderr.isatty(), sys.stdout.isatty()\n return 7\n"
     code += "sys.exit(run_main('tool', work))"
-    backend = {"MPLBACKEND": "module://matplotlib_inline.absent"}
+    backend = {"MPLBACKEND": "absent"}
     command = ["sh", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable, code]
     assert subprocess.run(command, cwd=PROJECT, env={**os.environ, **backend}, check=False).returncode == 7
 

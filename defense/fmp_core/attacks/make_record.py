@@ -169,7 +169,7 @@ def image_size_of(record: RecordSettings) -> Size:
 
 def with_dataset_name(record: RecordSettings) -> RecordSettings:
     """``record`` with its dataset as a record calls it. A path given as ``--dataset`` is split: a record holds a name only."""
-    path = Path(record.dataset).expanduser()
+    path = Path(record.dataset)
     is_path = path.name != record.dataset.rstrip("/")  # "cifar10/" is a name
     if is_path:
         record = replace(record, dataset_path=str(path.parent))

@@ -121,9 +121,10 @@ def _attack_record(
     num_classes = integer(content["num_classes"])
     height, width, channels = integers(content["img_size"])
     if not 2 <= num_classes <= MOST_CLASSES:
-        raise ValueError(f"num_classes is {brief(num_classes)}")
+        raise ValueError(f"num_classes is {brief(num_classes)}, but must be 2 to {MOST_CLASSES}")
     if not (0 < height <= 4096 and 0 < width <= 4096 and channels in (1, 3)):
-        raise ValueError(f"img_size is {brief(content['img_size'])}, but must be (height, width, channels)")
+        shape = "(height, width, channels), at most 4096, 4096, and 1 or 3"
+        raise ValueError(f"img_size is {brief(content['img_size'])}, but must be {shape}")
     size = (height, width, channels)
     bd_test = content["bd_test"]
     if not (bd_test is None or isinstance(bd_test, Mapping)):

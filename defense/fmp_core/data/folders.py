@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from fmp_core.data.images import Size, Split, file_split
 
-HIDDEN = (".", "__MACOSX")  # how names begin that nobody means
+HIDDEN = (".", "__MACOSX")  # beginnings of names that are no part of a dataset
 LARGEST_TABLE = 256 * 2**20  # bytes; CelebA's has 27 million
 LOGGER = logging.getLogger("fmp_core")
 

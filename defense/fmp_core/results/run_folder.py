@@ -61,7 +61,7 @@ class RunFolder:
         """
         root = Path(settings.record_root)
         name = record.relative_to(root) if record.is_relative_to(root) else Path(record.name)
-        if ".." in name.parts:
+        if ".." in name.parts or not name.name:
             name = Path(record.name)
         home = Path(settings.save_folder) / name if settings.save_folder else record
         path, shared = home / "defense" / settings.defense_name, home / "defense" / "fmp"

@@ -28,7 +28,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     After an exception (or a kill) ``path`` is what it was before. The temporary name keeps the suffix, because
     matplotlib and pandas choose the format by it.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # pandas takes a relative "~" for the user's home
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)

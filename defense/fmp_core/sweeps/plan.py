@@ -35,7 +35,6 @@ from fmp_core.sweeps.jobs import Job
 
 OURS = {"fmp": "frg", "ft-only": "none", "random-prune": "random"}  # name in a sweep -> --selection
 GIVEN = {*names(Stage.NAMING, Stage.NO_EFFECT, decides=False), "device"}  # settings that the sweep itself gives, or nobody
-FOLDER_NAME = r"\w[\w.-]*"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Sweep:
     """A sweep file. Every field is a key of it; see docs/sweeps.md."""
 
     name: str = setting(
-        REQUIRED, pattern(FOLDER_NAME, "letters, digits, '-', '_' or '.'; it names a folder"), "the folder below sweeps/"
+        REQUIRED, pattern(r"\w[\w.-]*", "letters, digits, '-', '_' or '.'; it names a folder"), "the folder below sweeps/"
     )
     records: Sequence[Any] = setting(REQUIRED, list_of(ANYTHING), "names of records, or flags of make_record.py")
     defenses: Sequence[Any] = setting(REQUIRED, list_of(ANYTHING), "names of defenses, or a name and settings")

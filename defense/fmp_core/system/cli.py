@@ -33,15 +33,20 @@ class Parser(argparse.ArgumentParser):
 
         super().__init__(prog, description=description, formatter_class=formatter, allow_abbrev=False, **more)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_home(word) for word in words], namespace)
+
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
             message += did_you_mean(unknown[1], self._option_string_actions)
         self.exit(2, f"{self.prog}: {message}; --help lists the flags.\n")
 
 
-def file_path(value: str) -> Path:
-    """A path on the command line, whose ``~`` is the user's home, which shells leave after ``--flag=``."""
-    return Path(value).expanduser()
+def _with_home(word: str) -> str:
+    """``--flag=~/x`` with the user's home, as shells write it in ``--flag ~/x``."""
+    flag, given, value = word.partition("=")
+    return f"{flag}={os.path.expanduser(value)}" if given and flag.startswith("--") else word
 
 
 def from_here(path: Path) -> str:
@@ -109,9 +114,10 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _stopping_gently() -> Iterator[None]:
-    """Raise :class:`Terminated` in the block on SIGTERM and SIGHUP, so that locks, files and checkpoints are left in order.
+    """Raise KeyboardInterrupt in the block on SIGINT, :class:`Terminated` on SIGTERM and SIGHUP, so that locks, files and
+    checkpoints are left in order.
 
-    SIGHUP only where it is not ignored, as under nohup. A signal in the middle of an import may make a library fail otherwise
+    Signals that are ignored (SIGHUP under nohup) stay so. A signal in the middle of an import may make a library fail otherwise
     (numpy: RecursionError); that is raised as the signal, too.
     """
     came: list[KeyboardInterrupt] = []
@@ -130,8 +136,9 @@ def _stopping_gently() -> Iterator[None]:
         yield
     except (UserError, OSError):
         raise
-    except Exception:
+    except Exception as error:
         if came:
+            came[0].__dict__.update(error.__dict__)  # which results are left
             raise came[0] from None
         raise
     finally:
