@@ -132,9 +132,13 @@ def test_a_signal_that_makes_an_import_fail_is_an_interruption(capsys: pytest.Ca
         with if_it_ends_early("a table is half written"):
             importing()
 
-    for work, left in ((importing, "earlier results are unchanged"), (writing, "a table is half written")):
-        assert run_main("tool", work) == 130
-        assert f"tool: interrupted; {left}" in capsys.readouterr().err
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # of a command in the background it is ignored
+    try:
+        for work, left in ((importing, "earlier results are unchanged"), (writing, "a table is half written")):
+            assert run_main("tool", work) == 130
+            assert f"tool: interrupted; {left}" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_streams_that_are_closed_and_a_backend_of_a_notebook_are_no_reason_to_fail():
