@@ -29,9 +29,12 @@ if __name__ == "__main__":  # flags are parsed, and --help is answered, before t
 import argparse
 import dataclasses
 import logging
+import threading
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+from fmp_core.errors import UserError
 from fmp_core.inputs import describe, load_inputs
 from fmp_core.metrics import in_percent
 from fmp_core.models.evaluate import Evaluation, Metrics, evaluate
@@ -39,13 +42,13 @@ from fmp_core.models.pruning import prune_feature_maps
 from fmp_core.repair.finetune import FineTuning
 from fmp_core.report.page import write_report
 from fmp_core.results.run_folder import History, RunFolder
-from fmp_core.selection.choice import Selection
+from fmp_core.selection.choice import Selection, check_selection
 from fmp_core.selection.select import Select, select_feature_maps
 from fmp_core.settings import add_arguments, load_settings, unused
 from fmp_core.storage.lock import locked
 from fmp_core.system import distributed, logs
 from fmp_core.system.cli import Stages, if_it_ends_early
-from fmp_core.system.devices import choose_device, make_deterministic
+from fmp_core.system.devices import as_in_a_fresh_process, choose_device
 from fmp_core.system.progress import Progress
 from fmp_core.system.versions import versions
 
@@ -55,6 +58,7 @@ except ImportError:  # no BackdoorBench around us
     defense = object
 
 LOGGER = logging.getLogger("fmp_core")
+RUNNING = threading.Lock()
 
 
 class FMP(defense):
@@ -69,8 +73,8 @@ class FMP(defense):
         UserError: a setting is unknown or impossible; later, the record or the data is not usable.
     """
 
-    def __init__(self, args: argparse.Namespace | dict[str, Any] | None = None, select: Select = select_feature_maps):
-        self.settings = load_settings(args if isinstance(args, dict) else vars(args) if args else {})
+    def __init__(self, args: argparse.Namespace | Mapping[str, Any] | None = None, select: Select = select_feature_maps):
+        self.settings = load_settings(args if isinstance(args, Mapping) else vars(args) if args else {})
         self.device = distributed.join(choose_device(self.settings.device))
         self.select = select
         self.stages = Stages()
@@ -80,6 +84,7 @@ class FMP(defense):
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_arguments(parser)
 
+    @as_in_a_fresh_process()
     def set_result(self, result_file: str) -> None:
         """Read the record, its model and all images; nothing is written yet, so bad input leaves no trace."""
         self.settings = dataclasses.replace(self.settings, result_file=result_file)  # which the results tell
@@ -104,13 +109,17 @@ class FMP(defense):
         for sentence in unused(self.settings, "trigger" if other else self.settings.selection):
             LOGGER.warning(sentence)
 
+    @as_in_a_fresh_process()
     def mitigation(self) -> dict[str, Any]:
         """Algorithm 1: rank the feature maps, prune the lowest, fine-tune. The poisoned test set is only ever evaluated on."""
-        make_deterministic()
+        if self.evaluations:  # called again: the model is no longer the attacked one
+            self.set_result(str(self.settings.result_file))
         settings, defender = self.settings, self.inputs.defender
         if distributed.is_leader():
             self.evaluate("before")
         selection = self.select(defender, settings, self.folder.shared, self.stages)
+        if self.select is not select_feature_maps:
+            selection = check_selection(selection, defender.layers, self.select)
         own = self.stages.cpu_seconds()
         self.stages.cpu_elsewhere = distributed.total(own) - own
         if not distributed.is_leader():  # one process goes on from here
@@ -120,7 +129,7 @@ class FMP(defense):
         LOGGER.info("pruned %d of %d feature maps; %d tied at a cut", selection.pruned, len(selection.mask), selection.ties)
         history = self.fine_tune(fine_tuning, selection)
         metrics = self.write(selection, history)
-        defender.model.eval()
+        defender.model.eval().zero_grad(set_to_none=True)
         if not settings.epochs and not fine_tuning.state.exists():  # with one, they are of an interrupted run
             self.folder.remove_epochs()
         fine_tuning.forget()
@@ -166,8 +175,14 @@ class FMP(defense):
         return summary.as_dict()
 
     def defense(self, result_file: str) -> dict[str, Any]:
-        self.set_result(result_file)
-        self.folder.check()
-        with locked(self.folder.path, self.settings.wait) if distributed.is_leader() else nullcontext():
-            self.set_logger()
-            return self.mitigation()
+        if not RUNNING.acquire(blocking=False):
+            raise UserError("Another thread runs FMP, and all threads share their random numbers; start another process.")
+        try:
+            self.set_result(result_file)
+            self.folder.check()
+            with locked(self.folder.path, self.settings.wait) if distributed.is_leader() else nullcontext():
+                self.set_logger()
+                return self.mitigation()
+        finally:
+            logs.close()
+            RUNNING.release()

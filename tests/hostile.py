@@ -275,8 +275,8 @@ INDICES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a million digits": (lambda file: file.write_text("9" * 10**6), "index"),
     "bytes": (lambda file: file.write_bytes(b"\xff\xfe\x00"), "not a text file"),
     "a sparse terabyte": (lambda file: (file.touch(), os.truncate(file, 2**40)), "larger than"),
-    "an endless device": (lambda file: file.symlink_to("/dev/zero"), "cannot be read"),
-    "a pipe": (os.mkfifo, "cannot be read"),
+    "an endless device": (lambda file: file.symlink_to("/dev/zero"), "is no regular file"),
+    "a pipe": (os.mkfifo, "is no regular file"),
 }
 
 

@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from command import SHORT
 from conftest import call_fmp
-from fmp_core.system.devices import make_deterministic
+from fmp_core.system.devices import as_in_a_fresh_process
 from made_records import make, write_toys
-
-
-@pytest.fixture(autouse=True)
-def any_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch begins, but for the search for the fastest kernels, which is off."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 def same_kernels() -> bool:
     return torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 
-def test_kernels_are_neither_searched_for_nor_free() -> None:
-    assert not same_kernels()
-    make_deterministic()
-    assert torch.backends.cudnn.deterministic is True and torch.backends.cudnn.benchmark is False
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[bool]]:
+    """Whether the same kernels were asked for when a module computed; before and after a program they are not."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    found: set[bool] = set()
+    hook = register_module_forward_pre_hook(lambda *_: found.add(same_kernels()))
+    yield found
+    hook.remove()
+    assert torch.backends.cudnn.deterministic is False and torch.backends.cudnn.benchmark is True
 
 
-def test_a_run_asks_for_them_and_a_quiet_one_prints_nothing(workplace: Path) -> None:
+def test_kernels_are_neither_searched_for_nor_free(seen: set[bool]) -> None:
+    with as_in_a_fresh_process():
+        assert torch.backends.cudnn.deterministic is True and torch.backends.cudnn.benchmark is False
+
+
+def test_a_run_asks_for_them_and_a_quiet_one_prints_nothing(workplace: Path, seen: set[bool]) -> None:
     ran = call_fmp(*SHORT, "--quiet")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
-    assert same_kernels()
+    assert seen == {True}
 
 
-def test_a_record_is_made_with_them(tmp_path: Path) -> None:
+def test_a_record_is_made_with_them(tmp_path: Path, seen: set[bool]) -> None:
     write_toys(tmp_path)
     make(tmp_path, tmp_path, "--attack", "none", "--epochs", "1", "--limit_train", "8")
-    assert same_kernels()
+    assert seen == {True}

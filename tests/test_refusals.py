@@ -126,7 +126,7 @@ BAD_FLAGS: dict[tuple[str, ...], str] = {
     ("--yaml_path", "record"): "--yaml_path record is a folder",
     ("--yaml_path", "unknown.yaml"): "unknown key 'epsilon' (did you mean eps?); known keys: ",
     ("--dataset_path", "elsewhere"): "Dataset folder elsewhere/cifar10 does not exist",
-    ("--index", "gone.txt"): "--index gone.txt cannot be read",
+    ("--index", "gone.txt"): "--index gone.txt does not exist",
     ("--index", "large.txt"): "names image 50",
     ("--epsilon", "1"): "unrecognized arguments: --epsilon 1",
     ("--epoch", "3"): "unrecognized arguments: --epoch 3 (did you mean --epochs?)",

@@ -40,7 +40,7 @@ from fmp_core.storage.files import write_text
 from fmp_core.storage.torch_file import NotDataError, load_torch_file
 from fmp_core.system import logs
 from fmp_core.system.cli import Stages, from_here
-from fmp_core.system.devices import Device, choose_device, make_deterministic
+from fmp_core.system.devices import Device, as_in_a_fresh_process, choose_device
 from fmp_core.system.versions import versions
 
 LOGGER = logging.getLogger("fmp_core")
@@ -61,6 +61,7 @@ USUAL_NORMALISATIONS = {  # mean, std
 }
 
 
+@as_in_a_fresh_process()
 def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, Any]) -> list[str]:
     """Judge the model whose weights ``model_file`` holds; returns the lines that say the outcome and what to do next.
 
@@ -78,7 +79,6 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
     folder, total, is_new = _write_or_compare_record(model_file, replace(record, save_folder_name=name))
     if "ratio" not in flags:
         settings = replace(settings, ratio=max(settings.ratio, min(1.0, math.ceil(100 * ENOUGH_IMAGES / total) / 100)))
-    make_deterministic()
     try:
         with _removed_if_refused(folder if is_new else None):
             inputs = load_inputs(replace(settings, epochs=0), name, device.device)  # a verdict trains nothing

@@ -17,7 +17,7 @@ from fmp_core.models.pruning import parts_of, set_to_zero
 from fmp_core.models.training import Epoch, Trainer, _InBfloat16
 from fmp_core.settings import Settings
 from fmp_core.storage.checkpoint import Checkpoint
-from fmp_core.system.devices import choose_device, has_fast_bfloat16, make_deterministic
+from fmp_core.system.devices import choose_device, has_fast_bfloat16
 from scoring import score_feature_maps
 from torch import nn
 from toy import SmallPreActResNet, needs_cuda
@@ -45,7 +45,7 @@ def test_a_thread_of_data_parallel_computes_in_bfloat16() -> None:
 
 def start(device: str = "cuda:0", checkpoint: Checkpoint | None = None, **changes: Any) -> tuple[nn.Module, Iterator[Epoch]]:
     """A model, and its training on ten images in batches of four."""
-    make_deterministic()
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     model, images, labels = toy_case(SmallPreActResNet, count=10)
     settings = Settings(**{"epochs": 3, "batch_size": 4, "amp": False, **changes})
     chosen = choose_device(device)

@@ -17,6 +17,7 @@ from fmp_core.models.build import build_model
 from fmp_core.settings import FIELDS, PROJECT, Settings, add_arguments, load_settings
 from judged import run
 from narrow_resnet import NARROW_RESNET
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 def repair(command: str) -> Settings:
@@ -37,15 +38,19 @@ def test_the_model_is_repaired_by_the_settings_that_it_was_judged_by(tmp_path: P
     assert repair(judge._repair_command(settings, trainable=False)) == replace(settings, epochs=0)
 
 
-def test_a_share_that_is_given_is_used_and_otherwise_enough_images(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A GPU is asked for the same kernels each time."""
+def test_a_gpu_is_asked_for_the_same_kernels_each_time(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    seen: set[bool] = set()
+    hook = register_module_forward_pre_hook(lambda *_: seen.add(torch.backends.cudnn.deterministic))
+    assert run() == 0
+    hook.remove()
+    assert seen == {True} and not torch.backends.cudnn.deterministic
+
+
+def test_a_share_that_is_given_is_used_and_otherwise_enough_images(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, images in (((), 32), (("--ratio", "0.5"), 16)):
         assert run(*flags) == 0
         assert f"clean     {images} training images\n" in capsys.readouterr().err
-    assert torch.backends.cudnn.deterministic
 
 
 @pytest.mark.parametrize(("wanted", "images"), [(1, 3), (7, 7), (1000, 32)])

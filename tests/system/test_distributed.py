@@ -63,6 +63,10 @@ def test_a_cluster_that_sets_only_some_variables_is_no_torchrun(monkeypatch: pyt
     monkeypatch.setenv("RANK", "0")
     alone = Device(torch.device("cpu"))
     assert distributed.join(alone) is alone and not distributed.is_distributed()
+    monkeypatch.setenv("WORLD_SIZE", "1")  # left by a notebook's cell, or torchrun with one process
+    for name in {*distributed.TORCHRUN} - {"WORLD_SIZE"}:
+        monkeypatch.setenv(name, "0")
+    assert distributed.join(alone) is alone and not distributed.is_distributed()
 
 
 @pytest.mark.parametrize(("named", "taken"), [("cuda", 1), ("cuda:3,2", 2)])
@@ -70,6 +74,7 @@ def test_processes_take_the_gpus_that_are_named(named: str, taken: int, monkeypa
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     for name in distributed.TORCHRUN:
         monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     chosen: list[torch.device] = []
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)

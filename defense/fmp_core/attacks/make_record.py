@@ -46,7 +46,7 @@ from fmp_core.storage.checkpoint import Checkpoint, content_key
 from fmp_core.storage.files import make_folders, write_torch
 from fmp_core.storage.lock import locked
 from fmp_core.system import logs
-from fmp_core.system.devices import Device, choose_device, make_deterministic
+from fmp_core.system.devices import Device, as_in_a_fresh_process, choose_device
 from fmp_core.system.versions import source_digest
 
 LOGGER = logging.getLogger("fmp_core")
@@ -77,6 +77,7 @@ class Plan:
         return self.folder.with_name(f".{self.folder.name}.unfinished")
 
 
+@as_in_a_fresh_process()
 def make_record(record: RecordSettings, attack: AttackSettings, training: dict[str, object]) -> Path:
     """Poison, train, save. Returns the record folder, which appears whole (``.<name>.unfinished`` until then).
 
@@ -97,7 +98,6 @@ def make_record(record: RecordSettings, attack: AttackSettings, training: dict[s
 def _make(plan: Plan, device: Device) -> None:
     """Train the planned model and write its record."""
     record = plan.record
-    make_deterministic()
     torch.manual_seed(plan.training.random_seed)
     network = build_model(record.model, plan.num_classes)
     model = PixelModel(network, plan.facts).on(device.device)

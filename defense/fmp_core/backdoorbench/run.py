@@ -178,6 +178,8 @@ def find_script(checkout: Path, folder: str, prefix: str, name: str) -> str:
     """``folder/<prefix><name>.py`` of the checkout. Raises UserError naming those there are."""
     stems = {path.stem for path in (checkout / folder).glob(f"{prefix}*.py")} - NO_DEFENSES
     names = sorted(stem.removeprefix(prefix) for stem in stems)
+    if folder == "defense" and name == "fmp":
+        raise UserError("This runs BackdoorBench's own defenses; FMP runs by itself: python defense/fmp.py --result_file ...")
     if name not in names:
         raise UserError(f"{checkout / folder} has no {prefix}{name}.py to run; there are {', '.join(names)}.")
     return f"{folder}/{prefix}{name}.py"

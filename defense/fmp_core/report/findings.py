@@ -120,9 +120,12 @@ def warnings(run: Run, own: Pruning, precision: Precision | None, pairs: int) ->
 def command(settings: Mapping[str, Any], selected_by: str | None = None) -> str:
     """The command of a run with these settings; what it takes from the program's defaults or the preset is left out.
 
-    ``selected_by``: the script of ours and its flags (``ablate.py --rows oracle``), if FMP alone cannot repeat the run.
+    ``selected_by``: the script of ours and its flags (``ablate.py --rows oracle``), if FMP alone cannot repeat the run; or a
+    function of somebody's own (``FMP(select=...)``), and then the call is returned.
     """
     words, flags = ["python", "defense/fmp.py"], _flags(settings)
+    if selected_by and selected_by.startswith("FMP("):
+        return f"{selected_by.replace('FMP(', f'FMP({flags!r}, ', 1)}.defense({settings['result_file']!r})"
     if selected_by:
         words = ["python", *f"record_scripts/{selected_by}".split()]
         flags = {name: value for name, value in flags.items() if name not in ROWS_SET}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fmp_core.errors import UserError
 from fmp_core.frg.scores import Scores, comparison_groups, layer_slices, lowest
 from fmp_core.inversion.trigger import ALL_TO_ALL, InvertedTrigger
 from fmp_core.inversion.verdict import Verdict
@@ -25,7 +27,7 @@ class Selection:
         verdict: on the model, if triggers were inverted.
         triggers: towards the target of a backdoored model, the one of the verdict first.
         activation_change: float64 ``[N]``, how far the first trigger changes each map, if that decided.
-        selected_by: the command that selected instead of FMP (ablations); None for FMP.
+        selected_by: the command, or the caller's own function, that selected instead of FMP (ablations); None for FMP.
     """
 
     mask: Tensor
@@ -49,6 +51,22 @@ class Selection:
     def by_layer(self, layers: Sequence[ConvLayer]) -> dict[str, Tensor]:
         """Layer name -> bool ``[channels]``."""
         return {layer.name: self.mask[positions] for layer, positions in layer_slices(layers)}
+
+
+def check_selection(selection: Any, layers: Sequence[ConvLayer], select: Callable[..., Any]) -> Selection:
+    """What ``select``, a caller's own function, returned; ``selected_by`` names it if it does not say.
+
+    Raises UserError: no Selection, or one whose mask does not fit the layers.
+    """
+    name = f"{getattr(select, '__module__', '')}.{getattr(select, '__qualname__', type(select).__qualname__)}"
+    count = sum(layer.channels for layer in layers)
+    if not isinstance(selection, Selection):
+        raise UserError(f"select: {name} returned a {type(selection).__name__}, but must return a Selection.")
+    mask = selection.mask
+    if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == (count,)):
+        what = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise UserError(f"select: the mask of {name} is a {what}, but must be a torch.bool [{count}], one a feature map.")
+    return replace(selection, selected_by=selection.selected_by or f"FMP(select={name})")
 
 
 def select_lowest(scores: Scores, p: int, scope: str, verdict: Verdict | None = None) -> Selection:

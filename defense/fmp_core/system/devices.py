@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from fmp_core.errors import UserError
 
 T = TypeVar("T")
+Switch = tuple[Callable[[], Any], Callable[[Any], object], Any]  # what reads and what sets something of torch's, and a value
 
 
 @dataclass(frozen=True)
@@ -161,19 +162,54 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """A block in which a GPU's convolutions use the same kernels every time, and no product rounds float32 to TF32."""
-    products: Any = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(products, "fp32_precision") else ("allow_tf32", False)  # torch < 2.9
-    before = getattr(products, name)
-    setattr(products, name, exact)
+    """A block in which a GPU's convolutions use the same kernels every time, and no product of float32 is rounded to TF32 or
+    bfloat16, on a CPU neither."""
+    with _held([*_precisions("ieee"), *_CUDNN, _attribute(torch.backends.cudnn, "enabled", True)]):
+        yield
+
+
+@contextmanager
+def as_in_a_fresh_process() -> Iterator[None]:
+    """A block in which torch computes alike, whatever a notebook has set: float32 as it is by default, gradients, no autocast,
+    and cuDNN's same kernels every time (BB's ``fix_random`` asks for these, too). All is afterwards as it was."""
+    plain = [*_precisions("tf32"), *_CUDNN, (torch.get_default_dtype, torch.set_default_dtype, torch.float32)]
+    without = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
+    with _held(plain), torch.inference_mode(False), torch.enable_grad(), without[0], without[1]:
+        yield
+
+
+def _attribute(place: Any, name: str, value: Any) -> Switch:
+    return partial(getattr, place, name), partial(setattr, place, name), value
+
+
+_CUDNN = [_attribute(torch.backends.cudnn, "deterministic", True), _attribute(torch.backends.cudnn, "benchmark", False)]
+
+
+def _precisions(cudnn: str) -> list[Switch]:
+    """Products of float32 are float32's; in cuDNN they may be ``tf32``, which is torch's default, or ``ieee``."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
+        matrices = (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
+        return [matrices, _attribute(backends.cudnn, "allow_tf32", cudnn == "tf32")]
+    places = [(place, "ieee") for place in (backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv)]
     try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            yield
+        backends.cudnn.allow_tf32  # noqa: B018 - torch refuses to say where the new switches contradict this one
+    except RuntimeError:
+        places += [(backends.cudnn.conv, cudnn), (backends.cudnn.rnn, cudnn)]
+        older = []
+    else:
+        older = [_attribute(backends.cudnn, "allow_tf32", cudnn == "tf32")]
+    return [*older, *(_attribute(place, "fp32_precision", value) for place, value in places)]
+
+
+@contextmanager
+def _held(switches: Sequence[Switch]) -> Iterator[None]:
+    """A block in which each switch has its value."""
+    before = [read() for read, _, _ in switches]
+    try:
+        for _, put, value in switches:
+            put(value)
+        yield
     finally:
-        setattr(products, name, before)
-
-
-def make_deterministic() -> None:
-    """Ask cuDNN for the same kernels every time (BB's ``fix_random`` does the same)."""
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
+        for (_, put, _), value in zip(switches, before, strict=True):
+            put(value)

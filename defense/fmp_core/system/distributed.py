@@ -22,7 +22,7 @@ def join(device: Device) -> Device:
 
     On CUDA each takes one of the GPUs that ``--device`` names, or of all if it names none.
     """
-    if not all(name in os.environ for name in TORCHRUN):
+    if not all(name in os.environ for name in TORCHRUN) or os.environ["WORLD_SIZE"] == "1":
         return device
     own = device.device
     if own.type == "cuda":

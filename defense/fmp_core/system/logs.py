@@ -86,10 +86,14 @@ def is_shown() -> bool:
 
 
 def close() -> None:
-    """Close the log file and let the terminal be, if :func:`set_up` was called."""
-    for handler in [handler for handler in LOGGER.handlers if isinstance(handler, (LogFile, Terminal))]:
+    """Close the log file, let the terminal be, and let callers see messages again, if :func:`set_up` was called."""
+    ours = [handler for handler in LOGGER.handlers if isinstance(handler, (LogFile, Terminal))]
+    for handler in ours:
         LOGGER.removeHandler(handler)
         handler.close()
+    if ours:
+        LOGGER.setLevel(logging.NOTSET)
+        LOGGER.propagate = True
 
 
 def silence() -> None:
