@@ -172,9 +172,10 @@ def exact_convolutions() -> Iterator[None]:
 def as_in_a_fresh_process() -> Iterator[None]:
     """A block in which torch computes alike, whatever a notebook has set: float32 as it is by default, gradients, no autocast,
     and cuDNN's same kernels every time (BB's ``fix_random`` asks for these, too). All is afterwards as it was."""
-    plain = [*_precisions("tf32"), *_CUDNN, (torch.get_default_dtype, torch.set_default_dtype, torch.float32)]
-    without = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda")]
-    with _held(plain), torch.inference_mode(False), torch.enable_grad(), without[0], without[1]:
+    plain: list[Switch] = [*_precisions("tf32"), *_CUDNN, (torch.get_default_dtype, torch.set_default_dtype, torch.float32)]
+    for kind in ("cpu", "cuda"):
+        plain.append((partial(torch.is_autocast_enabled, kind), partial(torch.set_autocast_enabled, kind), False))
+    with _held(plain), torch.inference_mode(False), torch.enable_grad():
         yield
 
 
