@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -175,7 +175,8 @@ def as_in_a_fresh_process() -> Iterator[None]:
     plain: list[Switch] = [*_precisions("tf32"), *_CUDNN, (torch.get_default_dtype, torch.set_default_dtype, torch.float32)]
     for kind in ("cpu", "cuda"):
         plain.append((partial(torch.is_autocast_enabled, kind), partial(torch.set_autocast_enabled, kind), False))
-    with _held(plain), torch.inference_mode(False), torch.enable_grad():
+    outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with _held(plain), outside, torch.enable_grad():
         yield
 
 
