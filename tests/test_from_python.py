@@ -91,6 +91,10 @@ def test_settings_of_torch_and_of_logging_are_left_as_they_were(
         assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
         assert not logger.handlers and logger.propagate and logger.level == logging.NOTSET
         assert all(parameter.grad is None for parameter in result["model"].parameters())
+    monkeypatch.setattr(logger, "level", logging.ERROR)  # as a caller may have set it
+    fmp.FMP({**QUICK, "epochs": 0}).defense(RECORD)
+    assert logger.level == logging.ERROR
+    monkeypatch.undo()
     logger.warning("to the caller")
     assert "to the caller" in caplog.messages
 

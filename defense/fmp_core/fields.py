@@ -88,7 +88,7 @@ def text(metavar: str = "TEXT") -> Kind:
 
     def parse(value: Any) -> str:
         result = _checked(str(value), isinstance(value, (str, Path)) and bool(str(value)))
-        return result if expects == "a text" else os.path.expanduser(result)  # shells do not after "--flag="
+        return result if expects == "a text" else os.path.expanduser(result)  # in YAML no shell does
 
     return Kind(parse, expects, metavar)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import re
@@ -36,7 +35,7 @@ from fmp_core.report.findings import command
 from fmp_core.results.run_folder import RunFolder
 from fmp_core.selection.select import test_for_backdoor
 from fmp_core.settings import Settings, load_settings
-from fmp_core.storage.files import write_text
+from fmp_core.storage.files import write_json
 from fmp_core.storage.torch_file import NotDataError, load_torch_file
 from fmp_core.system import logs
 from fmp_core.system.cli import Stages, from_here
@@ -93,7 +92,7 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
     repair = _repair_command(settings, can_be_trained(inputs)) if verdict.backdoored else None
     found = {"model_file": str(model_file), "accuracy": accuracy, "verdict": verdict.as_dict(), "repair": repair}
     content = {**found, **_conditions(inputs, settings, device, stages)}
-    write_text(folder / VERDICT_FILE, json.dumps(content, indent=2, default=str) + "\n")
+    write_json(folder / VERDICT_FILE, content)
     lines = [f"Accuracy on clean test images: {100 * accuracy:.2f} %."]
     if accuracy < LOW_ACCURACY:
         lines.append("That is low: what follows may be about how the model was given its images, not about a backdoor.")
@@ -247,7 +246,7 @@ def _conditions(inputs: Inputs, settings: Settings, device: Device, stages: Stag
         "seconds": stages.seconds,
         "reused": stages.reused,
         "seed": settings.random_seed,
-        "device": f"{device.device} ({device.name})",
+        "device": device.full_name,
         "settings": dataclasses.asdict(settings),
         "versions": versions(),
     }
@@ -256,18 +255,9 @@ def _conditions(inputs: Inputs, settings: Settings, device: Device, stages: Stag
 def _repair_command(settings: Settings, trainable: bool = True) -> str:
     """The command that repairs the model; by pruning alone if it is not ``trainable`` on such images."""
     settings = settings if trainable else replace(settings, epochs=0)
-    names = [
-        "preset",
-        "result_file",
-        "record_root",
-        "dataset_path",
-        "ratio",
-        "mean",
-        "std",
-        "device",
-        "random_seed",
-        "dtype",
-        "epochs",
-    ]
+    names = (
+        "preset", "result_file", "record_root", "dataset_path", "ratio", "mean", "std",
+        "device", "random_seed", "dtype", "epochs",
+    )  # fmt: skip
     script = from_here(PROJECT / "defense" / "fmp.py")
     return command({name: getattr(settings, name) for name in names}).replace("defense/fmp.py", script, 1)

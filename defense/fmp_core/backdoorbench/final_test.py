@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from fmp_core.models.build import PixelModel, load_model
 from fmp_core.models.evaluate import evaluate
 from fmp_core.results.read import MODEL_DIGEST, WHOLE_TEST
 from fmp_core.settings import Settings
-from fmp_core.storage.files import file_digest, write_text
+from fmp_core.storage.files import file_digest, write_json
 from fmp_core.storage.torch_file import load_torch_file
 from fmp_core.system.devices import choose_device
 
@@ -49,4 +48,4 @@ def write_final_test(job: Job, results: Path) -> None:
     model = PixelModel(network, preprocessing(record)).on(device)
     metrics = evaluate(model, test, Settings().batch_size).metrics
     tested = {**asdict(metrics), MODEL_DIGEST: file_digest(results / DEFENSE_FILE)}
-    write_text(results / WHOLE_TEST, json.dumps(tested, indent=2) + "\n")
+    write_json(results / WHOLE_TEST, tested)

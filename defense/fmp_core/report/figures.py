@@ -13,10 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fmp_core.results.plot_style import DEFAULTS
+
 # Drawn in these colours, shown in the style sheet's variables: an SVG cannot name a CSS variable through matplotlib.
 INK, SOFT, RULE, BEFORE, AFTER, TRIGGER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 VARIABLES = {INK: "--ink", SOFT: "--soft", RULE: "--rule", BEFORE: "--before", AFTER: "--after", TRIGGER: "--trigger"}
-STYLE = matplotlib.style.context(["default", Path(__file__).parent / "assets" / "report.mplstyle"])  # in the same colours
+STYLE = matplotlib.style.context([*DEFAULTS, Path(__file__).parent / "assets" / "report.mplstyle"])  # in the same colours
 SHARES = {  # of fmp_df.csv: column -> (label, colour)
     "train_acc": ("train Acc", BEFORE),
     "test_acc": ("Acc", INK),

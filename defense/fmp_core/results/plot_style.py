@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.style
 
-# Use as a decorator of what draws or saves a plot. Names of records and defenses are shown as they are, also with a "$".
-PLAIN = matplotlib.style.context(["default", {"text.parse_math": False, "svg.hashsalt": "fmp"}])
+DEFAULTS: list[Any] = [
+    "default",
+    {"text.parse_math": False, "svg.hashsalt": "fmp"},
+]  # a "$" in a name is a "$"; the same SVG each time
+PLAIN = matplotlib.style.context(DEFAULTS)  # a decorator for what draws or saves a plot

@@ -141,7 +141,7 @@ class RunFolder:
                 reused=stages.reused,
                 cpu_seconds=stages.cpu_seconds(),
                 seed=self.settings.random_seed,
-                device=f"{device.device} ({device.name})",
+                device=device.full_name,
                 settings=dataclasses.asdict(self.settings),
                 versions=versions(),
                 removal=attack_outcome(predictions, diverged),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,7 +11,7 @@ from fmp_core.errors import UserError
 from fmp_core.metrics import HEADLINES, METRICS
 from fmp_core.results.removal import DIVERGED, OUTCOMES
 from fmp_core.results.values import is_of_type, read_json
-from fmp_core.storage.files import write_text
+from fmp_core.storage.files import write_json
 
 MUCH_ACCURACY = 0.03
 ADVISE_MORE_BELOW = 500
@@ -59,7 +58,7 @@ class RunSummary:
 
     def write(self, path: Path) -> None:
         """Write readable JSON, whole or not at all."""
-        write_text(path, json.dumps(self.as_dict(), indent=2, default=str) + "\n")
+        write_json(path, self.as_dict())
 
     @staticmethod
     def read(path: Path) -> RunSummary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import platform
 import re
@@ -207,6 +208,11 @@ def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path``, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be Unicode
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write ``content`` as readable JSON, whole or not at all; what JSON does not know, such as paths, as text."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def write_torch(path: str | Path, obj: Any) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from fmp_core.data.names import ATTACK_FILE, DEFENSE_FILE
 from fmp_core.errors import UserError
 from fmp_core.results.read import STAMP, SWEEP_MARK, Result, read_result, read_stamp
-from fmp_core.storage.files import aside_by_sweep, bring_back, file_digest, put_aside, write_text
+from fmp_core.storage.files import aside_by_sweep, bring_back, file_digest, put_aside, write_json, write_text
 from fmp_core.storage.lock import locked, result_lock
 from fmp_core.system import processes
 
@@ -148,7 +148,7 @@ def _run_alone(job: Job, sweep: Path, environment: Mapping[str, str], timeout: f
             seconds = time.monotonic() - started
             stamp |= {"source": file_digest(Path(result.source))} if result else {}
             stamp |= {"seconds": round(seconds, 1), "command": list(job.command), "settings": dict(job.settings)}
-            write_text(job.output / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
+            write_json(job.output / STAMP, stamp)
     except (UserError, OSError) as error:
         problem = str(error)
         if job.writes and failed.exists():  # the problem, and the log, name what the run left as it is now

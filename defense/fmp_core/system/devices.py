@@ -36,6 +36,11 @@ class Device:
         model = re.search(r"^model name\s*: *(.*)", about.read_text(encoding="utf-8"), re.M) if about.is_file() else None
         return f"{model[1] if model else 'CPU'}, {torch.get_num_threads()} threads"
 
+    @property
+    def full_name(self) -> str:
+        """The device and its hardware, as result files have it."""
+        return f"{self.device} ({self.name})"
+
 
 def choose_device(text: str) -> Device:
     """Read BB's device strings: ``cpu``, ``cuda``, ``cuda:0``, ``cuda:0,1``; ``auto`` is CUDA where there is one.

@@ -26,6 +26,7 @@ class LogFile(logging.FileHandler):
     """A log file whose disk may be full: then one line on the terminal says so, and the run goes on without it."""
 
     full = False
+    found: tuple[int, bool]  # level and propagation of the logger before
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         error = sys.exc_info()[1]
@@ -66,6 +67,7 @@ def set_up(folder: Path, settings: Settings, about: Mapping[str, Any] | None = N
             f"The log {path} cannot be written ({error.strerror or error}); free disk space or give --log."
         ) from None
     file.setFormatter(FILE_FORMAT)
+    file.found = (LOGGER.level, LOGGER.propagate)
     LOGGER.addHandler(file)
     LOGGER.addHandler(Terminal("WARNING" if settings.quiet else settings.log_level.upper()))
     LOGGER.setLevel(logging.DEBUG)
@@ -86,14 +88,13 @@ def is_shown() -> bool:
 
 
 def close() -> None:
-    """Close the log file, let the terminal be, and let callers see messages again, if :func:`set_up` was called."""
-    ours = [handler for handler in LOGGER.handlers if isinstance(handler, (LogFile, Terminal))]
-    for handler in ours:
+    """Close the log file, let the terminal be, and leave the logger as :func:`set_up` found it, if that was called."""
+    for handler in [handler for handler in LOGGER.handlers if isinstance(handler, (LogFile, Terminal))]:
+        if isinstance(handler, LogFile):
+            level, LOGGER.propagate = handler.found
+            LOGGER.setLevel(level)
         LOGGER.removeHandler(handler)
         handler.close()
-    if ours:
-        LOGGER.setLevel(logging.NOTSET)
-        LOGGER.propagate = True
 
 
 def silence() -> None:
