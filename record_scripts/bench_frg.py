@@ -29,7 +29,7 @@ from fmp_core.system.cli import Parser, run_main
 
 
 def run(args: argparse.Namespace) -> None:
-    from fmp_core.frg.benchmark import measure_all  # imports torch, which takes seconds
+    from fmp_core.benchmark.measure import measure_all  # imports torch, which takes seconds
 
     table = measure_all(args)
     if args.csv:

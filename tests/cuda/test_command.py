@@ -18,7 +18,7 @@ import sweep
 import torch
 import torch.distributed as dist
 from conftest import RECORD, Ran, call_fmp
-from fmp_core.frg import benchmark
+from fmp_core.benchmark import measure
 from fmp_core.inversion import trigger, verdict
 from fmp_core.settings import PROJECT
 from toy import needs_cuda
@@ -136,8 +136,8 @@ def test_a_record_made_on_cuda_is_defended_there_and_swept(tmp_path: Path, monke
 
 
 def test_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(benchmark, "CEILING_BATCHES", {"cuda": (4,)})
-    monkeypatch.setattr(benchmark, "TRAINING_IMAGES", {"cuda": 8})
+    monkeypatch.setattr(measure, "CEILING_BATCHES", {"cuda": (4,)})
+    monkeypatch.setattr(measure, "TRAINING_IMAGES", {"cuda": 8})
     flags = ["--model", "squeezenet1_0", "--images", "2", "--maps", "26", "--against", "released", "--training"]
     assert bench_frg.main([*flags, *CUDA, "--dtype", "fp32", "--csv", str(tmp_path / "frg.csv")]) == 0
     table = pd.read_csv(tmp_path / "frg.csv").set_index("figure")["value"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from fmp_core.benchmark import measure
 from fmp_core.data.datasets import FACTS
-from fmp_core.frg import benchmark
 from fmp_core.models.build import PixelModel, build_model
 from narrow_resnet import NARROW_RESNET, NARROW_RESNET_MAPS
 
@@ -34,25 +34,25 @@ def test_a_batch_that_does_not_fit_is_no_best_one(monkeypatch: pytest.MonkeyPatc
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return 1.0
 
-    monkeypatch.setattr(benchmark, "CEILING_BATCHES", {"cpu": (2, 4, 8)})
-    monkeypatch.setattr(benchmark, "seconds", crowded)
+    monkeypatch.setattr(measure, "CEILING_BATCHES", {"cpu": (2, 4, 8)})
+    monkeypatch.setattr(measure, "seconds", crowded)
     model, images = PixelModel(build_model(NARROW_RESNET, 10), FACTS["cifar10"]), torch.rand(3, 3, 32, 32)
     limit = 8
-    assert benchmark.ceilings(model, torch.float32, images) == [4.0, 4.0] and sizes == [2, 4, 8] * 2
+    assert measure.ceilings(model, torch.float32, images) == [4.0, 4.0] and sizes == [2, 4, 8] * 2
     limit = 2
     with pytest.raises(torch.OutOfMemoryError):
-        benchmark.ceilings(model, torch.float32, images)
+        measure.ceilings(model, torch.float32, images)
 
 
 def test_the_figures_follow_from_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "CEILING_BATCHES", {"cpu": (4, 8)})
-    monkeypatch.setattr(benchmark, "seconds", told)
+    monkeypatch.setattr(measure, "CEILING_BATCHES", {"cpu": (4, 8)})
+    monkeypatch.setattr(measure, "seconds", told)
     args = Namespace(result_file=None, model=NARROW_RESNET, device="cpu", images=40, maps=36, chunk=16, memory=None)
     args.against, args.operations = "released", False
-    found = benchmark.measure(args, torch.float32)
+    found = measure.measure(args, torch.float32)
     channels = list(NARROW_RESNET_MAPS.values())
     total = sum(channels)
-    shared = 0.5 * math.ceil(40 / benchmark.make_scorer(args, torch.float32).rows)
+    shared = 0.5 * math.ceil(40 / measure.make_scorer(args, torch.float32).rows)
     ranked = total * 40 / (shared + (4.0 - shared) * total / 36)  # every second map was scored
     assert found["engine_map_images_per_s"] == pytest.approx(ranked)
     assert (found["ceiling_forward_images_per_s"], found["ceiling_input_grad_images_per_s"]) == (8, pytest.approx(8 / 3))

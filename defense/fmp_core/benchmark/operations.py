@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fmp_core.frg.reverse import FrgSettings
 from fmp_core.frg.scorer import Batching, FeatureMapScorer
 from fmp_core.models.feature_maps import ConvLayer, frozen, trace_conv_layers
+from fmp_core.settings import Settings
 from fmp_core.system.devices import rows_per_batch
 
 GPU_ROWS = rows_per_batch(torch.device("cuda"))  # images per batch
@@ -50,7 +51,7 @@ def operations_per_map(model: nn.Module, image: Tensor, images: int, released_sc
     pixels = torch.empty(images, *image.shape[1:], device="meta")
     labels = torch.empty(images, dtype=torch.int64, device="meta")
     with CountOperations() as ours:
-        FeatureMapScorer(model, layers, pixels, labels, FrgSettings(1 / 255), batching=Batching(GPU_ROWS)).count()
+        FeatureMapScorer(model, layers, pixels, labels, FrgSettings(Settings().eps), batching=Batching(GPU_ROWS)).count()
     released = 0
     with frozen(model):
         for layer in layers:

@@ -7,7 +7,8 @@ import bench_frg
 import pandas as pd
 import pytest
 import torch
-from fmp_core.frg import benchmark, scorer
+from fmp_core.benchmark import measure
+from fmp_core.frg import scorer
 
 FIGURES = {
     "ceiling_forward_images_per_s",
@@ -23,7 +24,7 @@ FIGURES = {
 
 
 def test_all_figures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(benchmark, "CEILING_BATCHES", {"cpu": (4,)})
+    monkeypatch.setattr(measure, "CEILING_BATCHES", {"cpu": (4,)})
     flags = ["--model", "squeezenet1_0", "--device", "cpu", "--images", "2", "--maps", "26", "--dtype", "fp32"]
     assert bench_frg.main([*flags, "--against", "released", "--operations", "--csv", str(tmp_path / "frg.csv")]) == 0
     table = pd.read_csv(tmp_path / "frg.csv")
@@ -51,7 +52,7 @@ def test_forward_passes_are_timed_apart(monkeypatch: pytest.MonkeyPatch):
     made, plain = [], scorer.SharedForward
     monkeypatch.setattr(scorer, "SharedForward", lambda *parts: made.append(len(parts[2])) or plain(*parts))
     args = Namespace(result_file=None, model="squeezenet1_0", device="cpu", images=2, chunk=None, memory=None)
-    benchmark.make_scorer(args, torch.float32).forward_passes()
+    measure.make_scorer(args, torch.float32).forward_passes()
     assert len(made) == 1 and made[0] >= 2
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from fmp_core.frg.benchmark import released_scheme
-from fmp_core.frg.operations import CountOperations, operations_per_map
+from fmp_core.benchmark.measure import released_scheme
+from fmp_core.benchmark.operations import CountOperations, operations_per_map
 from toy import Plain
 from toy_cases import toy_case
 
