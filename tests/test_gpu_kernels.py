@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command import SHORT
 from conftest import call_fmp
+from fmp_core.system import devices
 from fmp_core.system.devices import as_in_a_fresh_process
 from made_records import make, write_toys
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -45,3 +47,19 @@ def test_a_record_is_made_with_them(tmp_path: Path, seen: set[bool]) -> None:
     write_toys(tmp_path)
     make(tmp_path, tmp_path, "--attack", "none", "--epochs", "1", "--limit_train", "8")
     assert seen == {True}
+
+
+@pytest.mark.parametrize("general", ["torch", "cudnn"])
+def test_a_general_switch_rounds_no_convolution_to_tf32(general: str) -> None:
+    backends: Any = torch.backends
+    if not hasattr(backends, "fp32_precision"):
+        pytest.skip("torch has no general switch before 2.9")
+    place = backends if general == "torch" else backends.cudnn
+    before = place.fp32_precision
+    place.fp32_precision = "tf32"
+    try:
+        with devices.as_in_a_fresh_process(), devices.exact_convolutions():
+            assert backends.cudnn.conv.fp32_precision == "ieee" == backends.cuda.matmul.fp32_precision
+        assert place.fp32_precision == "tf32"
+    finally:
+        place.fp32_precision = before

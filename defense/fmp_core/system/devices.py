@@ -199,10 +199,10 @@ def _precisions(cudnn: str) -> list[Switch]:
         matrices = (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
         return [matrices, _attribute(backends.cudnn, "allow_tf32", cudnn == "tf32")]
     places = [(place, "ieee") for place in (backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv)]
+    places += [(backends.cudnn.conv, cudnn), (backends.cudnn.rnn, cudnn)]  # said here, they do not follow the general switch
     try:
         backends.cudnn.allow_tf32  # noqa: B018 - torch refuses to say where the new switches contradict this one
     except RuntimeError:
-        places += [(backends.cudnn.conv, cudnn), (backends.cudnn.rnn, cudnn)]
         older = []
     else:
         older = [_attribute(backends.cudnn, "allow_tf32", cudnn == "tf32")]
