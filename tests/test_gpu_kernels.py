@@ -10,8 +10,7 @@ import pytest
 import torch
 from command import SHORT
 from conftest import call_fmp
-from fmp_core.system import devices
-from fmp_core.system.devices import as_in_a_fresh_process
+from fmp_core.system.devices import as_in_a_fresh_process, exact_convolutions
 from made_records import make, write_toys
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -50,16 +49,16 @@ def test_a_record_is_made_with_them(tmp_path: Path, seen: set[bool]) -> None:
 
 
 @pytest.mark.parametrize("general", ["torch", "cudnn"])
-def test_a_general_switch_rounds_no_convolution_to_tf32(general: str) -> None:
+def test_a_general_switch_rounds_no_product_to_tf32_and_is_left_as_found(general: str, monkeypatch: pytest.MonkeyPatch):
     backends: Any = torch.backends
     if not hasattr(backends, "fp32_precision"):
         pytest.skip("torch has no general switch before 2.9")
     place = backends if general == "torch" else backends.cudnn
-    before = place.fp32_precision
-    place.fp32_precision = "tf32"
-    try:
-        with devices.as_in_a_fresh_process(), devices.exact_convolutions():
-            assert backends.cudnn.conv.fp32_precision == "ieee" == backends.cuda.matmul.fp32_precision
-        assert place.fp32_precision == "tf32"
-    finally:
-        place.fp32_precision = before
+    products = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv]
+    before = [product.fp32_precision for product in products]
+    monkeypatch.setattr(place, "fp32_precision", "tf32")
+    with as_in_a_fresh_process(), exact_convolutions():
+        assert backends.cudnn.conv.fp32_precision == "ieee" == backends.cuda.matmul.fp32_precision
+    assert place.fp32_precision == "tf32"
+    monkeypatch.undo()
+    assert [product.fp32_precision for product in products] == before  # none has taken the general value as its own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -169,7 +169,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def exact_convolutions() -> Iterator[None]:
     """A block in which a GPU's convolutions use the same kernels every time, and no product of float32 is rounded to TF32 or
     bfloat16, on a CPU neither."""
-    with _held([*_precisions("ieee"), *_CUDNN, _attribute(torch.backends.cudnn, "enabled", True)]):
+    with _computing("ieee", [*_CUDNN, _attribute(torch.backends.cudnn, "enabled", True)]):
         yield
 
 
@@ -177,11 +177,11 @@ def exact_convolutions() -> Iterator[None]:
 def as_in_a_fresh_process() -> Iterator[None]:
     """A block in which torch computes alike, whatever a notebook has set: float32 as it is by default, gradients, no autocast,
     and cuDNN's same kernels every time (BB's ``fix_random`` asks for these, too). All is afterwards as it was."""
-    plain: list[Switch] = [*_precisions("tf32"), *_CUDNN, (torch.get_default_dtype, torch.set_default_dtype, torch.float32)]
+    plain: list[Switch] = [*_CUDNN, (torch.get_default_dtype, torch.set_default_dtype, torch.float32)]
     for kind in ("cpu", "cuda"):
         plain.append((partial(torch.is_autocast_enabled, kind), partial(torch.set_autocast_enabled, kind), False))
     outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-    with _held(plain), outside, torch.enable_grad():
+    with _computing("tf32", plain), outside, torch.enable_grad():
         yield
 
 
@@ -192,6 +192,21 @@ def _attribute(place: Any, name: str, value: Any) -> Switch:
 _CUDNN = [_attribute(torch.backends.cudnn, "deterministic", True), _attribute(torch.backends.cudnn, "benchmark", False)]
 
 
+@contextmanager
+def _computing(cudnn: str, others: Sequence[Switch]) -> Iterator[None]:
+    """A block in which ``others`` have their values, and products the precision of :func:`_precisions`.
+
+    Torch's general switches, of all libraries and of CUDA's, say nothing meanwhile. They come first, one by one: what says
+    nothing itself reads as the general one does, and would be left with that value of its own.
+    """
+    with ExitStack() as stack:
+        for place in (torch.backends, torch.backends.cudnn):
+            if hasattr(place, "fp32_precision"):  # torch >= 2.9
+                stack.enter_context(_held([_attribute(place, "fp32_precision", "none")]))
+        stack.enter_context(_held([*_precisions(cudnn), *others]))
+        yield
+
+
 def _precisions(cudnn: str) -> list[Switch]:
     """Products of float32 are float32's; in cuDNN they may be ``tf32``, which is torch's default, or ``ieee``."""
     backends: Any = torch.backends
@@ -199,7 +214,7 @@ def _precisions(cudnn: str) -> list[Switch]:
         matrices = (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
         return [matrices, _attribute(backends.cudnn, "allow_tf32", cudnn == "tf32")]
     places = [(place, "ieee") for place in (backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv)]
-    places += [(backends.cudnn.conv, cudnn), (backends.cudnn.rnn, cudnn)]  # said here, they do not follow the general switch
+    places += [(backends.cudnn.conv, cudnn), (backends.cudnn.rnn, cudnn)]
     try:
         backends.cudnn.allow_tf32  # noqa: B018 - torch refuses to say where the new switches contradict this one
     except RuntimeError:
