@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fmp_core.benchmark.operations import RELEASED_BATCH, operations_per_map
+from fmp_core.benchmark.operations import EPS, RELEASED_BATCH, operations_per_map
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import FACTS
 from fmp_core.errors import UserError
@@ -34,7 +34,6 @@ from fmp_core.models.training import Trainer
 from fmp_core.settings import Settings
 from fmp_core.system import devices
 
-EPS = Settings().eps
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CEILING_BATCHES = {"cpu": (32, 64, 256), "cuda": (256, 1024, 4096)}
 TRAINING_IMAGES = {"cpu": 1024, "cuda": 10240}

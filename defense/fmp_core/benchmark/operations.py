@@ -17,6 +17,7 @@ from fmp_core.settings import Settings
 from fmp_core.system.devices import rows_per_batch
 
 GPU_ROWS = rows_per_batch(torch.device("cuda"))  # images per batch
+EPS = Settings().eps
 RELEASED_BATCH = 32  # images per batch of the released code
 NO_KERNEL = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::detach", "aten::lift_fresh"}
 
@@ -51,7 +52,7 @@ def operations_per_map(model: nn.Module, image: Tensor, images: int, released_sc
     pixels = torch.empty(images, *image.shape[1:], device="meta")
     labels = torch.empty(images, dtype=torch.int64, device="meta")
     with CountOperations() as ours:
-        FeatureMapScorer(model, layers, pixels, labels, FrgSettings(Settings().eps), batching=Batching(GPU_ROWS)).count()
+        FeatureMapScorer(model, layers, pixels, labels, FrgSettings(EPS), batching=Batching(GPU_ROWS)).count()
     released = 0
     with frozen(model):
         for layer in layers:

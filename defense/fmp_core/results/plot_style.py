@@ -6,8 +6,6 @@ from typing import Any
 
 import matplotlib.style
 
-DEFAULTS: list[Any] = [
-    "default",
-    {"text.parse_math": False, "svg.hashsalt": "fmp"},
-]  # a "$" in a name is a "$"; the same SVG each time
+# A "$" in a name is a "$"; the same SVG each time.
+DEFAULTS: list[Any] = ["default", {"text.parse_math": False, "svg.hashsalt": "fmp"}]
 PLAIN = matplotlib.style.context(DEFAULTS)  # a decorator for what draws or saves a plot
