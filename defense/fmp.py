@@ -48,7 +48,7 @@ from fmp_core.settings import add_arguments, load_settings, unused
 from fmp_core.storage.lock import locked
 from fmp_core.system import distributed, logs
 from fmp_core.system.cli import Stages, if_it_ends_early
-from fmp_core.system.devices import as_in_a_fresh_process, choose_device
+from fmp_core.system.devices import as_in_a_fresh_process
 from fmp_core.system.progress import Progress
 from fmp_core.system.versions import versions
 
@@ -75,7 +75,7 @@ class FMP(defense):
 
     def __init__(self, args: argparse.Namespace | Mapping[str, Any] | None = None, select: Select = select_feature_maps):
         self.settings = load_settings(args if isinstance(args, Mapping) else vars(args) if args else {})
-        self.device = distributed.join(choose_device(self.settings.device))
+        self.device = distributed.join(self.settings.device)
         self.select = select
         self.stages = Stages()
         versions()  # as they are now

@@ -259,7 +259,7 @@ def test_an_interrupt_before_anything_is_read_is_one_sentence(workplace: Path, m
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fmp, "choose_device", interrupted)
+    monkeypatch.setattr("fmp_core.system.distributed.choose_device", interrupted)
     ran = call_fmp("--result_file", RECORD, "--device", "cpu")
     said = "fmp: interrupted; earlier results are unchanged. Run the same command again to go on from here."
     assert ran.code == 130 and ran.err.splitlines() == [said]

@@ -36,8 +36,10 @@ def _run(args: argparse.Namespace) -> int:
     try:
         method = fmp.FMP(args)
         metrics = method.defense(settings.result_file)["metrics"]
-    finally:
-        distributed.leave()
+    except BaseException:
+        distributed.leave(failed=True)
+        raise
+    distributed.leave()
     if metrics and not settings.quiet:
         print(as_table(metrics, method.folder.path))
     return 0

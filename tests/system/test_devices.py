@@ -41,6 +41,13 @@ def test_bf16_is_chosen_only_where_the_hardware_has_it(monkeypatch: pytest.Monke
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."), True),
         (RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"), True),  # seen on a crowded H100
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), True),
+        (RuntimeError("CUDA driver error: out of memory"), True),
+        (RuntimeError("NCCL error: Failed to CUDA calloc async 24 bytes"), True),
+        (RuntimeError("NCCL error: Cuda failure 2 'out of memory'"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes."), True),  # Windows
+        (ValueError("the record says: out of memory"), False),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
     ],
 )
@@ -79,6 +86,7 @@ def test_no_product_is_rounded_where_convolutions_are_exact(asked: str):
 
 def test_devices_are_read_as_backdoorbench_writes_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr(devices, "fault_of_gpu", lambda _index: "")
     for text, index, named in (("cuda", 0, ()), ("cuda:1", 1, (1,)), ("cuda:2,0", 2, (2, 0))):
         assert devices.choose_device(text) == devices.Device(torch.device("cuda", index), named)
     for text, says in (
@@ -91,6 +99,33 @@ def test_devices_are_read_as_backdoorbench_writes_them(monkeypatch: pytest.Monke
     for there in (True, False):
         monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
         assert devices.choose_device("auto").device.type == ("cuda" if there else "cpu")
+
+
+def test_a_gpu_that_does_not_compute_is_refused_or_passed_over(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """This torch may have no kernels for it: it is listed, and its first computation fails."""
+
+    def ones(_size: int, device: torch.device) -> torch.Tensor:
+        if device.index == 1:
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
+        if device.index == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.zeros(2)
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.ones", ones)
+    monkeypatch.setattr(devices, "fault_of_gpu", devices.fault_of_gpu.__wrapped__)  # not kept for other tests
+    assert devices.choose_device("auto").device == devices.choose_device("cuda:0").device == torch.device("cuda", 0)
+    with pytest.raises(UserError, match=r"--device cuda:0,1: .* \(CUDA error: no kernel image .* on the device\); choose another"):
+        devices.choose_device("cuda:0,1")
+    with pytest.raises(torch.OutOfMemoryError):  # another device is no remedy that is taken unasked
+        devices.choose_device("cuda:2")
+    monkeypatch.setattr(devices, "fault_of_gpu", lambda _index: "no kernel image")
+    with caplog.at_level(logging.WARNING, logger="fmp_core"):
+        assert devices.choose_device("auto").device.type == "cpu"
+    assert [record.getMessage() for record in caplog.records] == [
+        "--device auto takes the CPU: the GPU does not compute (no kernel image)"
+    ]
 
 
 @pytest.mark.parametrize(("capability", "fast"), [("DEFAULT", False), ("AVX2", False), ("AVX512", True)])

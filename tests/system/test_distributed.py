@@ -9,7 +9,7 @@ import pytest
 import torch
 from fmp_core.errors import UserError
 from fmp_core.system import distributed
-from fmp_core.system.devices import Device, choose_device
+from fmp_core.system.devices import Device
 
 WORKER = """
 import json, torch
@@ -19,10 +19,9 @@ from fmp_core.frg.scorer import Batching, FeatureMapScorer
 from fmp_core.inversion.search import TriggerSearch
 from fmp_core.models.feature_maps import trace_conv_layers
 from fmp_core.system import distributed
-from fmp_core.system.devices import Device
 from torch import nn
 torch.set_num_threads(1)
-distributed.join(Device(torch.device("cpu")))
+distributed.join("cpu")
 torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 10, 3, 2), nn.Flatten(), nn.LazyLinear(4))
 images, labels = torch.rand(20, 3, 10, 10), torch.randint(4, (20,))
@@ -62,11 +61,11 @@ def test_a_cluster_that_sets_only_some_variables_is_no_torchrun(monkeypatch: pyt
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     alone = Device(torch.device("cpu"))
-    assert distributed.join(alone) is alone and not distributed.is_distributed()
+    assert distributed.join("cpu") == alone and not distributed.is_distributed()
     monkeypatch.setenv("WORLD_SIZE", "1")  # left by a notebook's cell, or torchrun with one process
     for name in {*distributed.TORCHRUN} - {"WORLD_SIZE"}:
         monkeypatch.setenv(name, "0")
-    assert distributed.join(alone) is alone and not distributed.is_distributed()
+    assert distributed.join("cpu") == alone and not distributed.is_distributed()
 
 
 @pytest.mark.parametrize(("named", "taken"), [("cuda", 1), ("cuda:3,2", 2)])
@@ -79,9 +78,15 @@ def test_processes_take_the_gpus_that_are_named(named: str, taken: int, monkeypa
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distributed.join(choose_device(named)).device == torch.device("cuda", taken) == chosen[0]
+    tried: list[int] = []
+    monkeypatch.setattr(distributed, "fault_of_gpu", lambda index: tried.append(index) or "")
+    assert distributed.join(named).device == torch.device("cuda", taken) == chosen[0]
+    assert tried == [taken]  # a process on the others' GPUs would take memory there
+    monkeypatch.setattr(distributed, "fault_of_gpu", lambda index: "no kernel image is available")
+    with pytest.raises(UserError, match=rf"--device {named}: cuda:{taken} does not compute \(no kernel image is available\)"):
+        distributed.join(named)
     with pytest.raises(UserError, match="give --nproc_per_node=1"):
-        distributed.join(choose_device("cuda:3"))
+        distributed.join("cuda:3")
 
 
 def test_processes_on_different_hardware_work_in_one_precision(tmp_path: Path):
@@ -94,7 +99,7 @@ def test_processes_on_different_hardware_work_in_one_precision(tmp_path: Path):
         "devices._cpu_has = lambda feature: True\n"
         "cpu = torch.device('cpu')\n"
         "before = devices.has_fast_bfloat16(cpu)\n"
-        "distributed.join(devices.Device(cpu))\n"
+        "distributed.join('cpu')\n"
         "if distributed.is_leader(): print(json.dumps([before, devices.has_fast_bfloat16(cpu)]))\n"
         "distributed.leave()\n"
     )

@@ -43,6 +43,23 @@ class Device:
 
 
 def choose_device(text: str) -> Device:
+    """The device that :func:`named_device` reads, tried out; ``auto`` is the CPU, with a warning, if the GPU does not compute.
+
+    Raises:
+        UserError: not such a string, or no such device on this machine, or a GPU that does not compute.
+    """
+    device = named_device(text)
+    gpus = device.device_ids or [device.device.index] if device.device.type == "cuda" else []
+    fault = next(filter(None, map(fault_of_gpu, gpus)), "")
+    if not fault:
+        return device
+    if text == "auto":
+        logging.getLogger("fmp_core").warning("--device auto takes the CPU: the GPU does not compute (%s)", fault)
+        return Device(torch.device("cpu"))
+    raise UserError(f"--device {text}: the GPU does not compute ({fault}); choose another --device, or cpu.")
+
+
+def named_device(text: str) -> Device:
     """Read BB's device strings: ``cpu``, ``cuda``, ``cuda:0``, ``cuda:0,1``; ``auto`` is CUDA where there is one.
 
     Raises:
@@ -65,6 +82,19 @@ def choose_device(text: str) -> Device:
             f"--device {text}: this machine has {count} CUDA device(s), so cuda:{absent} does not exist; try --device cpu."
         )
     return Device(torch.device("cuda", ids[0]), ids if match[1] else ())
+
+
+@cache
+def fault_of_gpu(index: int) -> str:
+    """What a GPU says that does not compute, in a line; empty if it does. Torch lists those that it has no kernels for, too, or
+    that another process has for itself."""
+    try:
+        torch.ones(2, device=torch.device("cuda", index)).add_(1).sum().item()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return str(error).strip().partition("\n")[0]
+    return ""
 
 
 def _cpu_has(feature: str) -> bool:
@@ -156,13 +186,17 @@ def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     return copies
 
 
-# What the CPU allocator, the CUDA driver, cuBLAS and cuDNN say; only torch's own CUDA allocator has an exception type for it.
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED")
+# What the CPU allocators, the CUDA driver and runtime, NCCL, cuBLAS and cuDNN say; only torch's own CUDA allocator has an
+# exception type for it. The last two seldom have another cause on a GPU that computes.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Failed to CUDA calloc", "_ALLOC_FAILED")
+OUT_OF_MEMORY += ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether GPU or CPU memory ran out."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in OUT_OF_MEMORY)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @contextmanager

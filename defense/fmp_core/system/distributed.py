@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,18 +14,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmp_core.errors import UserError
-from fmp_core.system.devices import Device, do_without_bfloat16, has_fast_bfloat16, is_out_of_memory
+from fmp_core.system.devices import Device, choose_device, do_without_bfloat16, fault_of_gpu, has_fast_bfloat16
+from fmp_core.system.devices import is_out_of_memory, named_device
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets; clusters set some of these too
 
 
-def join(device: Device) -> Device:
-    """Join the processes torchrun started, if it did: nccl on CUDA, gloo on CPU. Returns this one's share.
+def join(text: str) -> Device:
+    """Join the processes torchrun started, if it did: nccl on CUDA, gloo on CPU. Returns this one's share of ``--device``.
 
-    On CUDA each takes one of the GPUs that ``--device`` names, or of all if it names none.
+    On CUDA each takes one of the GPUs that ``text`` names, or of all if it names none.
+
+    Raises:
+        UserError: as :func:`~.devices.choose_device`, or there are fewer GPUs than processes.
     """
     if not all(name in os.environ for name in TORCHRUN) or os.environ["WORLD_SIZE"] == "1":
-        return device
+        return choose_device(text)
+    device = named_device(text)
     own = device.device
     if own.type == "cuda":
         gpus = device.device_ids or range(torch.cuda.device_count())
@@ -31,6 +38,8 @@ def join(device: Device) -> Device:
             raise UserError(f"torchrun started more processes than there are GPUs; give --nproc_per_node={len(gpus)}.")
         own = torch.device("cuda", gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)])
         torch.cuda.set_device(own)
+        if fault := fault_of_gpu(own.index):
+            raise UserError(f"--device {text}: {own} does not compute ({fault}); name others, or --device cpu.")
     if not dist.is_initialized():
         # Long, because the others wait where the first one waits for a lock (--wait).
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(days=7))
@@ -102,13 +111,30 @@ def _connected() -> Iterator[None]:
     except RuntimeError as error:  # gloo and nccl report a lost connection
         if is_out_of_memory(error):
             raise
-        detail = " ".join(str(error).split())[:100]
+        detail = " ".join(str(error).split())[:200]
+        nccl = ", or NCCL_DEBUG=INFO if none did" if dist.get_backend() == "nccl" else ""
         raise UserError(
-            f"Another process of torchrun ended early ({detail}); it says why. Run the same command again to go on from here."
+            f"Another process of torchrun ended early ({detail}); it says why{nccl}. Run the same command again to go on from "
+            "here."
         ) from None
 
 
-def leave() -> None:
-    """Part from the other processes, if there are any."""
-    if is_distributed():
+def leave(failed: bool = False) -> None:
+    """Part from the other processes, if there are any.
+
+    With nccl that waits for all of them, and they for this one's scores if it ``failed``: it only ends then, which makes
+    torchrun end them.
+    """
+    if not is_distributed():
+        return
+    if failed and dist.get_backend() == "nccl":
+        atexit.register(_end_at_once)
+    else:
         dist.destroy_process_group()
+
+
+def _end_at_once() -> None:
+    """Without parting from the others, which torch does at the end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
