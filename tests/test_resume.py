@@ -10,6 +10,7 @@ import pytest
 import torch
 from fmp_core.errors import UserError
 from fmp_core.frg import racing, scorer_state
+from fmp_core.frg import scorer as scorer_module
 from fmp_core.frg.racing import race
 from fmp_core.frg.scorer import FeatureMapScorer
 from fmp_core.frg.scorer_state import RankingCheckpoints
@@ -69,6 +70,28 @@ def test_stopped_after_each_group_a_ranking_ends_with_the_same_bits(
         except kind:
             stops += 1
     assert stops > 3 and equal(found, expected)
+
+
+def test_a_batch_that_was_halved_for_memory_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All images fit into one batch, so that to begin it again would be to begin the ranking again."""
+    genuine, refused = scorer_module.SharedForward, []
+
+    def limited(model: Any, layers: Any, images: Any, start: Any, copies: int = 1, *more: Any) -> Any:
+        if len(images) * copies > 16:
+            refused.append(copies)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return genuine(model, layers, images, start, copies, *more)
+
+    score, checkpoint, whole, rest = scorer(Plain), Checkpoint(tmp_path / "ranking.pt", {}), list[int](), list[int]()
+    monkeypatch.setattr(scorer_module, "SharedForward", limited)
+    expected = score(rows=64, progress=whole.append)
+    assert len(refused) == 2
+    with pytest.raises(KeyboardInterrupt):
+        score(rows=64, progress=stops_at(3, KeyboardInterrupt), checkpoint=checkpoint)
+    refused.clear()
+    monkeypatch.setattr(Counts, "put", lambda self, *args, put=Counts.put: rest.append(1) or put(self, *args))
+    assert equal(score(rows=64, checkpoint=checkpoint), expected)
+    assert not refused and 0 < len(rest) < len(whole)
 
 
 def test_what_is_saved_is_not_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,6 +18,11 @@ class UserError(Exception):
         super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message))
 
 
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """What a library's ``error`` says, for a sentence: at most ``most`` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def what_is_there(path: Path) -> str:
     """Why ``path`` is no file to read, as a sentence has it after the path."""
     return "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"

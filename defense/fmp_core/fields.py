@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fmp_core.errors import UserError, did_you_mean
+from fmp_core.errors import UserError, did_you_mean, in_one_line
 
 T = TypeVar("T")
 LARGEST_YAML = 2**18  # bytes; ours have 3000
@@ -241,7 +241,7 @@ def read_yaml_mapping(path: Path, what: str) -> Mapping[Any, Any]:
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read ({error.strerror or error}).") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        detail = " ".join(str(error).split())
+        detail = in_one_line(error, 1000)
         raise UserError(f"{what} {path} cannot be read as YAML: {detail}.") from None
     if content is None:
         return {}

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from fmp_core.data.attack_record import AttackRecord, read_attack_record
 from fmp_core.data.clean_subset import choose_subset, in_mixed_order
 from fmp_core.data.datasets import DatasetFacts, Split, check_labels, dataset_facts, known_name, open_split
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, in_one_line
 from fmp_core.models.build import PixelModel, load_model, outputs_in_training
 from fmp_core.models.evaluate import TestData, even_sample, to_unit
 from fmp_core.models.feature_maps import ConvLayer, trace_conv_layers
 from fmp_core.settings import Settings, Stage, changed, names
-from fmp_core.system.devices import Device
+from fmp_core.system.devices import Device, is_out_of_memory
 
 TAC_PAIRS = 512  # pairs of images that the trigger activation change is averaged over
 
@@ -82,9 +82,11 @@ def load_inputs(settings: Settings, result_file: str, device: torch.device) -> I
     try:
         layers = trace_conv_layers(network, to_unit(images[:1]))
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:200]
+        if is_out_of_memory(error):
+            raise
         raise UserError(
-            f"{record.model_name} cannot take the record's {record.image_size} images ({detail}); check its img_size."
+            f"{record.model_name} cannot take the record's {record.image_size} images ({in_one_line(error)}); "
+            "check its img_size."
         ) from None
     if settings.epochs:
         _check_trainable(network, record)
@@ -100,7 +102,7 @@ def _check_trainable(network: nn.Module, record: AttackRecord) -> None:
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{record.model_name} cannot be trained on the record's {record.image_size} images "
-            f"({' '.join(str(error).split())[:200]}); give --epochs 0 for pruning alone."
+            f"({in_one_line(error)}); give --epochs 0 for pruning alone."
         ) from None
 
 

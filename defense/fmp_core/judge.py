@@ -25,7 +25,7 @@ from fmp_core.data.datasets import FACTS, DatasetFacts, Split, check_labels, dat
 from fmp_core.data.images import Size
 from fmp_core.data.names import ATTACK_FILE
 from fmp_core.data.write_record import write_attack_record
-from fmp_core.errors import UserError, what_is_there
+from fmp_core.errors import UserError, in_one_line, what_is_there
 from fmp_core.fields import as_text
 from fmp_core.inputs import Inputs, can_be_trained, describe, load_inputs
 from fmp_core.inversion.verdict import in_words
@@ -180,9 +180,9 @@ def _check_fit(model_file: Path, record: RecordSettings, state: Mapping[str, Ten
         with torch.inference_mode():
             network(torch.zeros(1, size[2], *size[:2]))
     except (RuntimeError, ValueError) as error:
-        shown, reason = "x".join(map(str, size)), " ".join(str(error).split())[:200]
+        shown = "x".join(map(str, size))
         raise UserError(
-            f"{record.model} cannot take images of {shown} ({reason}); check --image_size, --model and --dataset."
+            f"{record.model} cannot take images of {shown} ({in_one_line(error)}); check --image_size, --model and --dataset."
         ) from None
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from fmp_core.errors import UserError
-from fmp_core.inversion import trigger as module
 from fmp_core.inversion.trigger import (
     FAMILIES,
     SPARSE_PART,
     WARPS,
     invert_trigger,
     load_trigger,
+    predicted_classes,
     save_trigger,
 )
 from fmp_core.inversion.warp import warped
@@ -22,7 +22,7 @@ from planted import (
     a_trigger,
     trigger_search,
 )
-from torch import nn
+from torch import Tensor, nn
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,15 +73,37 @@ def test_a_trigger_file_is_read_back_or_refused(tmp_path: Path, family: str):
 
 
 @pytest.mark.parametrize(("family", "drawn"), [("dense-8", [32] * 4), ("warp-1", [8] * 16)])
-def test_a_quick_trigger_takes_an_eighth(family: str, drawn: list[int], monkeypatch: pytest.MonkeyPatch):
-    seen, genuine = [], module._logits_of
-    monkeypatch.setattr(module, "_logits_of", lambda net, dtype, batch: seen.append(len(batch)) or genuine(net, dtype, batch))
+def test_a_quick_trigger_takes_an_eighth(family: str, drawn: list[int]):
+    seen: list[int] = []
     network = nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).requires_grad_(False)
+    network.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
     clean = torch.randint(0, 256, (8, 3, 16, 16)).to(torch.uint8), torch.zeros(8, dtype=torch.int64)
     invert_trigger(network, torch.float32, clean, family, 1, 0, quick=True)
     assert seen == drawn
     network[1].bias[0] = 1000.0  # no trigger flips anything: the first, without a pixel, is the one
     assert not invert_trigger(network, torch.float32, clean, "sparse", 1, 0).where.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_for_half_a_batch_gives_the_same_trigger(family: str):
+    """Gradients are each image's own, and summed over the whole batch as before."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 3)).double().requires_grad_(False)
+    clean = torch.randint(0, 256, (40, 3, 16, 16)).to(torch.uint8), torch.arange(40) % 3
+    room = 1000
+
+    def limited(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        if len(inputs[0]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inputs[0].double()  # one batch size rounds as another does
+
+    network.register_forward_pre_hook(limited)
+    whole = invert_trigger(network, torch.float32, clean, family, 1, seed=0)
+    before = predicted_classes(network, torch.float32, clean[0], whole)
+    room = 20
+    halves = invert_trigger(network, torch.float32, clean, family, 1, seed=0)
+    torch.testing.assert_close(halves.values, whole.values, rtol=0, atol=1e-6)
+    assert torch.equal(halves.where, whole.where)
+    assert torch.equal(predicted_classes(network, torch.float32, clean[0], whole), before)
 
 
 def test_what_a_warp_brings_in_from_outside_is_the_border():

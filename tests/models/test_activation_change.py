@@ -49,6 +49,21 @@ def test_tac_is_the_mean_change_of_each_map(kind: type[nn.Module]):
     torch.testing.assert_close(tac, slow(model, layers, clean, poisoned), rtol=1e-4, atol=1e-6)
 
 
+def test_memory_for_half_a_batch_is_enough():
+    model = Plain()
+    clean, poisoned = pairs(40)
+    layers = trace_conv_layers(model, clean[:1])
+    expected = trigger_activation_change(model, layers, clean, poisoned)
+
+    def refuse(_module: nn.Module, inputs: tuple[Tensor]) -> None:  # after the first layer has counted the batch
+        if len(inputs[0]) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    layers[1].module.register_forward_pre_hook(refuse)
+    found = trigger_activation_change(model, layers, clean, poisoned)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_a_map_that_cannot_see_the_trigger_has_no_change():
     model = Plain()
     clean, _ = pairs(3)

@@ -82,6 +82,11 @@ def test_a_function_that_returns_gives_its_exit_code():
             "out of memory (ranking); lower --chunk or --memory, or choose another --device; inner words.",
         ),
         (
+            raising(MemoryError()),
+            2,
+            "out of memory; close what else uses it, or choose another --device; earlier results are unchanged.",
+        ),
+        (
             raising(RuntimeError("DefaultCPUAllocator: can't allocate memory"), "fine-tuning"),
             2,
             "out of memory (fine-tuning); lower --batch_size, or choose another --device; inner words.",

@@ -36,7 +36,7 @@ from fmp_core.data.datasets import (
 from fmp_core.data.digits import make_digits
 from fmp_core.data.images import Size
 from fmp_core.data.write_record import write_attack_record
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, in_one_line
 from fmp_core.models.build import PixelModel, build_model, outputs_in_training
 from fmp_core.models.evaluate import Metrics, TestData, evaluate
 from fmp_core.models.training import training_precision
@@ -194,9 +194,9 @@ def check_model(name: str, num_classes: int, dataset: str, size: Size) -> nn.Mod
     try:
         output = outputs_in_training(network, size)
     except (RuntimeError, ValueError) as error:
-        shown, reason = "x".join(map(str, size)), " ".join(str(error).split())
+        shown = "x".join(map(str, size))
         raise UserError(
-            f"Model {name} cannot be trained on {dataset}, whose images are {shown} ({reason}); "
+            f"Model {name} cannot be trained on {dataset}, whose images are {shown} ({in_one_line(error)}); "
             "choose another --model or --dataset."
         ) from None
     if not isinstance(output, Tensor):

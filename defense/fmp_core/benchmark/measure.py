@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fmp_core.benchmark.operations import EPS, RELEASED_BATCH, operations_per_map
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import FACTS
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, in_one_line
 from fmp_core.frg.reverse import FrgSettings
 from fmp_core.frg.scorer import Batching, FeatureMapScorer
 from fmp_core.models.build import PixelModel, build_model, load_model
@@ -130,8 +130,10 @@ def make_scorer(args: Namespace, dtype: torch.dtype) -> FeatureMapScorer:
     try:
         layers = trace_conv_layers(network, images[:1])
     except RuntimeError as error:
-        why, name = " ".join(str(error).split())[:160], args.model or args.result_file
-        raise UserError(f"{name} cannot take images of {height}x{width} ({why}); choose another.") from None
+        if devices.is_out_of_memory(error):
+            raise
+        name = args.model or args.result_file
+        raise UserError(f"{name} cannot take images of {height}x{width} ({in_one_line(error)}); choose another.") from None
     return FeatureMapScorer(model, layers, images, labels, FrgSettings(EPS), dtype, Batching(args.chunk, args.memory))
 
 

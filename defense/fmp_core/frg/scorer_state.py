@@ -27,20 +27,21 @@ class RankingState:
     """A ranking between two groups of maps.
 
     ``whole`` counts the first ``images`` images for all maps; ``part`` counts the next batch, at most ``rows`` images, for its
-    first ``groups`` groups of ``copies`` maps (0: not known yet).
+    first ``groups`` groups of ``copies`` maps (0: not known yet). ``wanted`` is what ``rows`` was before memory ran out.
     """
 
     whole: Counts
     part: Counts
     images: int
     rows: int
+    wanted: int
     groups: int = 0
     copies: int = 0
 
     @staticmethod
     def empty(total: int, rows: int, device: torch.device) -> RankingState:
         whole, part = (Counts.empty(total, device) for _ in range(2))
-        return RankingState(whole, part, 0, rows)
+        return RankingState(whole, part, 0, rows, wanted=rows)
 
     def begin_batch(self, rows: int) -> None:
         """Forget the batch under way, and take the next with ``rows`` images."""
@@ -75,12 +76,12 @@ class RankingState:
                 if own.shape != theirs.shape or own.dtype != theirs.dtype:
                     raise ValueError("counts of another shape")
             restored.append(Counts(*(tensor.to(self.whole.margin.device) for tensor in counts)))
-        images, rows, groups, copies = (int(saved[name]) for name in ("images", "rows", "groups", "copies"))
+        images, rows, wanted, groups, copies = (int(saved[name]) for name in ("images", "rows", "wanted", "groups", "copies"))
         if images < 0 or rows < 1 or groups < 0 or copies < 0:
             raise ValueError("negative counts")
         self.whole, self.images = restored[0], images
-        if rows == self.rows:  # else another batch size is wanted now, and the batch under way starts again
-            self.part, self.groups, self.copies = restored[1], groups, copies
+        if wanted == self.wanted:  # else another batch size is wanted now, and the batch under way starts again
+            self.part, self.rows, self.groups, self.copies = restored[1], rows, groups, copies
 
 
 @dataclass

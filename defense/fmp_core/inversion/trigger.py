@@ -22,6 +22,7 @@ from fmp_core.models.evaluate import to_unit
 from fmp_core.models.fast_ops import FastOps
 from fmp_core.storage.files import write_torch
 from fmp_core.storage.torch_file import load_torch_file
+from fmp_core.system.devices import by_batch
 
 # Bound of a change by family, in the order they are tried: the smallest of each kind first. ``sparse`` sets a few pixels to 0
 # or 1; ``dense-8`` changes every pixel by at most 8 of 255 grey levels; ``warp-1`` moves control points by one pixel per axis,
@@ -103,8 +104,8 @@ def invert_trigger(
         return _bend(network, dtype, trigger, draw_batch, steps)
     for _ in range(steps):
         batch, own = draw_batch(DENSE_BATCH)
-        pixels, logits = _logits_of(network, dtype, trigger.apply(batch))
-        step = 2.5 * eps / steps * _gradient(logits, pixels, target, own).sum(0, keepdim=True).sign()
+        gradient = _flips_and_gradient(network, dtype, trigger.apply(batch), target, own)[1]
+        step = 2.5 * eps / steps * gradient.sum(0, keepdim=True).sign()
         trigger = replace(trigger, values=(trigger.values - step).clamp(-eps, eps))
     return trigger
 
@@ -116,13 +117,14 @@ def _grow_sparse(
     best, most_flipped = trigger, -1
     for step in range(steps + 1):
         batch, own = draw_batch(SPARSE_BATCH)
-        pixels, logits = _logits_of(network, dtype, trigger.apply(batch))
-        flipped = int((logits.argmax(1) == wanted_classes(trigger.target, own, logits.shape[1])).sum())
+        pixels = trigger.apply(batch)
+        flips, gradient = _flips_and_gradient(network, dtype, pixels, trigger.target, own)
+        flipped = int(flips.sum())
         if flipped > most_flipped:
             best, most_flipped = trigger, flipped
         if flipped == len(pixels) or step == steps:
             break
-        trigger = _with_more_pixels(trigger, pixels.detach(), _gradient(logits, pixels, trigger.target, own), steps)
+        trigger = _with_more_pixels(trigger, pixels, gradient, steps)
     return best
 
 
@@ -137,23 +139,29 @@ def _bend(
         batch, own = draw_batch(DENSE_BATCH)
         with torch.enable_grad():
             moved = replace(trigger, values=smooth_field(control.requires_grad_(), height, width)).apply(batch)
-        pixels, logits = _logits_of(network, dtype, moved)
-        (slope,) = torch.autograd.grad(moved, control, _gradient(logits, pixels, trigger.target, own))
+        gradient = _flips_and_gradient(network, dtype, moved.detach(), trigger.target, own)[1]
+        (slope,) = torch.autograd.grad(moved, control, gradient)
         control = (control.detach() - 2.5 * bound / steps * slope.sign()).clamp(-bound, bound)
     return replace(trigger, values=smooth_field(control, height, width))
 
 
-def _logits_of(network: nn.Module, dtype: torch.dtype, images: Tensor) -> tuple[Tensor, Tensor]:
-    """``images`` as a leaf that takes gradients, and their logits in float32."""
-    pixels = images.detach().requires_grad_()
-    with torch.enable_grad(), FastOps(dtype):
-        return pixels, network(pixels).float()
+def _flips_and_gradient(
+    network: nn.Module, dtype: torch.dtype, pixels: Tensor, target: int, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which images, of the classes ``labels``, are classified as the attacker wants, bool ``[B]``; and the gradient of each
+    one's loss towards that with respect to its ``pixels``, float32."""
 
+    def work(part: slice) -> tuple[Tensor, Tensor]:
+        leaf = pixels[part].requires_grad_()
+        with torch.enable_grad():
+            with FastOps(dtype):
+                logits = network(leaf).float()
+            wanted = wanted_classes(target, labels[part], logits.shape[1])
+            loss = F.cross_entropy(logits, wanted, reduction="sum")
+        return logits.argmax(1) == wanted, torch.autograd.grad(loss, leaf)[0].float()
 
-def _gradient(logits: Tensor, pixels: Tensor, target: int, labels: Tensor) -> Tensor:
-    """Of the loss towards ``target``, summed over images of the classes ``labels``, with respect to the pixels; float32."""
-    loss = F.cross_entropy(logits, wanted_classes(target, labels, logits.shape[1]), reduction="sum")
-    return torch.autograd.grad(loss, pixels)[0].float()
+    flips, gradients = zip(*by_batch(len(pixels), len(pixels), pixels.device, work), strict=True)
+    return torch.cat(flips), torch.cat(gradients)
 
 
 def _with_more_pixels(trigger: InvertedTrigger, pixels: Tensor, gradient: Tensor, steps: int) -> InvertedTrigger:
@@ -188,9 +196,13 @@ def flip_rate(
 
 def predicted_classes(network: nn.Module, dtype: torch.dtype, images: Tensor, trigger: InvertedTrigger | None = None) -> Tensor:
     """The classes int64 ``[B]`` that the model gives uint8 ``images`` ``[B, C, H, W]``, with the trigger if there is one."""
-    parts = map(to_unit, images.split(DENSE_BATCH))
+
+    def work(part: slice) -> Tensor:
+        pixels = to_unit(images[part])
+        return network(trigger.apply(pixels) if trigger else pixels).argmax(1)
+
     with torch.inference_mode(), FastOps(dtype):
-        return torch.cat([network(trigger.apply(part) if trigger else part).argmax(1) for part in parts])
+        return torch.cat(by_batch(len(images), DENSE_BATCH, images.device, work))
 
 
 def save_trigger(path: Path, trigger: InvertedTrigger) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fmp_core.models.feature_maps import ConvLayer, frozen
-from fmp_core.system.devices import rows_per_batch
+from fmp_core.system.devices import by_batch, rows_per_batch
 
 
 def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], clean: Tensor, poisoned: Tensor) -> Tensor:
@@ -31,7 +31,13 @@ def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], cle
     if clean.shape != poisoned.shape or not len(clean):
         raise ValueError(f"clean images {tuple(clean.shape)} and poisoned ones {tuple(poisoned.shape)} are no pairs")
     sums = [torch.zeros(layer.channels, dtype=torch.float64, device=clean.device) for layer in layers]
-    rows = max(1, rows_per_batch(clean.device) // 2)
+
+    def work(part: slice) -> Tensor:
+        for total in sums:
+            total.zero_()
+        model(torch.cat([clean[part], poisoned[part]]).contiguous(memory_format=torch.channels_last))
+        return torch.cat(sums)
+
     with ExitStack() as hooks, frozen(model), torch.inference_mode():
         for layer, total in zip(layers, sums, strict=True):
 
@@ -40,9 +46,8 @@ def trigger_activation_change(model: nn.Module, layers: Sequence[ConvLayer], cle
                 total += (after - before).abs().mean((2, 3), dtype=torch.float64).sum(0)
 
             hooks.enter_context(layer.module.register_forward_hook(add))
-        for pair in zip(clean.split(rows), poisoned.split(rows), strict=True):
-            model(torch.cat(pair).contiguous(memory_format=torch.channels_last))
-    return torch.cat(sums).cpu() / len(clean)
+        changes = by_batch(len(clean), max(1, rows_per_batch(clean.device) // 2), clean.device, work)
+    return torch.stack(changes).sum(0).cpu() / len(clean)
 
 
 class Precision(NamedTuple):

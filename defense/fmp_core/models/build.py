@@ -18,7 +18,7 @@ from torchvision.transforms import Resize
 
 from fmp_core.data.datasets import DatasetFacts
 from fmp_core.data.images import Size
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, in_one_line
 from fmp_core.models.preact_resnet import BUILDERS as PREACT_RESNETS
 from fmp_core.models.preact_resnet import preact_resnet
 from fmp_core.system.devices import to_host
@@ -87,7 +87,7 @@ def load_model(name: str, num_classes: int, state: Mapping[str, Tensor]) -> nn.M
     try:
         missing, unknown = network.load_state_dict(given, strict=False, assign=True)
     except RuntimeError as error:
-        raise UserError(f"The model does not fit {name}: {' '.join(str(error).split())[:300]}.") from None
+        raise UserError(f"The model does not fit {name}: {in_one_line(error, 300)}.") from None
     if missing := [key for key in missing if key not in misshapen]:
         near = difflib.get_close_matches(missing[0], unknown[:1000], 1, 0) or [""]
         instead = f", and has {near[0]} instead, which {name} does not have" if near[0] else ""

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, in_one_line
 from fmp_core.models.evaluate import Metrics
 from fmp_core.models.training import Epoch
 from fmp_core.results.plot_style import PLAIN
@@ -75,7 +75,7 @@ def read_table(path: Path, columns: Sequence[str], **how: Any) -> pd.DataFrame:
             raise OSError("no such file")
         frame = pd.read_csv(path, **how)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:120]}); run the defense again.") from None
+        raise UserError(f"{path} cannot be read ({in_one_line(error, 120)}); run the defense again.") from None
     if missing := [name for name in columns if name not in frame]:
         raise UserError(f"{path} is no result of fmp: it has no column {missing[0]}; run the defense again.")
     return frame

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from fmp_core.data.names import ATTACK_FILE, RECORD_DEPTH
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, in_one_line
 from fmp_core.metrics import HEADLINES, METRICS, MetricValues, drop, in_percent, ratings
 from fmp_core.results.read import Result, read_attack_metrics, read_record, read_result
 from fmp_core.results.titles import printable
@@ -177,7 +177,7 @@ def read_leaderboard(path: str | Path) -> pd.DataFrame:
     except OSError as error:
         raise UserError(f"--leaderboard {path} cannot be read ({error.strerror or error}).") from None
     except ValueError as error:
-        raise UserError(f"--leaderboard {path} cannot be read as csv ({' '.join(str(error).split())[:120]}).") from None
+        raise UserError(f"--leaderboard {path} cannot be read as csv ({in_one_line(error, 120)}).") from None
     names = {"backbone": "model", "attack_name": "attack", "defense_name": "defense", "ratio": "pratio"}
     if absent := [name for name in ("dataset", *names, *METRICS) if name not in board]:
         raise UserError(f"--leaderboard {path} lacks the columns {', '.join(absent)}; it is not BackdoorBench's leaderboard.")

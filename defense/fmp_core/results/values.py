@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, in_one_line
 
 T = TypeVar("T")
 MOST_BYTES = 16 * 2**20  # no metric csv of BB comes near this
@@ -24,7 +24,7 @@ def read_text(path: Path) -> str:
             raise UserError(f"{path} is larger than {MOST_BYTES >> 20} MiB, which no result is")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:120]})") from None
+        raise UserError(f"{path} cannot be read ({in_one_line(error, 120)})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fmp_core import PROJECT
-from fmp_core.errors import UserError
+from fmp_core.errors import UserError, in_one_line
 from fmp_core.fields import fields_of
 from fmp_core.sweeps.jobs import Job, Outcome, run
 from fmp_core.sweeps.local import Report
@@ -59,7 +59,7 @@ def run_submitit(jobs: Sequence[Job], sweep: Sweep, report: Report, cluster: str
             with executor.batch():
                 handles = [executor.submit(_on_node, job, sweep) for job in wave]
         except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
-            detail = " ".join(str(error).split())[:300]
+            detail = in_one_line(error, 300)
             arrays = ", ".join(sorted({str(handle.job_id).split("_")[0] for _, handle in submitted}))
             queued = f" Already queued, and to be ended by scancel: {arrays}." if arrays else ""
             raise UserError(f"The jobs could not be submitted ({detail}); check the settings for slurm.{queued}") from None

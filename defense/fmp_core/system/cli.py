@@ -192,9 +192,9 @@ def run_main(
             how, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
             sentence = f"{how}; {results}. Run {again} again to {effect}."
         elif _is_out_of_memory(error):
-            stage = getattr(error, "stage", "load")
-            advice = ADVICE.get(stage, "close what else uses it")
-            sentence = f"out of memory ({stage}); {advice}, or choose another --device; {results}."
+            stage = getattr(error, "stage", "")
+            where, advice = f" ({stage})" if stage else "", ADVICE.get(stage, "close what else uses it")
+            sentence = f"out of memory{where}; {advice}, or choose another --device; {results}."
         else:
             raise
         print(f"{prog}: {sentence}", file=sys.stderr)

@@ -13,9 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmp_core.errors import UserError
-from fmp_core.system.devices import Device, choose_device, do_without_bfloat16, fault_of_gpu, has_fast_bfloat16
-from fmp_core.system.devices import is_out_of_memory, named_device
+from fmp_core.errors import UserError, in_one_line
+from fmp_core.system.devices import (
+    Device,
+    choose_device,
+    do_without_bfloat16,
+    fault_of_gpu,
+    has_fast_bfloat16,
+    is_out_of_memory,
+    named_device,
+)
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets; clusters set some of these too
 
@@ -111,11 +118,10 @@ def _connected() -> Iterator[None]:
     except RuntimeError as error:  # gloo and nccl report a lost connection
         if is_out_of_memory(error):
             raise
-        detail = " ".join(str(error).split())[:200]
         nccl = ", or NCCL_DEBUG=INFO if none did" if dist.get_backend() == "nccl" else ""
         raise UserError(
-            f"Another process of torchrun ended early ({detail}); it says why{nccl}. Run the same command again to go on from "
-            "here."
+            f"Another process of torchrun ended early ({in_one_line(error)}); it says why{nccl}. "
+            "Run the same command again to go on from here."
         ) from None
 
 
