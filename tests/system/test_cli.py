@@ -84,7 +84,7 @@ def test_a_function_that_returns_gives_its_exit_code():
         (
             raising(MemoryError()),
             2,
-            "out of memory; close what else uses it, or choose another --device; earlier results are unchanged.",
+            "out of memory (outer); close what else uses it, or choose another --device; earlier results are unchanged.",
         ),
         (
             raising(RuntimeError("DefaultCPUAllocator: can't allocate memory"), "fine-tuning"),

@@ -188,8 +188,10 @@ def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 # What the CPU allocators, the CUDA driver and runtime, NCCL, cuBLAS and cuDNN say; only torch's own CUDA allocator has an
 # exception type for it. The last two seldom have another cause on a GPU that computes.
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Failed to CUDA calloc", "_ALLOC_FAILED")
-OUT_OF_MEMORY += ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED")
+OUT_OF_MEMORY = [
+    *("can't allocate memory", "not enough memory", "out of memory", "Failed to CUDA calloc", "_ALLOC_FAILED"),
+    *("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED"),
+]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
