@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fmp_core.inversion.search import TriggerSearch
 from fmp_core.inversion.trigger import (
     ALL_TO_ALL,
     Batch,
+    InvertedTrigger,
     invert_trigger,
 )
 from fmp_core.inversion.verdict import LEAST_MARGIN
@@ -116,6 +118,29 @@ def test_of_many_classes_only_those_ahead_get_a_whole_trigger(monkeypatch: pytes
     assert inverted == [*((target, True) for target in range(CLASSES)), (TARGET, False), (ALL_TO_ALL, False)]
     assert verdict.flip_rates[TARGET] == whole.flip_rates[TARGET] and verdict.backdoored
     assert len(told) == search.inversions(CLASSES) == CLASSES + 2
+
+
+@pytest.mark.parametrize("nearest", range(1, 5))
+def test_of_triggers_that_flip_nothing_those_nearest_to_it_are_ahead(nearest: int, monkeypatch: pytest.MonkeyPatch):
+    """A flip rate of 0 is common among quick triggers; which number a class has must not decide."""
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(3 * 64, 5))
+    with torch.no_grad():
+        for values in network.parameters():
+            values.zero_()
+        network[0].weight[:, :, 0, 0] = torch.eye(3)
+        network[2].weight[nearest] = 0.1  # a brighter image is more probably of this class
+        network[2].bias[0] = 50.0
+    images = torch.full((40, 3, 8, 8), 100, dtype=torch.uint8)
+    found = TriggerSearch(network, [ConvLayer("0", network[0])], images, torch.zeros(40, dtype=torch.int64), torch.float32, 0)
+    whole: list[int] = []
+
+    def noted(*args: Any) -> InvertedTrigger:
+        whole.extend([args[4]] if not args[6] else [])
+        return invert_trigger(*args)
+
+    monkeypatch.setattr(search, "invert_trigger", noted)
+    monkeypatch.setattr(search, "FINALISTS", 1)
+    assert not found.test("dense-8", 5).flip_rates[1:5].any() and whole == [nearest, ALL_TO_ALL]
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(8, 3), (60, 22)])

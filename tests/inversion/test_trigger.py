@@ -13,7 +13,7 @@ from fmp_core.inversion.trigger import (
     WARPS,
     invert_trigger,
     load_trigger,
-    predicted_classes,
+    logits_of,
     save_trigger,
 )
 from fmp_core.inversion.warp import warped
@@ -98,12 +98,28 @@ def test_memory_for_half_a_batch_gives_the_same_trigger(family: str):
 
     network.register_forward_pre_hook(limited)
     whole = invert_trigger(network, torch.float32, clean, family, 1, seed=0)
-    before = predicted_classes(network, torch.float32, clean[0], whole)
+    before = logits_of(network, torch.float32, clean[0], whole)
     room = 20
     halves = invert_trigger(network, torch.float32, clean, family, 1, seed=0)
     torch.testing.assert_close(halves.values, whole.values, rtol=0, atol=1e-6)
     assert torch.equal(halves.where, whole.where)
-    assert torch.equal(predicted_classes(network, torch.float32, clean[0], whole), before)
+    torch.testing.assert_close(logits_of(network, torch.float32, clean[0], whole), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("side", [8, 24, 32, 36, 40, 45, 48, 60, 64])
+def test_a_sparse_trigger_may_have_a_64th_of_the_pixels(side: int, quick: bool):
+    """Also where that is no multiple of the steps: here predictions flip once so many pixels are white, and no sooner."""
+    most, grey = side * side // SPARSE_PART, 100
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * side * side, 2)).requires_grad_(False)
+    network[1].weight[0] = 0.0
+    network[1].weight[1] = 1.0
+    network[1].bias[0] = 3 * (side * side * grey + (most - 0.5) * (255 - grey)) / 255
+    network[1].bias[1] = 0.0
+    clean = torch.full((8, 3, side, side), grey, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+    found = invert_trigger(network, torch.float32, clean, "sparse", 1, 0, quick)
+    assert int(found.where.sum()) == most
+    assert bool((logits_of(network, torch.float32, clean[0], found).argmax(1) == 1).all())
 
 
 def test_what_a_warp_brings_in_from_outside_is_the_border():

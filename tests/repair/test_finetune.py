@@ -216,3 +216,25 @@ def test_every_nth_epoch_is_tested_and_saved(tmp_path: Path) -> None:
     epochs = list(FineTuning.prepare(attacked(), NOTHING, settings, CPU, tmp_path).run())
     assert [epoch.number for epoch in epochs if epoch.to_test] == [2, 4, 5]
     assert [epoch.number for epoch in epochs if epoch.to_save] == [3]
+
+
+CHANGES = {
+    "inverted triggers": lambda defender, chosen: (defender, replace(chosen, triggers=(corner(8, 2, TARGET + 1),))),
+    "inverted triggers sparse": lambda defender, chosen: (defender, replace(chosen, triggers=())),
+    "pruned feature maps": lambda defender, chosen: (defender, replace(chosen, mask=~chosen.mask)),
+    "digest of model": lambda defender, chosen: (replace(defender, facts=MOVING), chosen),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_an_interrupted_run_goes_on_only_as_what_it_was(what: str, tmp_path: Path) -> None:
+    """Of another target or triggers, other maps or other augmentation the epochs to come would not be the same training."""
+    defender, settings = attacked(), strong(epochs=2)
+    chosen = selected(defender)
+    epochs = FineTuning.prepare(defender, chosen, settings, CPU, tmp_path).run()
+    assert [next(epochs).number, next(epochs).number] == [1, 2]  # the state after the first is saved before the second
+    del epochs
+    fresh = attacked()
+    assert next(FineTuning.prepare(fresh, chosen, settings, CPU, tmp_path).run()).restored
+    with pytest.raises(UserError, match=f"was made with {what}"):
+        next(FineTuning.prepare(*CHANGES[what](fresh, chosen), settings, CPU, tmp_path).run())

@@ -81,7 +81,7 @@ def invert_trigger(
 
     Args:
         network: frozen, takes pixels in [0,1]; what :func:`~.fast_ops.to_precision` makes of a model for ``dtype``.
-        clean: images uint8 ``[M, C, H, W]``, none of class ``target``, and their labels.
+        clean: images uint8 ``[M, C, H, W]`` and their labels; those of class ``target`` are left out, others there must be.
         quick: fewer and longer steps, or the same steps of a warp, on smaller batches; a rough trigger for about an eighth of
             the time.
     """
@@ -89,14 +89,16 @@ def invert_trigger(
     steps = max(1, STEPS // fewer_steps)
     generator = torch.Generator().manual_seed(seed)
     images, labels = clean
+    others = (labels != target).nonzero().flatten()
     channels, height, width = images.shape[1:]
     values = torch.zeros((1, channels, height, width), device=images.device)
     where = torch.zeros((1, 1, height, width), dtype=torch.bool, device=images.device)
     trigger, eps = InvertedTrigger(family, target, values, where), FAMILIES[family]
 
     def draw_batch(count: int) -> Batch:
-        drawn = torch.randint(len(images), (max(1, count // fewer_images),), generator=generator).to(images.device)
-        return to_unit(images[drawn]), labels[drawn]
+        drawn = torch.randint(len(others), (max(1, count // fewer_images),), generator=generator)
+        rows = others[drawn.to(images.device)]
+        return to_unit(images[rows]), labels[rows]
 
     if family == "sparse":
         return _grow_sparse(network, dtype, trigger, draw_batch, steps)
@@ -173,33 +175,38 @@ def _with_more_pixels(trigger: InvertedTrigger, pixels: Tensor, gradient: Tensor
     decrease = torch.maximum(to_zero, to_one).sum(0)
     most = max(1, decrease.numel() // SPARSE_PART)
     values, where = trigger.values.clone(), trigger.where.clone()
-    if int(where.sum()) >= most:
+    count, left = -(-most // steps), most - int(where.sum())
+    if left:
+        count = min(count, left)
+    else:
         decrease = decrease.masked_fill(~where.view(-1), -torch.inf)
-    chosen = decrease.topk(max(1, most // steps)).indices
+    chosen = decrease.topk(count).indices
     values.view(len(to_one), -1)[:, chosen] = (to_one > to_zero).float()[:, chosen]
     where.view(-1)[chosen] = True
     return replace(trigger, values=values, where=where)
 
 
 def flip_rate(
-    network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, clean: Batch, before: Tensor, num_classes: int
-) -> float:
+    network: nn.Module, dtype: torch.dtype, trigger: InvertedTrigger, clean: Batch, before: Tensor
+) -> tuple[float, float]:
     """Share of ``clean`` images (uint8, none of the target class; with their labels) whose prediction the trigger changes to
-    the attacker's class; 0 for no images. ``before``: the predictions without it, int64 ``[B]``."""
+    the attacker's class, and the mean probability of that class; 0 for no images. ``before``: the predictions without it, int64
+    ``[B]``."""
     images, labels = clean
     if not len(images):
-        return 0.0
-    wanted = wanted_classes(trigger.target, labels, num_classes)
-    with_trigger = predicted_classes(network, dtype, images, trigger)
-    return float(((with_trigger == wanted) & (before != wanted)).double().mean())
+        return 0.0, 0.0
+    logits = logits_of(network, dtype, images, trigger)
+    wanted = wanted_classes(trigger.target, labels, logits.shape[1])
+    flipped = (logits.argmax(1) == wanted) & (before != wanted)
+    return float(flipped.double().mean()), float(logits.double().softmax(1).gather(1, wanted[:, None]).mean())
 
 
-def predicted_classes(network: nn.Module, dtype: torch.dtype, images: Tensor, trigger: InvertedTrigger | None = None) -> Tensor:
-    """The classes int64 ``[B]`` that the model gives uint8 ``images`` ``[B, C, H, W]``, with the trigger if there is one."""
+def logits_of(network: nn.Module, dtype: torch.dtype, images: Tensor, trigger: InvertedTrigger | None = None) -> Tensor:
+    """Logits float32 ``[B, K]`` of uint8 ``images`` ``[B, C, H, W]``, with the trigger if there is one."""
 
     def work(part: slice) -> Tensor:
         pixels = to_unit(images[part])
-        return network(trigger.apply(pixels) if trigger else pixels).argmax(1)
+        return network(trigger.apply(pixels) if trigger else pixels).float()
 
     with torch.inference_mode(), FastOps(dtype):
         return torch.cat(by_batch(len(images), DENSE_BATCH, images.device, work))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fmp_core import inversion, models, repair
+from fmp_core import inversion, models, repair, selection
 from fmp_core.data import clean_subset
 from fmp_core.inputs import DefenderInputs
 from fmp_core.models.evaluate import Metrics
@@ -30,7 +30,7 @@ from fmp_core.system.progress import Progress
 from fmp_core.system.versions import source_digest
 
 LOGGER = logging.getLogger("fmp_core")
-REPAIR_CODE = source_digest(repair, inversion, models, clean_subset, devices)
+REPAIR_CODE = source_digest(repair, inversion, models, selection, clean_subset, devices)
 
 
 @dataclass
@@ -151,11 +151,14 @@ class FineTuning:
             defender.model.state_dict(),
             defender.images,
             defender.labels,
-            {"GPUs": max(1, len(self.device.device_ids)), "code": REPAIR_CODE},
+            {"GPUs": max(1, len(self.device.device_ids)), "code": REPAIR_CODE, "facts": str(defender.facts)},
         )
+        triggers = self.selection.triggers
+        inverted = f"{', '.join(trigger.family for trigger in triggers)} towards {triggers[0].target}" if triggers else "none"
         made_with |= {
             "precision of training": str(training_precision(self.settings, self.device.device)),
             "precision of trigger inversion": str(choose_dtype(self.settings.dtype, self.device.device)),
+            "inverted triggers": inverted,
             "pruned feature maps (another processor or number of threads may select others)": _named(self.selection.mask),
             "digest of model, images, code and versions": pruned[:16],
         }
