@@ -144,15 +144,39 @@ def test_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert table["efficiency"] > 0 and table["finetune_efficiency"] > 0
 
 
-@pytest.mark.skipif(not dist.is_nccl_available(), reason="this torch has no NCCL")
-def test_torchrun_with_nccl_on_one_gpu_selects_the_same(real_workplace_template: Path, tmp_path: Path) -> None:
+needs_nccl = pytest.mark.skipif(not dist.is_nccl_available(), reason="this torch has no NCCL")
+
+
+@needs_nccl
+def test_nccl_gives_one_process_back_what_is_its_own(tmp_path: Path) -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(PROJECT / 'defense')!r})\n"
+        "import torch, torch.distributed as dist\n"
+        "from fmp_core.system import distributed\n"
+        f"dist.init_process_group('nccl', init_method='file://{tmp_path}/meet', rank=0, world_size=1)\n"
+        "scores, least = (torch.arange(4.0, dtype=torch.float64, device='cuda') for _ in range(2))\n"
+        "distributed.combine(scores, least=least)\n"
+        "assert scores.tolist() == least.tolist() == [0, 1, 2, 3]\n"
+        "assert distributed.all_agree(True) and not distributed.all_agree(False) and distributed.total(1.5) == 1.5\n"
+        "print('done', flush=True)\n"
+        "distributed.leave(failed='failed' in sys.argv)\n"
+    )
+    for how, code in (("whole", 0), ("failed", 2)):
+        (tmp_path / "meet").unlink(missing_ok=True)
+        ran = subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, timeout=600)
+        assert (ran.returncode, ran.stdout) == (code, "done\n"), ran.stderr
+
+
+@needs_nccl
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_under_torchrun_select_the_same(real_workplace_template: Path, tmp_path: Path) -> None:
     root = tmp_path / "workplace"
     shutil.copytree(real_workplace_template, root)
-    flags = [str(PROJECT / "defense" / "fmp.py"), "--result_file", RECORD, *FEW, *CUDA, "--report", "False", "--defense_name"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
-    for name, start in (("one", []), ("nccl", torchrun)):
-        command = [sys.executable, *start, *flags, name]
+    flags = [str(PROJECT / "defense" / "fmp.py"), "--result_file", RECORD, *FEW, "--report", "False", "--defense_name"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, start, device in (("one", [], "cuda:0"), ("two", torchrun, "cuda")):
+        command = [sys.executable, *start, *flags, name, "--device", device]
         ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=1800)
         assert ran.returncode == 0, ran.stderr
-    one, nccl = ((root / RESULTS).with_name(name) / "feature_maps.csv" for name in ("one", "nccl"))
-    assert one.read_bytes() == nccl.read_bytes()
+    one, two = ((root / RESULTS).with_name(name) / "feature_maps.csv" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
