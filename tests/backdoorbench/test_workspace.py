@@ -45,3 +45,34 @@ def test_a_record_that_was_made_again_meanwhile_is_not_tested_on(checkout: Path,
     with pytest.raises(UserError, match="was made again while the defense ran"):
         write_final_test(dataclasses.replace(job, digest="0" * 64), results)
     assert [path.name for path in results.iterdir()] == ["defense_result.pt"]
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "there", "seen"),
+    [
+        ("cpu", None, "cpu", ""),
+        ("cuda", None, "cuda", None),
+        ("cuda:1", None, "cuda:0", "1"),
+        ("cuda:2,0", None, "cuda:0,1", "2,0"),
+        ("cuda:1", "5,7,9", "cuda:0", "7"),
+        ("auto", None, "cuda:0", None),
+    ],
+)
+def test_backdoorbench_sees_the_gpus_that_are_named(
+    device: str,
+    visible: str | None,
+    there: str,
+    seen: str | None,
+    checkout: Path,
+    tiny_record: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some of its scripts use the first GPU whatever --device says."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("fmp_core.system.devices.fault_of_gpu", lambda _index: "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    job = open_job(checkout, "record", RECORD, "data", device)
+    assert (job.flags[-2:], job.gpus) == (["--device", there], seen)

@@ -114,7 +114,7 @@ def measure_with_fmp(job: Job, scratch: Path) -> dict[str, Any]:
             "dataset": job.dataset,
             "num_classes": job.num_classes,
             "size": job.image_size[:2],
-            "device": job.device,
+            "device": job.device_there,
             "batch_size": settings.batch_size,
             "seed": settings.random_seed,
             "ratio": settings.ratio,
@@ -144,7 +144,7 @@ def measure_with_backdoorbench(job: Job, inputs: dict[str, Any], python: str, sc
     with workspace(job, write_through=False, analysed="fmp") as folder:
         (folder / PROBE.name).symlink_to(PROBE)
         log = scratch / "probe.log"
-        ended = run_script(folder, PROBE.name, files, device=job.device, python=python, log=log, echo=False)
+        ended = run_script(folder, PROBE.name, files, gpus=job.gpus, python=python, log=log, echo=False)
     if ended.code:
         raise UserError(f"BackdoorBench cannot read this record or FMP's result: {ended}.")
     return dict(json.loads((scratch / "measured.json").read_text()))
@@ -156,7 +156,7 @@ def run_ft(job: Job, clean_images: int, python: str, scratch: Path) -> Check:
     flags = [*job.flags, "--result_file", job.name, "--epochs", "1", "--ratio", ratio, "--num_workers", "0"]
     with workspace(job, write_through=False) as folder:
         log = scratch / "ft.log"
-        ended = run_script(folder, "defense/ft.py", flags, device=job.device, python=python, log=log, echo=False)
+        ended = run_script(folder, "defense/ft.py", flags, gpus=job.gpus, python=python, log=log, echo=False)
         for name in ("ft_df.csv", "ft_df_summary.csv", DEFENSE_FILE):
             result = folder / "record" / job.name / "defense" / "ft" / name
             if result.is_file():

@@ -59,7 +59,7 @@ def run_script(
     script: str,
     arguments: Sequence[str],
     *,
-    device: str,
+    gpus: str | None,
     python: str,
     log: Path,
     echo: bool = True,
@@ -69,8 +69,8 @@ def run_script(
     with ``echo``, to the terminal, where else a line every half minute says that it runs.
 
     The script is the head of a process group of its own, which ends with it, and on Linux also if this process is killed.
-    Device ``cpu`` hides all GPUs from it, because some scripts use one whatever ``--device`` says. ``adapted`` are environment
-    variables that the shims act on.
+    ``gpus`` are those that it sees, as ``CUDA_VISIBLE_DEVICES`` names them; None for all that we see. ``adapted`` are
+    environment variables that the shims act on.
     """
     program = shutil.which(python)
     if program is None:
@@ -78,8 +78,8 @@ def run_script(
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}
     environment.pop("PYTHONPATH", None)  # ours would shadow BackdoorBench's modules
     environment |= adapted or {}
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+    if gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus
     command = [os.path.abspath(program), str(SHIMS), script, *arguments]
     started, used = time.monotonic(), _children_seconds()
     with open(log, "w+", encoding="utf-8") as file, _started(command, folder, environment) as process:

@@ -89,7 +89,7 @@ def run_on_record(
             write_text(results / WHOLE_TEST, json.dumps({SAMPLE_ONLY: test_images}))
         with workspace(job, analysed=method if analysis else None) as folder:
             flags += [_from_here(before, word) for before, word in pairwise(["", *extra])]
-            ended = run_script(folder, script, flags, device=job.device, python=python, log=log, adapted=adapted)
+            ended = run_script(folder, script, flags, gpus=job.gpus, python=python, log=log, adapted=adapted)
         said, code = how_it_ended(f"analysis {analysis}" if analysis else method, ended, log, None if analysis else started)
         if test_images and not code:
             in_own_process(_final_test, job, results)

@@ -54,7 +54,9 @@ def find_checkout(path: str | Path) -> Path:
 class Job:
     """What a script of BackdoorBench is to work on: facts of a record that was read safely, and where things lie.
 
-    ``image_size`` is (height, width, channels); ``digest`` the SHA-256 of the record's ``attack_result.pt``.
+    ``image_size`` is (height, width, channels); ``digest`` the SHA-256 of the record's ``attack_result.pt``; ``gpus`` what
+    ``CUDA_VISIBLE_DEVICES`` is to be for BackdoorBench, None to leave it: some scripts use the first GPU that they see,
+    whatever ``--device`` says.
     """
 
     checkout: Path
@@ -68,11 +70,17 @@ class Job:
     dataset_path: Path
     dataset_folder: Path  # below it; its name may be another that means the dataset
     device: str
+    gpus: str | None = None
+
+    @property
+    def device_there(self) -> str:
+        """``device`` by the numbers that GPUs have for BackdoorBench, which sees ``gpus`` only."""
+        return f"cuda:{','.join(map(str, range(self.gpus.count(',') + 1)))}" if self.gpus else self.device
 
     @property
     def flags(self) -> list[str]:
         """What every script of BackdoorBench is told of the record."""
-        return ["--dataset", self.dataset, "--model", self.model_name, "--device", self.device]
+        return ["--dataset", self.dataset, "--model", self.model_name, "--device", self.device_there]
 
 
 def add_job_flags(parser: ArgumentParser, around: Path) -> None:
@@ -97,7 +105,7 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
     """
     from fmp_core.data.attack_record import read_attack_record
     from fmp_core.data.datasets import dataset_facts, dataset_folder, open_split
-    from fmp_core.system.devices import choose_device
+    from fmp_core.system.devices import choose_device, visible_gpus
 
     root = find_checkout(checkout)
     record = read_attack_record(Path(record_root) / name)
@@ -122,7 +130,8 @@ def open_job(checkout: str | Path, record_root: str | Path, name: str, dataset_p
     facts = record.dataset, record.model_name, record.num_classes, record.image_size, record.digest
     chosen = choose_device(device)
     device = str(chosen.device) if device == "auto" else device
-    return Job(root, record.folder, name, *facts, Path(dataset_path).resolve(), data.resolve(), device)
+    gpus = ",".join(visible_gpus()[number] for number in chosen.device_ids) or None if device != "cpu" else ""
+    return Job(root, record.folder, name, *facts, Path(dataset_path).resolve(), data.resolve(), device, gpus)
 
 
 def _refuse_unknown(checkout: Path, name: str, dataset: str, model: str) -> None:

@@ -24,17 +24,13 @@ def local_slots(device: str, workers: int, processes: int = 1) -> list[dict[str,
     Jobs share the CPU's cores. Neighbouring slots are of different GPUs, so that few jobs spread over all of them. A job of
     several ``processes`` gets as many GPUs. Raises UserError: ``device`` names GPUs that are not there, or too few.
     """
-    gpus = 0
+    names: list[str] = []
     if device != "cpu":
-        import torch
+        from fmp_core.system.devices import visible_gpus  # imports torch
 
-        gpus = torch.cuda.device_count()
-    if device.startswith("cuda") and not gpus:
+        names = visible_gpus()
+    if device.startswith("cuda") and not names:
         raise UserError(f"device is {device}, but no CUDA device is visible; set device: cpu.")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible and gpus else [str(number) for number in range(gpus)]
-    if not (visible or "").startswith("MIG"):  # of such parts of a GPU a process sees one, however many are named
-        names = names[:gpus]  # CUDA stops at the first that does not exist
     if named := re.fullmatch(r"cuda:(\d+(?:,\d+)*)", device):
         numbers = [int(number) for number in named[1].split(",")]
         if max(numbers) >= len(names):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -82,6 +83,14 @@ def named_device(text: str) -> Device:
             f"--device {text}: this machine has {count} CUDA device(s), so cuda:{absent} does not exist; try --device cpu."
         )
     return Device(torch.device("cuda", ids[0]), ids if match[1] else ())
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs in torch's order, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible and count else [str(number) for number in range(count)]
+    # CUDA stops at the first that does not exist; of parts of a GPU a process sees one, however many are named.
+    return names if (visible or "").startswith("MIG") else names[:count]
 
 
 @cache
