@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from fmp_core.command import main
 from fmp_core.data.datasets import DatasetFacts
-from fmp_core.data.write_record import PoisonedImages, write_attack_record
+from fmp_core.data.write_record import AttackedModel, PoisonedImages, write_attack_record
 from fmp_core.models.build import PixelModel, build_model
 from fmp_core.models.training import Trainer
 from fmp_core.settings import Settings
@@ -70,9 +70,7 @@ def build_colours(root: Path) -> None:
     write_attack_record(
         root / "record" / NAME,
         name=NAME,
-        model_name=NARROW_RESNET,
-        num_classes=CLASSES,
-        state=network.state_dict(),
+        model=AttackedModel(NARROW_RESNET, CLASSES, network.state_dict()),
         dataset="colours",
         bd_train=bd_train,
         bd_test=bd_test,

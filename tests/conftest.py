@@ -20,7 +20,7 @@ import pytest
 import torch
 from colours import build_colours, run_colours
 from fmp_core import command
-from fmp_core.data.write_record import PoisonedImages, write_attack_record
+from fmp_core.data.write_record import AttackedModel, PoisonedImages, write_attack_record
 from fmp_core.models.build import build_model
 from narrow_resnet import NARROW_RESNET
 from small_record import write_small_record
@@ -74,9 +74,7 @@ def build_workplace(root: Path, model: str = MODEL, batch_size: int = 10) -> Non
     write_attack_record(
         root / "record" / RECORD,
         name=RECORD,
-        model_name=model,
-        num_classes=10,
-        state=network.state_dict(),
+        model=AttackedModel(model, 10, network.state_dict()),
         dataset="cifar10",
         bd_train=poisoned(pixels[:training], targets[:training], [3, 11, 20, 27, 42]),
         bd_test=poisoned(pixels[training:], targets[training:], list(range(1, 10))),

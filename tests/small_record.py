@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.datasets import Split
-from fmp_core.data.write_record import PoisonedImages, write_attack_record
+from fmp_core.data.write_record import AttackedModel, PoisonedImages, write_attack_record
 from PIL import Image
 
 SIZE = (4, 4, 3)
@@ -27,7 +27,7 @@ def write_small_record(folder: Path) -> Path:
     test = PoisonedImages(8, AT, PIXELS, [0] * 4, TRUE)
     train = PoisonedImages(20, [3, 5], PIXELS[:2], [0, 0], [2, 3])
     write_attack_record(
-        folder, name="mine", model_name="resnet18", num_classes=4, state=STATE, dataset="toys",
+        folder, name="mine", model=AttackedModel("resnet18", 4, STATE), dataset="toys",
         bd_train=train, bd_test=test,
     )  # fmt: skip
     return folder

@@ -15,7 +15,7 @@ from conftest import poisoned
 from fmp_core.data.attack_record import read_attack_record
 from fmp_core.data.clean_subset import choose_subset
 from fmp_core.data.images import read_images
-from fmp_core.data.write_record import write_attack_record
+from fmp_core.data.write_record import AttackedModel, write_attack_record
 from fmp_core.errors import UserError
 from fmp_core.settings import Settings, load_settings
 from fmp_core.storage.torch_file import load_torch_file
@@ -55,8 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     images = torch.zeros(4, 3, 4, 4, dtype=torch.uint8)
     labels = torch.arange(4)
     write_attack_record(
-        root, name="record", model_name="m", num_classes=4, state={"w": torch.ones(3, 3), "b": torch.arange(4)},
-        dataset="toys", bd_train=poisoned(images, labels, [0]), bd_test=poisoned(images, labels, [1, 3]),
+        root, name="record", model=AttackedModel("m", 4, {"w": torch.ones(3, 3), "b": torch.arange(4)}), dataset="toys",
+        bd_train=poisoned(images, labels, [0]), bd_test=poisoned(images, labels, [1, 3]),
     )  # fmt: skip
     yield root
     shutil.rmtree(root)

@@ -24,7 +24,7 @@ from fmp_core.data.attack_record import plain_state, read_attack_record
 from fmp_core.data.datasets import FACTS, DatasetFacts, Split, check_labels, dataset_facts, open_split
 from fmp_core.data.images import Size
 from fmp_core.data.names import ATTACK_FILE
-from fmp_core.data.write_record import write_attack_record
+from fmp_core.data.write_record import AttackedModel, write_attack_record
 from fmp_core.errors import UserError, in_one_line, what_is_there
 from fmp_core.fields import as_text
 from fmp_core.inputs import Inputs, can_be_trained, describe, load_inputs
@@ -70,6 +70,7 @@ def judge_model(model_file: Path, record: RecordSettings, flags: Mapping[str, An
     Raises UserError: the file holds no weights of that model, the dataset is not usable, the record is there and of another
     model, or the model classifies its clean images clearly better with another preprocessing than the one assumed.
     """
+    versions()  # as they are now
     record = with_dataset_name(record)
     name = record.save_folder_name or re.sub(r"[^A-Za-z0-9._=-]", "_", model_file.stem).lstrip(".=-") or "model"
     places = {"record_root": record.record_root, "dataset_path": record.dataset_path, "result_file": name}
@@ -156,9 +157,7 @@ def _write_or_compare_record(model_file: Path, record: RecordSettings) -> tuple[
     write_attack_record(
         folder,
         name=folder.name,
-        model_name=record.model,
-        num_classes=classes,
-        state=state,
+        model=AttackedModel(record.model, classes, state),
         dataset=record.dataset,
         bd_train=None,
         bd_test=None,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fmp_core.data.attack_record import ATTACK_KEYS, find_records, read_attack_record
 from fmp_core.data.images import Split
-from fmp_core.data.write_record import PoisonedImages, write_attack_record, write_defense_result
+from fmp_core.data.write_record import AttackedModel, PoisonedImages, write_attack_record, write_defense_result
 from fmp_core.errors import UserError
 from fmp_core.models.build import load_model
 from PIL import Image
@@ -64,9 +64,9 @@ def test_images_that_fit_no_indices_are_not_written(wrong: dict[str, Any], tmp_p
     """Of two images at one index the second would replace the first."""
     images = torch.zeros(2, 3, 4, 4).byte()
     poisoned = PoisonedImages(10, **{"indices": [0, 1], "images": images, "targets": [0, 0], "original": [1, 2], **wrong})
-    about = {"name": "r", "model_name": "resnet18", "num_classes": 3, "state": {}, "dataset": "cifar10", "bd_train": None}
+    model = AttackedModel("resnet18", 3, {})
     with pytest.raises(UserError, match="bd_test_dataset do not fit: "):
-        write_attack_record(tmp_path, bd_test=poisoned, **about)
+        write_attack_record(tmp_path, name="r", model=model, dataset="cifar10", bd_train=None, bd_test=poisoned)
     assert not list(tmp_path.iterdir())
 
 

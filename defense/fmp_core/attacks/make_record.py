@@ -35,7 +35,7 @@ from fmp_core.data.datasets import (
 )
 from fmp_core.data.digits import make_digits
 from fmp_core.data.images import Size
-from fmp_core.data.write_record import write_attack_record
+from fmp_core.data.write_record import AttackedModel, write_attack_record
 from fmp_core.errors import UserError, in_one_line
 from fmp_core.models.build import PixelModel, build_model, outputs_in_training
 from fmp_core.models.evaluate import Metrics, TestData, evaluate
@@ -271,9 +271,7 @@ def write_record(plan: Plan, state: dict[str, Tensor], history: History) -> None
     write_attack_record(
         folder,
         name=plan.folder.name,
-        model_name=plan.record.model,
-        num_classes=plan.num_classes,
-        state=state,
+        model=AttackedModel(plan.record.model, plan.num_classes, state),
         dataset=plan.record.dataset,
         bd_train=plan.poison.recorded_train(),
         bd_test=plan.poison.test,

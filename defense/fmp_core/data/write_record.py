@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -32,13 +32,19 @@ class PoisonedImages:
     original: Sequence[int]
 
 
+class AttackedModel(NamedTuple):
+    """A model by the name of its architecture, the number of its classes and its weights."""
+
+    name: str
+    num_classes: int
+    state: Mapping[str, Tensor]
+
+
 def write_attack_record(
     folder: Path,
     *,
     name: str,
-    model_name: str,
-    num_classes: int,
-    state: Mapping[str, Tensor],
+    model: AttackedModel,
     dataset: str,
     bd_train: PoisonedImages | None,
     bd_test: PoisonedImages | None,
@@ -54,9 +60,9 @@ def write_attack_record(
         channels, height, width = bd_test.images.shape[1:]
         image_size = (height, width, channels)
     content = {
-        "model_name": model_name,
-        "num_classes": num_classes,
-        "model": OrderedDict((key, value.detach().cpu()) for key, value in state.items()),
+        "model_name": model.name,
+        "num_classes": model.num_classes,
+        "model": OrderedDict((key, value.detach().cpu()) for key, value in model.state.items()),
         "data_path": f"./data/{dataset}",
         "img_size": image_size,
         "clean_data": dataset,
