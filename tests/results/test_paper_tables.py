@@ -206,6 +206,8 @@ def test_the_command_on_an_empty_folder(empty: Path, capsys: pytest.CaptureFixtu
     assert "--save_folder_name badnet_digits_demo" in printed and printed.count("defense/fmp.py") == 3
     assert paper_tables.main(["--table", "5", "--no_run"]) == 2  # nothing is there
     assert "There is no folder record" in capsys.readouterr().err
+    assert paper_tables.main(["--table", "5", "--csv", "o", "--markdown", "./o"]) == 2
+    assert capsys.readouterr().err == "paper_tables: --csv and --markdown name one file, o; give each its own.\n"
     (empty / "record").mkdir()
     files = [f"--csv={empty / 'o.csv'}", f"--markdown={empty / 'o.md'}", f"--output={empty}"]
     assert paper_tables.main(["--table", "7", "--figure", "4", "--no_run", *files]) == 0

@@ -68,9 +68,12 @@ def test_results_of_other_settings_are_no_seeds_of_one_method() -> None:
 
 
 def test_methods_are_ordered_as_people_count() -> None:
-    rows = [("a", "badnet", name, 0.5) for name in ("fmp-p16", "fmp-p4", "ft (published)", "no defense", "fmp")]
+    rows = [
+        ("a", "badnet", name, 0.5)
+        for name in ("fmp-p16", "fmp-p4", "ft (published)", "lr0.1", "no defense", "lr0.05", "lr0.10", "fmp")
+    ]
     (table,) = build_tables(frame_of(*rows))
-    assert table.methods == ["no defense", "fmp", "fmp-p4", "fmp-p16", "ft (published)"]
+    assert table.methods == ["no defense", "fmp", "fmp-p4", "fmp-p16", "lr0.05", "lr0.1", "lr0.10", "ft (published)"]
 
 
 def test_renderings(root: Path) -> None:

@@ -188,6 +188,7 @@ def test_few_test_images_and_bf16_are_for_backdoorbench_and_decide(place: Path) 
         ({"records": [{"epoch": 3}]}, "'epoch' is not a flag of make_record.py"),
         ({"records": [{"pratio": 2}]}, "records: pratio of badnet_digits is 2, but must be a number"),
         ({"seeds": [-1]}, "whole numbers"),
+        ({"seeds": [0, 1, 0]}, "seeds has 0 twice"),
         ({"seeds": [True]}, "whole numbers"),
         ({"workers": 0}, "workers is 0"),
         ({"timeout": "x"}, "timeout is 'x'"),

@@ -83,7 +83,7 @@ def _record_folders(root: Path, warn: Warn) -> list[Path]:
     found: dict[Path, Path] = {}
     for place, folders, files in os.walk(root, followlinks=True):
         folder = Path(place)
-        is_record = folder != root and ("defense" in folders or ATTACK_FILE in files)
+        is_record = folder != root and (ATTACK_FILE in files or ("defense" in folders and not _is_code(folder / "defense")))
         if is_record and "defense" in folders:
             real = folder.resolve()
             if real in found:
@@ -93,6 +93,11 @@ def _record_folders(root: Path, warn: Warn) -> list[Path]:
         deepest = is_record or len(folder.relative_to(root).parts) == RECORD_DEPTH  # links may form a ring
         folders[:] = sorted(name for name in folders if not deepest and not name.startswith("."))
     return list(found.values())
+
+
+def _is_code(folder: Path) -> bool:
+    """Whether a folder ``defense`` is that of a checkout, or of its ``config`` or ``utils``, and no record's."""
+    return any(next(folder.glob(pattern), None) for pattern in ("*.py", "*/*.py", "*/*.yaml"))
 
 
 def _record_rows(record: str, folder: Path, warn: Warn) -> Iterator[dict[str, Any]]:
@@ -117,16 +122,22 @@ def _record_rows(record: str, folder: Path, warn: Warn) -> Iterator[dict[str, An
     tested: MetricValues = next(iter(tests.values()), {})
     if logged or tested:
         yield {**about, "defense": BASELINE, "method": BASELINE, **(logged or tested), "origin": "attack"}
-    if differing := [name for name, before in tests.items() if _contradicts(logged or tested, before)]:
-        ours, others = tests[differing[0]], "the attack logged" if logged else "another run of ours measured"
-        yield {**about, "defense": MEASURED, "method": MEASURED, **ours, "origin": "attack"}
+    differing: dict[tuple[tuple[str, float | None], ...], list[str]] = {}  # other figures of the attacked model -> whose
+    for name, before in tests.items():
+        if _contradicts(logged or tested, before):
+            differing.setdefault(tuple(before.items()), []).append(name)
+    others = "the attack logged" if logged else "another run of ours measured"
+    for figures, named in differing.items():
+        ours, label = dict(figures), MEASURED if len(differing) == 1 else f"{BASELINE} (our test, {named[0]})"
+        yield {**about, "defense": label, "method": label, **ours, "origin": "attack"}
         warn(
             f"{about['record']}: {others} {in_percent(logged or tested)} for its model, our test gave {in_percent(ours)} "
-            f"({', '.join(differing)}); DER and RIR of these rows compare with their own test ({MEASURED!r}), those of the "
+            f"({', '.join(named)}); DER and RIR of these rows compare with their own test ({label!r}), those of the "
             "others do not. Check dataset and preprocessing."
         )
+    own = {name for named in differing.values() for name in named}
     for defense, result in results.items():
-        own_test = bool(result.before) and (not logged or bool(result.test_images) or defense in differing)
+        own_test = bool(result.before) and (not logged or bool(result.test_images) or defense in own)
         before = result.before if own_test else logged or tested
         row = {**about, "defense": defense, **result.metrics, **(ratings(before, result.metrics) if before else {})}
         row |= {"method": result.method or re.sub(rf"-s{result.seed}$", "", defense), "seed": result.seed}

@@ -185,10 +185,10 @@ def _attack_order(name: str) -> tuple[int, str]:
     return [*ATTACK_TITLES, attack].index(attack), name
 
 
-def _method_order(name: str) -> tuple[bool, bool, list[tuple[int, str]]]:
-    """The attacked model first, published rows last; fmp-p4 before fmp-p16."""
-    parts = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-    return not name.startswith(BASELINE), name.endswith(PUBLISHED), parts
+def _method_order(name: str) -> tuple[bool, bool, list[tuple[float, str]], str]:
+    """The attacked model first, published rows last; fmp-p4 before fmp-p16, ft-lr0.05 before ft-lr0.1."""
+    parts = [(float(part), "") if part[:1].isdigit() else (-1.0, part) for part in re.split(r"(\d+(?:\.\d+)?)", name)]
+    return not name.startswith(BASELINE), name.endswith(PUBLISHED), parts, name
 
 
 def to_text(table: Table, width: int = 128) -> str:

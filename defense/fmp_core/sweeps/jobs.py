@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -195,7 +196,7 @@ def _kept_apart(job: Job, failed: Path) -> Iterator[None]:
 
 def _run_to_end(job: Job, log: Path, environment: Mapping[str, str], timeout: float | None) -> Result | None:
     """The result, None of a record. Raises UserError: the command failed, or left no result."""
-    write_text(log, f"$ {' '.join(job.command)}\n")
+    write_text(log, f"$ {shlex.join(job.command)}\n")
     with open(log, "ab") as file:
         process = subprocess.Popen(
             job.command,

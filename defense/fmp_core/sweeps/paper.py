@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmp_core.data.names import ATTACK_FILE
+from fmp_core.errors import UserError
 from fmp_core.fields import as_text, parse_mapping, read_yaml_mapping
 from fmp_core.results.paper import BASELINES, FIGURES, SCALES, Scale, baseline_flags, record_name, scaled_rows, sweep_content
 from fmp_core.results.read import WHOLE_RUN, read_result, read_stamp
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 
 SWEEP_KEYS = ("record_root", "dataset_path", "device", "workers", "seeds", "backdoorbench")  # flags that are keys of a sweep
 
+WEAK = 0.5  # ASR of an attack below which a low ASR after a defense shows nothing
+
 
 def make(args: Namespace, warn: Callable[[str], None]) -> int:
     """Run what is missing, then print and write what there is; returns the exit code of the sweep.
 
     ``args`` are the flags of ``record_scripts/paper_tables.py``; ``warn`` gets one line for each result that cannot be read.
     """
+    if args.csv and args.markdown and Path(args.csv).absolute() == Path(args.markdown).absolute():
+        raise UserError(f"--csv and --markdown name one file, {args.csv}; give each its own.")
     tables, code = list(dict.fromkeys([*args.table, *(FIGURES[number] for number in args.figure)])), 0
     slurm = parse_mapping(Slurm, read_yaml_mapping(args.slurm, "Slurm file"), f"Slurm file {args.slurm}") if args.slurm else {}
     if not args.no_run:
@@ -78,7 +83,7 @@ def _equal(text: str, other: str) -> bool:
 def _show(tables: list[str], args: Namespace, warn: Callable[[str], None]) -> None:
     import pandas as pd  # takes a second, which --help and --dry_run do without
 
-    from fmp_core.results.collect import collect
+    from fmp_core.results.collect import BASELINE, collect
     from fmp_core.results.paper_comparison import compare, comparison_text, draw_figure
     from fmp_core.results.titles import printable
 
@@ -94,6 +99,10 @@ def _show(tables: list[str], args: Namespace, warn: Callable[[str], None]) -> No
         for record in sorted(records & set(frame["record"])):
             if not read_stamp(Path(args.record_root) / record):
                 warn(printable(f"table {table}: {record} was not made by a sweep, so its training may not be the scale's"))
+            attacked = frame[(frame["record"] == record) & (frame["defense"] == BASELINE)]["test_asr"]
+            if len(attacked) and attacked.iloc[0] < WEAK:
+                weak = f"the attack on {record} has ASR {100 * attacked.iloc[0]:.1f} % before any defense"
+                warn(printable(f"table {table}: {weak}: there is no backdoor to remove"))
         compared[table] = compare(table, scale, frame.drop(list(other)))
     text, markdown = (
         [comparison_text(table, scale, part, kind, bool(args.backdoorbench)) for table, part in compared.items()]

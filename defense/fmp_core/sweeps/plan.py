@@ -105,6 +105,8 @@ def make_sweep(content: Mapping[str, Any], source: str) -> Sweep:
     sweep = Sweep(**fields.parse_mapping(Sweep, content, source))
     if sweep.ratio is not None and "ratio" in sweep.ours:
         raise UserError(f"{source}: ratio is said twice, for all defenses and in ours; leave one out.")
+    if twice := [seed for place, seed in enumerate(sweep.seeds) if seed in sweep.seeds[:place]]:
+        raise UserError(f"{source}: seeds has {twice[0]} twice; leave one out.")
     return replace(sweep, slurm=fields.parse_mapping(Slurm, sweep.slurm, f"{source}: slurm"))
 
 
