@@ -120,7 +120,7 @@ def _grow_sparse(
     for step in range(steps + 1):
         batch, own = draw_batch(SPARSE_BATCH)
         pixels = trigger.apply(batch)
-        flips, gradient = _flips_and_gradient(network, dtype, pixels, trigger.target, own)
+        flips, gradient = _flips_and_gradient(network, dtype, pixels, trigger.target, own, with_gradient=step < steps)
         flipped = int(flips.sum())
         if flipped > most_flipped:
             best, most_flipped = trigger, flipped
@@ -148,10 +148,10 @@ def _bend(
 
 
 def _flips_and_gradient(
-    network: nn.Module, dtype: torch.dtype, pixels: Tensor, target: int, labels: Tensor
+    network: nn.Module, dtype: torch.dtype, pixels: Tensor, target: int, labels: Tensor, with_gradient: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Which images, of the classes ``labels``, are classified as the attacker wants, bool ``[B]``; and the gradient of each
-    one's loss towards that with respect to its ``pixels``, float32."""
+    one's loss towards that with respect to its ``pixels``, float32, 0 unless ``with_gradient``."""
 
     def work(part: slice) -> tuple[Tensor, Tensor]:
         leaf = pixels[part].requires_grad_()
@@ -160,7 +160,8 @@ def _flips_and_gradient(
                 logits = network(leaf).float()
             wanted = wanted_classes(target, labels[part], logits.shape[1])
             loss = F.cross_entropy(logits, wanted, reduction="sum")
-        return logits.argmax(1) == wanted, torch.autograd.grad(loss, leaf)[0].float()
+        gradient = torch.autograd.grad(loss, leaf)[0].float() if with_gradient else torch.zeros_like(leaf)
+        return logits.argmax(1) == wanted, gradient
 
     flips, gradients = zip(*by_batch(len(pixels), len(pixels), pixels.device, work), strict=True)
     return torch.cat(flips), torch.cat(gradients)

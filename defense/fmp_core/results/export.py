@@ -12,7 +12,7 @@ from fmp_core.results.figure import FORMATS, write_figure
 from fmp_core.results.roc import detection_table, detections, write_roc
 from fmp_core.results.tables import build_tables, to_html, to_latex, to_markdown, to_text
 from fmp_core.results.titles import printable
-from fmp_core.storage.files import replacing
+from fmp_core.storage.files import check_distinct, replacing
 
 
 def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width: int, warn: Callable[[str], None]) -> str:
@@ -25,8 +25,7 @@ def export(root: str, files: Mapping[str, Path], leaderboard: Path | None, width
     for kind in ("figure", "roc"):
         if kind in files and files[kind].suffix not in FORMATS:
             raise UserError(f"--{kind} {files[kind]} must end in {', '.join(FORMATS)}, which says what to write.")
-    if twice := [kind for kind in files if sum(files[kind].absolute() == path.absolute() for path in files.values()) > 1]:
-        raise UserError(f"{' and '.join(f'--{kind}' for kind in twice)} name one file, {files[twice[0]]}; give each its own.")
+    check_distinct(files)
     if "parquet" in files and not importlib.util.find_spec("pyarrow"):
         raise UserError("--parquet needs pyarrow; run: pip install pyarrow")
     frame = collect(root, lambda text: warn(printable(text)))

@@ -187,7 +187,8 @@ def _attack_order(name: str) -> tuple[int, str]:
 
 def _method_order(name: str) -> tuple[bool, bool, list[tuple[float, str]], str]:
     """The attacked model first, published rows last; fmp-p4 before fmp-p16, ft-lr0.05 before ft-lr0.1."""
-    parts = [(float(part), "") if part[:1].isdigit() else (-1.0, part) for part in re.split(r"(\d+(?:\.\d+)?)", name)]
+    split = re.split(r"(\d+(?:\.\d+)?)", name)  # texts and numbers in turn
+    parts = [(float(part), "") if place % 2 else (-1.0, part) for place, part in enumerate(split)]
     return not name.startswith(BASELINE), name.endswith(PUBLISHED), parts, name
 
 

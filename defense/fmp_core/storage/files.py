@@ -11,7 +11,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,3 +226,9 @@ def write_torch(path: str | Path, obj: Any) -> None:
             if isinstance(error.__context__, (OSError, KeyboardInterrupt)):  # torch hides a full disk, and Ctrl-C
                 raise error.__context__ from None
             raise
+
+
+def check_distinct(files: Mapping[str, Path]) -> None:
+    """Raises UserError if two flags, ``--`` and a key of ``files``, name one file: the second would replace the first."""
+    if twice := [kind for kind in files if sum(files[kind].absolute() == path.absolute() for path in files.values()) > 1]:
+        raise UserError(f"{' and '.join(f'--{kind}' for kind in twice)} name one file, {files[twice[0]]}; give each its own.")

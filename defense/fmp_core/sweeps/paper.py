@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmp_core.data.names import ATTACK_FILE
-from fmp_core.errors import UserError
 from fmp_core.fields import as_text, parse_mapping, read_yaml_mapping
 from fmp_core.results.paper import BASELINES, FIGURES, SCALES, Scale, baseline_flags, record_name, scaled_rows, sweep_content
 from fmp_core.results.read import WHOLE_RUN, read_result, read_stamp
-from fmp_core.storage.files import replacing, write_text
+from fmp_core.storage.files import check_distinct, replacing, write_text
 from fmp_core.sweeps.jobs import made_otherwise
 from fmp_core.sweeps.plan import Slurm, make_sweep, plan
 from fmp_core.sweeps.run import run_sweep
@@ -30,8 +29,7 @@ def make(args: Namespace, warn: Callable[[str], None]) -> int:
 
     ``args`` are the flags of ``record_scripts/paper_tables.py``; ``warn`` gets one line for each result that cannot be read.
     """
-    if args.csv and args.markdown and Path(args.csv).absolute() == Path(args.markdown).absolute():
-        raise UserError(f"--csv and --markdown name one file, {args.csv}; give each its own.")
+    check_distinct({kind: Path(path) for kind in ("csv", "markdown") if (path := getattr(args, kind))})
     tables, code = list(dict.fromkeys([*args.table, *(FIGURES[number] for number in args.figure)])), 0
     slurm = parse_mapping(Slurm, read_yaml_mapping(args.slurm, "Slurm file"), f"Slurm file {args.slurm}") if args.slurm else {}
     if not args.no_run:
